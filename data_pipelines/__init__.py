@@ -1,0 +1,1 @@
+"""Text in, RetroBatch out: corpora, tokeniser, chunk databases, retrieval and batches."""

@@ -1,0 +1,1 @@
+"""RETRO in JAX and Flax: model, training, evaluation and generation."""

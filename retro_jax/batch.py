@@ -1,0 +1,40 @@
+"""What a batch is: the contract between the data pipelines and the model.
+
+Shape letters: B batch, N sequence length, C chunks per sequence, M chunk length (N = C * M),
+K neighbours per chunk, R neighbour length (a retrieved chunk and its continuation).
+"""
+
+import dataclasses
+
+import jax
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RetroBatch:
+    """A batch of sequences in which every chunk carries its neighbours' tokens.
+
+    Arrays are NumPy on the host and JAX on the device. `pad_id` (RetroConfig.pad_id) marks what is
+    absent: a position without text, a target without loss, a neighbour slot that was not filled.
+
+    Attributes:
+      tokens: [B, N] int32, input tokens.
+      targets: [B, N] int32, the next token of the same document; pad_id where there is none, and
+        then the position has no loss.
+      documents: [B, C] int32, which document each chunk is of. Attention never crosses documents.
+        The numbers only need to differ between documents of one sequence; -1 is a padding chunk.
+      corpus: [B] int32, which corpus each sequence is of (an index into the mixture's names).
+      neighbours: [B, C, K, R] int32, or None for RETRO[OFF] and the baseline. Chunk u's neighbours
+        were retrieved with chunk u as the query; the model reads them from the last token of
+        chunk u onward.
+    """
+
+    tokens: jax.Array
+    targets: jax.Array
+    documents: jax.Array
+    corpus: jax.Array
+    neighbours: jax.Array | None = None
+
+    def without_neighbours(self) -> "RetroBatch":
+        """The same sequences with retrieval off."""
+        return dataclasses.replace(self, neighbours=None)

@@ -1,0 +1,206 @@
+"""What a RETRO's numbers depend on (RetroConfig), how they are computed (ExecutionConfig), and the
+paper's sizes (PRESETS). Borgeaud et al. 2021, arXiv 2112.04426."""
+
+import dataclasses
+from typing import Any
+
+from retro_jax.errors import UserError
+
+POSITIONS = ("relative", "rotary")
+ACTIVATIONS = ("gelu", "relu")
+DTYPES = ("float32", "bfloat16")
+REMAT_POLICIES = ("none", "dots", "full")
+ATTENTION_KINDS = ("auto", "plain", "chunked", "fused")
+
+
+def require(condition: bool, owner: Any, field: str, rule: str) -> None:
+    """Raises the one-line UserError of every configuration: class, field, value and rule."""
+    if not condition:
+        name, value = type(owner).__name__, getattr(owner, field)
+        raise UserError(f"{name}.{field} is {value!r}: expected {rule}")
+
+
+@dataclasses.dataclass(frozen=True)
+class RetroConfig:
+    """The architecture of a RETRO (paper, section 2 and Algorithm 1).
+
+    Layers are numbered from 1, as in the paper. Without `cca_layers` there is no retrieval encoder
+    and the model is the baseline transformer.
+
+    Attributes:
+      vocab_size: V, rows of the embedding; token ids lie in [0, V).
+      d_model, num_layers, num_heads, head_dim, d_ff: the decoder's widths and depth.
+      cca_layers: P, the decoder layers with chunked cross-attention, increasing.
+      chunk_length: M, tokens a chunk. neighbour_length: R, tokens a neighbour.
+      encoder_*: the same for the bidirectional encoder; encoder_cca_layers is P_enc, the encoder
+        layers that attend to the decoder's activations.
+      pad_id: the id that means "nothing here" in tokens and neighbours.
+      positions: "relative" (the paper's, Transformer-XL) or "rotary".
+      cca_positions: whether CCA logits depend on positions (an ablation of the paper).
+      share_embeddings: the encoder reads the decoder's embedding (needs equal widths).
+      tie_embeddings: the read-out is the transposed input embedding.
+      activation: the feed-forward's non-linearity.
+      dropout: rate on every residual branch, on the embedding, training only.
+      norm_epsilon: RMSNorm's epsilon.
+    """
+
+    vocab_size: int
+    d_model: int
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    d_ff: int
+    cca_layers: tuple[int, ...]
+    chunk_length: int = 64
+    neighbour_length: int = 128
+    encoder_d_model: int = 896
+    encoder_num_layers: int = 2
+    encoder_num_heads: int = 16
+    encoder_head_dim: int = 64
+    encoder_d_ff: int = 3584
+    encoder_cca_layers: tuple[int, ...] = (1,)
+    pad_id: int = 0
+    positions: str = "relative"
+    cca_positions: bool = True
+    share_embeddings: bool = False
+    tie_embeddings: bool = True
+    activation: str = "gelu"
+    dropout: float = 0.0
+    norm_epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for field in ("cca_layers", "encoder_cca_layers"):  # gin gives lists
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        sizes = ("vocab_size", "d_model", "num_layers", "num_heads", "head_dim", "d_ff")
+        sizes += ("chunk_length", "neighbour_length", "encoder_d_model", "encoder_num_layers")
+        sizes += ("encoder_num_heads", "encoder_head_dim", "encoder_d_ff")
+        for field in sizes:
+            value = getattr(self, field)
+            require(isinstance(value, int) and value > 0, self, field, "a positive integer")
+        for field, depth in (("cca_layers", "num_layers"), ("encoder_cca_layers", "encoder_num_layers")):
+            layers, last = getattr(self, field), getattr(self, depth)
+            ok = list(layers) == sorted(set(layers)) and all(1 <= p <= last for p in layers)
+            require(ok, self, field, f"increasing layer numbers from 1 to {depth} = {last}")
+        for field in ("d_model", "encoder_d_model"):
+            require(getattr(self, field) % 2 == 0, self, field, "an even width (sinusoids come in pairs)")
+        for field in ("head_dim", "encoder_head_dim"):
+            even = self.positions != "rotary" or getattr(self, field) % 2 == 0
+            require(even, self, field, "an even width with rotary positions")
+        require(0 <= self.pad_id <= self.vocab_size, self, "pad_id", "0 <= pad_id <= vocab_size")
+        require(self.positions in POSITIONS, self, "positions", f"one of {POSITIONS}")
+        require(self.activation in ACTIVATIONS, self, "activation", f"one of {ACTIVATIONS}")
+        require(0.0 <= self.dropout < 1.0, self, "dropout", "0 <= dropout < 1")
+        require(self.norm_epsilon > 0, self, "norm_epsilon", "a positive number")
+        shareable = not self.share_embeddings or self.encoder_d_model == self.d_model
+        require(shareable, self, "share_embeddings", "False unless encoder_d_model equals d_model")
+
+    @property
+    def has_retrieval(self) -> bool:
+        """Whether the model has an encoder and chunked cross-attention at all."""
+        return bool(self.cca_layers)
+
+    def baseline(self) -> "RetroConfig":
+        """The transformer of equal decoder, without encoder and CCA."""
+        return dataclasses.replace(self, cca_layers=())
+
+    def num_parameters(self, embeddings: bool = True) -> int:
+        """Counts the parameters; without embeddings (and untied read-out), as the paper's table 1 does."""
+        decoder = self.num_layers * (
+            _attention_parameters(self, self.d_model, self.d_model, self.num_heads * self.head_dim)
+            + _feed_forward_parameters(self.d_model, self.d_ff)
+        )
+        total = decoder + self.d_model  # the final norm
+        if self.has_retrieval:
+            inner = self.encoder_num_heads * self.encoder_head_dim
+            width = self.encoder_d_model
+            total += len(self.cca_layers) * _attention_parameters(
+                self, self.d_model, width, self.num_heads * self.head_dim, self.cca_positions
+            )
+            total += self.encoder_num_layers * (
+                _attention_parameters(self, width, width, inner)
+                + _feed_forward_parameters(width, self.encoder_d_ff)
+            )
+            total += len(self.encoder_cca_layers) * _attention_parameters(self, width, self.d_model, inner)
+            total += width  # the encoder's final norm
+        if embeddings:
+            total += self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
+            if self.has_retrieval and not self.share_embeddings:
+                total += self.vocab_size * self.encoder_d_model
+        return total
+
+
+def _attention_parameters(
+    config: RetroConfig, width: int, kv_width: int, inner: int, positions: bool = True
+) -> int:
+    """Norm, Q, K, V, O and, for relative positions, R (which reads the query's width), u and v."""
+    count = width + 2 * width * inner + 2 * kv_width * inner
+    if config.positions == "relative" and positions:
+        count += width * inner + 2 * inner
+    return count
+
+
+def _feed_forward_parameters(width: int, d_ff: int) -> int:
+    """Norm and two matrices."""
+    return width + 2 * width * d_ff
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutionConfig:
+    """How the numbers are computed; no field changes them beyond tolerance (bfloat16: its own).
+
+    Attributes:
+      activation_dtype: "float32" or "bfloat16"; parameters, softmax, norms and loss stay float32.
+      scan_layers: run equal groups of layers by jax.lax.scan (short compilation) or unrolled.
+      remat: what the backward pass recomputes: "none", "dots" (keep matrix products), "full".
+      attention: "auto", "plain", "chunked" (by blocks of queries) or "fused" (a kernel; rotary only).
+      attention_block: queries a block in chunked attention.
+      loss_block: tokens a block of the loss, so that [B, N, V] never exists at once; 0 for one block.
+    """
+
+    activation_dtype: str = "float32"
+    scan_layers: bool = True
+    remat: str = "none"
+    attention: str = "auto"
+    attention_block: int = 256
+    loss_block: int = 1024
+
+    def __post_init__(self) -> None:
+        require(self.activation_dtype in DTYPES, self, "activation_dtype", f"one of {DTYPES}")
+        require(self.remat in REMAT_POLICIES, self, "remat", f"one of {REMAT_POLICIES}")
+        require(self.attention in ATTENTION_KINDS, self, "attention", f"one of {ATTENTION_KINDS}")
+        require(self.attention_block > 0, self, "attention_block", "a positive integer")
+        require(self.loss_block >= 0, self, "loss_block", "a number of tokens, or 0 for one block")
+
+
+def _published(d_model: int, heads: int, head_dim: int, layers: int, last_cca: int) -> RetroConfig:
+    """One row of the paper's table of sizes; the feed-forward is four times the width."""
+    return RetroConfig(
+        vocab_size=128_000,
+        d_model=d_model,
+        num_layers=layers,
+        num_heads=heads,
+        head_dim=head_dim,
+        d_ff=4 * d_model,
+        cca_layers=tuple(range(6, last_cca + 1, 3)),
+    )
+
+
+PRESETS: dict[str, RetroConfig] = {
+    "172m": _published(896, heads=16, head_dim=64, layers=12, last_cca=12),
+    "425m": _published(1536, heads=12, head_dim=128, layers=12, last_cca=12),
+    "1.5b": _published(2048, heads=16, head_dim=128, layers=24, last_cca=24),
+    "7.5b": _published(4096, heads=32, head_dim=128, layers=32, last_cca=30),
+    "wikitext103": RetroConfig(
+        vocab_size=128_000,
+        d_model=1024,
+        num_layers=18,
+        num_heads=16,
+        head_dim=64,
+        d_ff=4096,
+        cca_layers=tuple(range(6, 19, 3)),
+        encoder_d_model=1024,
+        encoder_d_ff=4096,
+        share_embeddings=True,
+        dropout=0.25,
+    ),
+}
