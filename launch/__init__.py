@@ -1,0 +1,1 @@
+"""The commands of retro-jax: absl entry points, one file each."""

@@ -1,0 +1,131 @@
+"""Runs an entry point: flags, help, and errors of the user's told in one line.
+
+    from launch import app
+    ...
+    if __name__ == "__main__":
+        app.run(main)
+
+Exit statuses: 0 done, 1 bad input (UserError) or a failing file system, 2 bad flags, 130 Ctrl-C.
+Anything else is a defect of this project and keeps its traceback.
+"""
+
+import os
+import signal
+import sys
+import textwrap
+from collections.abc import Callable
+
+from absl import flags
+
+from retro_jax.errors import UserError
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the whole run, artefacts and models.")
+flags.DEFINE_bool("debug", False, "Show the traceback of every error.")
+
+# Flags that every entry point may use; --help shows those that its own text or module names.
+_SHARED_MODULES = ("launch.configurables", "launch.app")
+_HELP = ("--help", "-help", "-h", "--helpshort", "--helpfull")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses sys.argv, runs `main` and exits with the status described in the module's docstring."""
+    sys.exit(execute(main, sys.argv))
+
+
+def execute(main: Callable[[], None], argv: list[str]) -> int:
+    """Runs `main` under the flags of `argv` and returns the exit status.
+
+    Flags have their previous values again afterwards, so a test can run entry points in its own
+    process, one after the other.
+
+    Args:
+      main: the entry point's function, without arguments; it reads its own flags.
+      argv: the program's name and its arguments.
+    """
+    if any(argument in _HELP for argument in argv[1:]):
+        print(usage(main))
+        return 0
+    saved = {name: dict(flags.FLAGS[name].__dict__) for name in flags.FLAGS}
+    try:
+        return _guarded(main, argv)
+    finally:
+        for name, values in saved.items():
+            flags.FLAGS[name].__dict__.update(values)
+
+
+def required(flag: flags.FlagHolder, expected: str) -> str:
+    """The value of a flag that this entry point cannot do without.
+
+    Raises:
+      flags.Error: it was not given; told as "--name is missing: expected ...".
+    """
+    if flag.value in (None, "", []):
+        raise flags.Error(f"--{flag.name} is missing: expected {expected}")
+    return flag.value
+
+
+def usage(main: Callable[[], None]) -> str:
+    """The help text: the entry point's docstring, then its own and the shared flags."""
+    module = sys.modules[main.__module__]
+    lines = [(module.__doc__ or "").strip(), "", "Flags:"]
+    own = flags.FLAGS.flags_by_module_dict()
+    for name in (_flag_module(main), *_SHARED_MODULES):
+        for flag in sorted(own.get(name, []), key=lambda flag: flag.name):
+            lines += _flag_help(flag)
+    return "\n".join(lines)
+
+
+def _flag_module(main: Callable[[], None]) -> str:
+    """The name under which absl files the flags of main's module: argv[0] when it is a program."""
+    return sys.argv[0] if main.__module__ == "__main__" else main.__module__
+
+
+def _flag_help(flag: flags.Flag) -> list[str]:
+    """Two or more lines about one flag."""
+    if flag.boolean:
+        head = f"  --[no]{flag.name}"
+    else:
+        head = f"  --{flag.name}=..."
+    if isinstance(flag, flags.MultiFlag):
+        head += " (may be repeated)"
+    default = "" if flag.default in (None, False) else f" Default: {flag.default}."
+    wrapped = textwrap.wrap(f"{flag.help}{default}", width=92)
+    return [head, *(f"      {line}" for line in wrapped)]
+
+
+def _guarded(main: Callable[[], None], argv: list[str]) -> int:
+    """Runs main, turning the user's errors into a line on standard error and a status."""
+    try:
+        rest = flags.FLAGS(argv)
+        if len(rest) > 1:
+            raise flags.Error(f"unexpected argument {rest[1]!r}: expected --flag=value only")
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except (flags.Error, UserError, OSError, KeyboardInterrupt) as error:
+        if "--debug" in argv:
+            raise
+        status, message = _status_and_message(error)
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        return status
+    return 0
+
+
+def _status_and_message(error: BaseException) -> tuple[int, str]:
+    """What the user is told about an error of theirs."""
+    if isinstance(error, flags.Error):
+        return 2, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted: run the same command again to go on"
+    if isinstance(error, OSError):
+        return 1, _describe(error)
+    return 1, str(error)
+
+
+def _describe(error: OSError) -> str:
+    """An operating system error as "what: file"."""
+    if error.filename is None or error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}"

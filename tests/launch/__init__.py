@@ -1,0 +1,1 @@
+"""Tests of the entry points and of what they share."""
