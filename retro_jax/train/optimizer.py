@@ -1,0 +1,131 @@
+"""AdamW with linear warm-up and cosine decay (paper, section 3 and appendix C).
+
+Betas and clipping are not in the paper; the defaults are Gopher's. Weight decay acts on matrices and
+embeddings, not on norms' scales nor on any bias, the u and v of the relative positions included.
+Layers' parameters are stacked, which gives a scale two axes: the choice is by name, not by rank.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from retro_jax.config import require
+from retro_jax.errors import UserError
+from retro_jax.train.trees import map_named
+
+# Whether a parameter is trained, by its name ("encoder.layers.attention.query"); None trains all.
+Trainable = Callable[[str], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule.
+
+    Attributes:
+      max_learning_rate: reached after the warm-up. initial_learning_rate: that of the first update.
+      warmup_steps: updates of linear warm-up; less than the run's steps.
+      final_fraction: the last learning rate as a part of the maximum.
+      weight_decay: decoupled, times the learning rate.
+      beta1, beta2, epsilon: Adam's.
+      clip_norm: largest global norm of the gradient; 0 does not clip.
+    """
+
+    max_learning_rate: float = 2e-4
+    initial_learning_rate: float = 1e-7
+    warmup_steps: int = 750
+    final_fraction: float = 0.1
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.max_learning_rate > 0, self, "max_learning_rate", "a positive number")
+        initial = 0 <= self.initial_learning_rate <= self.max_learning_rate
+        require(initial, self, "initial_learning_rate", "a number from 0 to max_learning_rate")
+        require(self.warmup_steps >= 0, self, "warmup_steps", "a number of steps")
+        require(0 <= self.final_fraction <= 1, self, "final_fraction", "a number from 0 to 1")
+        require(self.weight_decay >= 0, self, "weight_decay", "a number of at least 0")
+        for field in ("beta1", "beta2"):
+            require(0 <= getattr(self, field) < 1, self, field, "a number from 0 to below 1")
+        require(self.epsilon > 0, self, "epsilon", "a positive number")
+        require(self.clip_norm >= 0, self, "clip_norm", "a positive number, or 0 for no clipping")
+
+
+def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """The learning rate of update t = 0, 1, ...
+
+    Args:
+      config: the schedule's settings.
+      total_steps: updates of the whole run; the cosine ends there and stays at its last value.
+
+    Returns:
+      A function from t to a float32 scalar: initial at 0, max at warmup_steps, final_fraction * max
+      at total_steps.
+
+    Raises:
+      UserError: the warm-up is not shorter than the run.
+    """
+    if config.warmup_steps >= total_steps:
+        raise UserError(
+            f"OptimizerConfig.warmup_steps is {config.warmup_steps}: expected fewer than the run's "
+            f"{total_steps} steps"
+        )
+    first, highest = config.initial_learning_rate, config.max_learning_rate
+    last, warmup = config.final_fraction * highest, config.warmup_steps
+
+    def schedule(step: Any) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        rising = first + (highest - first) * step / max(warmup, 1)
+        progress = jnp.clip((step - warmup) / (total_steps - warmup), 0.0, 1.0)
+        falling = last + (highest - last) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        return jnp.where(step < warmup, rising, falling)
+
+    return schedule
+
+
+def make_optimizer(
+    config: OptimizerConfig, total_steps: int, trainable: Trainable | None = None
+) -> optax.GradientTransformation:
+    """Builds the optimiser of a run.
+
+    Args:
+      config: its settings.
+      total_steps: updates of the whole run.
+      trainable: which parameters are trained, by name. Frozen ones have no moments, do not decay and
+        do not count in the clipped norm. None trains all.
+
+    Raises:
+      UserError: the warm-up is not shorter than the run.
+    """
+    steps = [
+        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, mask=decays),
+        optax.scale_by_learning_rate(learning_rate(config, total_steps)),
+    ]
+    if config.clip_norm:
+        steps.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    adamw = optax.chain(*steps)
+    if trainable is None:
+        return adamw
+
+    def labels(params: Any) -> Any:
+        return map_named(lambda name, _: "trained" if trainable(name) else "frozen", params)
+
+    return optax.multi_transform({"trained": adamw, "frozen": optax.set_to_zero()}, labels)
+
+
+def decays(params: Any) -> Any:
+    """A tree like `params` of bools: whether weight decay acts on each parameter."""
+    return map_named(lambda name, _: not _is_scale_or_bias(name), params)
+
+
+def _is_scale_or_bias(name: str) -> bool:
+    """Whether a parameter is a norm's scale, a bias, or relative positions' u or v."""
+    last = name.rsplit(".", 1)[-1]
+    return last == "scale" or last.endswith("bias")

@@ -1,0 +1,132 @@
+"""The schedule and what weight decay and freezing act on."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from retro_jax.config import RetroConfig
+from retro_jax.errors import UserError
+from retro_jax.model import Retro
+from retro_jax.train.optimizer import OptimizerConfig, decays, learning_rate, make_optimizer
+from retro_jax.train.trees import map_named, named_leaves
+
+_CONFIG = OptimizerConfig(max_learning_rate=2e-4, warmup_steps=750)
+
+
+@pytest.mark.parametrize(
+    "step, expected",
+    [
+        (0, 1e-7),
+        (1, 1e-7 + (2e-4 - 1e-7) / 750),
+        (375, (2e-4 + 1e-7) / 2),
+        (750, 2e-4),
+        (3000, 2e-5 + 1.8e-4 * 0.5 * (1 + math.cos(math.pi * 2250 / 9250))),
+        (5375, 1.1e-4),  # half way down: the mean of first and last
+        (10_000, 2e-5),
+        (12_000, 2e-5),
+    ],
+)
+def test_learning_rate_is_the_papers(step, expected):
+    assert float(learning_rate(_CONFIG, 10_000)(step)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_no_warmup_starts_at_the_maximum():
+    schedule = learning_rate(OptimizerConfig(warmup_steps=0), 10)
+    assert float(schedule(0)) == pytest.approx(2e-4)
+
+
+def test_a_warmup_as_long_as_the_run_is_refused():
+    with pytest.raises(UserError, match="warmup_steps is 750: expected fewer than the run's 750"):
+        learning_rate(_CONFIG, 750)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("max_learning_rate", 0.0),
+        ("initial_learning_rate", 1.0),
+        ("warmup_steps", -1),
+        ("final_fraction", 1.1),
+        ("weight_decay", -0.1),
+        ("beta1", 1.0),
+        ("beta2", -0.1),
+        ("epsilon", 0.0),
+        ("clip_norm", -1.0),
+    ],
+)
+def test_every_validation(field, value):
+    with pytest.raises(UserError, match=rf"OptimizerConfig\.{field} is {value}: expected"):
+        OptimizerConfig(**{field: value})
+
+
+def _tiny_params(**overrides):
+    """The parameters of a small RETRO, with layers stacked; all ones."""
+    sizes = {"vocab_size": 16, "d_model": 8, "num_layers": 2, "num_heads": 2, "head_dim": 4}
+    sizes |= {"d_ff": 16, "cca_layers": (2,), "chunk_length": 4, "neighbour_length": 8}
+    sizes |= {"encoder_d_model": 8, "encoder_num_heads": 2, "encoder_head_dim": 4}
+    config = RetroConfig(**{**sizes, "encoder_d_ff": 16, **overrides})
+    _, shapes = nnx.split(nnx.eval_shape(lambda: Retro(config, rngs=nnx.Rngs(0))))
+    return jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
+
+
+def test_weight_decay_spares_scales_and_biases_of_stacked_layers():
+    params = _tiny_params(tie_embeddings=False)
+    decayed = {name for name, acts in named_leaves(decays(params)).items() if acts}
+    spared = set(named_leaves(params)) - decayed
+    last = lambda names: {name.rsplit(".", 1)[-1] for name in names}
+    assert last(spared) == {"scale", "content_bias", "position_bias"}
+    assert last(decayed) == {"table", "read_out", "query_key_value", "query", "key_value"} | {
+        "relative",
+        "output",
+        "widen",
+        "narrow",
+    }
+
+
+def test_decay_is_decoupled_and_times_the_learning_rate():
+    config = OptimizerConfig(warmup_steps=0, weight_decay=0.1, max_learning_rate=1e-2)
+    params = {"table": jnp.full((2, 2), 3.0), "scale": jnp.full((2, 2), 3.0)}
+    optimizer = make_optimizer(config, 10)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zero, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["table"], -1e-2 * 0.1 * 3.0, rtol=1e-6)
+    np.testing.assert_array_equal(updates["scale"], 0.0)
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    config = OptimizerConfig(warmup_steps=0, weight_decay=0.0, clip_norm=1.0, epsilon=1.0)
+    params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+    optimizer = make_optimizer(config, 10)
+    grads = {"a": jnp.array([30.0]), "b": jnp.array([40.0])}  # norm 50: clipped to 0.6 and 0.8
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    for name, clipped in (("a", 0.6), ("b", 0.8)):
+        expected = -2e-4 * clipped / (clipped + 1.0)  # Adam's first step, with epsilon 1
+        np.testing.assert_allclose(updates[name], [expected], rtol=1e-5)
+
+
+def test_frozen_parameters_have_no_moments_do_not_move_and_do_not_count_in_the_norm():
+    trainable = lambda name: name.startswith(("cca", "encoder"))
+    params = _tiny_params()
+    config = OptimizerConfig(warmup_steps=0, clip_norm=1.0)
+    optimizer = make_optimizer(config, 10, trainable)
+    moments = {
+        name.split(".mu.")[1] for name in named_leaves(optimizer.init(params)) if ".mu." in name
+    }
+    assert moments == {name for name in named_leaves(params) if trainable(name)}
+
+    update_once = jax.jit(optimizer.update)
+
+    def update(frozen_gradient: float):
+        grads = map_named(
+            lambda name, p: np.full_like(p, 1e-3 if trainable(name) else frozen_gradient), params
+        )
+        return named_leaves(update_once(grads, optimizer.init(params), params)[0])
+
+    small, large = update(0.0), update(1e6)
+    for name, change in small.items():
+        np.testing.assert_array_equal(change, large[name])
+        assert bool(jnp.any(change != 0)) == trainable(name), name
