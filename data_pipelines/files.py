@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -71,6 +71,11 @@ class _Hashing:
         self.digest.update(data)
         self.size += memoryview(data).nbytes
         return self._file.write(data)
+
+    def writelines(self, lines: Iterable[bytes]) -> None:
+        """Writes them one by one."""
+        for line in lines:
+            self.write(line)
 
 
 def write_hashed(path: pathlib.Path, writer: Callable[[BinaryIO], None]) -> tuple[int, str]:

@@ -115,7 +115,7 @@ class Manifest:
             or changed, or a parent that does not belong to it; it names the file or directories.
         """
         folder = pathlib.Path(directory)
-        manifest = cls._read(folder)
+        manifest = cls.read(directory)
         if manifest.kind != kind:
             raise UserError(f"{folder} holds {manifest.kind!r}: expected {kind!r}")
         for role, (parent, place) in (parents or {}).items():
@@ -134,8 +134,9 @@ class Manifest:
         return manifest
 
     @classmethod
-    def _read(cls, folder: pathlib.Path) -> "Manifest":
-        """Parses manifest.json."""
+    def read(cls, directory: Path) -> "Manifest":
+        """Reads manifest.json alone: the shards and parents are not looked at."""
+        folder = pathlib.Path(directory)
         path = folder / MANIFEST_FILE
         if not path.is_file():
             if (folder / STAGE_FILE).is_file():
@@ -174,6 +175,8 @@ class Stage:
         kind: str,
         settings: Any = None,
         parents: Parents | None = None,
+        *,
+        claim: bool = True,
     ):
         """Claims the directory, or takes up what an equal stage left there.
 
@@ -182,6 +185,8 @@ class Stage:
           kind: what it will hold.
           settings: a mapping or a dataclass of everything the bytes depend on.
           parents: role -> (manifest, directory) of what it is made from.
+          claim: False leaves the directory as it is until `claim` is called, for a stage that wants to
+            know that its input is good before anything stands on the disk.
 
         Raises:
           UserError: the directory is of another kind, other settings or other parents (it says which,
@@ -191,14 +196,36 @@ class Stage:
         self.kind = kind
         self.settings: dict[str, Any] = files.plain(settings or {})
         self.parents = {role: parent.hash for role, (parent, _) in (parents or {}).items()}
+        if self.done:
+            self._refuse_other(dataclasses.asdict(Manifest.read(self.directory)))
+            self._clean()
+        elif (self.directory / STAGE_FILE).is_file():
+            self._refuse_other(files.read_json(self.directory / STAGE_FILE))
+        if claim:
+            self.claim()
+
+    def claim(self) -> None:
+        """Makes the directory this stage's own, by stage.json; nothing if it is already."""
+        if self.done:
+            return
         with files.writing(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-        if self.done:
-            self._refuse_other(dataclasses.asdict(Manifest._read(self.directory)))
-            self._clean()
-        else:
-            self._claim()
+        names = {p.name for p in self.directory.iterdir() if not p.name.startswith(files.TEMPORARY)}
+        if STAGE_FILE in names:
             self._refuse_other(files.read_json(self.directory / STAGE_FILE))
+            return
+        if names:
+            raise UserError(
+                f"{self.directory} holds {min(names)!r} but no {STAGE_FILE}: expected an empty"
+                f" directory for the {self.kind} stage"
+            )
+        fields = {
+            "format_version": FORMAT_VERSION,
+            "kind": self.kind,
+            "settings": self.settings,
+            "parents": self.parents,
+        }
+        files.write_atomically(self.directory / STAGE_FILE, files.to_json(fields))
 
     @classmethod
     def attach(cls, directory: Path) -> "Stage":
@@ -300,26 +327,6 @@ class Stage:
         files.write_atomically(self.directory / MANIFEST_FILE, manifest.to_json())
         self._clean()
         return manifest
-
-    def _claim(self) -> None:
-        """Writes stage.json into a directory in which nothing of anybody stands, unless one is there."""
-        present = {
-            p.name for p in self.directory.iterdir() if not p.name.startswith(files.TEMPORARY)
-        }
-        if STAGE_FILE in present:
-            return
-        if present:
-            raise UserError(
-                f"{self.directory} holds {min(present)!r} but no {STAGE_FILE}: expected an empty"
-                f" directory for the {self.kind} stage"
-            )
-        fields = {
-            "format_version": FORMAT_VERSION,
-            "kind": self.kind,
-            "settings": self.settings,
-            "parents": self.parents,
-        }
-        files.write_atomically(self.directory / STAGE_FILE, files.to_json(fields))
 
     def _refuse_other(self, found: Mapping[str, Any]) -> None:
         """Raises unless the directory was begun with this stage's kind, settings and parents."""

@@ -128,6 +128,16 @@ def test_nested_settings_are_named_by_their_path(tmp_path):
         Stage(tmp_path, "rows", {"tokenizer": {"size": 2, "kind": "bpe"}})
 
 
+def test_an_unclaimed_stage_leaves_no_trace_but_refuses(tmp_path):
+    stage = Stage(tmp_path / "a", "rows", {"size": 1}, claim=False)
+    assert not (tmp_path / "a").exists() and not stage.done
+    stage.claim()
+    stage.claim()
+    assert sorted(_tree(tmp_path / "a")) == ["stage.json"]
+    with pytest.raises(UserError, match="size: 1 -> 2;"):
+        Stage(tmp_path / "a", "rows", {"size": 2}, claim=False)
+
+
 def test_a_foreign_directory_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="holds 'thesis.txt' but no stage.json"):
