@@ -208,8 +208,8 @@ def initial_state(
         return _first_state(nnx.split(make_model())[1], optimizer)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    mesh = abstract.step.sharding.mesh
-    with jax.set_mesh(mesh):
+    assert isinstance(abstract.step.sharding, NamedSharding)
+    with jax.set_mesh(abstract.step.sharding.mesh):
         return jax.jit(make, out_shardings=shardings)()
 
 

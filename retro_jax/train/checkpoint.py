@@ -1,0 +1,265 @@
+"""Checkpoints: written in the background by Orbax, sealed, and restored exactly.
+
+    checkpoints/
+      1000/default/...     the arrays of a TrainState, flat, by name ("params.layers.attention.query")
+      1000/sealed.json     shape and dtype of every array; size and sha256 of every file of default/
+      2000.damaged/        a checkpoint whose files are not what its seal says
+
+Orbax writes into a temporary directory, the seal is added when all arrays are there, and a rename
+makes the checkpoint appear: a killed run leaves whole checkpoints only. What damages one later (a
+disk, a copy cut short) is found by the seal before anything is read; then the one before it is used.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import threading
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from retro_jax.errors import UserError
+from retro_jax.train.step import TrainState
+from retro_jax.train.trees import named_leaves
+
+FORMAT_VERSION = 1
+_SEAL, _ITEM = "sealed.json", "default"
+_COMMITTED = "commit_success.txt"  # Orbax writes it after the seal
+_PARAMS = "params."
+
+_logger = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one training run."""
+
+    def __init__(self, directory: str | os.PathLike, *, keep: int = 3, keep_every: int = 0):
+        """Opens the directory, making it when it is not there.
+
+        Args:
+          directory: where the checkpoints lie.
+          keep: how many of the newest stay. keep_every: those at multiples of it stay for ever; 0
+            for none.
+        """
+        self._directory = pathlib.Path(directory).absolute()
+        self._arrays: dict[str, list[Any]] = {}
+        self._sealing = threading.Lock()
+        self._saving = -1
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            keep_period=keep_every or None,
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+        )
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState) -> None:
+        """Starts writing the state under its step; waits for the write before it, if one still runs.
+
+        Raises:
+          OSError: the write before this one failed, as on a full disk.
+        """
+        self.wait()
+        leaves = named_leaves(state)
+        self._arrays = _describe(leaves)
+        self._saving = int(state.step)
+        self._manager.save(self._saving, args=ocp.args.StandardSave(leaves), force=True)
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk.
+
+        Raises:
+          OSError: it could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except OSError:
+            raise
+        except Exception as error:  # TensorStore tells a full disk as a ValueError
+            reason = "No space left on device" if "o space left" in str(error) else str(error)
+            raise OSError(f"{self._directory / str(self._saving)}: {reason}") from error
+
+    def close(self) -> None:
+        """Waits for the last write and frees Orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def restore(self, abstract: TrainState) -> TrainState | None:
+        """The newest undamaged checkpoint, or None where there is none.
+
+        Damaged ones are renamed to STEP.damaged, with a warning for each.
+
+        Args:
+          abstract: shapes, dtypes and shardings of the state, as step.abstract_state gives them.
+
+        Raises:
+          UserError: it is of another model or optimiser; names the array that differs.
+        """
+        for step in reversed(self.steps()):
+            path = self._directory / str(step)
+            problem = _agreed(lambda path=path: find_damage(path))
+            if problem:
+                _warn_damaged(path, problem)
+                _agreed(lambda path=path: _set_aside(path))
+                continue
+            self._manager.reload()
+            return _restore(path, abstract)
+        self._manager.reload()
+        return None
+
+    def _seal(self) -> None:
+        """Adds the seal to the checkpoint that is about to be renamed to its final name."""
+        if jax.process_index() != 0:
+            return
+        (path,) = self._directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+        seal = {"format_version": FORMAT_VERSION, "arrays": self._arrays, "files": _hashes(path)}
+        with open(path / _SEAL, "w", encoding="utf-8") as file:
+            json.dump(seal, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def latest_step(directory: str | os.PathLike) -> int | None:
+    """The step of the newest checkpoint in a directory, damaged or not; None without any."""
+    found = pathlib.Path(directory)
+    steps = [int(path.name) for path in found.glob("*") if path.name.isdecimal()]
+    return max(steps, default=None)
+
+
+def restore_params(
+    directory: str | os.PathLike, abstract_params: Any, step: int | None = None
+) -> tuple[int, Any]:
+    """The parameters alone of a run's newest undamaged checkpoint; writes and renames nothing.
+
+    Args:
+      directory: the run's checkpoints.
+      abstract_params: a tree of jax.ShapeDtypeStruct with shardings; other shapes are refused.
+      step: of which step, or None for the newest.
+
+    Returns:
+      The step, and a tree like `abstract_params` of arrays.
+
+    Raises:
+      UserError: there is no such checkpoint, or it is of another model.
+    """
+    directory = pathlib.Path(directory).absolute()
+    found = sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal())
+    wanted = found[::-1] if step is None else [step]
+    if step is not None and step not in found:
+        raise UserError(f"{directory}: no checkpoint of step {step}, expected one of {found}")
+    for candidate in wanted:
+        path = directory / str(candidate)
+        problem = find_damage(path)
+        if problem is None:
+            wrapped = {_PARAMS[:-1]: abstract_params}
+            return candidate, _restore(path, wrapped, partial=True)[_PARAMS[:-1]]
+        _warn_damaged(path, problem)
+    raise UserError(f"{directory}: no undamaged checkpoint, expected that of a training run")
+
+
+def find_damage(path: pathlib.Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None: they are those that were sealed."""
+    try:
+        seal = json.loads((path / _SEAL).read_text(encoding="utf-8"))
+        files = seal["files"]
+    except (OSError, ValueError, KeyError):
+        return f"no readable {_SEAL}"
+    if seal.get("format_version") != FORMAT_VERSION:
+        return f"format version {seal.get('format_version')}, expected {FORMAT_VERSION}"
+    for name, (size, _) in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, expected {size}"
+    found = _hashes(path)
+    for name, entry in files.items():
+        if found[name] != entry:
+            return f"{name} has other content than was written"
+    return None
+
+
+def _hashes(path: pathlib.Path) -> dict[str, list[Any]]:
+    """{file: [size, sha256]} of a checkpoint's array files."""
+    files = sorted(file for file in (path / _ITEM).rglob("*") if file.is_file())
+    files = [file for file in files if file.name != _COMMITTED]
+
+    def entry(file: pathlib.Path) -> list[Any]:
+        with open(file, "rb") as stream:
+            return [file.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()]
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # hashing releases the interpreter lock
+        return {
+            str(f.relative_to(path)): e for f, e in zip(files, pool.map(entry, files), strict=True)
+        }
+
+
+def _restore(path: pathlib.Path, abstract: Any, partial: bool = False) -> Any:
+    """Reads the arrays of a tree from an undamaged checkpoint."""
+    wanted = named_leaves(abstract)
+    _check_arrays(path, _describe(wanted), partial)
+    args = ocp.args.PyTreeRestore(
+        item=wanted,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        partial_restore=partial,
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        found = checkpointer.restore(path / _ITEM, args=args)
+    return jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in wanted])
+
+
+def _check_arrays(path: pathlib.Path, expected: dict[str, list[Any]], partial: bool) -> None:
+    """Refuses a checkpoint whose arrays are not those of the model and optimiser."""
+    found = json.loads((path / _SEAL).read_text(encoding="utf-8"))["arrays"]
+    for name, (shape, dtype) in expected.items():
+        if name not in found:
+            raise UserError(f"checkpoint {path} lacks {name}: expected {dtype}{shape}")
+        if found[name] != [shape, dtype]:
+            held = f"{found[name][1]}{found[name][0]}"
+            raise UserError(f"checkpoint {path}: {name} is {held}, expected {dtype}{shape}")
+    for name in found:
+        wanted = not partial or name.startswith(_PARAMS)
+        if wanted and name not in expected:
+            raise UserError(f"checkpoint {path} holds {name}, which this model does not have")
+
+
+def _describe(leaves: dict[str, Any]) -> dict[str, list[Any]]:
+    """{name: [shape, dtype]} as JSON gives it back."""
+    return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in leaves.items()}
+
+
+def _warn_damaged(path: pathlib.Path, problem: str) -> None:
+    """Says that a checkpoint is not used."""
+    _logger.warning("checkpoint %s is damaged (%s): using the one before it", path, problem)
+
+
+def _set_aside(path: pathlib.Path) -> None:
+    """Renames a damaged checkpoint, so that its step can be written again."""
+    target = path.with_name(f"{path.name}.damaged")
+    number = 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{path.name}.damaged-{number}")
+    path.rename(target)
+
+
+def _agreed(action: Any) -> Any:
+    """Runs an action on the first process; its result, a string or None, is known to all."""
+    if jax.process_count() == 1:
+        return action()
+    result = (action() if jax.process_index() == 0 else None) or ""
+    encoded = bytearray(result.encode()[:1024].ljust(1024, b"\0"))
+    encoded = multihost_utils.broadcast_one_to_all(jax.numpy.frombuffer(encoded, jax.numpy.uint8))
+    return bytes(encoded.tolist()).rstrip(b"\0").decode() or None
