@@ -1,0 +1,92 @@
+"""CCA: the decoder reads the encoded neighbours, shifted so that nothing leaks backwards.
+
+A worked trace with M = 4 tokens a chunk, C = 3 chunks (paper, section 2.4 and figure 2):
+
+    token        0  1  2  3 | 4  5  6  7 | 8  9 10 11
+    chunk        ---- 0 ----  ---- 1 ----  ---- 2 ----
+    reads        .  .  .  E0  E0 E0 E0 E1  E1 E1 E1 E2
+
+Chunk 0's neighbours E0 were found with all of tokens 0..3, so the first token that may know them is
+token 3, which predicts token 4. Dropping the first M - 1 tokens makes rows that line up:
+
+    attending    3  4  5  6 | 7  8  9 10 | 11 .  .  .       "." is padding, dropped afterwards
+    neighbours   --- E0 ---   --- E1 ---   --- E2 ---
+
+Tokens 0..2 have no retrieval. Where chunk 1 is of another document than chunk 0, tokens 4..6 may
+not read E0, while token 3 (chunk 0's own last) still does.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from retro_jax.config import RetroConfig
+from retro_jax.model import attention as ops
+from retro_jax.model.attention import Attention, Widths
+from retro_jax.model.layers import Layout
+
+
+class ChunkedCrossAttention(nnx.Module):
+    """CCA(H, E), without the residual; one softmax over the K * R merged neighbour positions."""
+
+    def __init__(self, config: RetroConfig, *, layout: Layout, rngs: nnx.Rngs):
+        widths = Widths(
+            config.d_model, config.encoder_d_model, config.num_heads, config.head_dim
+        )
+        positions = config.positions if config.cca_positions else "none"
+        self.attention = Attention(
+            config, widths, cross=True, layout=layout, rngs=rngs, positions=positions
+        )
+
+    def __call__(
+        self,
+        h: jax.Array,
+        encoded: jax.Array,
+        present: jax.Array,
+        documents: jax.Array | None,
+    ) -> jax.Array:
+        """Attends from the shifted chunks to their neighbours.
+
+        Args:
+          h: [B, N, D], the residual stream.
+          encoded: [B, C, K, R, E], the encoder's output.
+          present: [B, C, K, R] bool, False where a neighbour is padding.
+          documents: [B, C], or None for one document a row.
+
+        Returns:
+          [B, N, D]; zero for the first M - 1 tokens.
+        """
+        batch, chunks, neighbours, neighbour_length, width = encoded.shape
+        length = h.shape[1]
+        chunk_length = length // chunks
+        ahead = chunk_length - 1
+        h_BxCxMxD = jnp.pad(h[:, ahead:], ((0, 0), (0, ahead), (0, 0))).reshape(
+            batch, chunks, chunk_length, -1
+        )
+        context = encoded.reshape(batch, chunks, neighbours * neighbour_length, width)
+        query, key, value = self.attention.project(h_BxCxMxD, context)
+        table = None
+        if self.attention.positions == "rotary":
+            query = ops.rotate(query, jnp.arange(chunk_length) + ahead)
+            key = ops.rotate(key, jnp.tile(jnp.arange(neighbour_length), neighbours))
+        elif self.attention.positions == "relative":
+            table = self.attention.position_keys(
+                ops.distances(chunk_length, neighbour_length, offset=ahead)
+            )
+        mask_BxCxS = present.reshape(batch, chunks, -1)
+        mask = mask_BxCxS[:, :, None, None, :] & self._may_read(documents, chunk_length)
+        heads = self.attention.attend(
+            query, key, value, mask, table, repeats=neighbours
+        )
+        out = self.attention.read_out(heads).reshape(batch, length, -1)
+        return jnp.pad(out, ((0, 0), (ahead, 0), (0, 0)))[:, :length]
+
+    @staticmethod
+    def _may_read(documents: jax.Array | None, chunk_length: int) -> jax.Array:
+        """[B or 1, C or 1, 1, M, 1]: a chunk's own last token always, the next chunk's in its document."""
+        own = jnp.arange(chunk_length) == 0
+        if documents is None:
+            return jnp.ones((1, 1, 1, 1, 1), bool)
+        following = jnp.pad(documents[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+        same = documents == following
+        return own[:, None] | same[:, :, None, None, None]

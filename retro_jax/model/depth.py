@@ -1,0 +1,159 @@
+"""Depth by scan: equal groups of layers run in one compiled body, so that HLO does not grow with L.
+
+With P = 6, 9, 12 of 12 layers the runs are
+
+    layers 1..5      a scan over 5 groups of one plain layer
+    layer  6         alone: the encoder runs inside it
+    layers 7..12     a scan over 2 groups of (plain, plain, CCA)
+
+and layers behind the last CCA are a scan of plain layers again. An irregular P gives more runs.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from retro_jax.config import RetroConfig
+from retro_jax.model.layers import Layout
+
+if TYPE_CHECKING:
+    from retro_jax.model.retro import Context, Retro
+
+_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """`repeats` equal groups of layers; a group is `size` layers, the last of them with CCA or not."""
+
+    size: int
+    cca: bool
+    repeats: int
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers in all groups."""
+        return self.size * self.repeats
+
+
+def runs_after(config: RetroConfig, first: int) -> list[Run]:
+    """The runs that cover layers first + 1 .. L, CCA layers included."""
+    ends = [p for p in config.cca_layers if p > first]
+    gaps = [end - start for start, end in zip([first, *ends], ends, strict=False)]
+    runs = [Run(size, True, len(list(same))) for size, same in itertools.groupby(gaps)]
+    return runs + plain_runs(config.num_layers - (ends[-1] if ends else first))
+
+
+def plain_runs(layers: int) -> list[Run]:
+    """One run of layers without CCA, or none."""
+    return [Run(1, False, layers)] if layers else []
+
+
+def scan_layers(
+    model: "Retro",
+    h: jax.Array,
+    tokens: jax.Array,
+    neighbours: jax.Array | None,
+    context: "Context",
+) -> jax.Array:
+    """Algorithm 1's loop over a Retro's layers: [B, N, D] -> [B, N, D]."""
+    config = model.config
+    layers = _Stack(model.layers)
+    if neighbours is None:
+        for run in plain_runs(config.num_layers):
+            h = _scan_run(model, run, layers, None, h, context)
+        return h
+    cca = _Stack(model.cca)
+    first = config.cca_layers[0]
+    for run in plain_runs(first - 1):
+        h = _scan_run(model, run, layers, None, h, context)
+    _, params = layers.take(1)
+    layer = layers.merge(jax.tree.map(lambda leaf: leaf[0], params))
+    h = model.attend(layer, h, first, context)
+    context = model.encode(neighbours, h, tokens, context)
+    _, params = cca.take(1)
+    h = model.retrieve(
+        cca.merge(jax.tree.map(lambda leaf: leaf[0], params)), h, first, context
+    )
+    h = model.feed_forward(layer, h, first, context)
+    for run in runs_after(config, first):
+        h = _scan_run(model, run, layers, cca if run.cca else None, h, context)
+    return h
+
+
+def rematerialised(
+    run_layer: Callable[..., jax.Array], layout: Layout
+) -> Callable[..., jax.Array]:
+    """Wraps a layer so that the backward pass makes again what the policy does not keep."""
+    policy = layout.execution.remat
+    if policy == "none":
+        return run_layer
+
+    def run(layer: nnx.Module, cca: nnx.Module | None, *args: Any) -> jax.Array:
+        graphdef, params = nnx.split((layer, cca))
+
+        def pure(params: Any, *args: Any) -> jax.Array:
+            return run_layer(*nnx.merge(graphdef, params), *args)
+
+        # Inside a scan the loop itself keeps XLA from merging the two computations.
+        return jax.checkpoint(
+            pure, policy=_POLICIES[policy], prevent_cse=not layout.execution.scan_layers
+        )(params, *args)
+
+    return run
+
+
+class _Stack:
+    """A stack of layers handed out from the front."""
+
+    def __init__(self, stacked: nnx.Module):
+        self.graphdef, self.rest = nnx.split(stacked)
+        self.taken = 0
+
+    def take(self, count: int) -> tuple[int, Any]:
+        """The index of the next layer and the parameters of the next `count`, stacked."""
+        start, self.taken = self.taken, self.taken + count
+        params = jax.tree.map(lambda leaf: leaf[start : start + count], self.rest)
+        return start, params
+
+    def merge(self, params: Any) -> Any:
+        """One layer's module."""
+        return nnx.merge(self.graphdef, params)
+
+
+def _scan_run(
+    model: "Retro",
+    run: Run,
+    layers: _Stack,
+    cca: _Stack | None,
+    h: jax.Array,
+    context: "Context",
+) -> jax.Array:
+    """Runs equal groups of layers by jax.lax.scan."""
+    start, params = layers.take(run.layers)
+    group_params = jax.tree.map(
+        lambda x: x.reshape(run.repeats, run.size, *x.shape[1:]), params
+    )
+    cca_params = cca.take(run.repeats)[1] if cca is not None else None
+    numbers = jnp.arange(run.layers).reshape(run.repeats, run.size) + start + 1
+    run_layer = rematerialised(model.run_layer, model.layout)
+
+    def group(h: jax.Array, xs: Any) -> tuple[jax.Array, None]:
+        layer_params, cca_params, p = xs
+        for i in range(run.size):
+            layer = layers.merge(jax.tree.map(lambda leaf, i=i: leaf[i], layer_params))
+            module = (
+                cca.merge(cca_params) if cca is not None and i == run.size - 1 else None
+            )
+            h = run_layer(layer, module, h, p[i], context)
+        return h, None
+
+    return jax.lax.scan(group, h, (group_params, cca_params, numbers))[0]

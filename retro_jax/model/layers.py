@@ -1,0 +1,148 @@
+"""Embedding, RMSNorm, feed-forward, dropout: what every part of the model is made of."""
+
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from retro_jax.config import ExecutionConfig, RetroConfig
+from retro_jax.sharding import Shardings, lay_out
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": jax.nn.gelu,
+    "relu": jax.nn.relu,
+}
+
+Module = TypeVar("Module", bound=nnx.Module)
+
+
+def normal(
+    rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, gain: float = 1.0
+) -> nnx.Param:
+    """A float32 parameter drawn from N(0, gain^2 / fan_in)."""
+    draw = jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(draw * (gain / math.sqrt(fan_in)))
+
+
+class Layout:
+    """What a module needs to know of how it is computed: dtype and shardings. Static, hashable."""
+
+    def __init__(self, execution: ExecutionConfig, shardings: Shardings):
+        self.execution = execution
+        self.shardings = shardings
+        self.dtype = jnp.dtype(execution.activation_dtype)
+
+    def __hash__(self) -> int:
+        return hash((self.execution, self.shardings))
+
+    def __eq__(self, other: object) -> bool:
+        same = isinstance(other, Layout) and self.execution == other.execution
+        return same and self.shardings == other.shardings
+
+    def weight(self, name: str, param: nnx.Param) -> jax.Array:
+        """A parameter as its product reads it: in the activations' dtype, gathered over fsdp."""
+        return lay_out(
+            param[...].astype(self.dtype), self.shardings.parameter(name, gathered=True)
+        )
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + epsilon) * scale, computed in float32."""
+
+    def __init__(self, width: int, epsilon: float):
+        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        return (
+            x32 * jax.lax.rsqrt(mean_square + self.epsilon) * self.scale[...]
+        ).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """Rows of a [V, D] table. An id past the table (a pad_id of V) reads the last row; it is masked."""
+
+    def __init__(self, vocab_size: int, width: int, *, layout: Layout, rngs: nnx.Rngs):
+        self.table = normal(rngs, (vocab_size, width), fan_in=width)
+        self.layout = layout
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Embeds [B, ...] ids as [B, ..., D]."""
+        table = self.layout.weight("table", self.table)
+        spec = self.layout.shardings.rows(tokens.ndim + 1)
+        return table.at[tokens].get(mode="clip", out_sharding=spec)
+
+
+class FeedForward(nnx.Module):
+    """FFW: norm, D -> F, activation, F -> D (ungated, two matrices)."""
+
+    def __init__(
+        self,
+        config: RetroConfig,
+        width: int,
+        d_ff: int,
+        *,
+        layout: Layout,
+        rngs: nnx.Rngs,
+    ):
+        self.norm = RMSNorm(width, config.norm_epsilon)
+        self.widen = normal(rngs, (width, d_ff), fan_in=width)
+        self.narrow = normal(
+            rngs, (d_ff, width), fan_in=d_ff, gain=residual_gain(config)
+        )
+        self.activation = config.activation
+        self.layout = layout
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, ..., D] -> [B, ..., D], without the residual."""
+        shardings = self.layout.shardings
+        wide = jnp.einsum(
+            "...d,df->...f",
+            self.norm(x),
+            self.layout.weight("widen", self.widen),
+            out_sharding=shardings.wide(x.ndim),
+        )
+        return jnp.einsum(
+            "...f,fd->...d",
+            _ACTIVATIONS[self.activation](wide),
+            self.layout.weight("narrow", self.narrow),
+            out_sharding=shardings.rows(x.ndim),
+        )
+
+
+def residual_gain(config: RetroConfig) -> float:
+    """Scales what is written to the residual stream, so that its variance does not grow with depth."""
+    return 1.0 / math.sqrt(2 * config.num_layers)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Inverted dropout; without a key (evaluation) or rate it is the identity."""
+    if key is None or rate == 0.0:
+        return x
+    sharding = jax.typeof(x).sharding
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    if not sharding.mesh.empty:
+        keep = jax.sharding.reshard(keep, sharding.spec)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def stack_layers(
+    make: Callable[[nnx.Rngs], Module], count: int, rngs: nnx.Rngs
+) -> Module:
+    """A module like make(rngs) whose every parameter has a leading axis of `count` layers."""
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    keys = jax.random.split(rngs.params(), count)
+    return nnx.merge(
+        graphdef, jax.vmap(lambda key: nnx.split(make(nnx.Rngs(key)))[1])(keys)
+    )
+
+
+def take_layer(stacked: Module, index: int) -> Module:
+    """Layer `index` (from 0) of a stack."""
+    graphdef, params = nnx.split(stacked)
+    return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], params))
