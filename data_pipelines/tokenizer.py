@@ -94,12 +94,11 @@ def train_tokenizer(
     stage = Stage(directory, KIND, config, parents, claim=False)
     if stage.done:
         return stage.manifest()
-    size = 0
+    sizes = []
 
     def sentences() -> Iterator[str]:
-        nonlocal size
         for text in _sample(documents_directory, documents, config):
-            size += len(text.encode())
+            sizes.append(len(text.encode()))
             yield from _segments(_escape(text), _TRAINING_SEGMENT)
 
     model = train_model(sentences(), config)
@@ -109,7 +108,7 @@ def train_tokenizer(
     stage.write_array(BYTES_FILE, np.frombuffer(b"".join(table), np.uint8))
     stage.write_array(ENDS_FILE, np.cumsum([len(token) for token in table], dtype=np.int64))
     special = {"pad_id": PAD_ID, "bos_id": BOS_ID, "eos_id": EOS_ID, "unk_id": UNK_ID}
-    facts = {"vocab_size": len(table), "training_bytes": size, **special}
+    facts = {"vocab_size": len(table), "training_bytes": sum(sizes), **special}
     return stage.finish(facts, [MODEL_FILE, BYTES_FILE, ENDS_FILE])
 
 
@@ -200,7 +199,7 @@ class Tokenizer:
             segments.extend(_segments(_escape(_checked(text)), _SEGMENT))
             ends.append(len(segments))
         ids = self._model.encode(segments, return_type="numpy", num_threads=self._threads)
-        starts = [0, *ends[:-1]]
+        starts = [0, *ends][:-1]
         empty = np.zeros(0, np.int32)
         return [np.concatenate([empty, *ids[a:b]]) for a, b in zip(starts, ends, strict=True)]
 
@@ -226,8 +225,9 @@ class Tokenizer:
 
 def _sample(directory: Path, documents: Manifest, config: TokenizerConfig) -> Iterator[str]:
     """Texts of about max_training_bytes, and never more than that."""
+    total = max(1, documents.fact("bytes"))
     share, left = (
-        config.max_training_bytes / max(1, documents.fact("bytes")),
+        config.max_training_bytes / total,
         config.max_training_bytes,
     )
     for document in read_documents(directory, documents):
@@ -237,6 +237,9 @@ def _sample(directory: Path, documents: Manifest, config: TokenizerConfig) -> It
         if size <= left:
             left -= size
             yield document.text
+    if left == config.max_training_bytes:
+        rule = "enough for one of the documents that the sample takes"
+        require(False, config, "max_training_bytes", rule)
 
 
 def _checked(text: str) -> str:
