@@ -28,7 +28,7 @@ _HELP = ("--help", "-help", "-h", "--helpshort", "--helpfull")
 
 
 def run(main: Callable[[], None]) -> None:
-    """Parses sys.argv, runs `main` and exits with the status described in the module's docstring."""
+    """Parses sys.argv, runs `main` and exits with one of the statuses above."""
     sys.exit(execute(main, sys.argv))
 
 
@@ -82,10 +82,7 @@ def _flag_module(main: Callable[[], None]) -> str:
 
 def _flag_help(flag: flags.Flag) -> list[str]:
     """Two or more lines about one flag."""
-    if flag.boolean:
-        head = f"  --[no]{flag.name}"
-    else:
-        head = f"  --{flag.name}=..."
+    head = f"  --[no]{flag.name}" if flag.boolean else f"  --{flag.name}=..."
     if isinstance(flag, flags.MultiFlag):
         head += " (may be repeated)"
     default = "" if flag.default in (None, False) else f" Default: {flag.default}."

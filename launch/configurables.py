@@ -9,8 +9,8 @@ A gin file binds fields of the dataclasses in `CONFIGURABLES`:
 
 `load` reads a file and the bindings of the command line (which win), `make` builds a dataclass from
 them, `operative_config` writes out every setting of what was built. Every mistake (a misspelt name,
-a value of the wrong type, bad syntax, a missing file) is a UserError with file, line and the nearest
-name that exists.
+a value of the wrong type, bad syntax, a missing file) is a UserError with file, line and, for a
+name, the nearest that exists.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ class _Reference:
 
 @dataclasses.dataclass
 class _Reading:
-    """What has been read so far: bindings by (scope, class, field), macros, references, and files being read."""
+    """What has been read so far; bindings by (scope, class, field), each with where it stands."""
 
     bindings: dict[tuple[str, str, str], tuple[Any, str]] = dataclasses.field(default_factory=dict)
     macros: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -161,7 +161,7 @@ def operative_config() -> str:
 def parse_bindings(text: str) -> dict[str, str]:
     """The bindings of an operative_config text: {"Class.field": "value"}."""
     pairs = (line.split(" = ", 1) for line in text.splitlines() if " = " in line)
-    return {name: value for name, value in pairs}
+    return dict(pairs)
 
 
 def _read_file(path: str, named_by: str, reading: _Reading) -> None:
@@ -242,7 +242,7 @@ def _resolve(value: Any, macros: dict[str, Any], where: str, depth: int = 0) -> 
             raise UserError(f"{where}: macro {value.name!r} is defined by itself")
         return _resolve(macros[value.name], macros, where, depth + 1)
     if isinstance(value, _Reference):
-        scope, name = ([""] + value.scoped_name.rsplit("/", 1))[-2:]
+        scope, name = (["", *value.scoped_name.rsplit("/", 1)])[-2:]
         _check_known(name, CONFIGURABLES, "configurable", where)
         return gin.config.ConfigurableReference(
             "/".join(filter(None, (scope, name))), value.evaluate

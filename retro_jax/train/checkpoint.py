@@ -1,13 +1,13 @@
 """Checkpoints: written in the background by Orbax, sealed, and restored exactly.
 
     checkpoints/
-      1000/default/...     the arrays of a TrainState, flat, by name ("params.layers.attention.query")
-      1000/sealed.json     shape and dtype of every array; size and sha256 of every file of default/
-      2000.damaged/        a checkpoint whose files are not what its seal says
+      1000/default/...   the arrays of a TrainState, flat, by name ("params.layers.attention.query")
+      1000/sealed.json   shape and dtype of every array; size and sha256 of every file of default/
+      2000.damaged/      a checkpoint whose files are not what its seal says
 
 Orbax writes into a temporary directory, the seal is added when all arrays are there, and a rename
 makes the checkpoint appear: a killed run leaves whole checkpoints only. What damages one later (a
-disk, a copy cut short) is found by the seal before anything is read; then the one before it is used.
+disk, a copy cut short) is found by the seal before anything is read; the one before is used then.
 """
 
 import concurrent.futures
@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import pathlib
-import threading
+import shutil
 from typing import Any
 
 import jax
@@ -48,7 +48,6 @@ class Checkpoints:
         """
         self._directory = pathlib.Path(directory).absolute()
         self._arrays: dict[str, list[Any]] = {}
-        self._sealing = threading.Lock()
         self._saving = -1
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
@@ -63,7 +62,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState) -> None:
-        """Starts writing the state under its step; waits for the write before it, if one still runs.
+        """Starts writing the state under its step, once the write before it has ended.
 
         Raises:
           OSError: the write before this one failed, as on a full disk.
@@ -74,6 +73,17 @@ class Checkpoints:
         self._saving = int(state.step)
         self._manager.save(self._saving, args=ocp.args.StandardSave(leaves), force=True)
 
+    def must_stop(self, step: int, signalled: bool) -> bool:
+        """Whether to save and stop after this step: the same answer in every process.
+
+        Args:
+          step: updates made. signalled: whether this process was asked to stop; with several
+            processes JAX's own preemption service is asked, which makes them agree on a step.
+        """
+        if jax.process_count() == 1:
+            return signalled
+        return self._manager.reached_preemption(step)
+
     def wait(self) -> None:
         """Waits until what was saved is on disk.
 
@@ -83,9 +93,12 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
-        except OSError:
-            raise
-        except Exception as error:  # TensorStore tells a full disk as a ValueError
+        except Exception as error:
+            for path in self._temporary():
+                shutil.rmtree(path, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise
+            # TensorStore tells a full disk as a ValueError.
             reason = "No space left on device" if "o space left" in str(error) else str(error)
             raise OSError(f"{self._directory / str(self._saving)}: {reason}") from error
 
@@ -119,11 +132,15 @@ class Checkpoints:
         self._manager.reload()
         return None
 
+    def _temporary(self) -> list[pathlib.Path]:
+        """Where Orbax is writing, if it is."""
+        return list(self._directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
+
     def _seal(self) -> None:
         """Adds the seal to the checkpoint that is about to be renamed to its final name."""
         if jax.process_index() != 0:
             return
-        (path,) = self._directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+        (path,) = self._temporary()
         seal = {"format_version": FORMAT_VERSION, "arrays": self._arrays, "files": _hashes(path)}
         with open(path / _SEAL, "w", encoding="utf-8") as file:
             json.dump(seal, file, indent=1)

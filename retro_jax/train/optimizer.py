@@ -1,8 +1,8 @@
 """AdamW with linear warm-up and cosine decay (paper, section 3 and appendix C).
 
-Betas and clipping are not in the paper; the defaults are Gopher's. Weight decay acts on matrices and
-embeddings, not on norms' scales nor on any bias, the u and v of the relative positions included.
-Layers' parameters are stacked, which gives a scale two axes: the choice is by name, not by rank.
+Betas and clipping are not in the paper; the defaults are Gopher's. Weight decay acts on matrices
+and embeddings, not on norms' scales nor on any bias, relative positions' u and v included. Layers'
+parameters are stacked, which gives a scale two axes: the choice is by name, not by rank.
 """
 
 import dataclasses
@@ -97,8 +97,8 @@ def make_optimizer(
     Args:
       config: its settings.
       total_steps: updates of the whole run.
-      trainable: which parameters are trained, by name. Frozen ones have no moments, do not decay and
-        do not count in the clipped norm. None trains all.
+      trainable: which parameters are trained, by name. Frozen ones have no moments, do not decay
+        and do not count in the clipped norm. None trains all.
 
     Raises:
       UserError: the warm-up is not shorter than the run.

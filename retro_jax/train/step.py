@@ -208,8 +208,7 @@ def initial_state(
         return _first_state(nnx.split(make_model())[1], optimizer)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    assert isinstance(abstract.step.sharding, NamedSharding)
-    with jax.set_mesh(abstract.step.sharding.mesh):
+    with jax.set_mesh(shardings.step.mesh):
         return jax.jit(make, out_shardings=shardings)()
 
 

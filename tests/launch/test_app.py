@@ -25,7 +25,7 @@ def _raises(error: BaseException) -> int:
 
 
 @pytest.mark.parametrize(
-    "error, status, line",
+    ("error", "status", "line"),
     [
         (UserError("the thing\n is wrong"), 1, "error: the thing is wrong\n"),
         (OSError(errno.ENOSPC, "No space left", "/a/b"), 1, "error: /a/b: No space left\n"),
@@ -53,7 +53,7 @@ def test_debug_shows_every_traceback():
 
 
 @pytest.mark.parametrize(
-    "argument, expected",
+    ("argument", "expected"),
     [
         (
             "--app_test_cuont=1",
@@ -66,7 +66,9 @@ def test_debug_shows_every_traceback():
 def test_bad_flags_are_one_line_and_status_2(argument, expected, capsys):
     assert app.execute(lambda: pytest.fail("main ran"), ["program", argument]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and expected in error and error.count("\n") == 1
+    assert error.startswith("error: ")
+    assert expected in error
+    assert error.count("\n") == 1
 
 
 def test_flags_are_themselves_again_after_a_run():
@@ -95,9 +97,12 @@ def test_help_is_the_docstring_and_few_flags(capsys):
     assert app.execute(main, ["program", "--help"]) == 0
     text = capsys.readouterr().out
     assert text.startswith(__doc__)
-    assert "--app_test_count=..." in text and "How many. Default: 3." in text
-    assert "--app_test_names=... (may be repeated)" in text and "--workdir=..." in text
-    assert text.count("\n") < 40 and "verbosity" not in text
+    assert "--app_test_count=..." in text
+    assert "How many. Default: 3." in text
+    assert "--app_test_names=... (may be repeated)" in text
+    assert "--workdir=..." in text
+    assert text.count("\n") < 40
+    assert "verbosity" not in text
 
 
 def test_a_program_exits_with_the_status():

@@ -73,7 +73,8 @@ def test_every_harm_to_every_file_is_found(saved, harm):
     path = directory / str(max(states))
     files = [f for f in sorted(path.rglob("*")) if f.is_file() and "commit_success" not in f.name]
     files = [f for f in files if f.name != "_CHECKPOINT_METADATA"]  # holds times only
-    assert len(files) > 5 and find_damage(path) is None
+    assert len(files) > 5
+    assert find_damage(path) is None
     for file in files:
         data = file.read_bytes()
         if harm == "gone":
@@ -102,10 +103,12 @@ def test_a_damaged_newest_checkpoint_is_set_aside_loudly(trainer, saved, caplog)
         assert (step, latest_step(directory)) == (older, newest)  # reading renames nothing
         checkpoints = Checkpoints(directory)
         state = checkpoints.restore(trainer.abstract)
-    assert f"{newest} is damaged" in caplog.text and "using the one before it" in caplog.text
+    assert f"{newest} is damaged" in caplog.text
+    assert "using the one before it" in caplog.text
     _assert_equal(state, states[older])
     _assert_equal({"params": params}, states[older])
-    assert (directory / f"{newest}.damaged").is_dir() and checkpoints.steps() == [older]
+    assert (directory / f"{newest}.damaged").is_dir()
+    assert checkpoints.steps() == [older]
     # Its step can be reached, and damaged, again.
     checkpoints.save(dataclasses.replace(state, step=jnp.int32(newest)))
     checkpoints.close()
@@ -151,8 +154,8 @@ def test_other_arrays_are_refused_by_name(trainer, saved):
         UserError, match=r"holds params\.content_bias, which this model does not have"
     ):
         restore_params(directory, {"table": trainer.abstract.params["table"]})
+    extra = {"more": jax.ShapeDtypeStruct((1,), np.float32)}
     with pytest.raises(UserError, match=r"lacks params\.more: expected float32\[1\]"):
-        extra = {"more": jax.ShapeDtypeStruct((1,), np.float32)}
         restore_params(directory, {**dict(trainer.abstract.params), **extra})
     with pytest.raises(UserError, match=r"no checkpoint of step 7777, expected one of \["):
         restore_params(directory, trainer.abstract.params, step=7777)

@@ -18,7 +18,7 @@ _CONFIG = OptimizerConfig(max_learning_rate=2e-4, warmup_steps=750)
 
 
 @pytest.mark.parametrize(
-    "step, expected",
+    ("step", "expected"),
     [
         (0, 1e-7),
         (1, 1e-7 + (2e-4 - 1e-7) / 750),
@@ -45,7 +45,7 @@ def test_a_warmup_as_long_as_the_run_is_refused():
 
 
 @pytest.mark.parametrize(
-    "field, value",
+    ("field", "value"),
     [
         ("max_learning_rate", 0.0),
         ("initial_learning_rate", 1.0),
@@ -77,7 +77,10 @@ def test_weight_decay_spares_scales_and_biases_of_stacked_layers():
     params = _tiny_params(tie_embeddings=False)
     decayed = {name for name, acts in named_leaves(decays(params)).items() if acts}
     spared = set(named_leaves(params)) - decayed
-    last = lambda names: {name.rsplit(".", 1)[-1] for name in names}
+
+    def last(names):
+        return {name.rsplit(".", 1)[-1] for name in names}
+
     assert last(spared) == {"scale", "content_bias", "position_bias"}
     assert last(decayed) == {"table", "read_out", "query_key_value", "query", "key_value"} | {
         "relative",
@@ -109,7 +112,9 @@ def test_gradients_are_clipped_by_their_global_norm():
 
 
 def test_frozen_parameters_have_no_moments_do_not_move_and_do_not_count_in_the_norm():
-    trainable = lambda name: name.startswith(("cca", "encoder"))
+    def trainable(name):
+        return name.startswith(("cca", "encoder"))
+
     params = _tiny_params()
     config = OptimizerConfig(warmup_steps=0, clip_norm=1.0)
     optimizer = make_optimizer(config, 10, trainable)

@@ -86,7 +86,8 @@ def test_a_batch_of_padding_changes_no_number_to_nan():
     batch = dataclasses.replace(host_batch(0), targets=np.full_like(host_batch(0).targets, PAD))
     with jax.set_mesh(trainer.mesh):
         state, metrics = trainer.step(trainer.state, batch)
-    assert metrics.loss == 0 and metrics.tokens == 0
+    assert metrics.loss == 0
+    assert metrics.tokens == 0
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
 
 
@@ -122,7 +123,9 @@ def test_neighbours_are_dropped_by_row_at_the_rate_asked_for():
 
 
 def test_frozen_parameters_stay_bitwise():
-    trainable = lambda name: name == "widen"
+    def trainable(name):
+        return name == "widen"
+
     trainer = Trainer(_mesh(), trainable=trainable)
     before = jax.device_get(named_leaves(trainer.state.params))
     trainer.run(range(3))
@@ -131,7 +134,8 @@ def test_frozen_parameters_stay_bitwise():
 
 
 @pytest.mark.parametrize(
-    "field, value", [("num_corpora", 0), ("neighbour_dropout", 1.5), ("neighbour_dropout", -0.1)]
+    ("field", "value"),
+    [("num_corpora", 0), ("neighbour_dropout", 1.5), ("neighbour_dropout", -0.1)],
 )
 def test_every_validation(field, value):
     with pytest.raises(UserError, match=rf"StepConfig\.{field} is {value}: expected"):

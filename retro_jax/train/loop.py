@@ -1,0 +1,134 @@
+"""The training loop. A "step" is one update of the parameters; a skipped batch counts as one.
+
+Resuming, in this order:
+
+    1. the newest undamaged checkpoint gives the state, with it the step t (Checkpoints.restore);
+    2. lines of metrics.jsonl after t are dropped (Observer), as those updates are made again;
+    3. batches are made from number t on (a batch is a function of the seed and its number);
+    4. dropout draws from (seed, t): nothing else is stored, and nothing else is needed.
+
+A run that was killed and started again therefore ends with the same bits as one that was not.
+"""
+
+import contextlib
+import dataclasses
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from retro_jax.batch import RetroBatch
+from retro_jax.config import require
+from retro_jax.train.checkpoint import Checkpoints
+from retro_jax.train.metrics import Observer
+from retro_jax.train.step import TrainState, TrainStep
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long a run trains and what it leaves.
+
+    Attributes:
+      steps: updates of the whole run; the schedule's length.
+      seed: of the initial parameters and of dropout.
+      neighbour_dropout: part of the sequences trained without their neighbours.
+      log_every: steps a line of metrics.jsonl.
+      checkpoint_every: steps between checkpoints, a multiple of log_every, so that a resumed curve
+        has the same lines; the last step always has one.
+      keep: newest checkpoints kept. keep_every: those at its multiples stay for ever; 0 for none.
+    """
+
+    steps: int
+    seed: int = 0
+    neighbour_dropout: float = 0.0
+    log_every: int = 10
+    checkpoint_every: int = 1000
+    keep: int = 3
+    keep_every: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "log_every", "checkpoint_every", "keep"):
+            require(getattr(self, field) > 0, self, field, "a positive integer")
+        require(self.keep_every >= 0, self, "keep_every", "a number of steps, or 0 for none")
+        require(0 <= self.seed < 2**32, self, "seed", "an integer from 0 to 2**32 - 1")
+        valid = 0 <= self.neighbour_dropout <= 1
+        require(valid, self, "neighbour_dropout", "a number from 0 to 1")
+        whole = self.checkpoint_every % self.log_every == 0
+        require(whole, self, "checkpoint_every", f"a multiple of log_every = {self.log_every}")
+
+
+# Settings that may differ when a run goes on: the parameters do not depend on them.
+FREE_SETTINGS = ("log_every", "checkpoint_every", "keep", "keep_every")
+
+
+class StopRequest:
+    """Whether SIGTERM or Ctrl-C has asked this process to stop; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator["StopRequest"]:
+        """Catches both signals while inside, where signals can be caught: in the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        caught = (signal.SIGTERM, signal.SIGINT)
+        before = {number: signal.signal(number, self._note) for number in caught}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        """Notes the first signal."""
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+def train(
+    state: TrainState,
+    batches: Iterator[RetroBatch],
+    *,
+    step: TrainStep,
+    config: TrainConfig,
+    checkpoints: Checkpoints,
+    observer: Observer,
+    stop: StopRequest,
+) -> TrainState:
+    """Trains from a state to config.steps, or until it is asked to stop.
+
+    Args:
+      state: where to start. batches: global batches, the first of them number state.step.
+      step: the compiled train_step. config: steps and intervals.
+      checkpoints: where states are saved. observer: where metrics go. stop: asks to stop.
+
+    Returns:
+      The last state, which is saved.
+
+    Raises:
+      UserError: the loss is not finite; nothing after the last finite step is saved.
+      OSError: a checkpoint cannot be written.
+    """
+    pending = None
+    for number in range(int(state.step) + 1, config.steps + 1):
+        batch = next(batches)
+        with jax.transfer_guard("disallow"):
+            state, metrics = step(state, batch)
+        # Metrics of the step before are read while this one runs: nothing waits for the device.
+        if pending is not None:
+            observer.observe(number - 1, jax.device_get(pending))
+        pending = metrics
+        stopping = checkpoints.must_stop(number, stop.signal is not None)
+        if stopping or number == config.steps or number % config.checkpoint_every == 0:
+            observer.observe(number, jax.device_get(pending))  # first: a bad state is not saved
+            pending = None
+            checkpoints.save(state)
+        if stopping:
+            break
+    checkpoints.wait()
+    return state

@@ -1,0 +1,225 @@
+"""Curves of a run: metrics.jsonl, TensorBoard event files, and the progress bar.
+
+A line of metrics.jsonl describes the updates since the line before it:
+
+    step              updates made so far          steps             updates in this line
+    loss              nats a token, over them      loss/CORPUS       the same of one corpus
+    tokens            targets they had             tokens_per_second, of this process's clock
+    grad_norm         their mean, before clipping  param_norm, learning_rate: of the last one
+
+The files are opened at the step that a run resumes from: later lines are dropped, as those updates
+are made again. A curve therefore never doubles back.
+"""
+
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorboardX
+import tqdm
+
+from retro_jax.errors import UserError
+from retro_jax.train.step import StepMetrics
+
+METRICS_FILE = "metrics.jsonl"
+_TERMINAL_SECONDS, _LOG_SECONDS = 0.2, 10.0  # between refreshes of the progress bar
+
+
+class Averager:
+    """Means over a window of steps. Sums are kept in float64 on the host."""
+
+    def __init__(self, corpora: Sequence[str]):
+        self._corpora = corpora
+        self._clock = time.perf_counter()
+        self._timed = False  # the first step of a process is compilation: not timed
+        self._reset()
+
+    def add(self, metrics: StepMetrics) -> None:
+        """Adds one step's metrics, NumPy on the host."""
+        tokens = int(metrics.tokens)
+        self._steps += 1
+        self._loss += float(metrics.loss) * tokens
+        self._tokens += tokens
+        self._grad_norm += float(metrics.grad_norm)
+        self._param_norm = float(metrics.param_norm)
+        self._corpus_losses += np.asarray(metrics.corpus_losses)
+        self._corpus_tokens += np.asarray(metrics.corpus_tokens)
+        if self._timed:
+            self._timed_tokens += tokens
+        else:
+            self._timed, self._clock = True, time.perf_counter()
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second since the window began; 0 before there is anything to time."""
+        seconds = time.perf_counter() - self._clock
+        return self._timed_tokens / seconds if self._timed_tokens else 0.0
+
+    def flush(self) -> dict[str, float]:
+        """The window's means, as the module's docstring names them; begins another window."""
+        means = {"loss": self._loss / max(self._tokens, 1)}
+        for name, loss, tokens in zip(
+            self._corpora, self._corpus_losses, self._corpus_tokens, strict=True
+        ):
+            if tokens:
+                means[f"loss/{name}"] = float(loss) / float(tokens)
+        means |= {
+            "grad_norm": self._grad_norm / max(self._steps, 1),
+            "param_norm": self._param_norm,
+        }
+        means |= {"steps": self._steps, "tokens": self._tokens, "tokens_per_second": self.rate}
+        self._clock = time.perf_counter()
+        self._reset()
+        return means
+
+    def _reset(self) -> None:
+        """Empties the window."""
+        self._steps, self._tokens, self._timed_tokens = 0, 0, 0
+        self._loss, self._grad_norm, self._param_norm = 0.0, 0.0, 0.0
+        self._corpus_losses: np.ndarray = np.zeros(len(self._corpora), np.float64)
+        self._corpus_tokens: np.ndarray = np.zeros(len(self._corpora), np.int64)
+
+
+class CurveWriter:
+    """Appends to metrics.jsonl and to TensorBoard's event files."""
+
+    def __init__(self, directory: str | os.PathLike, start_step: int):
+        """Opens the files of a run that has made `start_step` updates.
+
+        Args:
+          directory: the run's. start_step: what lies after it is dropped.
+        """
+        self._path = pathlib.Path(directory) / METRICS_FILE
+        truncate_curve(self._path, start_step)
+        self._events = tensorboardX.SummaryWriter(str(directory), purge_step=start_step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Adds one line: `values` after `step` updates."""
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Closes the event file."""
+        self._events.close()
+
+
+def read_curve(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; none where there is no file.
+
+    Raises:
+      UserError: a line in the middle that is not JSON.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return []
+    entries = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entries.append(json.loads(line))
+            entries[-1]["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):  # a killed run's last line
+                return entries
+            raise UserError(f"{path}:{number}: expected a line of metrics in JSON") from error
+    return entries
+
+
+def truncate_curve(path: str | os.PathLike, step: int) -> None:
+    """Drops the lines after a step, and half a last line; atomic."""
+    path = pathlib.Path(path)
+    kept = [entry for entry in read_curve(path) if entry["step"] <= step]
+    if not path.exists():
+        return
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+class Progress:
+    """A bar on standard error with steps, loss, tokens a second and the time left."""
+
+    def __init__(self, start_step: int, steps: int, shown: bool = True):
+        interval = _TERMINAL_SECONDS if sys.stderr.isatty() else _LOG_SECONDS
+        self._bar = tqdm.tqdm(
+            total=steps,
+            initial=start_step,
+            unit="step",
+            mininterval=interval,
+            dynamic_ncols=True,
+            disable=not shown,
+        )
+
+    def update(self, loss: float, rate: float) -> None:
+        """One more step was made."""
+        text = f"loss={loss:.4f}" + (f", {rate:,.0f} tokens/s" if rate else "")
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update()
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        self._bar.refresh()
+        self._bar.close()
+
+
+class Observer:
+    """Receives every step's metrics and keeps the curves; the loop's only way to the outside."""
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        *,
+        corpora: Sequence[str],
+        learning_rate: Callable[[int], Any],
+        start_step: int,
+        steps: int,
+        log_every: int,
+        main_process: bool = True,
+    ):
+        """Opens the run's curves.
+
+        Args:
+          directory: of the run. corpora: names, in the order of StepMetrics.corpus_losses.
+          learning_rate: the schedule. start_step: updates made already. steps: of the whole run.
+          log_every: steps a line. main_process: whether this one writes and shows anything.
+        """
+        self._averager = Averager(corpora)
+        self._learning_rate, self._log_every, self._steps = learning_rate, log_every, steps
+        self._writer = CurveWriter(directory, start_step) if main_process else None
+        self._progress = Progress(start_step, steps, shown=main_process)
+
+    def observe(self, step: int, metrics: StepMetrics) -> None:
+        """Takes the metrics of update number `step`, counted from 1.
+
+        Raises:
+          UserError: the loss or the gradient is not finite.
+        """
+        for name in ("loss", "grad_norm"):
+            value = float(getattr(metrics, name))
+            if not math.isfinite(value):
+                raise UserError(
+                    f"{name} is {value} at step {step}: expected a finite number; its update was "
+                    "not saved (a lower OptimizerConfig.max_learning_rate may help)"
+                )
+        self._averager.add(metrics)
+        self._progress.update(float(metrics.loss), self._averager.rate)
+        if step % self._log_every == 0 or step == self._steps:
+            rate = {"learning_rate": float(self._learning_rate(step - 1))}
+            values = self._averager.flush() | rate
+            if self._writer is not None:
+                self._writer.write(step, values)
+
+    def close(self) -> None:
+        """Closes files and bar."""
+        self._progress.close()
+        if self._writer is not None:
+            self._writer.close()

@@ -1,0 +1,180 @@
+"""The loop: resuming to the same bits, stopping when asked, refusing to save what is not finite."""
+
+import contextlib
+import dataclasses
+import itertools
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from retro_jax.errors import UserError
+from retro_jax.sharding import MeshConfig, batch_sharding, make_mesh
+from retro_jax.train.checkpoint import Checkpoints, latest_step
+from retro_jax.train.inputs import global_batch, global_batches, local_rows
+from retro_jax.train.loop import StopRequest, TrainConfig, train
+from retro_jax.train.metrics import Observer, read_curve
+from retro_jax.train.trees import named_leaves
+from tests.train.small import Trainer, host_batch
+
+_CONFIG = TrainConfig(steps=12, log_every=2, checkpoint_every=4)
+
+
+@pytest.fixture(name="trainer", scope="module")
+def _trainer():
+    """A trainer on two devices, whose step is compiled once for all tests."""
+    trainer = Trainer(make_mesh(MeshConfig(), jax.devices()[:2]), dropout=0.1)
+    trainer.first = jax.device_get(trainer.state)
+    return trainer
+
+
+def _train(trainer, directory, *, batches=None, stop=None, config=_CONFIG):
+    """Starts or resumes a run in a directory; the state it ends with."""
+    checkpoints = Checkpoints(directory / "checkpoints", keep=config.keep)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, trainer.abstract)
+    first = jax.device_put(trainer.first, shardings)
+    state = checkpoints.restore(trainer.abstract) or first
+    start = int(state.step)
+    observer = Observer(
+        directory,
+        corpora=["a", "b"],
+        learning_rate=lambda t: 0.1,
+        start_step=start,
+        steps=config.steps,
+        log_every=config.log_every,
+    )
+    if batches is None:
+        batches = (host_batch(step) for step in itertools.count(start))
+    with jax.set_mesh(trainer.mesh), _closing(checkpoints, observer):
+        return train(
+            state,
+            global_batches(batches, trainer.mesh, 8, local_rows(trainer.mesh, 8)),
+            step=trainer.step,
+            config=config,
+            checkpoints=checkpoints,
+            observer=observer,
+            stop=stop or StopRequest(),
+        )
+
+
+@contextlib.contextmanager
+def _closing(*things):
+    """Closes things in order, as a process would at its end."""
+    with contextlib.ExitStack() as stack:
+        for thing in reversed(things):
+            stack.callback(thing.close)
+        yield
+
+
+def _curve(directory):
+    """The lines of a run without their timing."""
+    lines = read_curve(directory / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+
+def _bits(state):
+    return {name: np.asarray(leaf).tobytes() for name, leaf in named_leaves(state).items()}
+
+
+class _KilledError(Exception):
+    """Stands for the end of the process."""
+
+
+def test_a_run_cut_short_ends_with_the_same_bits_and_the_same_curve(trainer, tmp_path):
+    whole = _train(trainer, tmp_path / "whole")
+    assert whole.step == 12
+    assert latest_step(tmp_path / "whole" / "checkpoints") == 12
+
+    def until(step: int, start: int):
+        yield from (host_batch(t) for t in range(start, step))
+        raise _KilledError
+
+    with pytest.raises(_KilledError):
+        _train(trainer, tmp_path / "cut", batches=until(7, 0))
+    assert latest_step(tmp_path / "cut" / "checkpoints") == 4
+    assert _curve(tmp_path / "cut")[-1]["step"] == 6  # beyond the checkpoint
+    with pytest.raises(_KilledError):
+        _train(trainer, tmp_path / "cut", batches=until(9, 4))
+    resumed = _train(trainer, tmp_path / "cut")
+    assert _bits(resumed) == _bits(whole)
+    assert _curve(tmp_path / "cut") == _curve(tmp_path / "whole")
+    assert [line["step"] for line in _curve(tmp_path / "whole")] == [2, 4, 6, 8, 10, 12]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops_and_the_run_goes_on_to_the_same_bits(trainer, tmp_path, number):
+    whole = _train(trainer, tmp_path / "whole")
+    stop = StopRequest()
+
+    def batches():
+        for step in itertools.count():
+            if step == 5:
+                os.kill(os.getpid(), number)
+            yield host_batch(step)
+
+    with stop.listening():
+        state = _train(trainer, tmp_path / "cut", batches=batches(), stop=stop)
+    assert (stop.signal, int(state.step)) == (number, 6)
+    assert latest_step(tmp_path / "cut" / "checkpoints") == 6
+    assert _bits(_train(trainer, tmp_path / "cut")) == _bits(whole)
+
+
+def test_a_second_signal_stops_at_once():
+    stop, before = StopRequest(), signal.getsignal(signal.SIGTERM)
+    with stop.listening():
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_loss_that_is_not_finite_is_not_saved(trainer, tmp_path):
+    sane = trainer.step
+
+    def poisoned(state, batch):
+        state, metrics = sane(state, batch)
+        return state, dataclasses.replace(metrics, loss=metrics.loss / (8 - state.step))
+
+    trainer.step = jax.jit(poisoned)
+    try:
+        with pytest.raises(UserError, match=r"loss is (inf|-inf|nan) at step 8"):
+            _train(trainer, tmp_path)  # step 8 would have been saved
+    finally:
+        trainer.step = sane
+    assert latest_step(tmp_path / "checkpoints") == 4
+
+
+def test_a_finished_run_makes_no_step(trainer, tmp_path):
+    state = _train(trainer, tmp_path)
+    again = _train(trainer, tmp_path, batches=iter(()))
+    assert _bits(again) == _bits(state)
+
+
+def test_hosts_make_only_the_rows_of_their_devices():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices())
+    assert local_rows(mesh, 8) == list(range(8))
+    batch = host_batch(0)
+    spread = global_batch(batch, mesh, 8, local_rows(mesh, 8))
+    assert spread.tokens.sharding == batch_sharding(mesh)
+    for name, array in vars(spread).items():
+        np.testing.assert_array_equal(array, getattr(batch, name))
+    assert global_batch(batch.without_neighbours(), mesh, 8, list(range(8))).neighbours is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("steps", 0),
+        ("seed", -1),
+        ("neighbour_dropout", 1.5),
+        ("log_every", 0),
+        ("checkpoint_every", 15),
+        ("keep", 0),
+        ("keep_every", -1),
+    ],
+)
+def test_every_validation(field, value):
+    with pytest.raises(UserError, match=rf"TrainConfig\.{field} is {value}: expected"):
+        TrainConfig(**{"steps": 10, field: value})

@@ -1,0 +1,119 @@
+"""Curves: window means, appending, and resuming without doubling."""
+
+import json
+
+import numpy as np
+import pytest
+
+from retro_jax.errors import UserError
+from retro_jax.train.metrics import Averager, CurveWriter, Observer, read_curve, truncate_curve
+from retro_jax.train.step import StepMetrics
+
+
+def _step(loss: float, tokens: list[int], grad_norm: float = 1.0) -> StepMetrics:
+    """Metrics of one step whose corpora have the given tokens, all of the same loss."""
+    return StepMetrics(
+        loss=np.float32(loss),
+        tokens=np.int32(sum(tokens)),
+        grad_norm=np.float32(grad_norm),
+        param_norm=np.float32(7.0),
+        corpus_losses=np.float32(loss) * np.array(tokens, np.float32),
+        corpus_tokens=np.array(tokens, np.int32),
+    )
+
+
+def test_means_weigh_tokens_not_steps():
+    averager = Averager(["code", "wiki"])
+    averager.add(_step(2.0, [10, 0], grad_norm=1.0))
+    averager.add(_step(4.0, [10, 20], grad_norm=2.0))
+    means = averager.flush()
+    assert means["loss"] == pytest.approx((20 + 40 + 80) / 40)
+    assert means["loss/code"] == pytest.approx(3.0)
+    assert means["loss/wiki"] == pytest.approx(4.0)
+    assert (means["grad_norm"], means["param_norm"]) == (1.5, 7.0)
+    assert (means["steps"], means["tokens"]) == (2, 40)
+    assert means["tokens_per_second"] > 0
+    averager.add(_step(1.0, [0, 3]))
+    assert "loss/code" not in averager.flush()  # no token of it: nothing to say
+
+
+def test_the_first_step_is_not_timed(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    averager = Averager(["code"])
+    now[0] += 60.0  # compilation
+    averager.add(_step(1.0, [1000]))
+    assert averager.rate == 0.0
+    now[0] += 2.0
+    averager.add(_step(1.0, [300]))
+    assert averager.rate == pytest.approx(150.0)
+    averager.flush()
+    now[0] += 1.0
+    averager.add(_step(1.0, [500]))
+    assert averager.rate == pytest.approx(500.0)
+
+
+def test_a_resumed_curve_goes_on_where_the_checkpoint_was(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    writer = CurveWriter(tmp_path, 0)
+    for step in (10, 20, 30):
+        writer.write(step, {"loss": 1.0})
+    writer.close()
+    with open(path, "a", encoding="utf-8") as file:
+        file.write('{"step": 40, "lo')  # killed while writing
+    writer = CurveWriter(tmp_path, 20)
+    writer.write(30, {"loss": 2.0})
+    writer.close()
+    assert [(e["step"], e["loss"]) for e in read_curve(path)] == [(10, 1.0), (20, 1.0), (30, 2.0)]
+    assert list(tmp_path.glob("events.*"))
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_curve_of_whole_lines_is_kept_byte_for_byte(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    text = "".join(json.dumps({"step": i, "loss": 1 / (i + 3)}) + "\n" for i in range(5))
+    path.write_text(text)
+    truncate_curve(path, 99)
+    assert path.read_text() == text
+    assert read_curve(tmp_path / "none.jsonl") == []
+
+
+def test_a_line_that_is_no_json_is_told(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n[]\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: expected a line of metrics"):
+        read_curve(path)
+
+
+def _observer(directory, start_step=0, steps=4):
+    return Observer(
+        directory,
+        corpora=["code"],
+        learning_rate=lambda t: 0.5 * t,
+        start_step=start_step,
+        steps=steps,
+        log_every=3,
+    )
+
+
+def test_lines_come_every_so_many_steps_and_at_the_end(tmp_path, capsys):
+    observer = _observer(tmp_path)
+    for step in range(1, 5):
+        observer.observe(step, _step(float(step), [10]))
+    observer.close()
+    lines = read_curve(tmp_path / "metrics.jsonl")
+    seen = [(line["step"], line["steps"], line["loss"], line["learning_rate"]) for line in lines]
+    assert seen == [(3, 3, 2.0, 1.0), (4, 1, 4.0, 1.5)]  # update 3 is t = 2
+    shown = capsys.readouterr().err
+    assert "4/4" in shown
+    assert "loss=4.0000" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "step"), [("loss", _step(np.nan, [1])), ("grad_norm", _step(1.0, [1], np.inf))]
+)
+def test_what_is_not_finite_stops_with_the_step(tmp_path, name, step):
+    observer = _observer(tmp_path)
+    with pytest.raises(UserError, match=rf"{name} is (nan|inf) at step 3: expected a finite"):
+        observer.observe(3, step)
+    assert read_curve(tmp_path / "metrics.jsonl") == []
