@@ -1,0 +1,269 @@
+"""The report of a run: one self-contained HTML page from plain values.
+
+Every text of a document, prompt or sample goes through html.escape; whitespace is kept, for code.
+"""
+
+import dataclasses
+import html
+from collections.abc import Mapping, Sequence
+
+from retro_jax.evaluate.line_chart import Line, line_chart, smooth
+from retro_jax.evaluate.page import page, table
+from retro_jax.evaluate.spans import Span
+
+CONDITION_NAMES = {"baseline": "baseline", "off": "RETRO[OFF]", "on": "RETRO[ON]"}
+_FULL_COLOUR_BITS = 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class NeighbourView:
+    """A retrieved neighbour: its document, its corpus, its distance to the query, and its text."""
+
+    document: str
+    corpus: str
+    distance: float
+    chunk: Sequence[Span]
+    continuation: Sequence[Span]
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkView:
+    """A test chunk: what retrieval did to each of its tokens, and from which neighbours.
+
+    Attributes:
+      heading: why it is shown. source: its document and place.
+      gain: bits that retrieval saved on it, out of `bits` without retrieval.
+      query: the chunk before it, with which the neighbours were retrieved.
+      spans: the chunk's text, with the gain of each token.
+    """
+
+    heading: str
+    source: str
+    gain: float
+    bits: float
+    query: Sequence[Span]
+    spans: Sequence[Span]
+    neighbours: Sequence[NeighbourView]
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleChunk:
+    """A chunk of a sample: its prompt part, its generated part, and the neighbours it retrieved."""
+
+    prompt: str
+    generated: str
+    neighbours: Sequence[NeighbourView]
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleView:
+    """A sample: a heading, how it was made, and its chunks."""
+
+    heading: str
+    settings: str
+    chunks: Sequence[SampleChunk]
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """A run's training loss in nats a token, by tokens seen."""
+
+    name: str
+    tokens: Sequence[float]
+    loss: Sequence[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Everything the page shows; a section without content is left out.
+
+    Attributes:
+      facts: (name, value) pairs about the run.
+      scores: condition -> corpus -> Score.to_dict(), where the corpus "" is all of them.
+      curves: training losses.
+      chunks, samples: what retrieval did, and generated text.
+    """
+
+    title: str
+    summary: str
+    facts: Sequence[tuple[str, str]]
+    scores: Mapping[str, Mapping[str, Mapping[str, float]]]
+    curves: Sequence[Curve]
+    chunks: Sequence[ChunkView]
+    samples: Sequence[SampleView]
+
+
+def render(report: Report) -> str:
+    """The page as HTML."""
+    facts = "".join(
+        f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in report.facts
+    )
+    parts = [
+        f"<h1>{html.escape(report.title)}</h1><p class=dim>{html.escape(report.summary)}</p>",
+        _scores_section(report.scores),
+        _curves_section(report.curves),
+        _chunks_section(report.chunks),
+        _samples_section(report.samples),
+        f"<h2>How this was made</h2><dl>{facts}</dl>" if facts else "",
+    ]
+    return page(report.title, "\n".join(part for part in parts if part))
+
+
+def score_rows(
+    scores: Mapping[str, Mapping[str, Mapping[str, float]]], figure: str, digits: int
+) -> tuple[list[str], list[list[str]], list[int | None]]:
+    """A table of one figure: header, a row per corpus (the last is all), and each row's best column."""
+    conditions = [name for name in CONDITION_NAMES if name in scores]
+    corpora = sorted({corpus for by_corpus in scores.values() for corpus in by_corpus if corpus})
+    header = ["corpus", *(CONDITION_NAMES[name] for name in conditions)]
+    pair = "on" in scores and "off" in scores
+    header += ["ON vs OFF"] if pair else []
+    rows, best = [], []
+    for corpus in [*corpora, ""]:
+        values = [scores[name][corpus][figure] for name in conditions]
+        row = [corpus or "all", *(f"{value:.{digits}f}" for value in values)]
+        if pair:
+            on, off = scores["on"][corpus][figure], scores["off"][corpus][figure]
+            row.append(f"{100 * (on / off - 1):+.1f}%" if off else "")
+        rows.append(row)
+        best.append(1 + values.index(min(values)) if len(values) > 1 else None)
+    return header, rows, best
+
+
+def _scores_section(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """The tables of figures."""
+    if not scores:
+        return ""
+    header, rows, best = score_rows(scores, "bits_per_byte", 4)
+    parts = ["<h2>Bits per byte</h2>", table(header, rows, best=best)]
+    parts.append(
+        "<p class='dim small'>Loss of the text over its UTF-8 bytes; lower is better. The end of a "
+        "document is not counted. RETRO[OFF] is the same model without neighbours.</p>"
+    )
+    header, rows, best = score_rows(scores, "word_perplexity", 1)
+    tokens, token_rows, token_best = score_rows(scores, "bits_per_token", 3)
+    parts.append(
+        "<details><summary>Perplexity by word, and bits per token</summary>"
+        f"<p class='dim small'>By whitespace word, line ends counted as words.</p>"
+        f"{table(header, rows, best=best)}"
+        f"<p class='dim small'>Bits per token.</p>{table(tokens, token_rows, best=token_best)}"
+        "</details>"
+    )
+    return "".join(parts)
+
+
+def _curves_section(curves: Sequence[Curve]) -> str:
+    """The training losses: each value thin, their running mean bold."""
+    lines = []
+    for curve, style in zip(curves, ("first", "second"), strict=False):
+        window = max(1, len(curve.loss) // 25)
+        lines.append(Line("", curve.tokens, curve.loss, f"raw {style}"))
+        lines.append(Line(curve.name, curve.tokens, smooth(curve.loss, window), style))
+    chart = line_chart(lines, x_label="tokens seen", y_label="training loss, nats a token")
+    if not chart:
+        return ""
+    return (
+        f'<h2>Training</h2><figure><div class="card">{chart}</div><figcaption class=small>'
+        "Thin: each value logged. Bold: their mean over a 25th of the run.</figcaption></figure>"
+    )
+
+
+def _chunks_section(chunks: Sequence[ChunkView]) -> str:
+    """Test chunks coloured by what retrieval did to each token."""
+    if not chunks:
+        return ""
+    legend = (
+        '<div class="legend"><span>less likely</span><span class="ramp"></span><span>more likely '
+        f"with retrieval (full colour from {_FULL_COLOUR_BITS:g} bits a token; point at a token for "
+        "its number; dotted underline: less likely)</span></div>"
+    )
+    intro = (
+        "<p>Test chunks of 64 tokens. Neighbours were retrieved with the chunk <em>before</em>, and "
+        "are read while this chunk is predicted. <mark>Marked</mark> in a neighbour: runs of four or "
+        "more tokens that the chunk has too.</p>"
+    )
+    return f"<h2>What retrieval changed</h2>{intro}{legend}{''.join(map(_chunk_card, chunks))}"
+
+
+def _chunk_card(chunk: ChunkView) -> str:
+    """One test chunk and its neighbours, side by side."""
+    style, word = ("gain", "saved") if chunk.gain >= 0 else ("loss", "cost")
+    figure = f"<span class={style}>{abs(chunk.gain):.1f} bits {word}</span>"
+    left = ""
+    if chunk.query:
+        left = f'<div class="caption">the chunk before: the query</div>{_text(chunk.query)}'
+    left += f'<div class="caption">the chunk</div>{_text(chunk.spans)}'
+    return (
+        f'<section class="card"><header><h3>{html.escape(chunk.heading)}</h3>'
+        f'<span class="caption">{html.escape(chunk.source)}</span>'
+        f'<span class="small">{figure} <span class=dim>of {chunk.bits:.1f}</span></span></header>'
+        f'<div class="pair"><div>{left}</div><div>{_neighbours(chunk.neighbours)}</div></div></section>'
+    )
+
+
+def _samples_section(samples: Sequence[SampleView]) -> str:
+    """Generated texts, chunk by chunk with what was retrieved."""
+    if not samples:
+        return ""
+    cards = []
+    for sample in samples:
+        pairs = "".join(
+            f'<div class="pair"><div>{_sample_text(chunk)}</div>'
+            f"<div>{_neighbours(chunk.neighbours)}</div></div>"
+            for chunk in sample.chunks
+        )
+        cards.append(
+            f'<section class="card"><header><h3>{html.escape(sample.heading)}</h3>'
+            f'<span class="caption">{html.escape(sample.settings)}</span></header>{pairs}</section>'
+        )
+    intro = (
+        "<p>The prompt has a coloured ground. Beside each chunk stand the neighbours retrieved with "
+        "it: the model reads them while it writes the chunk that follows.</p>"
+    )
+    return f"<h2>Samples</h2>{intro}{''.join(cards)}"
+
+
+def _sample_text(chunk: SampleChunk) -> str:
+    """A chunk of a sample, its prompt part marked."""
+    prompt = f"<span class=prompt>{html.escape(chunk.prompt)}</span>" if chunk.prompt else ""
+    return f'<div class="text">{prompt}{html.escape(chunk.generated)}</div>'
+
+
+def _neighbours(neighbours: Sequence[NeighbourView]) -> str:
+    """The neighbours of one chunk, nearest first."""
+    if not neighbours:
+        return '<p class="caption">no neighbours</p>'
+    parts = []
+    for neighbour in neighbours:
+        parts.append(
+            f'<div class="caption"><b>{html.escape(neighbour.document)}</b> · '
+            f"{html.escape(neighbour.corpus)} · distance {neighbour.distance:.3f}</div>"
+            f'<div class="text">{_spans(neighbour.chunk)}'
+            f"<span class=continuation>{_spans(neighbour.continuation)}</span></div>"
+        )
+    return "".join(parts)
+
+
+def _text(spans: Sequence[Span]) -> str:
+    """A block of text."""
+    return f'<div class="text">{_spans(spans)}</div>'
+
+
+def _spans(spans: Sequence[Span]) -> str:
+    """Spans as HTML; neighbouring plain ones are joined."""
+    return "".join(_span(span) for span in spans)
+
+
+def _span(span: Span) -> str:
+    """One span: coloured by its gain, marked where it is shared, else plain."""
+    text = html.escape(span.text)
+    if span.gain is not None:
+        text = text.replace("\n", "<span class=end></span>\n")
+        strength = min(1.0, abs(span.gain) / _FULL_COLOUR_BITS) * 0.75
+        if strength < 0.03:
+            return f'<span title="{span.gain:+.2f} bits">{text}</span>'
+        name = "more" if span.gain > 0 else "less"
+        ground = f"background: rgba(var(--{name}), {strength:.2f})"
+        underline = " class=less" if span.gain < -0.5 else ""
+        return f'<span{underline} style="{ground}" title="{span.gain:+.2f} bits">{text}</span>'
+    return f"<mark>{text}</mark>" if span.shared else text

@@ -1,0 +1,189 @@
+"""Scores every token of a text exactly once, by windows of chunks that overlap.
+
+With windows of 4 chunks and a stride of 2, over a text of 9 chunks ("s" scored, "." context only):
+
+    chunk      0 1 2 3 4 5 6 7 8
+    window 0   s s s s
+    window 1       . . s s
+    window 2           . . s s
+    window 3               . . s         the last window is padded
+
+A scored chunk sees at least `chunks - stride` chunks before it, or its document's start. A window
+scores the predictions made AT its chunks' positions, so the first token of a window's first chunk
+is scored by the window before, and the target of a window's last position is read beyond the
+window. What is returned is indexed by the token predicted.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from flax import nnx
+
+from retro_jax.batch import RetroBatch
+from retro_jax.config import require
+
+T = TypeVar("T")
+TokenLosses = Callable[[RetroBatch], jax.Array | np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowConfig:
+    """How a text is cut for scoring.
+
+    Attributes:
+      chunks: chunks a window; the trained sequence length in chunks.
+      stride: chunks by which windows advance; smaller means more context and more work.
+      batch_size: windows scored at once.
+    """
+
+    chunks: int = 32
+    stride: int = 16
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        require(self.chunks > 0, self, "chunks", "a positive integer")
+        require(
+            0 < self.stride <= self.chunks,
+            self,
+            "stride",
+            f"1 to chunks = {self.chunks}",
+        )
+        require(self.batch_size > 0, self, "batch_size", "a positive integer")
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkText:
+    """What is scored: whole documents, as chunks in order.
+
+    Attributes:
+      ids: [n] int64, the chunk ids.
+      documents: [n] int, the document number of each chunk; a document's chunks are consecutive.
+      chunks: gives [len(ids), M] tokens for an array of ids, all pad_id for the id -1.
+      neighbours: gives [len(ids), K, R] tokens for an array of ids (-1 as above); None is
+        retrieval off.
+      pad_id: the token that means "nothing here".
+    """
+
+    ids: np.ndarray
+    documents: np.ndarray
+    chunks: Callable[[np.ndarray], np.ndarray]
+    neighbours: Callable[[np.ndarray], np.ndarray] | None
+    pad_id: int
+
+
+def windows(num_chunks: int, chunks: int, stride: int) -> np.ndarray:
+    """Cuts `num_chunks` chunks into windows of `chunks` chunks.
+
+    Returns:
+      [W, 3] int64: the first chunk a window reads, the first one it scores, the end of those it
+      scores (exclusive, and the end of what it reads). The scored ranges partition the chunks.
+    """
+    if num_chunks <= 0:
+        return np.zeros((0, 3), np.int64)
+    count = 1 + max(0, -(-(num_chunks - chunks) // stride))
+    starts = stride * np.arange(count, dtype=np.int64)
+    ends = np.minimum(starts + chunks, num_chunks)
+    return np.stack([starts, np.concatenate([[0], ends[:-1]]), ends], axis=1)
+
+
+def window_batch(text: ChunkText, starts: np.ndarray, chunks: int) -> RetroBatch:
+    """Reads the windows that begin at `starts` ([B], positions in text.ids) as one batch.
+
+    Positions past the end of the text are padding: document -1, tokens and targets pad_id.
+    """
+    positions = starts[:, None] + np.arange(chunks + 1)
+    inside = positions < len(text.ids)
+    positions = np.minimum(positions, len(text.ids) - 1)
+    ids = np.where(inside, text.ids[positions], -1)
+    documents = np.where(inside, text.documents[positions], -1).astype(np.int32)
+    tokens = text.chunks(ids.ravel()).astype(np.int32).reshape(*ids.shape, -1)
+    follows = (documents[:, 1:] == documents[:, :-1]) & inside[:, 1:]
+    following = np.where(follows, tokens[:, 1:, 0], text.pad_id)
+    targets = np.concatenate([tokens[:, :-1, 1:], following[..., None]], axis=2)
+    arrays: dict[str, Any] = {
+        "tokens": tokens[:, :-1].reshape(len(starts), -1),
+        "targets": targets.reshape(len(starts), -1),
+        "documents": documents[:, :-1],
+        "corpus": np.zeros(len(starts), np.int32),
+    }
+    if text.neighbours is not None:
+        neighbours = text.neighbours(ids[:, :-1].ravel()).astype(np.int32)
+        arrays["neighbours"] = neighbours.reshape(len(starts), chunks, *neighbours.shape[1:])
+    return RetroBatch(**arrays)
+
+
+def score_chunks(
+    token_losses: TokenLosses,
+    text: ChunkText,
+    config: WindowConfig,
+    *,
+    on_windows: Callable[[int], object] | None = None,
+) -> np.ndarray:
+    """Scores every token of a text.
+
+    Args:
+      token_losses: [B, N] nats of a batch, 0 where the target is pad_id.
+      text: the chunks, and their neighbours for retrieval on.
+      config: windows, stride and batch size; every batch has the same shape (compiled once).
+      on_windows: told the number of windows each time some are done.
+
+    Returns:
+      [n, M] float32, the loss in nats of each token given what precedes it in its document; 0 for
+      padding and for a document's first token, which nothing predicts.
+    """
+    scores: np.ndarray | None = None
+    for plan, losses in _one_behind(_losses(token_losses, text, config)):
+        rows = np.asarray(losses, np.float32).reshape(config.batch_size, config.chunks, -1)
+        if scores is None:
+            scores = np.zeros((len(text.ids), rows.shape[2]), np.float32)
+        for (start, begin, end), row in zip(plan, rows, strict=False):
+            scores[begin:end] = row[begin - start : end - start]
+        if on_windows is not None:
+            on_windows(len(plan))
+    if scores is None:
+        return np.zeros((0, 0), np.float32)
+    by_position = scores.ravel()
+    return np.concatenate([np.zeros(1, np.float32), by_position[:-1]]).reshape(scores.shape)
+
+
+def _losses(
+    token_losses: TokenLosses, text: ChunkText, config: WindowConfig
+) -> Iterator[tuple[np.ndarray, jax.Array | np.ndarray]]:
+    """Batches of equal shape: rows of the plan, and the losses [batch_size, N] of their windows."""
+    plan = windows(len(text.ids), config.chunks, config.stride)
+    for first in range(0, len(plan), config.batch_size):
+        part = plan[first : first + config.batch_size]
+        starts = np.full(config.batch_size, len(text.ids), np.int64)
+        starts[: len(part)] = part[:, 0]
+        yield part, token_losses(window_batch(text, starts, config.chunks))
+
+
+def _one_behind(items: Iterator[T]) -> Iterator[T]:
+    """Passes items on one late, so that the device computes one while the last is fetched."""
+    before: list[T] = []
+    for item in items:
+        yield from before
+        before = [item]
+    yield from before
+
+
+def compiled_token_losses(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    place: Callable[[RetroBatch], RetroBatch] = lambda batch: batch,
+) -> TokenLosses:
+    """A model's `token_losses` as one compiled function of the batch.
+
+    Args:
+      graphdef, params: of a Retro, as nnx.split gives them; the parameters stay where they lie.
+      place: puts a batch of NumPy arrays where the model reads it (on a mesh).
+    """
+
+    @jax.jit
+    def losses(params: nnx.State, batch: RetroBatch) -> jax.Array:
+        return nnx.merge(graphdef, params).token_losses(batch)
+
+    return lambda batch: losses(params, place(batch))
