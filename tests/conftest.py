@@ -1,18 +1,23 @@
 """Environment of every test: CPU, 8 simulated devices, and compiled programs kept between runs.
 
 Set before jax is imported, and in the environment, so that entry points run as subprocesses share
-it.
+it. Tests compile much and compute little: without LLVM's optimisation the gradient of a tiny RETRO
+compiles in 2 s instead of 11, its initialisation in 3 s instead of 38 (2 cores, jax 0.10.2).
 """
 
 import os
 import pathlib
 
 _CACHE = pathlib.Path(__file__).resolve().parent.parent / ".cache" / "jax"
-_DEVICES = "--xla_force_host_platform_device_count=8"
+_FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+)
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+_given = os.environ.get("XLA_FLAGS", "").split()
+os.environ["XLA_FLAGS"] = " ".join([*_given, *(flag for flag in _FLAGS if flag not in _given)])
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_CACHE)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
