@@ -65,11 +65,10 @@ def test_every_document_comes_back_whole(database, documents, tokenizer):
         assert np.all(database.documents(ids) == d)
         tokens = database.chunks(ids).ravel()
         text = tokens[tokens != database.pad_id]
-        assert text[0] == database.bos_id and text[-1] == database.eos_id
-        assert (
-            np.all(tokens[len(text) :] == database.pad_id)
-            and len(tokens) - len(text) < CHUNK_LENGTH
-        )
+        assert text[0] == database.bos_id
+        assert text[-1] == database.eos_id
+        assert np.all(tokens[len(text) :] == database.pad_id)
+        assert len(tokens) - len(text) < CHUNK_LENGTH
         assert tokenizer.decode(text) == document.text, "the tail of a document is never lost"
         assert tokenizer.num_bytes(tokens) == record.bytes == len(document.text.encode())
         assert record.words == len(document.text.split())
@@ -103,7 +102,8 @@ def test_reading_many_equals_reading_one_by_one(database, data):
         (database.documents, (), np.int64),
     ):
         together = read(ids)
-        assert together.shape == (len(ids), *width) and together.dtype == dtype
+        assert together.shape == (len(ids), *width)
+        assert together.dtype == dtype
         for i, row in zip(ids, together, strict=True):
             np.testing.assert_array_equal(read(np.array([i]))[0], row)
         folded = read(np.stack([ids, ids]))
@@ -129,7 +129,8 @@ def test_corpora_are_ranges_and_facts_add_up(database, documents, tokenizer):
     assert [i for r in database.shards for i in r] == list(range(len(database)))
     facts = database.manifest.facts
     rows = database.chunks(np.arange(len(database)))
-    assert facts["chunks"] == len(database) and facts["documents"] == len(documents)
+    assert facts["chunks"] == len(database)
+    assert facts["documents"] == len(documents)
     assert facts["tokens"] == np.count_nonzero(rows != database.pad_id)
     assert facts["padding"] == pytest.approx(np.mean(rows == database.pad_id))
     for name, corpus in facts["corpora"].items():
@@ -182,7 +183,7 @@ prepare(workdir / "out", documents_config(workdir / "b", workdir / "a"))
 """
 
 
-@pytest.mark.parametrize("shards", [3, 19])
+@pytest.mark.parametrize("shards", [3, 10, 19])  # in documents, tokeniser and chunks
 def test_killed_and_restarted_ends_with_the_same_bytes(workdir, tmp_path, shards):
     for name in ("a", "b"):
         shutil.copytree(workdir.parent / name, tmp_path / name)
@@ -246,7 +247,8 @@ def test_a_split_without_documents_is_an_empty_database(tmp_path):
     write_texts(tmp_path / "a", 20)
     prepare(tmp_path / "out", documents_config(tmp_path / "a", validation=0))
     database = ChunkDatabase.open(tmp_path / "out" / "chunks" / "validation", verify=True)
-    assert len(database) == database.num_documents == 0 and database.corpora == {}
+    assert len(database) == database.num_documents == 0
+    assert database.corpora == {}
     assert database.values(np.array([-1, -1])).shape == (2, 2 * CHUNK_LENGTH)
     assert list(database.records()) == []
 
@@ -255,11 +257,13 @@ def test_a_split_without_documents_is_an_empty_database(tmp_path):
 def test_rows_of_a_document(tokenizer, length):
     ids = np.arange(4, 4 + length)
     rows = chunk_rows(ids, tokenizer, "uint16")
-    assert rows.dtype == np.uint16 and len(rows) == -(-(length + 2) // CHUNK_LENGTH)
+    assert rows.dtype == np.uint16
+    assert len(rows) == -(-(length + 2) // CHUNK_LENGTH)
     tokens = [1, *ids, 2]
     padded = tokens + [0] * (rows.size - len(tokens))
     assert rows.ravel().tolist() == padded
 
 
 def test_tokens_are_as_narrow_as_the_vocabulary_allows():
-    assert token_dtype(65_536) is np.uint16 and token_dtype(65_537) is np.uint32
+    assert token_dtype(65_536) is np.uint16
+    assert token_dtype(65_537) is np.uint32

@@ -45,7 +45,7 @@ def texts(tmp_path):
         ),
         (
             {"corpora": [CorpusConfig("c", "stdlib", split="test")]},
-            "expected a corpus that is not put",
+            "corpora is .*: expected a corpus that is not put",
         ),
         ({"validation": 1.0}, "validation is 1.0: expected a share from 0 to 1"),
         ({"validation": 0.5, "test": 0.5}, r"test is 0.5: expected validation \+ test less than 1"),
@@ -63,7 +63,8 @@ def test_nothing_is_lost_and_everything_is_in_order(tmp_path, texts):
     documents = _all(tmp_path / "out")
     expected = {(f.name, p.name): p.read_text() for f in texts for p in f.iterdir()}
     found = {(d.corpus, d.id): d.text for docs in documents.values() for d in docs}
-    assert found == expected and len(expected) == 100
+    assert found == expected
+    assert len(expected) == 100
     for split, docs in documents.items():
         keys = [(d.corpus, stable_hash(d.id, "order")) for d in docs]
         assert keys == sorted(keys)
@@ -71,7 +72,9 @@ def test_nothing_is_lost_and_everything_is_in_order(tmp_path, texts):
         shards = manifests[split].fact("shards")
         assert sum(shard["documents"] for shard in shards) == len(docs)
         assert manifests[split].fact("documents") == len(docs)
-    assert len(documents["train"]) > 60 and documents["validation"] and documents["test"]
+    assert len(documents["train"]) > 60
+    assert documents["validation"]
+    assert documents["test"]
     assert len(manifests["train"].shards) > 4, "the test should see several shards"
     assert not (tmp_path / "out" / ".spill").exists()
 
@@ -81,9 +84,8 @@ def test_shards_hold_one_corpus_and_end_at_their_size(tmp_path, texts):
     for shard, fact in zip(manifest.shards, manifest.fact("shards"), strict=True):
         lines = (tmp_path / "out" / "train" / shard.name).read_bytes().splitlines(keepends=True)
         assert {json.loads(line)["corpus"] for line in lines} == {fact["corpus"]}
-        assert (
-            len(lines) == fact["documents"] and sum(map(len, lines)) == fact["bytes"] == shard.size
-        )
+        assert len(lines) == fact["documents"]
+        assert sum(map(len, lines)) == fact["bytes"] == shard.size
         assert shard.size <= 8000 or len(lines) == 1
 
 
@@ -139,7 +141,8 @@ def test_selections_are_stable_and_nested(tmp_path, texts):
     for count in (5, 30):
         selected, reading = _selected(tmp_path, texts[0], max_documents=count)
         assert set(selected) == set(order[:count])
-        assert reading["documents"] == 60 and reading["beyond_limit"] == 60 - count
+        assert reading["documents"] == 60
+        assert reading["beyond_limit"] == 60 - count
     sizes = [len(every[name].encode()) for name in order]
     for limit in (sum(sizes[:7]), sum(sizes[:7]) + 1, sum(sizes[:8]) - 1):
         selected, _ = _selected(tmp_path, texts[0], max_bytes=limit)
@@ -150,11 +153,13 @@ def test_selections_are_stable_and_nested(tmp_path, texts):
 
 def test_exact_duplicates_go_by_a_setting(tmp_path, texts):
     kept, reading = _selected(tmp_path, texts[0], drop_duplicates=True)
-    assert reading["duplicates"] == 1 and len(kept) == 59
+    assert reading["duplicates"] == 1
+    assert len(kept) == 59
     first = min(["text-000.txt", "text-001.txt"], key=lambda name: stable_hash(name, "order"))
     assert {"text-000.txt", "text-001.txt"} & set(kept) == {first}
     limited, reading = _selected(tmp_path, texts[0], drop_duplicates=True, max_documents=50)
-    assert len(limited) == 50 and reading["beyond_limit"] == 9
+    assert len(limited) == 50
+    assert reading["beyond_limit"] == 9
 
 
 def test_code_drops_duplicates_and_a_corpus_can_be_put_into_one_split(tmp_path, texts):
@@ -185,9 +190,27 @@ def test_two_documents_of_one_id_are_an_error_and_leave_nothing(tmp_path):
 
 
 def test_a_wrong_path_claims_nothing(tmp_path, texts):
-    with pytest.raises(UserError, match="is missing"):
-        prepare_documents(tmp_path / "out", documents_config(texts[0], tmp_path / "typo"))
+    b, a = texts
+    typo = CorpusConfig("z", "text", str(tmp_path / "typo"))
+    config = documents_config(b)
+    config = dataclasses.replace(config, corpora=(*config.corpora, typo))
+    with pytest.raises(UserError, match="typo is missing"):
+        prepare_documents(tmp_path / "out", config)
+    assert (tmp_path / "out" / ".spill" / "b").is_dir(), "what was read is kept for the next run"
+    # With other settings that reading counts for nothing.
+    prepare_documents(tmp_path / "out", documents_config(b, a, buckets=3))
+    prepare_documents(tmp_path / "whole", documents_config(b, a))
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_a_corpus_that_was_half_read_is_read_again(tmp_path, texts):
+    prepare_documents(tmp_path / "whole", documents_config(*texts))
+    spill = tmp_path / "out" / ".spill" / "b"
+    spill.mkdir(parents=True)
+    for name in ("bucket-0001", "order-0001", "content-0001", "dropped-0001"):
+        (spill / name).write_bytes(b"what a killed process had written by then")
     prepare_documents(tmp_path / "out", documents_config(*texts))
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
 def test_no_training_document_is_an_error(tmp_path):
@@ -205,13 +228,15 @@ def test_no_training_document_is_an_error(tmp_path):
 def test_bad_documents_are_counted_in_the_facts(tmp_path, texts):
     (texts[0] / "bad.txt").write_bytes(b"\xff\xfe")
     (texts[0] / "blank.txt").write_bytes(b"\n\n")
-    with pytest.raises(UserError, match="bad.txt has byte 0xff at offset 0"):
+    with pytest.raises(UserError, match=r"bad.txt has byte 0xff at offset 0"):
         prepare_documents(tmp_path / "out", documents_config(*texts))
     manifest = prepare_documents(
         tmp_path / "out", documents_config(*texts, skip_bad_documents=True)
     )["test"]
     counts = manifest.fact("reading")["b"]
-    assert counts["bad"] == 1 and counts["empty"] == 1 and counts["documents"] == 60
+    assert counts["bad"] == 1
+    assert counts["empty"] == 1
+    assert counts["documents"] == 60
     assert str(tmp_path) not in manifest.to_json().decode()
 
 

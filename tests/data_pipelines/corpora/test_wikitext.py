@@ -58,7 +58,8 @@ def test_headings_are_of_the_first_level_and_stand_alone(tmp_path):
     names = ["Lobster", "Equal = sign", "Lobster [2]"]
     assert [d.id for d in documents] == [f"wiki.small.tokens/{name}" for name in names]
     assert "".join(d.text for d in documents) == _SMALL
-    assert documents[0].text.endswith("Two . \n \n") and documents[2].text.startswith(" = Lobster")
+    assert documents[0].text.endswith("Two . \n \n")
+    assert documents[2].text.startswith(" = Lobster")
 
 
 def test_a_file_without_headings_is_one_document(tmp_path):
