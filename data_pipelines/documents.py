@@ -206,22 +206,18 @@ def _fill(
         if found["identity"] == identity:
             return found["counts"]
     reading = Reading(config.skip_bad_documents)
-    spill.start()
     try:
+        spill.start()
         for document in read_corpus(corpus, reading):
             content = stable_hash(document.text, "text") if corpus.drops_duplicates else None
             spill.add(
                 stable_hash(document.id, "order"), content, _payload(document, corpus, config)
             )
         spill.close()
-    finally:
-        spill.abandon()
-    repeated = spill.repeated()
-    if repeated is not None:
-        name = json.loads(repeated.split(b" ", 2)[2])["id"]
-        raise UserError(
-            f"corpus {corpus.name!r} has two documents {name!r}: expected an id of its own for each"
-        )
+        _refuse_repeated(spill, corpus)
+    except BaseException:
+        spill.discard()
+        raise
     if reading.first_bad:
         logging.warning(
             "corpus %r: %d bad documents left out; %s",
@@ -233,6 +229,16 @@ def _fill(
     counts |= {"duplicates": spill.duplicates(), "beyond_limit": 0, "source": reading.source}
     files.write_atomically(complete, files.to_json({"identity": identity, "counts": counts}))
     return counts
+
+
+def _refuse_repeated(spill: Spill, corpus: CorpusConfig) -> None:
+    """Raises if two documents have one id."""
+    repeated = spill.repeated()
+    if repeated is not None:
+        name = json.loads(repeated.split(b" ", 2)[2])["id"]
+        raise UserError(
+            f"corpus {corpus.name!r} has two documents {name!r}: expected an id of its own for each"
+        )
 
 
 def _payload(document: Document, corpus: CorpusConfig, config: DocumentsConfig) -> bytes:

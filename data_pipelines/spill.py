@@ -6,6 +6,7 @@ close()  content-* sorted by (content, order): all but the first of equal conten
 records()  each bucket sorted, in turn: as buckets are ranges of `order`, that is all in order
 """
 
+import contextlib
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -62,11 +63,13 @@ class Spill:
                     self._file(_DROPPED, order).write(order)
             self._close_files()
 
-    def abandon(self) -> None:
-        """Lets go of the files after an error."""
+    def discard(self) -> None:
+        """Removes everything, after an error; it may be that the disk is full."""
         for file in self._open.values():
-            file.close()
+            with contextlib.suppress(OSError):
+                file.close()
         self._open = {}
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def repeated(self) -> bytes | None:
         """The payload of a record whose order another one has too; None if there is none."""

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import random
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -183,7 +185,7 @@ def test_two_documents_of_one_id_are_an_error_and_leave_nothing(tmp_path):
         UserError, match="corpus 'j' has two documents '0': expected an id of its own"
     ):
         prepare_documents(tmp_path / "out", config)
-    assert not (tmp_path / "out" / "train").exists()
+    assert tree(tmp_path / "out") == {}
     path.write_text("\n".join(lines[:9]))
     prepare_documents(tmp_path / "out", config)
     assert sum(map(len, _all(tmp_path / "out").values())) == 9
@@ -211,6 +213,26 @@ def test_a_corpus_that_was_half_read_is_read_again(tmp_path, texts):
         (spill / name).write_bytes(b"what a killed process had written by then")
     prepare_documents(tmp_path / "out", documents_config(*texts))
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_a_full_disk_while_reading_is_one_line_and_leaves_nothing(tmp_path, texts):
+    code = """
+import pathlib, resource, sys
+from data_pipelines.documents import prepare_documents
+from retro_jax.errors import UserError
+from tests.data_pipelines.small import documents_config
+folder = pathlib.Path(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    prepare_documents(folder / "out", documents_config(folder / "b"))
+except UserError as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", code, tmp_path]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    place = tmp_path / "out" / ".spill" / "b"
+    assert run.stdout == f"{place} cannot be written: File too large\n"
+    assert tree(tmp_path / "out") == {}
 
 
 def test_no_training_document_is_an_error(tmp_path):
