@@ -68,16 +68,13 @@ def usage(main: Callable[[], None]) -> str:
     """The help text: the entry point's docstring, then its own and the shared flags."""
     module = sys.modules[main.__module__]
     lines = [(module.__doc__ or "").strip(), "", "Flags:"]
-    own = flags.FLAGS.flags_by_module_dict()
-    for name in (_flag_module(main), *_SHARED_MODULES):
-        for flag in sorted(own.get(name, []), key=lambda flag: flag.name):
-            lines += _flag_help(flag)
+    held = [value for value in vars(module).values() if isinstance(value, flags.FlagHolder)]
+    own = {holder.name for holder in held}  # defined by the module, or imported into it
+    by_module = flags.FLAGS.flags_by_module_dict()
+    shared = {flag.name for name in _SHARED_MODULES for flag in by_module.get(name, [])}
+    for name in [*sorted(own), *sorted(shared - own)]:
+        lines += _flag_help(flags.FLAGS[name])
     return "\n".join(lines)
-
-
-def _flag_module(main: Callable[[], None]) -> str:
-    """The name under which absl files the flags of main's module: argv[0] when it is a program."""
-    return sys.argv[0] if main.__module__ == "__main__" else main.__module__
 
 
 def _flag_help(flag: flags.Flag) -> list[str]:

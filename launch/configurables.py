@@ -1,11 +1,12 @@
 """Configuration from gin files: the one place that knows gin.
 
-A gin file binds fields of the dataclasses in `CONFIGURABLES`:
+A gin file binds fields of the dataclasses in `TABLE`:
 
     include 'common.gin'                      # relative to this file
     WIDTH = 896                               # a macro ...
     RetroConfig.d_model = %WIDTH              # ... and its use
-    OptimizerConfig.max_learning_rate = 2e-4
+    DocumentsConfig.corpora = [@wiki/CorpusConfig(), @code/CorpusConfig()]
+    wiki/CorpusConfig.name = 'wiki'           # the fields of one of several
 
 `load` reads a file and the bindings of the command line (which win), `make` builds a dataclass from
 them, `operative_config` writes out every setting of what was built. Every mistake (a misspelt name,
@@ -15,8 +16,11 @@ name, the nearest that exists.
 
 import dataclasses
 import difflib
+import functools
+import importlib
 import io
 import os
+import re
 import tokenize
 import types
 import typing
@@ -26,7 +30,6 @@ import gin
 from absl import flags
 from gin import config_parser
 
-from retro_jax.config import ExecutionConfig, RetroConfig
 from retro_jax.errors import UserError
 
 GIN_FILE = flags.DEFINE_string("gin_file", None, "Settings of the run, as in experiments/*.gin.")
@@ -35,20 +38,31 @@ GIN_BINDINGS = flags.DEFINE_multi_string(
 )
 PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print every setting in force, and stop.")
 
-CONFIGURABLES: dict[str, type] = {
-    cls.__name__: cls
-    for cls in (
-        ExecutionConfig,
-        RetroConfig,
-    )
+# Which classes a gin file may bind, and where they are; imported when a configuration is loaded.
+TABLE = {
+    "RetroConfig": "retro_jax.config",
+    "ExecutionConfig": "retro_jax.config",
+    "MeshConfig": "retro_jax.sharding",
+    "OptimizerConfig": "retro_jax.train.optimizer",
+    "TrainConfig": "retro_jax.train.loop",
+    "CorpusConfig": "data_pipelines.corpora.config",
+    "DocumentsConfig": "data_pipelines.documents",
+    "TokenizerConfig": "data_pipelines.tokenizer",
 }
-_NESTED = "\n  In call to configurable"  # gin appends this to errors of nested configurables
+# What gin appends to the errors of configurables, nested ones included.
+_NESTED = re.compile(r"\n  In call to configurable '(\w+)' \(.*?\)(?: in scope '(.*?)')?")
+_UNSUPPLIED = re.compile(r"No values supplied by Gin or caller for arguments: \['(\w+)'")
 _WIDE = 1_000_000  # keeps gin from breaking a binding over several lines
 
-for _class in CONFIGURABLES.values():
-    gin.external_configurable(_class, module="retro")
-
 T = TypeVar("T")
+
+
+@functools.cache
+def configurable(name: str) -> type:
+    """The dataclass of a name in TABLE, known to gin from now on."""
+    cls = getattr(importlib.import_module(TABLE[name]), name)
+    gin.external_configurable(cls, module="retro")
+    return cls
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +131,7 @@ def load(gin_file: str | None, bindings: typing.Sequence[str] = ()) -> None:
         if scope:
             _check_known(f"{scope}/{name}", reading.references, "scope (no @ refers to it)", where)
         value = _resolve(value, reading.macros, where)
-        value = _typed(CONFIGURABLES[name], field, value, where)
+        value = _typed(configurable(name), field, value, where)
         gin.bind_parameter((scope, name, field), value)
 
 
@@ -125,13 +139,14 @@ def make(cls: type[T], **defaults: Any) -> T:
     """Builds a dataclass from the configuration.
 
     Args:
-      cls: one of CONFIGURABLES.
+      cls: one of TABLE.
       **defaults: values of fields that the configuration leaves open; they count as settings.
 
     Raises:
       UserError: a field without a value, or one that the dataclass refuses.
     """
     name = cls.__name__
+    configurable(name)
     bound = gin.get_bindings(cls, resolve_references=False)
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         if field.name in bound:
@@ -141,14 +156,11 @@ def make(cls: type[T], **defaults: Any) -> T:
         elif field.default_factory is not dataclasses.MISSING:  # else not in operative_config
             gin.bind_parameter(f"{name}.{field.name}", field.default_factory())
         elif field.default is dataclasses.MISSING:
-            raise UserError(
-                f"{name}.{field.name} has no value: expected one in the gin file, or "
-                f"--gin_bindings='{name}.{field.name} = ...'"
-            )
+            raise UserError(_without_value(f"{name}.{field.name}"))
     try:
         return gin.get_configurable(cls)()
-    except UserError as error:
-        raise UserError(str(error).split(_NESTED, 1)[0]) from error
+    except (UserError, TypeError) as error:
+        raise _nested_error(error) from error
 
 
 def operative_config() -> str:
@@ -162,6 +174,25 @@ def parse_bindings(text: str) -> dict[str, str]:
     """The bindings of an operative_config text: {"Class.field": "value"}."""
     pairs = (line.split(" = ", 1) for line in text.splitlines() if " = " in line)
     return dict(pairs)
+
+
+def _nested_error(error: Exception) -> Exception:
+    """An error from building a configurable, in one line; others than the user's as they are."""
+    message = str(error)
+    nested, unsupplied = _NESTED.search(message), _UNSUPPLIED.search(message)
+    if nested is None:
+        return error
+    scope = f"{nested[2]}/" if nested[2] else ""
+    if isinstance(error, UserError):
+        return UserError(scope + message[: nested.start()])
+    if unsupplied is not None:
+        return UserError(_without_value(f"{scope}{nested[1]}.{unsupplied[1]}"))
+    return error
+
+
+def _without_value(name: str) -> str:
+    """The message about a field that has neither binding nor default."""
+    return f"{name} has no value: expected one in the gin file, or --gin_bindings='{name} = ...'"
 
 
 def _read_file(path: str, named_by: str, reading: _Reading) -> None:
@@ -209,14 +240,14 @@ def _apply(statement: Any, where: str, reading: _Reading, directory: str) -> Non
     elif isinstance(statement, config_parser.ImportStatement):
         raise UserError(f"{where}: 'import' is not supported, expected bindings and includes")
     elif isinstance(statement, config_parser.BlockDeclaration):
-        _check_known(statement.selector, CONFIGURABLES, "configurable", where)
+        _check_known(statement.selector, TABLE, "configurable", where)
     elif not statement.arg_name:  # NAME = value
         reading.macros["/".join(filter(None, (statement.scope, statement.selector)))] = (
             statement.value
         )
     else:
-        _check_known(statement.selector, CONFIGURABLES, "configurable", where)
-        fields = [field.name for field in dataclasses.fields(CONFIGURABLES[statement.selector])]
+        _check_known(statement.selector, TABLE, "configurable", where)
+        fields = [field.name for field in dataclasses.fields(configurable(statement.selector))]
         _check_known(statement.arg_name, fields, f"parameter of {statement.selector}", where)
         key = (statement.scope, statement.selector, statement.arg_name)
         reading.bindings[key] = (statement.value, where)
@@ -243,7 +274,8 @@ def _resolve(value: Any, macros: dict[str, Any], where: str, depth: int = 0) -> 
         return _resolve(macros[value.name], macros, where, depth + 1)
     if isinstance(value, _Reference):
         scope, name = (["", *value.scoped_name.rsplit("/", 1)])[-2:]
-        _check_known(name, CONFIGURABLES, "configurable", where)
+        _check_known(name, TABLE, "configurable", where)
+        configurable(name)
         return gin.config.ConfigurableReference(
             "/".join(filter(None, (scope, name))), value.evaluate
         )
@@ -284,5 +316,5 @@ def _fits(value: Any, declared: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     base = origin or declared
     if isinstance(value, gin.config.ConfigurableReference):
-        return issubclass(CONFIGURABLES[value.selector.rsplit(".", 1)[-1]], base)
+        return issubclass(configurable(value.selector.rsplit(".", 1)[-1]), base)
     return isinstance(value, base)

@@ -1,7 +1,11 @@
 """launch/configurables.py: gin files in, dataclasses out, mistakes in one line."""
 
+import dataclasses
+import typing
+
 import pytest
 
+from data_pipelines.documents import DocumentsConfig
 from launch import configurables
 from retro_jax.config import ExecutionConfig, RetroConfig
 from retro_jax.errors import UserError
@@ -128,6 +132,56 @@ def test_a_file_that_cannot_be_read(tmp_path):
     (tmp_path / "loop.gin").write_text("include 'loop.gin'\n")
     with pytest.raises(UserError, match=r"loop\.gin includes itself"):
         configurables.load(str(tmp_path / "loop.gin"))
+
+
+_TWO_CORPORA = [
+    "DocumentsConfig.corpora = [@wiki/CorpusConfig(), @code/CorpusConfig()]",
+    "CorpusConfig.max_documents = 9",
+    "wiki/CorpusConfig.name = 'wiki'",
+    "wiki/CorpusConfig.kind = 'wikipedia'",
+    "code/CorpusConfig.name = 'code'",
+]
+
+
+def test_one_class_with_several_values():
+    configurables.load(None, [*_TWO_CORPORA, "code/CorpusConfig.kind = 'stdlib'"])
+    wiki, code = configurables.make(DocumentsConfig).corpora
+    assert (wiki.name, wiki.kind, wiki.max_documents) == ("wiki", "wikipedia", 9)
+    assert (code.name, code.kind, code.max_documents) == ("code", "stdlib", 9)
+    text = configurables.operative_config()
+    assert "DocumentsConfig.corpora = (@wiki/CorpusConfig(), @code/CorpusConfig())\n" in text
+    assert "code/CorpusConfig.max_documents = 9\ncode/CorpusConfig.name = 'code'\n" in text
+    assert "wiki/CorpusConfig.text_field = 'text'\n" in text  # defaults too
+    configurables.load(None, text.splitlines())
+    assert configurables.make(DocumentsConfig).corpora == (wiki, code)
+
+
+@pytest.mark.parametrize(
+    ("binding", "expected"),
+    [
+        ("code/CorpusConfig.path = '/x'", "code/CorpusConfig.kind has no value: expected one in"),
+        ("code/CorpusConfig.kind = 'txt'", "code/CorpusConfig.kind is 'txt': expected one of"),
+        ("code/CorpusConfig.knd = 'text'", "unknown parameter of CorpusConfig 'knd'"),
+        ("cod/CorpusConfig.kind = 'text'", "'cod/CorpusConfig': did you mean 'code/CorpusConfig'?"),
+        ("DocumentsConfig.corpora = [1]", "DocumentsConfig.corpora is (1,): expected tuple["),
+    ],
+)
+def test_mistakes_in_one_of_several_name_it(binding, expected):
+    def build() -> None:
+        configurables.load(None, [*_TWO_CORPORA, binding])
+        configurables.make(DocumentsConfig)
+
+    with pytest.raises(UserError) as error:
+        build()
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_every_class_of_the_table_is_a_dataclass_whose_types_can_be_checked():
+    for name in configurables.TABLE:
+        cls = configurables.configurable(name)
+        assert dataclasses.is_dataclass(cls)
+        assert set(typing.get_type_hints(cls)) >= {field.name for field in dataclasses.fields(cls)}
 
 
 def test_a_field_without_a_value_is_named():

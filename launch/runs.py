@@ -1,0 +1,113 @@
+"""Trained runs of a workdir, as evaluation, sampling and the report open them."""
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from data_pipelines.batches import BatchConfig
+from launch import configurables
+from launch.workdir import CONFIG_FILE
+from retro_jax.config import ExecutionConfig, RetroConfig
+from retro_jax.errors import UserError
+from retro_jax.model import Retro
+from retro_jax.sharding import MESH_SHARDINGS, MeshConfig, Shardings, parameter_shardings
+from retro_jax.train.checkpoint import latest_step, restore_params
+
+CHECKPOINTS = "checkpoints"
+_SEAL = "sealed.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A training run and its newest checkpoint.
+
+    Attributes:
+      directory: W/retro or W/baseline.
+      model, execution, batches, mesh: the run's settings, from its config.gin.
+      step: of the newest checkpoint. checkpoint: what identifies it, a hash.
+    """
+
+    directory: pathlib.Path
+    model: RetroConfig
+    execution: ExecutionConfig
+    batches: BatchConfig
+    mesh: MeshConfig
+    step: int
+    checkpoint: str
+
+    @property
+    def chunks(self) -> int:
+        """C, chunks of a training sequence."""
+        return self.batches.sequence_length // self.model.chunk_length
+
+    def identity(self) -> dict[str, Any]:
+        """What a result says of the run it is of."""
+        return {"run": self.directory.name, "step": self.step, "checkpoint": self.checkpoint}
+
+
+def is_trained(directory: pathlib.Path) -> bool:
+    """Whether a run has a checkpoint."""
+    return latest_step(directory / CHECKPOINTS) is not None
+
+
+def open_run(directory: pathlib.Path, bindings: Sequence[str] = ()) -> Run:
+    """Reads a run's settings and finds its newest checkpoint; loads no parameters.
+
+    Args:
+      directory: of the run.
+      bindings: gin bindings that override its config.gin (how it is computed, not what).
+
+    Raises:
+      UserError: there is no run or no checkpoint, or a setting is bad.
+    """
+    step = latest_step(directory / CHECKPOINTS)
+    if step is None:
+        raise UserError(
+            f"{directory / CHECKPOINTS} has no checkpoint: expected a trained model (launch.train)"
+        )
+    configurables.load(str(directory / CONFIG_FILE), bindings)
+    seal = directory / CHECKPOINTS / str(step) / _SEAL
+    digest = hashlib.sha256(seal.read_bytes() if seal.is_file() else b"").hexdigest()
+    return Run(
+        directory=directory,
+        model=configurables.make(RetroConfig),
+        execution=configurables.make(ExecutionConfig),
+        batches=configurables.make(BatchConfig),
+        mesh=configurables.make(MeshConfig),
+        step=step,
+        checkpoint=digest,
+    )
+
+
+def load_model(run: Run, mesh: Mesh | None = None) -> tuple[nnx.GraphDef, nnx.State]:
+    """Restores a run's parameters, on a mesh or on the first device.
+
+    Raises:
+      UserError: the newest checkpoint is damaged, or of another model.
+    """
+    layout = Shardings() if mesh is None else MESH_SHARDINGS
+    graphdef, params = nnx.split(
+        nnx.eval_shape(lambda: Retro(run.model, run.execution, shardings=layout, rngs=nnx.Rngs(0)))
+    )
+    if mesh is None:
+        places = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), params)
+    else:
+        places = parameter_shardings(params, mesh)
+
+    def struct(leaf: Any, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    step, restored = restore_params(
+        run.directory / CHECKPOINTS, jax.tree.map(struct, params, places)
+    )
+    if step != run.step:
+        raise UserError(
+            f"{run.directory / CHECKPOINTS / str(run.step)} is damaged: move it away to use step {step}"
+        )
+    return graphdef, restored
