@@ -1,6 +1,7 @@
 """The configurations: every validation error, and the parameter counts the paper prints."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -98,7 +99,8 @@ def test_accepted_edges():
 
 
 def test_lists_become_tuples_so_that_a_config_can_be_hashed():
-    config = dataclasses.replace(TINY, cca_layers=[2, 3], encoder_cca_layers=[1])
+    lists: dict[str, Any] = {"cca_layers": [2, 3], "encoder_cca_layers": [1]}
+    config = dataclasses.replace(TINY, **lists)
     assert config == TINY
     assert hash(config) == hash(TINY)
 

@@ -1,6 +1,7 @@
 """The model against the naive NumPy float64 loops of tests/reference, over many configurations."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from tests.model.tiny import (
     make_model,
     token_losses,
     with_neighbours,
+    without_documents,
 )
 from tests.reference import retro_numpy
 from tests.reference.parameters import reference_parameters
@@ -23,7 +25,7 @@ ROTARY = {"positions": "rotary"}
 AWKWARD = {"documents": True, "padding": True}
 
 # name: (changes to the configuration, changes to the batch)
-CASES = {
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "relative": ({}, {}),
     "relative, awkward": ({}, AWKWARD),
     "rotary": (ROTARY, {}),
@@ -80,7 +82,7 @@ def test_without_documents_a_row_is_one_document():
     wanted = retro_numpy.logits(
         reference_parameters(model), TINY, batch.tokens, batch.neighbours, None
     )
-    assert_close(logits(model, dataclasses.replace(batch, documents=None)), wanted)
+    assert_close(logits(model, without_documents(batch)), wanted)
     assert_close(logits(model, batch), wanted)
 
 

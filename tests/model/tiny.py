@@ -75,13 +75,9 @@ def make_batch(
         neighbours[0, 1, 0, r // 2 :] = config.pad_id  # no continuation
         neighbours[-1, 1] = config.pad_id  # no neighbour at all
         neighbours[-1, 2, 0, 3:] = config.pad_id
-    return RetroBatch(
-        tokens=tokens,
-        targets=targets,
-        documents=owners,
-        corpus=np.zeros(rows, np.int32),
-        neighbours=neighbours,
-    )
+    arrays: dict[str, Any] = {"tokens": tokens, "targets": targets, "neighbours": neighbours}
+    arrays |= {"documents": owners, "corpus": np.zeros(rows, np.int32)}
+    return RetroBatch(**arrays)
 
 
 def logits(model: Retro, batch: RetroBatch) -> np.ndarray:
@@ -108,9 +104,14 @@ def token_losses(
     return np.asarray(apply(params, batch, dropout_key))
 
 
-def with_neighbours(batch: RetroBatch, neighbours: np.ndarray | None) -> RetroBatch:
+def with_neighbours(batch: RetroBatch, neighbours: Any) -> RetroBatch:
     """The same sequences with other neighbours."""
     return dataclasses.replace(batch, neighbours=neighbours)
+
+
+def without_documents(batch: RetroBatch) -> Any:
+    """The same sequences, told nothing of documents."""
+    return dataclasses.replace(batch, documents=None)  # type: ignore[arg-type]
 
 
 def assert_close(actual: np.ndarray, wanted: np.ndarray, tolerance: float = 1e-5) -> None:

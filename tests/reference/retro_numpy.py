@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from retro_jax.config import RetroConfig
 
@@ -278,27 +279,28 @@ def hidden_states(
 def logits(
     params: Params,
     config: RetroConfig,
-    tokens: Array,
-    neighbours: Array | None = None,
-    documents: Array | None = None,
+    tokens: ArrayLike,
+    neighbours: ArrayLike | None = None,
+    documents: ArrayLike | None = None,
 ) -> Array:
     """[B, N, V] of a batch: tokens [B, N], neighbours [B, C, K, R], documents [B, C]."""
     table = params["read_out"] if "read_out" in params else params["embedding"]
     rows = []
-    for b in range(len(tokens)):
+    for b in range(len(np.asarray(tokens))):
         h = hidden_states(
             params,
             config,
-            tokens[b],
-            None if neighbours is None else neighbours[b],
-            None if documents is None else documents[b],
+            np.asarray(tokens)[b],
+            None if neighbours is None else np.asarray(neighbours)[b],
+            None if documents is None else np.asarray(documents)[b],
         )
         rows.append(np.array([[float(x @ word) for word in table] for x in h]))
     return np.stack(rows)
 
 
-def token_losses(all_logits: Array, targets: Array, pad_id: int) -> Array:
+def token_losses(all_logits: Array, given_targets: ArrayLike, pad_id: int) -> Array:
     """[B, N] nats: minus the log-probability of each target, 0 where it is pad_id."""
+    targets = np.asarray(given_targets)
     losses = np.zeros(targets.shape)
     for b in range(targets.shape[0]):
         for n in range(targets.shape[1]):
