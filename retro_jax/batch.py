@@ -5,8 +5,11 @@ K neighbours per chunk, R neighbour length (a retrieved chunk and its continuati
 """
 
 import dataclasses
+from typing import Any
 
 import jax
+
+Array = Any  # NumPy on the host, JAX on the device
 
 
 @jax.tree_util.register_dataclass
@@ -29,11 +32,11 @@ class RetroBatch:
         chunk u onward.
     """
 
-    tokens: jax.Array
-    targets: jax.Array
-    documents: jax.Array
-    corpus: jax.Array
-    neighbours: jax.Array | None = None
+    tokens: Array
+    targets: Array
+    documents: Array
+    corpus: Array
+    neighbours: Array | None = None
 
     def without_neighbours(self) -> "RetroBatch":
         """The same sequences with retrieval off."""

@@ -12,6 +12,23 @@ DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "dots", "full")
 ATTENTION_KINDS = ("auto", "plain", "chunked", "fused")
 
+_SIZES = (
+    "vocab_size",
+    "d_model",
+    "num_layers",
+    "num_heads",
+    "head_dim",
+    "d_ff",
+    "chunk_length",
+    "neighbour_length",
+    "encoder_d_model",
+    "encoder_num_layers",
+    "encoder_num_heads",
+    "encoder_head_dim",
+    "encoder_d_ff",
+)
+_LAYERS_OF = {"cca_layers": "num_layers", "encoder_cca_layers": "encoder_num_layers"}
+
 
 def require(condition: bool, owner: Any, field: str, rule: str) -> None:
     """Raises the one-line UserError of every configuration: class, field, value and rule."""
@@ -71,28 +88,40 @@ class RetroConfig:
     def __post_init__(self) -> None:
         for field in ("cca_layers", "encoder_cca_layers"):  # gin gives lists
             object.__setattr__(self, field, tuple(getattr(self, field)))
-        sizes = ("vocab_size", "d_model", "num_layers", "num_heads", "head_dim", "d_ff")
-        sizes += ("chunk_length", "neighbour_length", "encoder_d_model", "encoder_num_layers")
-        sizes += ("encoder_num_heads", "encoder_head_dim", "encoder_d_ff")
-        for field in sizes:
+        for field in _SIZES:
             value = getattr(self, field)
             require(isinstance(value, int) and value > 0, self, field, "a positive integer")
-        for field, depth in (("cca_layers", "num_layers"), ("encoder_cca_layers", "encoder_num_layers")):
+        for field, depth in _LAYERS_OF.items():
             layers, last = getattr(self, field), getattr(self, depth)
             ok = list(layers) == sorted(set(layers)) and all(1 <= p <= last for p in layers)
             require(ok, self, field, f"increasing layer numbers from 1 to {depth} = {last}")
         for field in ("d_model", "encoder_d_model"):
-            require(getattr(self, field) % 2 == 0, self, field, "an even width (sinusoids come in pairs)")
+            require(
+                getattr(self, field) % 2 == 0,
+                self,
+                field,
+                "an even width (sinusoids come in pairs)",
+            )
         for field in ("head_dim", "encoder_head_dim"):
             even = self.positions != "rotary" or getattr(self, field) % 2 == 0
             require(even, self, field, "an even width with rotary positions")
-        require(0 <= self.pad_id <= self.vocab_size, self, "pad_id", "0 <= pad_id <= vocab_size")
+        require(
+            0 <= self.pad_id <= self.vocab_size,
+            self,
+            "pad_id",
+            "0 <= pad_id <= vocab_size",
+        )
         require(self.positions in POSITIONS, self, "positions", f"one of {POSITIONS}")
         require(self.activation in ACTIVATIONS, self, "activation", f"one of {ACTIVATIONS}")
         require(0.0 <= self.dropout < 1.0, self, "dropout", "0 <= dropout < 1")
         require(self.norm_epsilon > 0, self, "norm_epsilon", "a positive number")
         shareable = not self.share_embeddings or self.encoder_d_model == self.d_model
-        require(shareable, self, "share_embeddings", "False unless encoder_d_model equals d_model")
+        require(
+            shareable,
+            self,
+            "share_embeddings",
+            "False unless encoder_d_model equals d_model",
+        )
 
     @property
     def has_retrieval(self) -> bool:
@@ -114,13 +143,19 @@ class RetroConfig:
             inner = self.encoder_num_heads * self.encoder_head_dim
             width = self.encoder_d_model
             total += len(self.cca_layers) * _attention_parameters(
-                self, self.d_model, width, self.num_heads * self.head_dim, self.cca_positions
+                self,
+                self.d_model,
+                width,
+                self.num_heads * self.head_dim,
+                self.cca_positions,
             )
             total += self.encoder_num_layers * (
                 _attention_parameters(self, width, width, inner)
                 + _feed_forward_parameters(width, self.encoder_d_ff)
             )
-            total += len(self.encoder_cca_layers) * _attention_parameters(self, width, self.d_model, inner)
+            total += len(self.encoder_cca_layers) * _attention_parameters(
+                self, width, self.d_model, inner
+            )
             total += width  # the encoder's final norm
         if embeddings:
             total += self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
@@ -165,11 +200,26 @@ class ExecutionConfig:
     loss_block: int = 1024
 
     def __post_init__(self) -> None:
-        require(self.activation_dtype in DTYPES, self, "activation_dtype", f"one of {DTYPES}")
+        require(
+            self.activation_dtype in DTYPES,
+            self,
+            "activation_dtype",
+            f"one of {DTYPES}",
+        )
         require(self.remat in REMAT_POLICIES, self, "remat", f"one of {REMAT_POLICIES}")
-        require(self.attention in ATTENTION_KINDS, self, "attention", f"one of {ATTENTION_KINDS}")
+        require(
+            self.attention in ATTENTION_KINDS,
+            self,
+            "attention",
+            f"one of {ATTENTION_KINDS}",
+        )
         require(self.attention_block > 0, self, "attention_block", "a positive integer")
-        require(self.loss_block >= 0, self, "loss_block", "a number of tokens, or 0 for one block")
+        require(
+            self.loss_block >= 0,
+            self,
+            "loss_block",
+            "a number of tokens, or 0 for one block",
+        )
 
 
 def _published(d_model: int, heads: int, head_dim: int, layers: int, last_cca: int) -> RetroConfig:

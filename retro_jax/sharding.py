@@ -56,9 +56,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             f"{len(devices)} devices: expected axes whose product is {len(devices)}"
         )
     explicit = (AxisType.Explicit,) * len(AXES)
-    return jax.make_mesh(
-        (data, config.fsdp, config.tensor), AXES, explicit, devices=devices
-    )
+    return jax.make_mesh((data, config.fsdp, config.tensor), AXES, explicit, devices=devices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,17 +83,11 @@ class Shardings:
 
     def heads(self, ndim: int) -> P | None:
         """[B, ..., H, head_dim]: batch and heads are split."""
-        return (
-            P(self.batch, *(None,) * (ndim - 3), self.tensor, None)
-            if self.active
-            else None
-        )
+        return P(self.batch, *(None,) * (ndim - 3), self.tensor, None) if self.active else None
 
     def wide(self, ndim: int) -> P | None:
         """[B, ..., F] or [B, ..., V]: batch and the last axis are split."""
-        return (
-            P(self.batch, *(None,) * (ndim - 2), self.tensor) if self.active else None
-        )
+        return P(self.batch, *(None,) * (ndim - 2), self.tensor) if self.active else None
 
     def parameter(self, name: str, gathered: bool = False) -> P | None:
         """The spec of one layer's parameter by its name; gathered: as its product reads it."""
@@ -198,11 +190,7 @@ def check_mesh(config: RetroConfig, mesh: Mesh, batch_size: int | None = None) -
 def _parameter_name(path: tuple[Any, ...]) -> str:
     """The last name on a tree path that is a parameter's (nnx wraps leaves in a `.value`)."""
     names = [getattr(key, "key", getattr(key, "name", None)) for key in path]
-    return next(
-        str(name)
-        for name in reversed(names)
-        if name not in (None, "value", "raw_value")
-    )
+    return next(str(name) for name in reversed(names) if name not in (None, "value", "raw_value"))
 
 
 def abstract_parameters(make: Any) -> tuple[nnx.GraphDef, Any]:

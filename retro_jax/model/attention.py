@@ -63,9 +63,7 @@ class Attention(nnx.Module):
             self.query = normal(rngs, (widths.query, *heads), fan_in=widths.query)
             self.key_value = normal(rngs, (widths.key, 2, *heads), fan_in=widths.key)
         else:
-            self.query_key_value = normal(
-                rngs, (widths.query, 3, *heads), fan_in=widths.query
-            )
+            self.query_key_value = normal(rngs, (widths.query, 3, *heads), fan_in=widths.query)
         self.output = normal(
             rngs,
             (*heads, widths.query),
@@ -86,27 +84,20 @@ class Attention(nnx.Module):
         """Queries [..., T, H, head_dim], keys and values [..., S, H, head_dim]."""
         x = self.norm(x)
         if not self.cross:
-            return self._project(x, "query_key_value", self.query_key_value)
+            query, key, value = self._project(x, "query_key_value", self.query_key_value)
+            return query, key, value
         assert context is not None
         (query,) = self._project(x, "query", self.query)
         key, value = self._project(context, "key_value", self.key_value)
         return query, key, value
 
-    def _project(
-        self, x: jax.Array, name: str, weight: nnx.Param
-    ) -> tuple[jax.Array, ...]:
+    def _project(self, x: jax.Array, name: str, weight: nnx.Param) -> tuple[jax.Array, ...]:
         """One product for all of a weight's parts, cut apart afterwards."""
         shardings = self.layout.shardings
         w = self.layout.weight(name, weight)
         if w.ndim == 3:
-            return (
-                jnp.einsum(
-                    "...d,dhk->...hk", x, w, out_sharding=shardings.heads(x.ndim + 1)
-                ),
-            )
-        parts = jnp.einsum(
-            "...d,dphk->...phk", x, w, out_sharding=shardings.heads(x.ndim + 2)
-        )
+            return (jnp.einsum("...d,dhk->...hk", x, w, out_sharding=shardings.heads(x.ndim + 1)),)
+        parts = jnp.einsum("...d,dphk->...phk", x, w, out_sharding=shardings.heads(x.ndim + 2))
         return tuple(parts[..., index, :, :] for index in range(w.shape[1]))
 
     def position_keys(self, distances: jax.Array) -> jax.Array:
@@ -217,9 +208,7 @@ def attend(
     Returns:
       [..., T, H, head_dim] in the queries' dtype.
     """
-    logits = jnp.einsum(
-        "...thk,...shk->...hts", query, key, preferred_element_type=jnp.float32
-    )
+    logits = jnp.einsum("...thk,...shk->...hts", query, key, preferred_element_type=jnp.float32)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)
     logits = jnp.where(mask, logits / math.sqrt(query.shape[-1]), MASKED)

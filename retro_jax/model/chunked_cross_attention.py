@@ -30,9 +30,7 @@ class ChunkedCrossAttention(nnx.Module):
     """CCA(H, E), without the residual; one softmax over the K * R merged neighbour positions."""
 
     def __init__(self, config: RetroConfig, *, layout: Layout, rngs: nnx.Rngs):
-        widths = Widths(
-            config.d_model, config.encoder_d_model, config.num_heads, config.head_dim
-        )
+        widths = Widths(config.d_model, config.encoder_d_model, config.num_heads, config.head_dim)
         positions = config.positions if config.cca_positions else "none"
         self.attention = Attention(
             config, widths, cross=True, layout=layout, rngs=rngs, positions=positions
@@ -75,9 +73,7 @@ class ChunkedCrossAttention(nnx.Module):
             )
         mask_BxCxS = present.reshape(batch, chunks, -1)
         mask = mask_BxCxS[:, :, None, None, :] & self._may_read(documents, chunk_length)
-        heads = self.attention.attend(
-            query, key, value, mask, table, repeats=neighbours
-        )
+        heads = self.attention.attend(query, key, value, mask, table, repeats=neighbours)
         out = self.attention.read_out(heads).reshape(batch, length, -1)
         return jnp.pad(out, ((0, 0), (ahead, 0), (0, 0)))[:, :length]
 
@@ -88,5 +84,7 @@ class ChunkedCrossAttention(nnx.Module):
         if documents is None:
             return jnp.ones((1, 1, 1, 1, 1), bool)
         following = jnp.pad(documents[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
-        same = documents == following
-        return own[:, None] | same[:, :, None, None, None]
+        may_read_BxCxM = own | (documents == following)[:, :, None]
+        # The barrier keeps the two conditions out of the softmax's loops: with one row a device,
+        # LLVM never finished compiling their combination there (jax 0.10.2 on CPU).
+        return jax.lax.optimization_barrier(may_read_BxCxM)[:, :, None, :, None]

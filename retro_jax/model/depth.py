@@ -80,18 +80,14 @@ def scan_layers(
     h = model.attend(layer, h, first, context)
     context = model.encode(neighbours, h, tokens, context)
     _, params = cca.take(1)
-    h = model.retrieve(
-        cca.merge(jax.tree.map(lambda leaf: leaf[0], params)), h, first, context
-    )
+    h = model.retrieve(cca.merge(jax.tree.map(lambda leaf: leaf[0], params)), h, first, context)
     h = model.feed_forward(layer, h, first, context)
     for run in runs_after(config, first):
         h = _scan_run(model, run, layers, cca if run.cca else None, h, context)
     return h
 
 
-def rematerialised(
-    run_layer: Callable[..., jax.Array], layout: Layout
-) -> Callable[..., jax.Array]:
+def rematerialised(run_layer: Callable[..., jax.Array], layout: Layout) -> Callable[..., jax.Array]:
     """Wraps a layer so that the backward pass makes again what the policy does not keep."""
     policy = layout.execution.remat
     if policy == "none":
@@ -139,9 +135,7 @@ def _scan_run(
 ) -> jax.Array:
     """Runs equal groups of layers by jax.lax.scan."""
     start, params = layers.take(run.layers)
-    group_params = jax.tree.map(
-        lambda x: x.reshape(run.repeats, run.size, *x.shape[1:]), params
-    )
+    group_params = jax.tree.map(lambda x: x.reshape(run.repeats, run.size, *x.shape[1:]), params)
     cca_params = cca.take(run.repeats)[1] if cca is not None else None
     numbers = jnp.arange(run.layers).reshape(run.repeats, run.size) + start + 1
     run_layer = rematerialised(model.run_layer, model.layout)
@@ -150,9 +144,7 @@ def _scan_run(
         layer_params, cca_params, p = xs
         for i in range(run.size):
             layer = layers.merge(jax.tree.map(lambda leaf, i=i: leaf[i], layer_params))
-            module = (
-                cca.merge(cca_params) if cca is not None and i == run.size - 1 else None
-            )
+            module = cca.merge(cca_params) if cca is not None and i == run.size - 1 else None
             h = run_layer(layer, module, h, p[i], context)
         return h, None
 

@@ -24,9 +24,7 @@ class EncoderLayer(nnx.Module):
     def __init__(self, config: RetroConfig, *, layout: Layout, rngs: nnx.Rngs):
         width = config.encoder_d_model
         widths = Widths(width, width, config.encoder_num_heads, config.encoder_head_dim)
-        self.attention = Attention(
-            config, widths, cross=False, layout=layout, rngs=rngs
-        )
+        self.attention = Attention(config, widths, cross=False, layout=layout, rngs=rngs)
         self.feed_forward = FeedForward(
             config, width, config.encoder_d_ff, layout=layout, rngs=rngs
         )
@@ -39,9 +37,7 @@ class Encoder(nnx.Module):
         self.config = config
         width = config.encoder_d_model
         if not config.share_embeddings:
-            self.embedding = Embedding(
-                config.vocab_size, width, layout=layout, rngs=rngs
-            )
+            self.embedding = Embedding(config.vocab_size, width, layout=layout, rngs=rngs)
         self.layers = stack_layers(
             lambda r: EncoderLayer(config, layout=layout, rngs=r),
             config.encoder_num_layers,
@@ -108,9 +104,7 @@ def _branch_keys(key: jax.Array | None, count: int):
     return iter([None] * count if key is None else list(jax.random.split(key, count)))
 
 
-def _self_attention(
-    attention: Attention, e: jax.Array, present: jax.Array
-) -> jax.Array:
+def _self_attention(attention: Attention, e: jax.Array, present: jax.Array) -> jax.Array:
     """Bidirectional attention within one neighbour, [B, C, K, R, E]; d = i - i'."""
     length = e.shape[-2]
     query, key, value = attention.project(e, None)

@@ -19,9 +19,7 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 Module = TypeVar("Module", bound=nnx.Module)
 
 
-def normal(
-    rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, gain: float = 1.0
-) -> nnx.Param:
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, gain: float = 1.0) -> nnx.Param:
     """A float32 parameter drawn from N(0, gain^2 / fan_in)."""
     draw = jax.random.normal(rngs.params(), shape, jnp.float32)
     return nnx.Param(draw * (gain / math.sqrt(fan_in)))
@@ -39,14 +37,13 @@ class Layout:
         return hash((self.execution, self.shardings))
 
     def __eq__(self, other: object) -> bool:
-        same = isinstance(other, Layout) and self.execution == other.execution
-        return same and self.shardings == other.shardings
+        if not isinstance(other, Layout):
+            return NotImplemented
+        return (self.execution, self.shardings) == (other.execution, other.shardings)
 
     def weight(self, name: str, param: nnx.Param) -> jax.Array:
         """A parameter as its product reads it: in the activations' dtype, gathered over fsdp."""
-        return lay_out(
-            param[...].astype(self.dtype), self.shardings.parameter(name, gathered=True)
-        )
+        return lay_out(param[...].astype(self.dtype), self.shardings.parameter(name, gathered=True))
 
 
 class RMSNorm(nnx.Module):
@@ -59,9 +56,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-        return (
-            x32 * jax.lax.rsqrt(mean_square + self.epsilon) * self.scale[...]
-        ).astype(x.dtype)
+        return (x32 * jax.lax.rsqrt(mean_square + self.epsilon) * self.scale[...]).astype(x.dtype)
 
 
 class Embedding(nnx.Module):
@@ -92,9 +87,7 @@ class FeedForward(nnx.Module):
     ):
         self.norm = RMSNorm(width, config.norm_epsilon)
         self.widen = normal(rngs, (width, d_ff), fan_in=width)
-        self.narrow = normal(
-            rngs, (d_ff, width), fan_in=d_ff, gain=residual_gain(config)
-        )
+        self.narrow = normal(rngs, (d_ff, width), fan_in=d_ff, gain=residual_gain(config))
         self.activation = config.activation
         self.layout = layout
 
@@ -131,15 +124,11 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
 
-def stack_layers(
-    make: Callable[[nnx.Rngs], Module], count: int, rngs: nnx.Rngs
-) -> Module:
+def stack_layers(make: Callable[[nnx.Rngs], Module], count: int, rngs: nnx.Rngs) -> Module:
     """A module like make(rngs) whose every parameter has a leading axis of `count` layers."""
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     keys = jax.random.split(rngs.params(), count)
-    return nnx.merge(
-        graphdef, jax.vmap(lambda key: nnx.split(make(nnx.Rngs(key)))[1])(keys)
-    )
+    return nnx.merge(graphdef, jax.vmap(lambda key: nnx.split(make(nnx.Rngs(key)))[1])(keys))
 
 
 def take_layer(stacked: Module, index: int) -> Module:

@@ -48,13 +48,9 @@ def token_losses(
         return block_losses(h, targets)
 
     def cut(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(
-            x.reshape(batch, length // block, block, *x.shape[2:]), 1, 0
-        )
+        return jnp.moveaxis(x.reshape(batch, length // block, block, *x.shape[2:]), 1, 0)
 
-    losses = jax.lax.map(
-        lambda xs: jax.checkpoint(block_losses)(*xs), (cut(h), cut(targets))
-    )
+    losses = jax.lax.map(lambda xs: jax.checkpoint(block_losses)(*xs), (cut(h), cut(targets)))
     return jnp.moveaxis(losses, 0, 1).reshape(batch, length)
 
 

@@ -43,12 +43,8 @@ class DecoderLayer(nnx.Module):
     """The ATTN and FFW of one decoder layer."""
 
     def __init__(self, config: RetroConfig, *, layout: Layout, rngs: nnx.Rngs):
-        widths = Widths(
-            config.d_model, config.d_model, config.num_heads, config.head_dim
-        )
-        self.attention = Attention(
-            config, widths, cross=False, layout=layout, rngs=rngs
-        )
+        widths = Widths(config.d_model, config.d_model, config.num_heads, config.head_dim)
+        self.attention = Attention(config, widths, cross=False, layout=layout, rngs=rngs)
         self.feed_forward = FeedForward(
             config, config.d_model, config.d_ff, layout=layout, rngs=rngs
         )
@@ -91,9 +87,7 @@ class Retro(nnx.Module):
     ):
         self.config = config
         self.layout = layout = Layout(execution, shardings)
-        self.embedding = Embedding(
-            config.vocab_size, config.d_model, layout=layout, rngs=rngs
-        )
+        self.embedding = Embedding(config.vocab_size, config.d_model, layout=layout, rngs=rngs)
         self.layers = stack_layers(
             lambda r: DecoderLayer(config, layout=layout, rngs=r),
             config.num_layers,
@@ -108,9 +102,7 @@ class Retro(nnx.Module):
             )
         self.norm = RMSNorm(config.d_model, config.norm_epsilon)
         if not config.tie_embeddings:
-            self.read_out = normal(
-                rngs, (config.vocab_size, config.d_model), fan_in=config.d_model
-            )
+            self.read_out = normal(rngs, (config.vocab_size, config.d_model), fan_in=config.d_model)
 
     def __call__(
         self,
@@ -134,13 +126,9 @@ class Retro(nnx.Module):
         h = self.hidden_states(tokens, neighbours, documents)
         return loss.read_out(h, self._read_out_table(), self.layout)
 
-    def token_losses(
-        self, batch: RetroBatch, dropout_key: jax.Array | None = None
-    ) -> jax.Array:
+    def token_losses(self, batch: RetroBatch, dropout_key: jax.Array | None = None) -> jax.Array:
         """[B, N] float32 negative log-likelihoods in nats, 0 where the target is pad_id."""
-        h = self.hidden_states(
-            batch.tokens, batch.neighbours, batch.documents, dropout_key
-        )
+        h = self.hidden_states(batch.tokens, batch.neighbours, batch.documents, dropout_key)
         return loss.token_losses(
             h,
             self._read_out_table(),
@@ -182,16 +170,12 @@ class Retro(nnx.Module):
             cca = None
             if neighbours is not None and p in cca_layers:
                 cca = take_layer(self.cca, cca_layers.index(p))
-            if neighbours is not None and p == cca_layers[0]:
+            if neighbours is not None and cca is not None and p == cca_layers[0]:
                 h = self.attend(layer, h, p, context)
                 context = self.encode(neighbours, h, tokens, context)
-                h = self.feed_forward(
-                    layer, self.retrieve(cca, h, p, context), p, context
-                )
+                h = self.feed_forward(layer, self.retrieve(cca, h, p, context), p, context)
             else:
-                h = depth.rematerialised(self.run_layer, self.layout)(
-                    layer, cca, h, p, context
-                )
+                h = depth.rematerialised(self.run_layer, self.layout)(layer, cca, h, p, context)
         return h
 
     def run_layer(
@@ -236,6 +220,7 @@ class Retro(nnx.Module):
         context: Context,
     ) -> jax.Array:
         """H + CCA(H, E) of layer p."""
+        assert context.encoded is not None and context.present is not None
         branch = cca(h, context.encoded, context.present, context.documents)
         return h + dropout(branch, self.config.dropout, self._key(context, 4 * p + 1))
 
@@ -276,9 +261,7 @@ def check_inputs(
         )
     chunks = (tokens.shape[0], tokens.shape[1] // m)
     if documents is not None and documents.shape != chunks:
-        raise UserError(
-            f"documents have shape {documents.shape}: expected [B, C] = {chunks}"
-        )
+        raise UserError(f"documents have shape {documents.shape}: expected [B, C] = {chunks}")
     if neighbours is None:
         return
     shape = neighbours.shape

@@ -6,6 +6,7 @@ not with its square. One block as long as the sequence is the plain form.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -34,32 +35,22 @@ def causal_attention(
     """
     length = x.shape[1]
     execution = attention.layout.execution
-    block = (
-        length
-        if execution.attention == "plain"
-        else min(execution.attention_block, length)
-    )
+    block = length if execution.attention == "plain" else min(execution.attention_block, length)
     query, key, value = attention.project(x, None)
     table = None
     if attention.positions == "rotary":
         positions = jnp.arange(length)
         query, key = ops.rotate(query, positions), ops.rotate(key, positions)
     else:
-        table = attention.position_keys(
-            ops.distances(block, length, offset=length - block)
-        )
-    segments = (
-        None if documents is None else jnp.repeat(documents, chunk_length, axis=1)
-    )
+        table = attention.position_keys(ops.distances(block, length, offset=length - block))
+    segments = None if documents is None else jnp.repeat(documents, chunk_length, axis=1)
 
     outputs = []
     for start in range(0, length, block):
         stop = min(start + block, length)
-        run = functools.partial(_attend_block, attention)
+        run: Callable[..., jax.Array] = functools.partial(_attend_block, attention)
         if block < length:
-            run = jax.checkpoint(
-                run
-            )  # the logits of a block are made again in the backward pass
+            run = jax.checkpoint(run)  # the logits of a block are made again in the backward pass
         outputs.append(
             run(
                 query[:, start:stop],
@@ -67,14 +58,10 @@ def causal_attention(
                 value[:, :stop],
                 None if segments is None else segments[:, :stop],
                 # From the block's last query and the first key to its first query and last key.
-                None
-                if table is None
-                else table[length - stop : length + stop - start - 1],
+                None if table is None else table[length - stop : length + stop - start - 1],
             )
         )
-    return attention.read_out(
-        outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
-    )
+    return attention.read_out(outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1))
 
 
 def _attend_block(

