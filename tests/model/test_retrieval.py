@@ -132,7 +132,8 @@ def test_a_neighbour_is_encoded_by_itself_and_with_its_own_chunk(monkeypatch):
     tokens = np.array(batch.tokens)
     last = 2 * TINY.chunk_length - 1
     tokens[0, last] += 1 if tokens[0, last] < TINY.vocab_size - 1 else -1
-    changed = np.abs(run(dataclasses.replace(batch, tokens=tokens)) - base).max(axis=(1, 2, 3))
+    other: Any = dataclasses.replace(batch, tokens=jnp.asarray(tokens))
+    changed = np.abs(run(other) - base).max(axis=(1, 2, 3))
     np.testing.assert_array_equal(changed > 0, [False, True, True, True])
 
 

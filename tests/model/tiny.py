@@ -85,7 +85,7 @@ def logits(model: Retro, batch: RetroBatch) -> np.ndarray:
     graph, params = nnx.split(model)
 
     @jax.jit
-    def apply(params: nnx.State, batch: RetroBatch) -> jax.Array:
+    def apply(params: nnx.State, batch: Any) -> jax.Array:
         return nnx.merge(graph, params)(batch.tokens, batch.neighbours, batch.documents)
 
     return np.asarray(apply(params, batch))

@@ -1,0 +1,134 @@
+"""Every field of RetroConfig changes the parameter tree, the output or what is accepted.
+
+A field that reaches nothing is the defect users report first: a new field without a case fails.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from retro_jax.config import PRESETS, RetroConfig
+from retro_jax.errors import UserError
+from retro_jax.model import Retro
+from tests.model.tiny import TINY, logits, make_batch, make_model, token_losses, with_neighbours
+
+BASE = dataclasses.replace(TINY, encoder_d_model=TINY.d_model)
+FIELDS = [field.name for field in dataclasses.fields(RetroConfig)]
+
+TREE: dict[str, Any] = {
+    "vocab_size": 31,
+    "d_model": 14,
+    "num_layers": 4,
+    "num_heads": 3,
+    "head_dim": 6,
+    "d_ff": 21,
+    "encoder_d_model": 14,
+    "encoder_num_layers": 3,
+    "encoder_num_heads": 2,
+    "encoder_head_dim": 5,
+    "encoder_d_ff": 15,
+    "positions": "rotary",
+    "cca_positions": False,
+    "share_embeddings": True,
+    "tie_embeddings": False,
+}
+OUTPUT: dict[str, Any] = {
+    "cca_layers": (1, 3),
+    "chunk_length": 2,
+    "encoder_cca_layers": (2,),
+    "pad_id": 5,
+    "activation": "relu",
+    "norm_epsilon": 0.5,
+}
+LOSS_IN_TRAINING: dict[str, Any] = {"dropout": 0.5}
+ACCEPTED_INPUT: dict[str, Any] = {"neighbour_length": 7}
+
+
+def shapes(config: RetroConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter."""
+    state = nnx.state(nnx.eval_shape(lambda: Retro(config, rngs=nnx.Rngs(0))))
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
+
+
+def batch_of(config: RetroConfig) -> Any:
+    """The same sequences and the same neighbours at every chunk, whatever the chunk length."""
+    batch = make_batch(BASE, chunks=4)
+    chunks = np.asarray(batch.tokens).shape[1] // config.chunk_length
+    neighbours = np.repeat(np.asarray(batch.neighbours)[:, :1], chunks, axis=1)
+    neighbours[:, :, 0, 2] = OUTPUT["pad_id"]
+    documents: Any = np.zeros((len(neighbours), chunks), np.int32)
+    return dataclasses.replace(with_neighbours(batch, neighbours), documents=documents)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_field_matters(field):
+    """Each in the strongest way it can: tree, output, training loss, or accepted input."""
+    cases = TREE | OUTPUT | LOSS_IN_TRAINING | ACCEPTED_INPUT
+    assert field in cases, f"a new field needs a case here: what does {field} change?"
+    changed = dataclasses.replace(BASE, **{field: cases[field]})
+    if field in TREE:
+        assert shapes(changed) != shapes(BASE)
+        return
+    assert shapes(changed) == shapes(BASE)
+    if field in ACCEPTED_INPUT:
+        logits(make_model(BASE), batch_of(BASE))
+        with pytest.raises(UserError, match="neighbours have shape"):
+            logits(make_model(changed), batch_of(BASE))
+        return
+    compute, extra = (logits, ()) if field in OUTPUT else (token_losses, (jax.random.key(0),))
+    one = compute(make_model(BASE), batch_of(BASE), *extra)
+    other = compute(make_model(changed), batch_of(changed), *extra)
+    assert np.abs(one - other).max() > 1e-3 * np.abs(one).max()
+
+
+VARIANTS = {
+    **PRESETS,
+    **{f"{name} baseline": config.baseline() for name, config in PRESETS.items()},
+    "tiny": TINY,
+    "rotary": dataclasses.replace(TINY, positions="rotary"),
+    "no cca positions": dataclasses.replace(TINY, cca_positions=False),
+    "untied": dataclasses.replace(TINY, tie_embeddings=False),
+    "untied baseline": dataclasses.replace(TINY, tie_embeddings=False).baseline(),
+    "shared": dataclasses.replace(BASE, share_embeddings=True),
+    "no encoder crossing": dataclasses.replace(TINY, encoder_cca_layers=()),
+    "crossing twice": dataclasses.replace(TINY, encoder_cca_layers=(1, 2)),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_num_parameters_is_what_the_module_has(name):
+    """By abstract evaluation, with and without embeddings: nothing is allocated."""
+    config = VARIANTS[name]
+    sizes = {path: int(np.prod(shape)) for path, shape in shapes(config).items()}
+    assert config.num_parameters() == sum(sizes.values())
+    tables = [path for path in sizes if "table" in path or "read_out" in path]
+    without = sum(size for path, size in sizes.items() if path not in tables)
+    assert config.num_parameters(embeddings=False) == without
+
+
+BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
+    "tokens of one axis": ({"tokens": (16,)}, r"tokens have shape \(16,\): expected \[B, N\]"),
+    "tokens not whole chunks": ({"tokens": (2, 18)}, "multiple of chunk_length 4"),
+    "no tokens": ({"tokens": (2, 0)}, "multiple of chunk_length 4"),
+    "documents by token": ({"documents": (2, 16)}, r"documents have shape .*= \(2, 4\)"),
+    "neighbours of another batch": ({"neighbours": (1, 4, 2, 8)}, "neighbours have shape"),
+    "neighbours of other chunks": ({"neighbours": (2, 3, 2, 8)}, "neighbours have shape"),
+    "no neighbour slots": ({"neighbours": (2, 4, 0, 8)}, "neighbours have shape .*K >= 1"),
+    "neighbours of other length": ({"neighbours": (2, 4, 2, 9)}, "neighbours have shape .*8"),
+    "neighbours without slots": ({"neighbours": (2, 4, 8)}, "neighbours have shape"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input_is_refused_in_one_line(name):
+    changes, message = BAD_INPUTS[name]
+    shape = {"tokens": (2, 16), "neighbours": (2, 4, 2, 8), "documents": (2, 4)} | changes
+    arrays: Any = {key: np.ones(value, np.int32) for key, value in shape.items()}
+    with pytest.raises(UserError, match=message) as raised:
+        make_model(TINY)(**arrays)
+    assert "\n" not in str(raised.value)
