@@ -111,7 +111,7 @@ def with_neighbours(batch: RetroBatch, neighbours: Any) -> RetroBatch:
 
 def without_documents(batch: RetroBatch) -> Any:
     """The same sequences, told nothing of documents."""
-    return dataclasses.replace(batch, documents=None)  # type: ignore[arg-type]
+    return dataclasses.replace(batch, documents=None)
 
 
 def assert_close(actual: np.ndarray, wanted: np.ndarray, tolerance: float = 1e-5) -> None:
