@@ -1,0 +1,76 @@
+"""The whole path on two small corpora: from text to a trained, evaluated and sampled RETRO.
+
+    python -m launch.quickstart --workdir=quickstart
+
+Introductions of Wikipedia articles and the Python standard library become a retrieval database; a
+RETRO and a baseline of equal decoder are trained; both are scored, samples are drawn, and a page is
+written. Each step is a command of its own, printed before it runs; every one of them reuses what
+is there, so Ctrl-C at any point and the same command again goes on.
+"""
+
+import subprocess
+import sys
+import time
+
+from absl import flags
+
+from launch import app, configurables
+
+_DEFAULT_GIN_FILE = "experiments/quickstart.gin"
+_PROMPTS = (
+    "The river rises in the mountains of",
+    'class Cache:\n    """A dictionary that forgets its oldest entries."""\n\n    def __init__(self',
+    "import unittest\n\nclass TestParser(unittest.TestCase):\n    def setUp(self):\n",
+)
+MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Tokens of each sample.", lower_bound=1)
+
+
+def main() -> None:
+    """Runs the steps one after the other; the first that fails ends it with that step's status."""
+    workdir = app.required(app.WORKDIR, "the directory of the whole run")
+    gin_file = configurables.GIN_FILE.value or _DEFAULT_GIN_FILE
+    started = time.monotonic()
+    commands = steps(workdir, gin_file, MAX_TOKENS.value)
+    for number, (title, arguments) in enumerate(commands, start=1):
+        print(f"\n[{number}/{len(commands)}] {title}", flush=True)
+        print(f"    python -m {_shown(arguments)}", flush=True)
+        status = _call([sys.executable, "-m", *arguments])
+        if status:
+            print(f"stopped in step {number}; the same command goes on from there", file=sys.stderr)
+            sys.exit(status)
+    minutes, seconds = divmod(round(time.monotonic() - started), 60)
+    print(f"\nDone in {minutes} min {seconds} s. Open {workdir}/report.html")
+
+
+def steps(workdir: str, gin_file: str, max_tokens: int) -> list[tuple[str, list[str]]]:
+    """What is said of each step, and its module and arguments."""
+    where, settings = f"--workdir={workdir}", f"--gin_file={gin_file}"
+    prompts = [f"--prompt={prompt}" for prompt in _PROMPTS]
+    drawn = ["--temperature=0.8", "--top_k=40", f"--max_tokens={max_tokens}"]
+    return [
+        ("Text to chunks, keys, index and neighbours", ["launch.prepare", settings, where]),
+        ("Train the RETRO", ["launch.train", settings, where]),
+        ("Train the baseline", ["launch.train", settings, where, "--baseline"]),
+        ("Score the test split with and without retrieval", ["launch.evaluate", where]),
+        ("Draw three samples with live retrieval", ["launch.sample", where, *drawn, *prompts]),
+        ("Write the report", ["launch.report", where]),
+    ]
+
+
+def _call(command: list[str]) -> int:
+    """A step's exit status; Ctrl-C reaches the step by itself and is waited for."""
+    with subprocess.Popen(command) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                continue
+
+
+def _shown(arguments: list[str]) -> str:
+    """The command as a person would type it, long prompts cut."""
+    return " ".join(repr(a)[:48] if " " in a else a for a in arguments)
+
+
+if __name__ == "__main__":
+    app.run(main)
