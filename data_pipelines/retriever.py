@@ -1,0 +1,224 @@
+"""Chunks in, nearest chunks of other documents out: offline for the tables, live while generating.
+
+    tokens --ChunkEncoder--> queries --Index--> candidates --filter--> k neighbours, nearest first
+
+More candidates are fetched than asked for, since some are of the query's own document. A query that is
+left with too few fetches 8 times as many, up to 1,024; one that still has too few (a chunk of a very
+long document) is compared with every key, which also says when there are no more.
+"""
+
+import functools
+import pathlib
+
+import numpy as np
+
+from data_pipelines import files
+from data_pipelines.chunk_database import CHUNK_LENGTH, ChunkDatabase
+from data_pipelines.embedder import PACKAGED_MODELS, BertFolder, Embedder
+from data_pipelines.index import Index
+from data_pipelines.keys import ChunkEncoder, Keys
+from data_pipelines.manifest import Path
+from data_pipelines.tokenizer import Tokenizer
+from retro_jax.errors import UserError
+
+_WIDEN, _WIDEST = 8, 1024
+_SPARE = 8  # candidates of an exact search beyond k: its products round where differences do not
+_QUERIES = 1024  # of an exact search at once
+
+
+class Retriever:
+    """A retrieval database that can be searched: chunks, their keys, and the index over these.
+
+    Attributes:
+      database: the chunks; ids are its.
+      keys, index: what is searched.
+    """
+
+    def __init__(
+        self,
+        database: ChunkDatabase,
+        keys: Keys,
+        *,
+        index: Index,
+        tokenizer: Tokenizer,
+        model: str | None = None,
+    ) -> None:
+        """Use `open`."""
+        self.database, self.keys, self.index = database, keys, index
+        self._tokenizer, self._model = tokenizer, model
+
+    @classmethod
+    def open(cls, workdir: Path, *, model: str | None = None, verify: bool = False) -> "Retriever":
+        """Opens tokenizer/, chunks/train/, keys/train/ and index/ of a workdir.
+
+        BERT and ScaNN are loaded when they are first needed.
+
+        Args:
+          workdir: where `prepare` put them.
+          model: the folder of the BERT that made the keys, where it is not a packaged one.
+          verify: hash every file again.
+
+        Raises:
+          UserError: something is missing, damaged, or does not belong to the rest.
+        """
+        folder = pathlib.Path(workdir)
+        tokenizer = Tokenizer.open(folder / "tokenizer", verify=verify)
+        database = ChunkDatabase.open(folder / "chunks" / "train", verify=verify)
+        _check_tokenizer(database, tokenizer)
+        keys = Keys.open(folder / "keys" / "train", database, verify=verify)
+        index = Index.open(folder / "index", keys, verify=verify)
+        return cls(database, keys, index=index, tokenizer=tokenizer, model=model)
+
+    @functools.cached_property
+    def encoder(self) -> ChunkEncoder:
+        """Chunks to keys, exactly as the database's own were made.
+
+        Raises:
+          UserError: the model is not the one that made the keys.
+        """
+        settings = self.keys.manifest.settings
+        made_by = settings["embedder"]
+        name = self._model or made_by["model"]
+        if self._model is None and name not in PACKAGED_MODELS:
+            raise UserError(
+                f"{self.keys.directory} was made by the BERT folder {name!r}: expected model= its path"
+            )
+        folder = BertFolder.open(name)
+        if files.plain(folder.identity) | {"model": ""} != made_by | {"model": ""}:
+            raise UserError(
+                f"{folder.folder} is not the BERT that made {self.keys.directory}: expected "
+                f"model.safetensors {made_by['sha256']['model.safetensors'][:12]}, found "
+                f"{folder.identity['sha256']['model.safetensors'][:12]}, or other settings"
+            )
+        return ChunkEncoder(self._tokenizer, Embedder(folder), settings["dtype"])
+
+    def retrieve(
+        self, tokens: np.ndarray, k: int, exclude_documents: np.ndarray | None = None
+    ) -> np.ndarray:
+        """The neighbours' tokens of any chunks.
+
+        Args:
+          tokens: [C, 64] token ids.
+          k: neighbours a chunk.
+          exclude_documents: [C] numbers of the database's documents to leave out; -1 for none.
+
+        Returns:
+          [C, k, 128] int32: neighbour and continuation, nearest first; pad_id where there is none.
+        """
+        ids, _ = self.neighbours(tokens, k, exclude_documents)
+        return self.database.values(ids)
+
+    def neighbours(
+        self, tokens: np.ndarray, k: int, exclude_documents: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `retrieve`, but chunk ids and scores as `search` gives them."""
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 2 or tokens.shape[1] != CHUNK_LENGTH:
+            raise UserError(
+                f"chunks have shape {tokens.shape}: expected [C, {CHUNK_LENGTH}] tokens"
+            )
+        return self.search(self.encoder.keys(tokens), k, exclude_documents)
+
+    def search(
+        self, queries: np.ndarray, k: int, exclude_documents: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Finds the k nearest chunks.
+
+        Args:
+          queries: [n, d] float32 keys; a row of NaN (no text) finds nothing.
+          k: how many.
+          exclude_documents: [n] numbers of the database's documents to leave out; -1 for none.
+
+        Returns:
+          Chunk ids [n, k] int64, unique in each row, and squared L2 distances [n, k] float32,
+          ascending (equal ones by id); -1 and infinity where there are no more.
+        """
+        if k < 1:
+            raise UserError(f"k is {k}: expected at least one neighbour")
+        ids = np.full((len(queries), k), -1, np.int64)
+        pending = np.flatnonzero(~np.isnan(queries[:, 0]))
+        count, widen = (k if exclude_documents is None else 2 * k + 16), 1
+        while len(pending) and count <= max(_WIDEST, k):
+            found, _ = self.index.search(queries[pending], count, widen=widen)
+            chosen = self._select(found, k, _at(exclude_documents, pending))
+            enough = chosen[:, -1] >= 0
+            if self.index.is_exact and count >= len(self.index):
+                enough[:] = True
+            ids[pending[enough]] = chosen[enough]
+            pending = pending[~enough]
+            count, widen = count * _WIDEN, widen * _WIDEN
+        for start in range(0, len(pending), _QUERIES):
+            rows = pending[start : start + _QUERIES]
+            ids[rows] = self._exact_ids(queries[rows], k, _at(exclude_documents, rows))
+        return self._scored(queries, ids)
+
+    def exact(
+        self, queries: np.ndarray, k: int, exclude_documents: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `search`, by comparing every key: the reference that recall is measured against."""
+        ids = np.full((len(queries), k), -1, np.int64)
+        valid = np.flatnonzero(~np.isnan(queries[:, 0]))
+        for start in range(0, len(valid), _QUERIES):
+            rows = valid[start : start + _QUERIES]
+            ids[rows] = self._exact_ids(queries[rows], k, _at(exclude_documents, rows))
+        return self._scored(queries, ids)
+
+    def _select(self, ids: np.ndarray, k: int, exclude: np.ndarray | None) -> np.ndarray:
+        """The first k of candidates [n, m] that are there, not excluded and not repeated: [n, k]."""
+        wanted = (ids >= 0) & ~_repeated(ids)
+        if exclude is not None:
+            wanted &= self.database.documents(ids) != exclude[:, None]
+        order = np.argsort(~wanted, axis=1, kind="stable")[:, :k]
+        chosen = np.where(wanted, ids, -1)
+        chosen = np.take_along_axis(chosen, order, axis=1)
+        return np.pad(chosen, ((0, 0), (0, k - chosen.shape[1])), constant_values=-1)
+
+    def _exact_ids(self, queries: np.ndarray, k: int, exclude: np.ndarray | None) -> np.ndarray:
+        """[n, k] ids of the nearest keys by comparing all, not excluded; -1 where there are no more."""
+        best_ids = np.full((len(queries), k + _SPARE), -1, np.int64)
+        best = np.full(best_ids.shape, np.inf, np.float32)
+        for ids, keys in self.keys.blocks():
+            # |q|^2 is the same for all keys of a query, and so left out of the comparison.
+            distances = (keys * keys).sum(1)[None, :] - 2 * (queries @ keys.T)
+            if exclude is not None:
+                distances[self.database.documents(ids)[None, :] == exclude[:, None]] = np.inf
+            every = np.concatenate([best, distances], axis=1)
+            every_ids = np.concatenate([best_ids, np.broadcast_to(ids, distances.shape)], axis=1)
+            order = np.argsort(every, axis=1, kind="stable")[:, : k + _SPARE]
+            best = np.take_along_axis(every, order, axis=1)
+            best_ids = np.take_along_axis(every_ids, order, axis=1)
+        best_ids[np.isinf(best)] = -1
+        return self._scored(queries, best_ids)[0][:, :k]
+
+    def _scored(self, queries: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids [n, k] in the order of their exact distances, and these; equal ones by id."""
+        scores = np.full(ids.shape, np.inf, np.float32)
+        for slot in range(ids.shape[1]):
+            rows = np.flatnonzero(ids[:, slot] >= 0)
+            difference = self.keys.rows(ids[rows, slot]) - queries[rows]
+            scores[rows, slot] = np.einsum("nd,nd->n", difference, difference)
+        order = np.lexsort((ids, scores), axis=-1)
+        return np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
+
+
+def _repeated(ids: np.ndarray) -> np.ndarray:
+    """[n, m] bool: whether an id stands further left in its row too."""
+    order = np.argsort(ids, axis=1, kind="stable")
+    ordered = np.take_along_axis(ids, order, axis=1)
+    repeated = np.zeros(ids.shape, bool)
+    np.put_along_axis(repeated, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
+    return repeated
+
+
+def _at(exclude: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
+    """The excluded documents of some queries."""
+    return None if exclude is None else np.asarray(exclude)[rows]
+
+
+def _check_tokenizer(database: ChunkDatabase, tokenizer: Tokenizer) -> None:
+    """Raises unless the database was made with the tokeniser."""
+    if database.manifest.parents.get("tokenizer") != tokenizer.manifest.hash:
+        raise UserError(
+            f"{database.directory} and {tokenizer.directory} do not belong together: expected the "
+            "tokeniser that made the chunks"
+        )
