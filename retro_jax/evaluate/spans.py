@@ -2,6 +2,7 @@
 
 import codecs
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -44,6 +45,12 @@ def spans(
             result.append(Span(text, pending, bool(shared is not None and shared[i])))
             pending = None
     return result
+
+
+def merged(parts: Sequence[Span]) -> list[Span]:
+    """The same text in as few spans as `shared` allows; gains are dropped."""
+    groups = itertools.groupby(parts, key=lambda span: span.shared)
+    return [Span("".join(span.text for span in group), shared=shared) for shared, group in groups]
 
 
 def shared_runs(tokens: np.ndarray, other: np.ndarray, length: int = 4) -> np.ndarray:

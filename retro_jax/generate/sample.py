@@ -149,8 +149,17 @@ class Generator:
         allowed[[token for token in forbidden if token < config.vocab_size]] = False
         self._allowed = jnp.asarray(allowed)
 
-    def generate(self, prompts: Sequence[np.ndarray], sampling: SamplingConfig) -> list[Generation]:
-        """Continues each prompt ([n] token ids, n >= 1, bos first) until eos or max_tokens."""
+    def generate(
+        self,
+        prompts: Sequence[np.ndarray],
+        sampling: SamplingConfig,
+        *,
+        on_step: Callable[[], object] = lambda: None,
+    ) -> list[Generation]:
+        """Continues each prompt ([n] token ids, n >= 1, bos first) until eos or max_tokens.
+
+        `on_step` is called after each token, of all texts at once.
+        """
         if not all(len(prompt) for prompt in prompts):
             raise UserError("a prompt has no token: expected bos at least")
         texts = [_Text([int(token) for token in prompt]) for prompt in prompts]
@@ -166,6 +175,7 @@ class Generator:
                     text.tokens.append(int(token))
                     text.log_probabilities.append(float(score))
                     text.finished = int(token) == self.eos_id
+            on_step()
             if all(text.finished for text in texts):
                 break
         return [_finish(text, len(prompt)) for text, prompt in zip(texts, prompts, strict=True)]
@@ -236,8 +246,9 @@ def _logits_at(
     last: jax.Array,
 ) -> jax.Array:
     """One full forward pass, and the logits of one position a row."""
-    logits = nnx.merge(graphdef, params)(tokens, neighbours)
-    return jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]
+    model: Retro = nnx.merge(graphdef, params)
+    h = model.hidden_states(tokens, neighbours)
+    return model.read(jnp.take_along_axis(h, last[:, None, None], axis=1))[:, 0]
 
 
 @partial(jax.jit, static_argnames="filters")
@@ -279,7 +290,7 @@ def draw(
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A prompt and its continuation, as text and as tokens."""
+    """A prompt and its continuation, as text (`text` is both) and as tokens."""
 
     prompt: str
     text: str
@@ -289,16 +300,17 @@ class Sample:
 def sample_text(
     generator: Generator,
     codec: TextCodec,
-    prompt: str,
+    prompts: Sequence[str],
     sampling: SamplingConfig,
     *,
-    num_samples: int = 1,
+    on_step: Callable[[], object] = lambda: None,
 ) -> list[Sample]:
-    """Continues a prompt `num_samples` times; `text` is the prompt and its continuation."""
-    tokens = np.concatenate([[codec.bos_id], codec.encode(prompt)]).astype(np.int32)
-    generations = generator.generate([tokens] * num_samples, sampling)
+    """Continues prompts, all at once; give one several times for several samples of it."""
+    tokens = [np.concatenate([[codec.bos_id], codec.encode(prompt)]) for prompt in prompts]
+    generations = generator.generate(tokens, sampling, on_step=on_step)
     special = (codec.bos_id, codec.eos_id, codec.pad_id)
+    texts = [[int(t) for t in g.tokens if t not in special] for g in generations]
     return [
-        Sample(prompt, codec.decode([int(t) for t in g.tokens if t not in special]), g)
-        for g in generations
+        Sample(prompt, codec.decode(text), generation)
+        for prompt, text, generation in zip(prompts, texts, generations, strict=True)
     ]

@@ -123,7 +123,10 @@ class Retro(nnx.Module):
         Raises:
           UserError: a shape that does not fit the configuration.
         """
-        h = self.hidden_states(tokens, neighbours, documents)
+        return self.read(self.hidden_states(tokens, neighbours, documents))
+
+    def read(self, h: jax.Array) -> jax.Array:
+        """Logits [B, N, V] float32 of final activations [B, N, D], or of some positions of them."""
         return loss.read_out(h, self._read_out_table(), self.layout)
 
     def token_losses(self, batch: RetroBatch, dropout_key: jax.Array | None = None) -> jax.Array:

@@ -21,7 +21,7 @@ from retro_jax.evaluate.report import (
     render,
     score_rows,
 )
-from retro_jax.evaluate.spans import Span, shared_runs, spans
+from retro_jax.evaluate.spans import Span, merged, shared_runs, spans
 
 CODE = 'def f(x):\n\tif x < 1 & "y" > \'z\':\n        return """<script>alert(1)</script>"""\n'
 
@@ -139,6 +139,17 @@ def test_spans_give_the_text_back_however_its_bytes_are_cut(text: str, data: st.
 def test_a_character_cut_by_the_ends_is_replaced():
     euro = "€".encode()
     assert [span.text for span in spans([euro[1:], b"a", euro[:2]])] == ["��", "a", "�"]
+
+
+def test_merged_spans_are_the_same_text():
+    parts = [
+        Span("a", 1.0),
+        Span("b"),
+        Span("c", shared=True),
+        Span("d", 2.0, shared=True),
+        Span("e"),
+    ]
+    assert merged(parts) == [Span("ab"), Span("cd", shared=True), Span("e")]
 
 
 def test_shared_runs_are_four_tokens_or_more():

@@ -247,16 +247,19 @@ class Letters:
 
 def test_text_in_text_out(model):
     generator = _generator(model, FakeRetriever(), eos_id=EOS)
+    sampling = SamplingConfig(max_tokens=6, top_k=9)
+    steps: list[int] = []
     samples = sample_text(
-        generator, Letters(), "hello", SamplingConfig(max_tokens=6, top_k=9), num_samples=2
+        generator, Letters(), ["hello"] * 2, sampling, on_step=lambda: steps.append(1)
     )
     assert len(samples) == 2
+    assert len(steps) == max(len(sample.generation.log_probabilities) for sample in samples)
     for sample in samples:
         assert sample.generation.tokens[0] == BOS
         assert sample.generation.prompt_length == 6
         assert sample.prompt == "hello"
         assert sample.text.startswith("hello")
-    (empty,) = sample_text(generator, Letters(), "", SamplingConfig(max_tokens=2))
+    (empty,) = sample_text(generator, Letters(), [""], SamplingConfig(max_tokens=2))
     assert empty.generation.prompt_length == 1
 
 
