@@ -193,12 +193,15 @@ class Index:
         found = min(count, len(self))
         if not (found and len(queries)):
             return ids, distances
-        options = {}
+        options: dict[str, int] = {}
         if not self.is_exact:
             options["pre_reorder_num_neighbors"] = min(max(self.plan.reorder, 2 * found), len(self))
         if self.plan.kind == "tree":
             leaves = self.plan.leaves_to_search * widen
             options["leaves_to_search"] = min(leaves, self.plan.num_leaves)
+            # ScaNN may choose other leaves for a query when it comes in a batch, and then a table
+            # would depend on its blocks. One at a time costs a quarter of the queries per second.
+            options["batch_size"] = 1
         rows, values = self._searcher.search_batched_parallel(
             np.ascontiguousarray(queries, np.float32), final_num_neighbors=found, **options
         )
