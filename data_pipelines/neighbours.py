@@ -200,6 +200,8 @@ class _Work:
         """How many of the true neighbours of some queries the table's scores hold."""
         total = len(self._queries)
         ids = np.sort(np.random.Generator(np.random.Philox(0)).permutation(total)[:sample])
+        if not len(ids):
+            return {"k": self._k, "queries": 0, "recall": 1.0}
         queries = self._keys(self._read(ids)[1])
         ids, queries = ids[~np.isnan(queries[:, 0])], queries[~np.isnan(queries[:, 0])]
         _, truth = self._retriever.exact(queries, self._k, self._own_of(ids))
