@@ -21,3 +21,5 @@ os.environ["XLA_FLAGS"] = " ".join([*_given, *(flag for flag in _FLAGS if flag n
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+pytest_plugins = ["tests.conftest_prepared"]

@@ -1,0 +1,279 @@
+"""Prepares what training reads: corpora in, chunks with their neighbours out.
+
+    python -m launch.prepare --gin_file=experiments/quickstart.gin --workdir=W
+    python -m launch.prepare --gin_file=experiments/quickstart.gin --workdir=W --stages=documents,chunks
+    python -m launch.prepare --workdir=W --stats
+
+Runs the stages documents, tokenizer, chunks, keys, index and neighbours, each into its own directory
+of W. What is there already is not made again; interrupted or killed, the same command goes on where
+it was. A directory that was made with other settings is refused, and never deleted.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from absl import flags
+
+from data_pipelines import files
+from data_pipelines.chunk_database import ChunkDatabase, prepare_chunks
+from data_pipelines.corpora import SPLITS
+from data_pipelines.documents import DocumentsConfig, prepare_documents
+from data_pipelines.embedder import PACKAGED_MODELS
+from data_pipelines.index import IndexConfig, prepare_index
+from data_pipelines.keys import Keys, KeysConfig, prepare_keys
+from data_pipelines.manifest import MANIFEST_FILE, Manifest
+from data_pipelines.neighbours import NeighboursConfig, prepare_neighbours
+from data_pipelines.retriever import Retriever
+from data_pipelines.tokenizer import TokenizerConfig, train_tokenizer
+from launch import app, configurables, facts, workdir
+from retro_jax.errors import UserError
+
+STAGES = flags.DEFINE_list("stages", None, "Only these stages, in their own order. Default: all.")
+SKIP_BAD = flags.DEFINE_bool(
+    "skip_bad_documents", False, "Count documents that cannot be read and go on."
+)
+VERIFY = flags.DEFINE_bool("verify", False, "Hash every file that is there again, before the rest.")
+STATS = flags.DEFINE_bool("stats", False, "Print what W holds as a table, and stop.")
+PROCESSES = flags.DEFINE_integer(
+    "processes", 1, "Processes that make chunk shards; the bytes are the same.", lower_bound=1
+)
+
+CONFIG_FILE = "prepare.gin"
+_LOCK_FILE = ".prepare.lock"
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """Where, and every setting.
+
+    Attributes:
+      directory: W.
+      processes: how many make chunk shards.
+    """
+
+    directory: pathlib.Path
+    documents: DocumentsConfig
+    tokenizer: TokenizerConfig
+    keys: KeysConfig
+    index: IndexConfig
+    neighbours: NeighboursConfig
+    processes: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class StageOf:
+    """A stage of the preparation.
+
+    Attributes:
+      places: the directories in W that it fills.
+      run: makes what is missing of them, and returns a line of what they hold and a count for the
+        rate with its unit.
+    """
+
+    places: tuple[str, ...]
+    run: Callable[[Preparation], tuple[str, int, str]]
+
+
+def main() -> None:
+    """Runs the stages that are asked for."""
+    directory = pathlib.Path(app.required(app.WORKDIR, "the directory of the run"))
+    if STATS.value:
+        print(facts.table(directory))
+        return
+    chosen = _chosen(STAGES.value)
+    configurables.load_from_flags()
+    if SKIP_BAD.value:
+        configurables.override("DocumentsConfig.skip_bad_documents", True)
+    preparation = make_preparation(directory)
+    if configurables.PRINT_CONFIG.value:
+        print(configurables.operative_config(), end="")
+        return
+    with only_one(directory):
+        if VERIFY.value:
+            _verify(directory)
+        made = [name for name in chosen if run_stage(name, preparation)]
+        if made:
+            settings = configurables.operative_config()
+            files.write_atomically(directory / CONFIG_FILE, settings.encode())
+            workdir.record_versions(directory)
+
+
+def make_preparation(directory: pathlib.Path) -> Preparation:
+    """Every setting from the configuration that was loaded.
+
+    Raises:
+      UserError: a setting is missing or wrong.
+    """
+    return Preparation(
+        directory=directory,
+        documents=configurables.make(DocumentsConfig),
+        tokenizer=configurables.make(TokenizerConfig),
+        keys=configurables.make(KeysConfig),
+        index=configurables.make(IndexConfig),
+        neighbours=configurables.make(NeighboursConfig),
+        processes=PROCESSES.value,
+    )
+
+
+def run_stage(name: str, preparation: Preparation) -> bool:
+    """Runs one stage and prints a line about it; returns whether there was anything to do."""
+    stage, start = ALL_STAGES[name], time.perf_counter()
+    done = all((preparation.directory / p / MANIFEST_FILE).is_file() for p in stage.places)
+    if not done:
+        print(f"{name}: ...", flush=True)
+    line, count, unit = stage.run(preparation)
+    seconds = time.perf_counter() - start
+    took = "there already" if done else f"{seconds:.1f} s, {count / seconds:,.0f} {unit} a second"
+    print(f"{name}: {line} ({took})", flush=True)
+    return not done
+
+
+@contextlib.contextmanager
+def only_one(directory: pathlib.Path) -> Iterator[None]:
+    """Makes W, and keeps other preparations out of it until the end.
+
+    Raises:
+      UserError: another one is running.
+    """
+    with files.writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = open(directory / _LOCK_FILE, "w")  # noqa: SIM115
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{directory} is being prepared by another process: expected none"
+            ) from None
+        yield
+
+
+def _chosen(names: Sequence[str] | None) -> list[str]:
+    """The stages of --stages, in the order in which they run."""
+    if names is None:
+        return list(ALL_STAGES)
+    for name in names:
+        if name not in ALL_STAGES:
+            raise flags.Error(f"--stages={name}: expected some of {','.join(ALL_STAGES)}")
+    if not names:
+        raise flags.Error(f"--stages is empty: expected some of {','.join(ALL_STAGES)}")
+    return [name for name in ALL_STAGES if name in names]
+
+
+def _verify(directory: pathlib.Path) -> None:
+    """Hashes every file of every finished directory again."""
+    count = size = 0
+    for name, stage in ALL_STAGES.items():
+        for place in stage.places:
+            if (directory / place / MANIFEST_FILE).is_file():
+                manifest = Manifest.open(directory / place, name, verify=True)
+                count += len(manifest.shards)
+                size += sum(shard.size for shard in manifest.shards)
+    print(f"verified: {count} files, {size / 1e6:,.1f} MB", flush=True)
+
+
+def _documents(p: Preparation) -> tuple[str, int, str]:
+    """Reads the corpora into splits."""
+    manifests = prepare_documents(p.directory / "documents", p.documents)
+    counts = {split: manifest.fact("documents") for split, manifest in manifests.items()}
+    size = sum(manifest.fact("bytes") for manifest in manifests.values())
+    left_out = _left_out(manifests["train"])
+    told = ", ".join(f"{count:,} {split}" for split, count in counts.items())
+    return f"{told}; {size / 1e6:,.1f} MB{left_out}", size // 1000, "kB"
+
+
+def _left_out(manifest: Manifest) -> str:
+    """How many documents were read and not taken, by reason."""
+    reading = manifest.fact("reading").values()
+    reasons = ("bad", "empty", "duplicates", "beyond_limit")
+    sums = {reason: sum(counts[reason] for counts in reading) for reason in reasons}
+    told = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in sums.items() if n)
+    return f"; left out: {told}" if told else ""
+
+
+def _tokenizer(p: Preparation) -> tuple[str, int, str]:
+    """Trains the tokeniser on the training split."""
+    manifest = train_tokenizer(
+        p.directory / "tokenizer", p.directory / "documents" / "train", p.tokenizer
+    )
+    size = manifest.fact("training_bytes")
+    line = f"{manifest.fact('vocab_size'):,} tokens, trained on {size / 1e6:,.1f} MB"
+    return line, size // 1000, "kB"
+
+
+def _chunks(p: Preparation) -> tuple[str, int, str]:
+    """Cuts every split's documents into chunks."""
+    counts = {}
+    for split in SPLITS:
+        manifest = prepare_chunks(
+            p.directory / "chunks" / split,
+            p.directory / "documents" / split,
+            p.directory / "tokenizer",
+            processes=p.processes,
+        )
+        counts[split] = manifest.fact("chunks")
+    told = ", ".join(f"{count:,} {split}" for split, count in counts.items())
+    return told, sum(counts.values()), "chunks"
+
+
+def _keys(p: Preparation) -> tuple[str, int, str]:
+    """Embeds the training split, which is the retrieval database."""
+    manifest = prepare_keys(
+        p.directory / "keys" / "train",
+        p.directory / "chunks" / "train",
+        p.directory / "tokenizer",
+        p.keys,
+    )
+    keys, chunks = manifest.fact("keys"), manifest.fact("chunks")
+    line = f"{keys:,} of {chunks:,} chunks, {manifest.fact('dimension')} dimensions"
+    return line, chunks, "chunks"
+
+
+def _index(p: Preparation) -> tuple[str, int, str]:
+    """Builds the index over the keys."""
+    database = ChunkDatabase.open(p.directory / "chunks" / "train")
+    keys = Keys.open(p.directory / "keys" / "train", database)
+    manifest = prepare_index(p.directory / "index", keys, p.index)
+    count, plan = manifest.fact("keys"), manifest.fact("plan")
+    return f"{count:,} keys, {plan['kind'].replace('_', ' ')}", count, "keys"
+
+
+def _neighbours(p: Preparation) -> tuple[str, int, str]:
+    """Finds the neighbours of every split's chunks."""
+    model = None if p.keys.model in PACKAGED_MODELS else p.keys.model
+    retriever = Retriever.open(p.directory, model=model)
+    told, total = [], 0
+    for split in SPLITS:
+        manifest = prepare_neighbours(
+            p.directory / "neighbours" / split,
+            ChunkDatabase.open(p.directory / "chunks" / split),
+            retriever,
+            k=getattr(p.neighbours, split),
+            recall_queries=p.neighbours.recall_queries,
+        )
+        total += manifest.fact("chunks")
+        recall = manifest.fact("recall")
+        told.append(f"{split} {recall['k']} a chunk, recall {recall['recall']:.3f}")
+    return "; ".join(told), total, "chunks"
+
+
+def _splits(folder: str) -> tuple[str, ...]:
+    """A folder's directory for each split."""
+    return tuple(f"{folder}/{split}" for split in SPLITS)
+
+
+ALL_STAGES = {
+    "documents": StageOf(_splits("documents"), _documents),
+    "tokenizer": StageOf(("tokenizer",), _tokenizer),
+    "chunks": StageOf(_splits("chunks"), _chunks),
+    "keys": StageOf(("keys/train",), _keys),
+    "index": StageOf(("index",), _index),
+    "neighbours": StageOf(_splits("neighbours"), _neighbours),
+}
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,51 @@
+"""experiments/*.gin: every setting loads, and the published sizes are the paper's."""
+
+import pathlib
+
+import pytest
+
+from data_pipelines.batches import BatchConfig
+from data_pipelines.chunk_database import CHUNK_LENGTH
+from data_pipelines.tokenizer import TokenizerConfig
+from launch import configurables
+from retro_jax.config import PRESETS, RetroConfig
+from retro_jax.train.loop import TrainConfig
+from retro_jax.train.optimizer import OptimizerConfig, learning_rate
+
+FOLDER = pathlib.Path(__file__).parents[2] / "experiments"
+RUNS = sorted(path.name for path in FOLDER.glob("*.gin") if path.name != "published.gin")
+# The paper's table of sizes: maximum learning rate and sequences a batch.
+PUBLISHED = {"172m": (2e-4, 256), "425m": (2e-4, 256), "1.5b": (2e-4, 256), "7.5b": (1e-4, 1024)}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_configuration_that_an_experiment_binds_can_be_made(name):
+    configurables.load(str(FOLDER / name))
+    text = (FOLDER / name).read_text() + (FOLDER / "published.gin").read_text() * name.startswith(
+        "retro"
+    )
+    tokenizer = configurables.make(TokenizerConfig)
+    made = {"TokenizerConfig": tokenizer}
+    for each in set(configurables.TABLE) - {"CorpusConfig"}:  # those are made with DocumentsConfig
+        if f"\n{each}." in text:
+            open_fields = {"vocab_size": tokenizer.vocab_size} if each == "RetroConfig" else {}
+            made[each] = configurables.make(configurables.configurable(each), **open_fields)
+    assert made["DocumentsConfig"].corpora
+    if "RetroConfig" in made:
+        assert made["RetroConfig"].vocab_size == tokenizer.vocab_size
+        assert made["RetroConfig"].chunk_length == CHUNK_LENGTH
+        assert 0 < made["BatchConfig"].neighbours <= made["NeighboursConfig"].train
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_sizes_are_the_papers(size):
+    configurables.load(str(FOLDER / f"retro_{size.replace('.', '_')}.gin"))
+    assert configurables.make(RetroConfig) == PRESETS[size]
+    batches, training = configurables.make(BatchConfig), configurables.make(TrainConfig)
+    highest, rows = PUBLISHED[size]
+    assert (batches.batch_size, batches.sequence_length, batches.neighbours) == (rows, 2048, 2)
+    tokens = training.steps * batches.batch_size * batches.sequence_length
+    assert tokens == 419_430_400_000
+    rates = learning_rate(configurables.make(OptimizerConfig), training.steps)
+    for step, rate in {0: 1e-7, 750: highest, training.steps: highest / 10}.items():
+        assert rates(step) == pytest.approx(rate, rel=1e-5)

@@ -1,0 +1,237 @@
+"""launch.prepare: every stage on a slice of the real corpora, run again, killed, and misused."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from data_pipelines.batches import BatchConfig, Batches
+from data_pipelines.chunk_database import ChunkDatabase
+from data_pipelines.corpora import SPLITS
+from data_pipelines.manifest import MANIFEST_FILE
+from data_pipelines.neighbours import NeighbourTable
+from launch.prepare import ALL_STAGES, only_one
+from tests.conftest_prepared import run_prepare, write_slice
+
+PLACES = [place for stage in ALL_STAGES.values() for place in stage.places]
+# So few documents that a run from the start takes seconds.
+TINY = (
+    "wikipedia/CorpusConfig.max_documents = 12",
+    "python/CorpusConfig.max_documents = 4",
+    "python/CorpusConfig.max_bytes = 20_000",
+    "TokenizerConfig.vocab_size = 400",
+)
+
+
+def artefacts(workdir):
+    """Every file of every stage, by relative name."""
+    files = [path for place in PLACES for path in (workdir / place).rglob("*") if path.is_file()]
+    return {path.relative_to(workdir).as_posix(): path.read_bytes() for path in files}
+
+
+def refused(capsys, *arguments):
+    """What prepare prints when it refuses, which is one line."""
+    assert run_prepare(*arguments) in (1, 2)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def start(workdir, settings):
+    """launch.prepare in a process of its own."""
+    command = [sys.executable, "-m", "launch.prepare"]
+    command += [f"--workdir={workdir}", f"--gin_file={settings}", "--processes=2"]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def test_every_stage_has_run(prepared_workdir):
+    for place in PLACES:
+        assert (prepared_workdir / place / MANIFEST_FILE).is_file()
+    assert "DocumentsConfig.test = 0.2" in (prepared_workdir / "prepare.gin").read_text()
+    versions = json.loads((prepared_workdir / "versions.json").read_text())
+    assert "scann" in versions["starts"][-1]["packages"]
+    held = {}
+    for split in SPLITS:
+        database = ChunkDatabase.open(prepared_workdir / "chunks" / split)
+        assert set(database.corpora) == {"python", "wikipedia"}
+        held[split] = {(record.corpus, record.id) for record in database.records()}
+    assert len(set().union(*held.values())) == sum(map(len, held.values())) > 60
+
+
+def test_neighbours_are_other_documents_of_the_training_split(prepared_workdir):
+    train = ChunkDatabase.open(prepared_workdir / "chunks" / "train")
+    for split in SPLITS:
+        queries = ChunkDatabase.open(prepared_workdir / "chunks" / split)
+        table = NeighbourTable.open(prepared_workdir / "neighbours" / split, queries, train)
+        ids = table.ids(np.arange(len(queries)))
+        assert np.mean(ids >= 0) > 0.95
+        if split == "train":
+            own = queries.documents(np.arange(len(queries)))
+            assert not np.any(train.documents(ids) == own[:, None])
+        assert table.manifest.fact("recall")["recall"] > 0.95
+
+
+@pytest.mark.parametrize("mixture", [None, {"python": 3.0, "wikipedia": 1.0}])
+def test_batches_of_the_real_artefacts(prepared_workdir, mixture):
+    train = ChunkDatabase.open(prepared_workdir / "chunks" / "train")
+    table = NeighbourTable.open(prepared_workdir / "neighbours" / "train", train, train)
+    config = BatchConfig(sequence_length=512, batch_size=8, neighbours=2, mixture=mixture)
+    batches = Batches(config, train, table, train)
+    for step, batch in zip(range(3, 5), batches.iterate(3)):
+        expected = batches.rows(step)
+        np.testing.assert_array_equal(batch.neighbours, expected.neighbours)
+        assert batch.neighbours.shape == (8, 8, 2, 128)
+        assert batch.neighbours.dtype == batch.tokens.dtype == np.int32
+        assert batch.tokens.max() < train.vocab_size
+
+
+def test_run_again_it_makes_nothing_and_imports_no_tensorflow(prepared_workdir):
+    before = artefacts(prepared_workdir)
+    code = (
+        "import sys; from launch import app, prepare; "
+        "status = app.execute(prepare.main, sys.argv); "
+        "sys.exit(status or bool({'tensorflow', 'scann'} & set(sys.modules)))"
+    )
+    settings = prepared_workdir.parent / "slice.gin"
+    flags = [f"--workdir={prepared_workdir}", f"--gin_file={settings}", "--verify"]
+    run = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["verified", *ALL_STAGES]
+    assert all(line.endswith("(there already)") for line in lines[1:])
+    assert artefacts(prepared_workdir) == before
+
+
+def test_stats(prepared_workdir, capsys):
+    assert run_prepare(prepared_workdir, None, "--stats") == 0
+    rows = {line[:25].strip(): line[25:].split() for line in capsys.readouterr().out.splitlines()}
+    database = ChunkDatabase.open(prepared_workdir / "chunks" / "train")
+    counts = [len(part) for ranges in database.corpora.values() for part in ranges]
+    assert [rows["python: chunks"][0], rows["wikipedia: chunks"][0]] == [f"{n:,}" for n in counts]
+    assert rows["neighbours a chunk"] == ["4", "10", "10"]
+    assert rows["slots filled"] == ["100.0%"] * 3
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Settings and artefacts of a preparation that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("tiny")
+    settings = write_slice(folder, *TINY)
+    assert run_prepare(folder / "W", settings) == 0
+    return settings, artefacts(folder / "W")
+
+
+def test_killed_again_and_again_it_ends_as_an_undisturbed_one(tiny, tmp_path):
+    settings, expected = tiny
+    workdir = tmp_path / "W"
+    for marker in ("documents/.spill", "keys/train/stage.json", "neighbours/train/stage.json"):
+        process = start(workdir, settings)
+        while not (workdir / marker).exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.002)
+        process.kill()
+        process.communicate()
+        assert not (workdir / marker).parent.joinpath(MANIFEST_FILE).exists()
+    process = start(workdir, settings)
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    assert artefacts(workdir) == expected
+
+
+def test_some_stages_only(tiny, tmp_path, capsys):
+    settings, expected = tiny
+    workdir = tmp_path / "W"
+    assert "W/documents/train has no manifest.json" in refused(
+        capsys, workdir, settings, "--stages=chunks,tokenizer"
+    )
+    assert run_prepare(workdir, settings, "--stages=tokenizer,documents") == 0
+    assert not (workdir / "chunks").exists()
+    made = artefacts(workdir)
+    assert made == {name: data for name, data in expected.items() if name in made}
+    assert "tokenizer/manifest.json" in made
+
+
+def test_other_settings_are_refused(tiny, tmp_path, capsys):
+    settings, _ = tiny
+    workdir = tmp_path / "W"
+    stages = "--stages=documents,tokenizer"
+    assert run_prepare(workdir, settings, stages) == 0
+    before = artefacts(workdir)
+    capsys.readouterr()
+    error = refused(
+        capsys, workdir, settings, stages, "--gin_bindings=TokenizerConfig.vocab_size = 500"
+    )
+    assert "tokenizer was made with other settings: vocab_size: 400 -> 500" in error
+    assert artefacts(workdir) == before
+
+
+def test_verify_finds_a_changed_byte(tiny, tmp_path, capsys):
+    settings, _ = tiny
+    workdir = tmp_path / "W"
+    shutil.copytree(settings.parent / "W", workdir)
+    shard = workdir / "chunks" / "train" / "chunks-00000.npy"
+    data = bytearray(shard.read_bytes())
+    data[-200] ^= 1
+    shard.write_bytes(data)
+    assert "chunks-00000.npy has SHA-256" in refused(capsys, workdir, settings, "--verify")
+
+
+def test_one_preparation_at_a_time(tiny, tmp_path, capsys):
+    with only_one(tmp_path):
+        error = refused(capsys, tmp_path, tiny[0])
+    assert f"{tmp_path} is being prepared by another process: expected none" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stages=documents,chunk"], "--stages=chunk: expected some of documents,tokenizer"),
+        (["--stages="], "--stages is empty: expected some of documents"),
+        (["--processes=0"], "processes"),
+        (["--gin_bindings=TokenizerConfig.vocab = 1"], "'vocab'"),
+        (["--gin_bindings=DocumentsConfig.test = 2.0"], "DocumentsConfig.test is 2.0"),
+        (["--stats"], "holds no chunk database: expected what launch.prepare makes"),
+    ],
+)
+def test_bad_flags_are_one_line(tmp_path, capsys, arguments, message):
+    assert message in refused(capsys, tmp_path / "W", write_slice(tmp_path), *arguments)
+    assert not (tmp_path / "W").exists()
+
+
+def test_corpora_must_be_given(tmp_path, capsys):
+    assert "DocumentsConfig.corpora has no value" in refused(capsys, tmp_path / "W", None)
+
+
+def test_bad_documents_are_named_or_skipped(tmp_path, capsys):
+    corpus = tmp_path / "texts"
+    corpus.mkdir()
+    for i in range(30):
+        (corpus / f"{i}.txt").write_bytes(b"a text \xff" if i == 7 else b"a text of some words")
+    settings = tmp_path / "texts.gin"
+    settings.write_text(
+        "texts/CorpusConfig.name = 'texts'\n"
+        "texts/CorpusConfig.kind = 'text'\n"
+        f"texts/CorpusConfig.path = {str(corpus)!r}\n"
+        "DocumentsConfig.corpora = (@texts/CorpusConfig(),)\n"
+    )
+    documents = "--stages=documents"
+    error = refused(capsys, tmp_path / "W", settings, documents)
+    assert "7.txt has byte 0xff at offset 7: expected UTF-8" in error
+    assert run_prepare(tmp_path / "W", settings, documents, "--skip_bad_documents") == 0
+    assert "left out: 1 bad" in capsys.readouterr().out
+
+
+def test_help_says_how_to_use_it():
+    command = [sys.executable, "-m", "launch.prepare", "--help"]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=True)
+    assert "python -m launch.prepare --gin_file=" in run.stdout
+    for flag in ("--stages", "--gin_file", "--workdir", "--stats", "--processes"):
+        assert flag in run.stdout
+    assert pathlib.Path("experiments/quickstart.gin").is_file()
