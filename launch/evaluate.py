@@ -16,18 +16,17 @@ import hashlib
 import math
 import os
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 from absl import flags
 
 from data_pipelines import files
 from launch import app, configurables, runs
-from launch.result_flags import NUM_NEIGHBOURS, RETRIEVAL, SPLIT
+from launch.progress import progress_bar
+from launch.shared_flags import DATA, NUM_NEIGHBOURS, RETRIEVAL, SPLIT
 from launch.splits import Split, open_split
 from retro_jax.errors import UserError
 from retro_jax.evaluate import metrics, score
@@ -65,9 +64,12 @@ class Condition:
 def main() -> None:
     """Scores what is not scored yet, and prints the table."""
     workdir = pathlib.Path(app.required(app.WORKDIR, "the directory of a run"))
+    data = pathlib.Path(DATA.value or workdir)
     conditions = _conditions(workdir, _wanted(RETRIEVAL.value))
+    for condition in conditions:
+        runs.check_data(condition.run, data)
     most = max(condition.neighbours for condition in conditions)
-    split = open_split(workdir, SPLIT.value, neighbours=most, max_documents=MAX_DOCUMENTS.value)
+    split = open_split(data, SPLIT.value, neighbours=most, max_documents=MAX_DOCUMENTS.value)
     folder = workdir / FOLDER
     results = {c.name: evaluate(folder, split, c) for c in conditions}
     files.write_atomically(folder / f"{SPLIT.value}.json", files.to_json(results))
@@ -146,10 +148,7 @@ def _score(split: Split, condition: Condition, windows: score.WindowConfig) -> n
     size = -(-windows.batch_size // divisor) * divisor
     windows = dataclasses.replace(windows, batch_size=size)
     count = len(score.windows(len(split.ids), windows.chunks, windows.stride))
-    name = CONDITION_NAMES[condition.name]
-    bar = tqdm.tqdm(
-        total=count, desc=name, unit="window", mininterval=_interval(), dynamic_ncols=True
-    )
+    bar = progress_bar(count, CONDITION_NAMES[condition.name], "window")
     with jax.set_mesh(mesh), bar:
         losses = score.compiled_token_losses(
             *runs.load_model(condition.run, mesh), place=lambda batch: jax.device_put(batch, rows)
@@ -160,11 +159,6 @@ def _score(split: Split, condition: Condition, windows: score.WindowConfig) -> n
     if bad:
         raise UserError(f"{condition.run.directory}: the loss of {bad} tokens is not finite")
     return nll
-
-
-def _interval() -> float:
-    """Seconds between refreshes of the bar: few lines where it is no terminal."""
-    return 0.2 if sys.stderr.isatty() else 10.0
 
 
 def figures(split: Split, nll: np.ndarray) -> dict[str, Any]:

@@ -12,9 +12,8 @@ import subprocess
 import sys
 import time
 
-from absl import flags
-
 from launch import app, configurables
+from launch.shared_flags import MAX_TOKENS
 
 _DEFAULT_GIN_FILE = "experiments/quickstart.gin"
 _PROMPTS = (
@@ -22,7 +21,6 @@ _PROMPTS = (
     'class Cache:\n    """A dictionary that forgets its oldest entries."""\n\n    def __init__(self',
     "import unittest\n\nclass TestParser(unittest.TestCase):\n    def setUp(self):\n",
 )
-MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Tokens of each sample.", lower_bound=1)
 
 
 def main() -> None:

@@ -10,9 +10,11 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from data_pipelines import files
 from data_pipelines.batches import BatchConfig
+from data_pipelines.manifest import Manifest
 from launch import configurables
-from launch.workdir import CONFIG_FILE
+from launch.workdir import CONFIG_FILE, PARENTS_FILE
 from retro_jax.config import ExecutionConfig, RetroConfig
 from retro_jax.errors import UserError
 from retro_jax.model import Retro
@@ -83,6 +85,21 @@ def open_run(directory: pathlib.Path, bindings: Sequence[str] = ()) -> Run:
         step=step,
         checkpoint=digest,
     )
+
+
+def check_data(run: Run, data: pathlib.Path) -> None:
+    """Refuses prepared data that a run was not trained on.
+
+    Raises:
+      UserError: naming both directories.
+    """
+    recorded = files.read_json(run.directory / PARENTS_FILE)["chunks/train"]
+    found = Manifest.read(data / "chunks" / "train").hash
+    if found != recorded:
+        raise UserError(
+            f"{run.directory} and {data / 'chunks' / 'train'} do not belong together: "
+            f"expected chunks {recorded[:12]}, found {found[:12]}"
+        )
 
 
 def load_model(run: Run, mesh: Mesh | None = None) -> tuple[nnx.GraphDef, nnx.State]:

@@ -4,9 +4,9 @@ import dataclasses
 import pathlib
 
 import numpy as np
-from data_pipelines.neighbours import NeighbourTable
 
 from data_pipelines.chunk_database import ChunkDatabase
+from data_pipelines.neighbours import NeighbourTable
 from retro_jax.errors import UserError
 from retro_jax.evaluate.score import ChunkText
 
@@ -50,12 +50,12 @@ class Split:
 
 
 def open_split(
-    workdir: pathlib.Path, name: str, *, neighbours: int, max_documents: int | None = None
+    data: pathlib.Path, name: str, *, neighbours: int, max_documents: int | None = None
 ) -> Split:
     """Opens a split.
 
     Args:
-      workdir: W. name: of the split.
+      data: W, or the directory of the prepared data. name: of the split.
       neighbours: how many the table must hold; 0 for no table at all.
       max_documents: only the first so many documents of each corpus (they stand in random order).
 
@@ -63,7 +63,7 @@ def open_split(
       UserError: an unknown or empty split, no table or too small a one, artefacts that do not
         belong together.
     """
-    folder = workdir / "chunks"
+    folder = data / "chunks"
     known = sorted(path.name for path in folder.glob("*") if path.is_dir())
     if name not in known:
         expected = f"one of {', '.join(known)}" if known else "what launch.prepare makes"
@@ -74,12 +74,13 @@ def open_split(
         raise UserError(f"{folder / name} holds no document: expected some to score")
     if not neighbours:
         return Split(database, None, None, ids)
-    table = NeighbourTable.open(workdir / "neighbours" / name)
+    retrieval = ChunkDatabase.open(data / "chunks" / "train")
+    table = NeighbourTable.open(data / "neighbours" / name, database, retrieval)
     if neighbours > table.k:
         raise UserError(
-            f"--num_neighbours={neighbours}: {workdir / 'neighbours' / name} holds {table.k} a chunk"
+            f"{table.directory} holds {table.k} neighbours a chunk: expected {neighbours} at least"
         )
-    return Split(database, table, ChunkDatabase.open(folder / "train"), ids)
+    return Split(database, table, retrieval, ids)
 
 
 def choose_chunks(database: ChunkDatabase, max_documents: int | None) -> np.ndarray:

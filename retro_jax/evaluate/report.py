@@ -12,7 +12,7 @@ from retro_jax.evaluate.page import page, table
 from retro_jax.evaluate.spans import Span
 
 CONDITION_NAMES = {"baseline": "baseline", "off": "RETRO[OFF]", "on": "RETRO[ON]"}
-_FULL_COLOUR_BITS = 4.0
+_FULL_COLOUR_RANGE = (0.25, 4.0)  # bits a token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ def score_rows(
         row = [corpus or "all", *(f"{value:.{digits}f}" for value in values)]
         if pair:
             on, off = scores["on"][corpus][figure], scores["off"][corpus][figure]
-            row.append(f"{100 * (on / off - 1):+.1f}%" if off else "")
+            row.append(f"{100 * (on / off - 1):+.2f}%" if off else "")
         rows.append(row)
         best.append(1 + values.index(min(values)) if len(values) > 1 else None)
     return header, rows, best
@@ -172,27 +172,36 @@ def _chunks_section(chunks: Sequence[ChunkView]) -> str:
     """Test chunks coloured by what retrieval did to each token."""
     if not chunks:
         return ""
+    full = full_colour([span.gain or 0.0 for chunk in chunks for span in chunk.spans])
     legend = (
         '<div class="legend"><span>less likely</span><span class="ramp"></span><span>more likely '
-        f"with retrieval (full colour from {_FULL_COLOUR_BITS:g} bits a token; point at a token for "
-        "its number; dotted underline: less likely)</span></div>"
+        f"with retrieval (full colour from {full:.2g} bits a token; point at a token for its "
+        "number; dotted underline: clearly less likely)</span></div>"
     )
     intro = (
         "<p>Test chunks of 64 tokens. Neighbours were retrieved with the chunk <em>before</em>, and "
         "are read while this chunk is predicted. <mark>Marked</mark> in a neighbour: runs of four or "
         "more tokens that the chunk has too.</p>"
     )
-    return f"<h2>What retrieval changed</h2>{intro}{legend}{''.join(map(_chunk_card, chunks))}"
+    cards = "".join(_chunk_card(chunk, full) for chunk in chunks)
+    return f"<h2>What retrieval changed</h2>{intro}{legend}{cards}"
 
 
-def _chunk_card(chunk: ChunkView) -> str:
+def full_colour(gains: Sequence[float]) -> float:
+    """The bits a token that get the full colour: few of the tokens shown have more."""
+    low, high = _FULL_COLOUR_RANGE
+    sizes = sorted(map(abs, gains))
+    return min(high, max(low, sizes[int(0.98 * (len(sizes) - 1))])) if sizes else high
+
+
+def _chunk_card(chunk: ChunkView, full: float) -> str:
     """One test chunk and its neighbours, side by side."""
     style, word = ("gain", "saved") if chunk.gain >= 0 else ("loss", "cost")
     figure = f"<span class={style}>{abs(chunk.gain):.1f} bits {word}</span>"
     left = ""
     if chunk.query:
         left = f'<div class="caption">the chunk before: the query</div>{_text(chunk.query)}'
-    left += f'<div class="caption">the chunk</div>{_text(chunk.spans)}'
+    left += f'<div class="caption">the chunk</div>{_text(chunk.spans, full)}'
     return (
         f'<section class="card"><header><h3>{html.escape(chunk.heading)}</h3>'
         f'<span class="caption">{html.escape(chunk.source)}</span>'
@@ -244,26 +253,26 @@ def _neighbours(neighbours: Sequence[NeighbourView]) -> str:
     return "".join(parts)
 
 
-def _text(spans: Sequence[Span]) -> str:
+def _text(spans: Sequence[Span], full: float = 1.0) -> str:
     """A block of text."""
-    return f'<div class="text">{_spans(spans)}</div>'
+    return f'<div class="text">{_spans(spans, full)}</div>'
 
 
-def _spans(spans: Sequence[Span]) -> str:
-    """Spans as HTML; neighbouring plain ones are joined."""
-    return "".join(_span(span) for span in spans)
+def _spans(spans: Sequence[Span], full: float = 1.0) -> str:
+    """Spans as HTML; a gain of `full` bits has the full colour."""
+    return "".join(_span(span, full) for span in spans)
 
 
-def _span(span: Span) -> str:
+def _span(span: Span, full: float) -> str:
     """One span: coloured by its gain, marked where it is shared, else plain."""
     text = html.escape(span.text)
-    if span.gain is not None:
-        text = text.replace("\n", "<span class=end></span>\n")
-        strength = min(1.0, abs(span.gain) / _FULL_COLOUR_BITS) * 0.75
-        if strength < 0.03:
-            return f'<span title="{span.gain:+.2f} bits">{text}</span>'
-        name = "more" if span.gain > 0 else "less"
-        ground = f"background: rgba(var(--{name}), {strength:.2f})"
-        underline = " class=less" if span.gain < -0.5 else ""
-        return f'<span{underline} style="{ground}" title="{span.gain:+.2f} bits">{text}</span>'
-    return f"<mark>{text}</mark>" if span.shared else text
+    if span.gain is None:
+        return f"<mark>{text}</mark>" if span.shared else text
+    text = text.replace("\n", "<span class=end></span>\n")
+    strength = min(1.0, abs(span.gain) / full)
+    if strength < 0.04:
+        return f'<span title="{span.gain:+.2f} bits">{text}</span>'
+    name = "more" if span.gain > 0 else "less"
+    ground = f"background: rgba(var(--{name}), {0.75 * strength:.2f})"
+    underline = " class=less" if span.gain < -0.25 * full else ""
+    return f'<span{underline} style="{ground}" title="{span.gain:+.2f} bits">{text}</span>'

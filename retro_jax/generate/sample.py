@@ -51,6 +51,7 @@ class SamplingConfig:
 
     Attributes:
       max_tokens: tokens generated at most; eos ends a text earlier.
+      min_tokens: eos is not drawn before so many have been generated.
       temperature: divides the logits; 0 takes the most likely token.
       top_k: only the k most likely tokens are drawn; 0 for all.
       top_p: only the most likely tokens that together reach this probability; 1 for all.
@@ -58,6 +59,7 @@ class SamplingConfig:
     """
 
     max_tokens: int = 128
+    min_tokens: int = 0
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -147,7 +149,8 @@ class Generator:
         self._graphdef, self._params = nnx.split(model)
         allowed = np.ones(config.vocab_size, bool)
         allowed[[token for token in forbidden if token < config.vocab_size]] = False
-        self._allowed = jnp.asarray(allowed)
+        going_on = allowed & (np.arange(config.vocab_size) != eos_id)
+        self._allowed, self._going_on = jnp.asarray(allowed), jnp.asarray(going_on)
 
     def generate(
         self,
@@ -169,7 +172,8 @@ class Generator:
         for step in range(sampling.max_tokens):
             self._retrieve_complete_chunks(texts, known)
             logits = self.next_logits(*self._context(texts))
-            drawn = draw(logits, self._allowed, keys=keys, step=step, filters=sampling.filters)
+            allowed = self._going_on if step < sampling.min_tokens else self._allowed
+            drawn = draw(logits, allowed, keys=keys, step=step, filters=sampling.filters)
             for text, token, score in zip(texts, *map(np.asarray, drawn), strict=True):
                 if not text.finished:
                     text.tokens.append(int(token))

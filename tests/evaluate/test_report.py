@@ -18,6 +18,7 @@ from retro_jax.evaluate.report import (
     Report,
     SampleChunk,
     SampleView,
+    full_colour,
     render,
     score_rows,
 )
@@ -103,14 +104,21 @@ def test_the_page_loads_nothing():
 def test_gains_are_green_and_losses_red_and_underlined():
     text = render(_report())
     assert re.search(
-        r'<span style="background: rgba\(var\(--more\), 0\.38\)" title="\+2\.00 bits">', text
+        r'<span style="background: rgba\(var\(--more\), 0\.50\)" title="\+2\.00 bits">', text
     )
     assert re.search(
-        r'<span class=less style="background: rgba\(var\(--less\), 0\.56\)" title="-3\.00 bits">',
+        r'<span class=less style="background: rgba\(var\(--less\), 0\.75\)" title="-3\.00 bits">',
         text,
     )
     assert "<mark>" in text
     assert "2.5 bits saved" in text
+
+
+def test_the_full_colour_follows_what_is_shown_within_bounds():
+    assert full_colour([0.01] * 99) == 0.25
+    assert full_colour([-9.0] * 99) == 4
+    assert full_colour([1.0] * 98 + [0.5, 50.0]) == 1
+    assert full_colour([]) == 4
 
 
 def test_sections_without_content_are_left_out():
@@ -122,7 +130,7 @@ def test_sections_without_content_are_left_out():
 def test_score_rows_name_the_best_and_the_difference():
     header, rows, best = score_rows(_report().scores, "bits_per_byte", 3)
     assert header == ["corpus", "RETRO[OFF]", "RETRO[ON]", "ON vs OFF"]
-    assert rows == [["code", "1.500", "0.750", "-50.0%"], ["all", "1.500", "0.750", "-50.0%"]]
+    assert rows == [["code", "1.500", "0.750", "-50.00%"], ["all", "1.500", "0.750", "-50.00%"]]
     assert best == [2, 2]
 
 

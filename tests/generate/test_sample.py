@@ -199,6 +199,17 @@ def test_eos_ends_a_text_and_the_others_go_on(model):
     assert ended[1].finished == (ended[1].tokens[-1] == eos)
 
 
+def test_eos_is_not_drawn_before_min_tokens(model):
+    sampling = SamplingConfig(max_tokens=12, seed=1)
+    free = _tokens(_generator(model, None).generate([_prompt(5)], sampling))[0]
+    later = dataclasses.replace(sampling, min_tokens=8)
+    generator = _generator(model, None, eos_id=free[5])
+    assert len(generator.generate([_prompt(5)], sampling)[0].tokens) == 6
+    held = generator.generate([_prompt(5)], later)[0].tokens[5:].tolist()
+    assert free[5] not in held[:8]
+    assert len(held) >= 8
+
+
 def test_forbidden_tokens_are_never_drawn(model):
     favourite = int(_generator(model, None).generate([_prompt(5)], GREEDY)[0].tokens[5])
     generator = Generator(model, chunks=8, eos_id=99, forbidden=(PAD, BOS, favourite))
@@ -267,6 +278,7 @@ def test_text_in_text_out(model):
     "wrong",
     [
         {"max_tokens": 0},
+        {"min_tokens": -1},
         {"temperature": -1},
         {"top_k": -1},
         {"top_p": 0},

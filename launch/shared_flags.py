@@ -1,7 +1,8 @@
-"""Flags that more than one of evaluate, sample and report have; absl defines a flag once a process."""
+"""Flags that more than one entry point has: absl defines a flag once a process."""
 
 from absl import flags
 
+DATA = flags.DEFINE_string("data", None, "Directory of the prepared data. Default: --workdir.")
 SPLIT = flags.DEFINE_string("split", "test", "Which split of the documents.")
 RETRIEVAL = flags.DEFINE_list(
     "retrieval",
@@ -13,4 +14,7 @@ NUM_NEIGHBOURS = flags.DEFINE_integer(
     None,
     "Neighbours a chunk; as many as in training unless given.",
     lower_bound=1,
+)
+MAX_TOKENS = flags.DEFINE_integer(
+    "max_tokens", 128, "Tokens of each sample at most.", lower_bound=1
 )

@@ -1,0 +1,13 @@
+"""Progress bars of the entry points."""
+
+import sys
+
+import tqdm
+
+_TERMINAL_SECONDS, _LOG_SECONDS = 0.2, 10.0  # between refreshes: a log file gets few lines
+
+
+def progress_bar(total: int, what: str, unit: str) -> tqdm.tqdm:
+    """A bar on standard error with the time left."""
+    seconds = _TERMINAL_SECONDS if sys.stderr.isatty() else _LOG_SECONDS
+    return tqdm.tqdm(total=total, desc=what, unit=unit, mininterval=seconds, dynamic_ncols=True)

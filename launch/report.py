@@ -1,0 +1,229 @@
+"""Writes W/report.html: figures, loss curves, what retrieval changed, and samples, on one page.
+
+    python -m launch.report --workdir=W
+    python -m launch.report --workdir=W --split=validation --title="My first RETRO"
+
+Shows what launch.evaluate and launch.sample left in W; the page loads nothing from elsewhere.
+"""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from data_pipelines import files
+from data_pipelines.tokenizer import Tokenizer
+from launch import app, runs
+from launch.evaluate import FOLDER as EVALUATION
+from launch.evaluate import table_scores
+from launch.sample import FOLDER as SAMPLES
+from launch.shared_flags import DATA, SPLIT
+from launch.splits import Split, open_split
+from launch.views import Viewer, sample_chunk_from_json
+from retro_jax.errors import UserError
+from retro_jax.evaluate.report import ChunkView, Curve, Report, SampleView, render
+from retro_jax.train.metrics import METRICS_FILE, read_curve
+
+TITLE = flags.DEFINE_string("title", "RETRO: a report", "The page's heading.")
+
+FILE = "report.html"
+_RUNS = {"retro": "RETRO", "baseline": "baseline"}
+_SHOWN_CORPORA, _SHOWN_SAMPLES = 4, 6
+_LEAST_TOKENS = 32  # of a chunk that is shown
+
+
+def main() -> None:
+    """Writes the page."""
+    workdir = pathlib.Path(app.required(app.WORKDIR, "the directory of a run"))
+    data = pathlib.Path(DATA.value or workdir)
+    path = workdir / EVALUATION / f"{SPLIT.value}.json"
+    if not path.is_file():
+        raise UserError(f"{path} is missing: expected the result of launch.evaluate")
+    results = files.read_json(path)
+    run = runs.open_run(workdir / "retro")
+    runs.check_data(run, data)
+    report = Report(
+        title=TITLE.value,
+        summary=_summary(run, results),
+        facts=list(_facts(data, run, results)),
+        scores=table_scores(results),
+        curves=list(_curves(workdir)),
+        chunks=_chunk_views(workdir / EVALUATION, data, results),
+        samples=list(_samples(workdir / SAMPLES, run)),
+    )
+    files.write_atomically(workdir / FILE, render(report).encode())
+    print(f"written to {workdir / FILE}")
+
+
+def _summary(run: runs.Run, results: Mapping[str, Any]) -> str:
+    """One sentence on what was evaluated."""
+    result = next(iter(results.values()))
+    scored, settings = result["all"], result["settings"]
+    some = "" if settings["max_documents"] is None else "a part of "
+    return (
+        f"A RETRO of {run.model.num_parameters() / 1e6:.1f}M parameters after {run.step:,} steps, on "
+        f"{some}the {settings['split']} split: {scored['documents']:,} documents, "
+        f"{scored['tokens']:,} tokens, {scored['bytes']:,} bytes."
+    )
+
+
+def _facts(
+    data: pathlib.Path, run: runs.Run, results: Mapping[str, Any]
+) -> Iterator[tuple[str, str]]:
+    """What one needs to know to judge the figures."""
+    model, database = run.model, files.read_json(data / "chunks" / "train" / "manifest.json")
+    facts = database["facts"]
+    yield (
+        "model",
+        (
+            f"{model.num_layers} layers of width {model.d_model}, CCA in {', '.join(map(str, model.cca_layers))}; "
+            f"baseline {model.baseline().num_parameters() / 1e6:.1f}M parameters"
+        ),
+    )
+    yield (
+        "training",
+        f"sequences of {run.batches.sequence_length} tokens, {run.batches.batch_size} a step",
+    )
+    yield "database", f"{facts['chunks']:,} chunks of {facts['documents']:,} training documents"
+    for name, result in results.items():
+        settings = result["settings"]
+        yield (
+            name,
+            (
+                f"{result['model']['run']} at step {result['model']['step']:,}, {settings['neighbours']} "
+                f"neighbours, windows of {settings['window_chunks']} chunks, stride {settings['stride_chunks']}"
+            ),
+        )
+
+
+def _curves(workdir: pathlib.Path) -> Iterator[Curve]:
+    """The training loss of the runs that are there."""
+    for folder, name in _RUNS.items():
+        lines = read_curve(workdir / folder / METRICS_FILE)
+        if lines:
+            seen = np.cumsum([line["tokens"] for line in lines])
+            yield Curve(name, seen.tolist(), [line["loss"] for line in lines])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scored:
+    """What two results say of each chunk.
+
+    Attributes:
+      gains: [n, 64] bits that retrieval saved on each token; 0 for tokens without loss.
+      bits: [n] of the chunk without retrieval. eligible: [n] whether the chunk can be shown.
+    """
+
+    split: Split
+    gains: np.ndarray
+    bits: np.ndarray
+    eligible: np.ndarray
+
+
+def _chunk_views(
+    folder: pathlib.Path, data: pathlib.Path, results: Mapping[str, Any]
+) -> list[ChunkView]:
+    """For each of the largest corpora: the largest gain, the largest loss, and a random chunk."""
+    if not {"on", "off"} <= set(results):
+        return []
+    settings = results["on"]["settings"]
+    split = open_split(
+        data,
+        settings["split"],
+        neighbours=settings["neighbours"],
+        max_documents=settings["max_documents"],
+    )
+    if split.hashes(True) != results["on"]["manifests"]:
+        raise UserError(f"{folder} is of other chunks: expected launch.evaluate again")
+    scored = _read_scores(folder, results, split)
+    corpora = results["on"]["corpora"]
+    largest = sorted(corpora, key=lambda name: -corpora[name]["tokens"])[:_SHOWN_CORPORA]
+    assert split.retrieval is not None
+    viewer = Viewer(Tokenizer.open(data / "tokenizer"), split.retrieval)
+    views = []
+    for corpus in sorted(largest):
+        for heading, place in _choose(scored, corpus):
+            views.append(
+                _view(f"{heading} · {corpus}", place, scored, viewer, settings["neighbours"])
+            )
+    return views
+
+
+def _read_scores(folder: pathlib.Path, results: Mapping[str, Any], split: Split) -> _Scored:
+    """The gains of every token, from the arrays that launch.evaluate left."""
+    on, off = (np.load(folder / results[name]["nll"]) for name in ("on", "off"))
+    if on.shape != off.shape or len(on) != len(split.ids):
+        raise UserError(
+            f"{folder}: losses of {len(on)} and {len(off)} chunks, expected {len(split.ids)}"
+        )
+    tokens = split.database.chunks(split.ids)
+    counts = (tokens != split.database.pad_id) & (tokens != split.database.eos_id)
+    gains = np.where(counts, (off - on) / math.log(2), 0.0)
+    owners = split.database.documents(split.ids)
+    eligible = counts.sum(axis=1) >= _LEAST_TOKENS
+    eligible[0] = False
+    eligible[1:] &= owners[1:] == owners[:-1]  # a document's first chunk reads no neighbours
+    return _Scored(split, gains, np.where(counts, off, 0.0).sum(axis=1) / math.log(2), eligible)
+
+
+def _choose(scored: _Scored, corpus: str) -> Iterator[tuple[str, int]]:
+    """Headings, and places in split.ids."""
+    inside = np.zeros(len(scored.split.ids), bool)
+    for part in scored.split.database.corpora[corpus]:
+        inside |= (scored.split.ids >= part.start) & (scored.split.ids < part.stop)
+    places = np.flatnonzero(scored.eligible & inside)
+    if not len(places):
+        return
+    totals = scored.gains[places].sum(axis=1)
+    yield "Largest gain", int(places[np.argmax(totals)])
+    yield "Largest loss", int(places[np.argmin(totals)])
+    yield "Chosen at random", int(np.random.default_rng(0).choice(places))
+
+
+def _view(heading: str, place: int, scored: _Scored, viewer: Viewer, k: int) -> ChunkView:
+    """One chunk, the chunk before it, and that one's neighbours."""
+    split = scored.split
+    assert split.table is not None
+    chunk, query = split.ids[place], split.ids[place] - 1
+    tokens = split.database.chunks(np.array([query, chunk]))
+    record = split.database.record(split.database.document(int(chunk)))
+    text = tokens[1] != split.database.pad_id
+    return ChunkView(
+        heading=heading,
+        source=f"{record.id} · chunk {chunk - record.first_chunk + 1} of {record.chunks}",
+        gain=float(scored.gains[place].sum()),
+        bits=float(scored.bits[place]),
+        query=viewer.spans(tokens[0]),
+        spans=viewer.spans(tokens[1][text], gains=scored.gains[place][text]),
+        neighbours=viewer.neighbours(
+            split.table.ids(np.array([query]), k)[0],
+            split.table.scores(np.array([query]), k)[0],
+            tokens[1][text],
+        ),
+    )
+
+
+def _samples(folder: pathlib.Path, run: runs.Run) -> Iterator[SampleView]:
+    """Samples of this checkpoint, in the order in which they were made."""
+    paths = sorted(folder.glob("*.json"), key=lambda path: (path.stat().st_mtime, path.name))
+    results = [files.read_json(path) for path in paths]
+    own = [result for result in results if result["model"] == run.identity()]
+    pairs = [(result, sample) for result in own for sample in result["samples"]]
+    for number, (result, sample) in enumerate(pairs[-_SHOWN_SAMPLES:], 1):
+        made = ", ".join(f"{name} {value:g}" for name, value in result["sampling"].items())
+        retrieval = (
+            f"{result['neighbours']} neighbours" if result["neighbours"] else "retrieval off"
+        )
+        yield SampleView(
+            heading=f"Sample {number}",
+            settings=f"{made}, {retrieval}",
+            chunks=[sample_chunk_from_json(fields) for fields in sample["chunks"]],
+        )
+
+
+if __name__ == "__main__":
+    app.run(main)

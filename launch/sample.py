@@ -1,0 +1,198 @@
+"""Continues prompts with a trained RETRO, and shows the neighbours that it retrieved on the way.
+
+    python -m launch.sample --workdir=W --prompt="The history of the city"
+    python -m launch.sample --workdir=W --prompt="def main(" --prompt="import " --temperature=0.7 --seed=3
+
+Neighbours are retrieved from W's database as soon as a chunk of 64 tokens is complete, in the prompt
+too, and read while the chunk after it is written. Everything is written to W/samples/ID.json; the
+same request is read from there the next time.
+"""
+
+import dataclasses
+import hashlib
+import pathlib
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from absl import flags
+from flax import nnx
+
+from data_pipelines import files
+from data_pipelines.chunk_database import ChunkDatabase
+from data_pipelines.retriever import Retriever
+from data_pipelines.tokenizer import UNK_ID, Tokenizer
+from launch import app, configurables, runs
+from launch.progress import progress_bar
+from launch.shared_flags import DATA, MAX_TOKENS, NUM_NEIGHBOURS, RETRIEVAL
+from launch.side_by_side import side_by_side
+from launch.views import Viewer, sample_chunk_from_json
+from retro_jax.errors import UserError
+from retro_jax.evaluate.report import SampleChunk
+from retro_jax.generate.sample import Generation, Generator, Sample, SamplingConfig, sample_text
+
+PROMPT = flags.DEFINE_multi_string("prompt", None, "The text to continue.")
+MIN_TOKENS = flags.DEFINE_integer("min_tokens", 0, "The text does not end before so many.")
+TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 is greedy.")
+TOP_K = flags.DEFINE_integer("top_k", 0, "Draw among the k most likely tokens; 0 for all.")
+TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw among the likeliest that reach this probability.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Samples of each prompt.", lower_bound=1)
+
+FOLDER = "samples"
+_ID_DIGITS = 12
+
+
+def main() -> None:
+    """Samples, or reads what was sampled before, and prints it."""
+    workdir = pathlib.Path(app.required(app.WORKDIR, "the directory of a run"))
+    data = pathlib.Path(DATA.value or workdir)
+    prompts = app.required(PROMPT, "a text to continue")
+    sampling = SamplingConfig(
+        max_tokens=MAX_TOKENS.value,
+        min_tokens=MIN_TOKENS.value,
+        temperature=TEMPERATURE.value,
+        top_k=TOP_K.value,
+        top_p=TOP_P.value,
+        seed=SEED.value,
+    )
+    run = runs.open_run(workdir / "retro", configurables.GIN_BINDINGS.value)
+    runs.check_data(run, data)
+    k = _neighbours(run)
+    request = {
+        "prompts": prompts,
+        "num_samples": NUM_SAMPLES.value,
+        "sampling": dataclasses.asdict(sampling),
+        "neighbours": k,
+        "model": run.identity(),
+        "execution": dataclasses.asdict(run.execution),
+    }
+    digest = hashlib.sha256(files.to_json(request)).hexdigest()[:_ID_DIGITS]
+    path = workdir / FOLDER / f"{digest}.json"
+    if path.is_file():
+        result = files.read_json(path)
+    else:
+        samples = make_samples(data, run, k, sampling=sampling, prompts=prompts)
+        result = {**request, "samples": samples}
+        with files.writing(path):
+            path.parent.mkdir(exist_ok=True)
+        files.write_atomically(path, files.to_json(result))
+    show(result)
+    print(f"written to {path}")
+
+
+def _neighbours(run: runs.Run) -> int:
+    """How many neighbours a chunk has; 0 with --retrieval=off."""
+    chosen = RETRIEVAL.value if RETRIEVAL.value is not None else ["on"]
+    if chosen not in (["on"], ["off"]):
+        raise flags.Error(f"--retrieval={','.join(chosen)}: expected on or off")
+    if chosen == ["off"]:
+        return 0
+    k = NUM_NEIGHBOURS.value or run.batches.neighbours
+    if not (k and run.model.has_retrieval):
+        raise UserError(f"--retrieval=on: {run.directory} was trained without, expected off")
+    return k
+
+
+class LiveRetrieval:
+    """Retrieves neighbours for the generator, and remembers which they were."""
+
+    def __init__(self, retriever: Retriever, database: ChunkDatabase, k: int):
+        self._retriever, self._database, self._k = retriever, database, k
+        self._found: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
+
+    def __call__(self, chunks: np.ndarray) -> np.ndarray:
+        """The neighbours [n, k, R] of chunks [n, 64]."""
+        ids, distances = self._retriever.neighbours(chunks, self._k)
+        for chunk, *found in zip(chunks, ids, distances, strict=True):
+            self._found[_key(chunk)] = tuple(found)
+        return self._database.values(ids)
+
+    def found(self, chunk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and distances [k] of the neighbours of a chunk that was asked for."""
+        return self._found[_key(chunk)]
+
+
+def _key(chunk: np.ndarray) -> bytes:
+    """A chunk as a dictionary's key."""
+    return np.ascontiguousarray(chunk, np.int32).tobytes()
+
+
+def make_samples(
+    data: pathlib.Path,
+    run: runs.Run,
+    k: int,
+    *,
+    sampling: SamplingConfig,
+    prompts: Sequence[str],
+) -> list[dict[str, Any]]:
+    """Samples every prompt, with what was retrieved for each chunk, as JSON takes it."""
+    tokenizer = Tokenizer.open(data / "tokenizer")
+    database = ChunkDatabase.open(data / "chunks" / "train")
+    retrieve = LiveRetrieval(Retriever.open(data), database, k) if k else None
+    special = (tokenizer.pad_id, tokenizer.bos_id, UNK_ID)
+    generator = Generator(
+        nnx.merge(*runs.load_model(run)),
+        chunks=run.chunks,
+        eos_id=tokenizer.eos_id,
+        retrieve=retrieve,
+        forbidden=[*special, *range(tokenizer.vocab_size, run.model.vocab_size)],
+    )
+    wanted = [prompt for prompt in prompts for _ in range(NUM_SAMPLES.value)]
+    with progress_bar(sampling.max_tokens, "sampling", "token") as bar:
+        samples = sample_text(generator, tokenizer, wanted, sampling, on_step=bar.update)
+    viewer = Viewer(tokenizer, database)
+    return [_to_json(sample, viewer, retrieve) for sample in samples]
+
+
+def _to_json(sample: Sample, viewer: Viewer, retrieve: LiveRetrieval | None) -> dict[str, Any]:
+    """A sample with its chunks and their neighbours."""
+    generation = sample.generation
+    return {
+        "prompt": sample.prompt,
+        "text": sample.text,
+        "finished": generation.finished,
+        "tokens": generation.tokens.tolist(),
+        "prompt_length": generation.prompt_length,
+        "log_probabilities": generation.log_probabilities.tolist(),
+        "chunks": [dataclasses.asdict(c) for c in _chunks(generation, viewer, retrieve)],
+    }
+
+
+def _chunks(
+    generation: Generation, viewer: Viewer, retrieve: LiveRetrieval | None
+) -> list[SampleChunk]:
+    """The chunks of a sample; runs that a neighbour shares with the chunk after it are marked."""
+    length, tokens = viewer.chunk_length, generation.tokens
+    used = 0 if generation.neighbours is None else len(generation.neighbours)
+    chunks = []
+    for u, start in enumerate(range(0, len(tokens), length)):
+        chunk = tokens[start : start + length]
+        prompt = min(max(generation.prompt_length - start, 0), length)
+        views = []
+        if retrieve is not None and u < used:
+            following = tokens[start + length : start + 2 * length]
+            views = viewer.neighbours(*retrieve.found(chunk), following)
+        chunks.append(SampleChunk(viewer.text(chunk[:prompt]), viewer.text(chunk[prompt:]), views))
+    return chunks
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints samples, chunk by chunk, with the neighbours of each beside it."""
+    width = min(shutil.get_terminal_size((120, 40)).columns, 200)
+    settings = ", ".join(f"{name} {value:g}" for name, value in result["sampling"].items())
+    for number, sample in enumerate(result["samples"], 1):
+        count = len(sample["tokens"]) - sample["prompt_length"]
+        end = "ended by the model" if sample["finished"] else "stopped"
+        heading = (
+            f" sample {number} of {len(result['samples'])}: {count} tokens, {end} ({settings}) "
+        )
+        print(f"{heading:─^{width}}")
+        chunks = [sample_chunk_from_json(fields) for fields in sample["chunks"]]
+        print(side_by_side(chunks, width))
+    print("─" * width)
+
+
+if __name__ == "__main__":
+    app.run(main)
