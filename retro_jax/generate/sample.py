@@ -67,6 +67,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         require(self.max_tokens > 0, self, "max_tokens", "a positive integer")
+        require(self.min_tokens >= 0, self, "min_tokens", "a number of tokens")
         require(
             0 <= self.temperature < float("inf"),
             self,

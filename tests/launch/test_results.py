@@ -1,0 +1,264 @@
+"""Evaluate, sample and report on a slice of the real corpora, with a RETRO of a few steps."""
+
+import json
+import math
+import pathlib
+import re
+
+import numpy as np
+import pytest
+
+from data_pipelines.chunk_database import ChunkDatabase
+from data_pipelines.retriever import Retriever
+from data_pipelines.tokenizer import Tokenizer
+from launch import app, evaluate, report, runs, sample, train
+from launch.splits import open_split
+
+TINY = """
+RetroConfig.d_model = 32
+RetroConfig.num_layers = 2
+RetroConfig.num_heads = 2
+RetroConfig.head_dim = 16
+RetroConfig.d_ff = 64
+RetroConfig.cca_layers = (1, 2)
+RetroConfig.encoder_d_model = 16
+RetroConfig.encoder_num_layers = 1
+RetroConfig.encoder_num_heads = 2
+RetroConfig.encoder_head_dim = 8
+RetroConfig.encoder_d_ff = 32
+BatchConfig.sequence_length = 256
+BatchConfig.batch_size = 8
+OptimizerConfig.warmup_steps = 2
+OptimizerConfig.max_learning_rate = 0.01
+TrainConfig.steps = 6
+TrainConfig.log_every = 1
+TrainConfig.checkpoint_every = 6
+"""
+
+
+def _call(main, *arguments: str) -> int:
+    """An entry point's exit status, run in this process."""
+    return app.execute(main, ["program", *arguments])
+
+
+@pytest.fixture(scope="module")
+def trained(prepared_workdir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The flags of a workdir with a RETRO and a baseline, trained on the slice."""
+    root = tmp_path_factory.mktemp("results")
+    (root / "tiny.gin").write_text(TINY)
+    where = [f"--workdir={root / 'W'}", f"--data={prepared_workdir}"]
+    for more in ([], ["--baseline"]):
+        assert _call(train.main, *where, f"--gin_file={root / 'tiny.gin'}", *more) == 0
+    return where
+
+
+@pytest.fixture(scope="module")
+def workdir(trained: list[str]) -> pathlib.Path:
+    """Where they are."""
+    return pathlib.Path(trained[0].partition("=")[2])
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained: list[str], workdir: pathlib.Path) -> dict:
+    """What launch.evaluate wrote of the test split."""
+    assert _call(evaluate.main, *trained) == 0
+    return json.loads((workdir / "evaluation" / "test.json").read_text())
+
+
+def test_every_condition_is_scored_with_the_documents_own_denominators(
+    evaluated: dict, prepared_workdir: pathlib.Path
+):
+    tokenizer = Tokenizer.open(prepared_workdir / "tokenizer")
+    expected: dict[str, np.ndarray] = {}
+    for shard in sorted((prepared_workdir / "documents" / "test").glob("*.jsonl")):
+        for line in shard.read_text(encoding="utf-8").splitlines():
+            document = json.loads(line)
+            text = document["text"]
+            counts = [len(text.encode()), len(text.split()), text.count("\n"), 1]
+            counts.append(len(tokenizer.encode(text)))
+            corpus = document["corpus"]
+            expected[corpus] = expected.get(corpus, np.zeros(5, int)) + np.array(counts)
+    assert set(expected) == {"python", "wikipedia"}
+    assert list(evaluated) == ["baseline", "off", "on"]
+    for result in evaluated.values():
+        assert set(result["corpora"]) == set(expected)
+        for corpus, counts in expected.items():
+            figures = result["corpora"][corpus]
+            names = ("bytes", "words", "lines", "documents", "tokens")
+            assert [figures[name] for name in names] == counts.tolist()
+            assert figures["eos_tokens"] == figures["documents"]
+            bits = figures["nats"] / math.log(2)
+            assert figures["bits_per_byte"] == pytest.approx(bits / figures["bytes"])
+            assert 1 < figures["bits_per_byte"] < 8
+        assert result["all"]["tokens"] == sum(counts[4] for counts in expected.values())
+
+
+def test_the_arrays_hold_what_was_summed(
+    evaluated: dict, workdir: pathlib.Path, prepared_workdir: pathlib.Path
+):
+    database = ChunkDatabase.open(prepared_workdir / "chunks" / "test")
+    tokens = database.chunks(np.arange(len(database)))
+    scored = {name: np.load(workdir / "evaluation" / r["nll"]) for name, r in evaluated.items()}
+    for name, nll in scored.items():
+        assert nll.shape == (len(database), 64)
+        assert not nll[tokens == database.pad_id].any()
+        text = (tokens != database.pad_id) & (tokens != database.eos_id)
+        assert nll[text].sum(dtype=np.float64) == pytest.approx(evaluated[name]["all"]["nats"])
+    # Neighbours change a chunk only by way of the chunk before it.
+    changed = np.abs(scored["on"] - scored["off"]).max(axis=1) > 1e-4
+    owners = database.documents(np.arange(len(database)))
+    first = np.flatnonzero(np.diff(owners, prepend=-1))
+    assert not changed[first].any()
+    assert changed.mean() > 0.3
+
+
+def test_the_table_is_printed_and_what_is_there_is_reused(
+    evaluated: dict, trained: list[str], monkeypatch, capsys
+):
+    monkeypatch.setattr(runs, "load_model", lambda *_: pytest.fail("scored again"))
+    assert _call(evaluate.main, *trained) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == [
+        "bits",
+        "per",
+        "byte",
+        "baseline",
+        "RETRO[OFF]",
+        "RETRO[ON]",
+        "ON",
+        "vs",
+        "OFF",
+    ]
+    assert [line.split()[0] for line in lines[1:4]] == ["python", "wikipedia", "all"]
+    names = ("baseline", "off", "on")
+    figures = [f"{evaluated[name]['all']['bits_per_byte']:.4f}" for name in names]
+    assert lines[3].split()[1:4] == figures
+    assert "RETRO[ON] at step 6" in lines[4]
+
+
+def test_a_part_of_the_documents_and_one_condition(trained: list[str], tmp_path, capsys):
+    more = ["--max_documents=2", "--retrieval=on", "--split=validation", "--stride_chunks=4"]
+    assert _call(evaluate.main, *trained, *more, "--num_neighbours=1") == 0
+    shown = capsys.readouterr().out
+    assert "OFF" not in shown
+    assert "(validation: 4 documents" in shown
+
+
+def test_overlap_gives_context_and_so_changes_scores_but_not_what_is_counted(
+    evaluated: dict, trained: list[str], workdir: pathlib.Path
+):
+    assert _call(evaluate.main, *trained, "--stride_chunks=1", "--retrieval=off") == 0
+    finer = json.loads((workdir / "evaluation" / "test.json").read_text())["off"]
+    assert finer["all"]["tokens"] == evaluated["off"]["all"]["tokens"]
+    assert finer["all"]["nats"] != evaluated["off"]["all"]["nats"]
+    assert finer["nll"] != evaluated["off"]["nll"]
+    assert _call(evaluate.main, *trained) == 0  # the summary again
+
+
+def test_neighbours_of_a_split_are_what_the_retriever_finds(prepared_workdir: pathlib.Path):
+    split = open_split(prepared_workdir, "test", neighbours=2)
+    ids = split.ids[:6]
+    live = Retriever.open(prepared_workdir).retrieve(split.database.chunks(ids), 2)
+    table = split.neighbours(np.concatenate([ids, [-1]]), 2)
+    assert (table[:-1] == live).mean() > 0.99  # keys of other batches differ in their last bits
+    assert (table[-1] == split.database.pad_id).all()
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "status", "message"),
+    [
+        (evaluate.main, ["--split=tset"], 1, "there is no"),
+        (evaluate.main, ["--retrieval=maybe"], 2, "--retrieval=maybe: expected on, off or on,off"),
+        (evaluate.main, ["--retrieval="], 2, "expected on, off or on,off"),
+        (evaluate.main, ["--stride_chunks=5"], 2, "--stride_chunks=5: expected at most 4"),
+        (evaluate.main, ["--num_neighbours=99"], 1, "expected 99 at least"),
+        (evaluate.main, ["--data=/nowhere"], 1, "/nowhere/chunks/train"),
+        (evaluate.main, ["--workdir=/nowhere"], 1, "has no checkpoint: expected a trained model"),
+        (sample.main, [], 2, "--prompt is missing: expected a text to continue"),
+        (sample.main, ["--prompt=x", "--top_p=0"], 1, "SamplingConfig.top_p is 0.0"),
+        (sample.main, ["--prompt=x", "--retrieval=on,off"], 2, "expected on or off"),
+        (sample.main, ["--prompt=x", "--workdir=/nowhere"], 1, "has no checkpoint"),
+        (report.main, ["--split=train"], 1, "train.json is missing: expected the result of"),
+    ],
+)
+def test_bad_input_is_one_line(trained: list[str], main, arguments, status, message, capsys):
+    assert _call(main, *trained, *arguments) == status
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+PROMPTS = ["--prompt=import json\n\n\ndef load(", "--prompt=" + "The river flows. " * 40]
+SETTINGS = ["--max_tokens=70", "--temperature=0.9", "--top_k=20", "--seed=5"]
+
+
+@pytest.fixture(scope="module")
+def sampled(trained: list[str], workdir: pathlib.Path) -> dict:
+    """What launch.sample wrote."""
+    before = set(workdir.glob("samples/*.json"))
+    assert _call(sample.main, *trained, *PROMPTS, *SETTINGS) == 0
+    (path,) = set(workdir.glob("samples/*.json")) - before
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_samples_hold_the_neighbours_of_their_own_chunks(
+    sampled: dict, prepared_workdir: pathlib.Path
+):
+    retriever = Retriever.open(prepared_workdir)
+    tokenizer = Tokenizer.open(prepared_workdir / "tokenizer")
+    assert [s["prompt"] for s in sampled["samples"]] == [p.partition("=")[2] for p in PROMPTS]
+    for one in sampled["samples"]:
+        tokens = np.array(one["tokens"])
+        assert tokens[0] == tokenizer.bos_id
+        assert one["text"].startswith(one["prompt"])
+        assert one["text"] == tokenizer.decode(tokens)
+        used = (len(tokens) - 1) // 64
+        assert used > 0
+        found, distances = retriever.neighbours(tokens[: 64 * used].reshape(-1, 64), 2)
+        for u, chunk in enumerate(one["chunks"]):
+            views = chunk["neighbours"]
+            if u >= used:
+                assert views == []
+                continue
+            names = [retriever.database.record(retriever.database.document(i)).id for i in found[u]]
+            assert [view["document"] for view in views] == names
+            assert [v["distance"] for v in views] == pytest.approx(distances[u].tolist(), rel=1e-3)
+            value = retriever.database.value(found[u, 0])
+            for part, tokens_of_part in (("chunk", value[:64]), ("continuation", value[64:])):
+                text = "".join(span["text"] for span in views[0][part])
+                assert text == tokenizer.decode(tokens_of_part)
+
+
+def test_the_same_request_is_read_and_shown_again(
+    sampled: dict, trained: list[str], monkeypatch, capsys
+):
+    monkeypatch.setattr(runs, "load_model", lambda *_: pytest.fail("sampled again"))
+    assert _call(sample.main, *trained, *PROMPTS, *SETTINGS) == 0
+    shown = capsys.readouterr().out
+    assert "sample 2 of 2" in shown
+    assert "import json" in shown
+    assert "● " + sampled["samples"][0]["chunks"][0]["neighbours"][0]["document"] in shown
+
+
+def test_samples_without_retrieval(trained: list[str], workdir: pathlib.Path, capsys):
+    more = ["--prompt=A", "--retrieval=off", "--max_tokens=3", "--num_samples=2"]
+    assert _call(sample.main, *trained, *more) == 0
+    assert "●" not in capsys.readouterr().out
+
+
+def test_the_report_shows_all_of_it(
+    evaluated: dict, sampled: dict, trained: list[str], workdir: pathlib.Path
+):
+    assert _call(report.main, *trained, "--title=<My> report") == 0
+    page = (workdir / "report.html").read_text(encoding="utf-8")
+    assert "&lt;My&gt; report" in page
+    for name in ("baseline", "off", "on"):
+        assert f"{evaluated[name]['all']['bits_per_byte']:.4f}" in page
+    assert page.count('class="line first"') == page.count('class="line second"') == 1
+    for heading in ("Largest gain", "Largest loss", "Chosen at random"):
+        assert page.count(heading) == 2  # in each of two corpora
+    assert len(re.findall(r'title="[+-]\d+\.\d\d bits"', page)) > 6 * 30
+    assert "import json" in page
+    document = sampled["samples"][0]["chunks"][0]["neighbours"][0]["document"]
+    assert document in page
