@@ -82,15 +82,15 @@ def test_every_condition_is_scored_with_the_documents_own_denominators(
     assert list(evaluated) == ["baseline", "off", "on"]
     for result in evaluated.values():
         assert set(result["corpora"]) == set(expected)
-        for corpus, counts in expected.items():
+        for corpus, wanted in expected.items():
             figures = result["corpora"][corpus]
             names = ("bytes", "words", "lines", "documents", "tokens")
-            assert [figures[name] for name in names] == counts.tolist()
+            assert [figures[name] for name in names] == wanted.tolist()
             assert figures["eos_tokens"] == figures["documents"]
             bits = figures["nats"] / math.log(2)
             assert figures["bits_per_byte"] == pytest.approx(bits / figures["bytes"])
             assert 1 < figures["bits_per_byte"] < 8
-        assert result["all"]["tokens"] == sum(counts[4] for counts in expected.values())
+        assert result["all"]["tokens"] == sum(wanted[4] for wanted in expected.values())
 
 
 def test_the_arrays_hold_what_was_summed(
