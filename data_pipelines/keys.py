@@ -263,7 +263,7 @@ class _Parts:
 
     def count(self) -> int:
         """How many blocks are there; they are made in order."""
-        return len(list(self._folder.glob("*.npy")))
+        return len(list(self._folder.glob("[0-9]*.npy")))
 
     def all(self) -> list[tuple[np.ndarray, dict[str, int]]]:
         """Stored keys and counts of every block, in order."""

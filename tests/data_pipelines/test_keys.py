@@ -146,6 +146,8 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(workdir, bert, 
         monkeypatch.setattr(ChunkEncoder, "stored", killed_after(limit))
         with pytest.raises(Killed):
             make(workdir, bert, "killed")
+        for parts in (workdir / "killed").glob(".tmp-*"):
+            (parts / ".tmp-1-00000000-00009.npy").write_bytes(b"what a killed writer left")
         with pytest.raises(UserError, match="is unfinished"):
             Manifest.open(workdir / "killed", "keys")
     monkeypatch.setattr(ChunkEncoder, "stored", killed_after(-1))
