@@ -65,6 +65,7 @@ def main() -> None:
     """Scores what is not scored yet, and prints the table."""
     workdir = pathlib.Path(app.required(app.WORKDIR, "the directory of a run"))
     data = pathlib.Path(DATA.value or workdir)
+    runs.refuse_gin_file()
     conditions = _conditions(workdir, _wanted(RETRIEVAL.value))
     for condition in conditions:
         runs.check_data(condition.run, data)

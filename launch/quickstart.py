@@ -44,7 +44,8 @@ def steps(workdir: str, gin_file: str, max_tokens: int) -> list[tuple[str, list[
     """What is said of each step, and its module and arguments."""
     where, settings = f"--workdir={workdir}", f"--gin_file={gin_file}"
     prompts = [f"--prompt={prompt}" for prompt in _PROMPTS]
-    drawn = ["--temperature=0.8", "--top_k=40", f"--max_tokens={max_tokens}"]
+    length = [f"--max_tokens={max_tokens}", f"--min_tokens={max_tokens}"]  # chunks to retrieve with
+    drawn = ["--temperature=0.8", "--top_k=40", *length]
     return [
         ("Text to chunks, keys, index and neighbours", ["launch.prepare", settings, where]),
         ("Train the RETRO", ["launch.train", settings, where]),

@@ -40,6 +40,7 @@ def main() -> None:
     """Writes the page."""
     workdir = pathlib.Path(app.required(app.WORKDIR, "the directory of a run"))
     data = pathlib.Path(DATA.value or workdir)
+    runs.refuse_gin_file()
     path = workdir / EVALUATION / f"{SPLIT.value}.json"
     if not path.is_file():
         raise UserError(f"{path} is missing: expected the result of launch.evaluate")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from absl import flags
 from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
@@ -51,6 +52,19 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What a result says of the run it is of."""
         return {"run": self.directory.name, "step": self.step, "checkpoint": self.checkpoint}
+
+
+def refuse_gin_file() -> None:
+    """Refuses flags that a trained run has no use for, rather than ignoring them.
+
+    Raises:
+      flags.Error: --gin_file or --print_config was given.
+    """
+    if configurables.GIN_FILE.value is not None or configurables.PRINT_CONFIG.value:
+        raise flags.Error(
+            "--gin_file and --print_config are of training: expected none, a trained run's settings "
+            f"stand in its {CONFIG_FILE} (--gin_bindings overrides how it is computed)"
+        )
 
 
 def is_trained(directory: pathlib.Path) -> bool:

@@ -48,6 +48,7 @@ def main() -> None:
     """Samples, or reads what was sampled before, and prints it."""
     workdir = pathlib.Path(app.required(app.WORKDIR, "the directory of a run"))
     data = pathlib.Path(DATA.value or workdir)
+    runs.refuse_gin_file()
     prompts = app.required(PROMPT, "a text to continue")
     sampling = SamplingConfig(
         max_tokens=MAX_TOKENS.value,

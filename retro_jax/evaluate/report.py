@@ -174,9 +174,10 @@ def _chunks_section(chunks: Sequence[ChunkView]) -> str:
         return ""
     full = full_colour([span.gain or 0.0 for chunk in chunks for span in chunk.spans])
     legend = (
-        '<div class="legend"><span>less likely</span><span class="ramp"></span><span>more likely '
-        f"with retrieval (full colour from {full:.2g} bits a token; point at a token for its "
-        "number; dotted underline: clearly less likely)</span></div>"
+        '<div class="legend"><span>less likely</span><span class="ramp"></span>'
+        "<span>more likely with retrieval</span></div><p class='dim small'>Full colour from "
+        f"{full:.2g} bits a token; point at a token for its number. Dotted underline: clearly less "
+        "likely.</p>"
     )
     intro = (
         "<p>Test chunks of 64 tokens. Neighbours were retrieved with the chunk <em>before</em>, and "
@@ -241,7 +242,7 @@ def _sample_text(chunk: SampleChunk) -> str:
 def _neighbours(neighbours: Sequence[NeighbourView]) -> str:
     """The neighbours of one chunk, nearest first."""
     if not neighbours:
-        return '<p class="caption">no neighbours</p>'
+        return '<p class="caption">nothing retrieved</p>'
     parts = []
     for neighbour in neighbours:
         parts.append(

@@ -13,6 +13,7 @@ from data_pipelines.retriever import Retriever
 from data_pipelines.tokenizer import Tokenizer
 from launch import app, evaluate, report, runs, sample, train
 from launch.splits import open_split
+from retro_jax.evaluate import score
 
 TINY = """
 RetroConfig.d_model = 32
@@ -112,6 +113,18 @@ def test_the_arrays_hold_what_was_summed(
     assert changed.mean() > 0.3
 
 
+@pytest.mark.parametrize("condition", ["baseline", "off", "on"])
+def test_scores_over_eight_devices_are_those_of_one(
+    condition: str, evaluated: dict, workdir: pathlib.Path, prepared_workdir: pathlib.Path
+):
+    run = runs.open_run(workdir / ("baseline" if condition == "baseline" else "retro"))
+    text = open_split(prepared_workdir, "test", neighbours=2).text(2 if condition == "on" else 0)
+    losses = score.compiled_token_losses(*runs.load_model(run))
+    alone = score.score_chunks(losses, text, score.WindowConfig(chunks=4, stride=2, batch_size=3))
+    together = np.load(workdir / "evaluation" / evaluated[condition]["nll"])
+    assert np.abs(alone - together).max() < 1e-4 * alone.max()
+
+
 def test_the_table_is_printed_and_what_is_there_is_reused(
     evaluated: dict, trained: list[str], monkeypatch, capsys
 ):
@@ -174,6 +187,7 @@ def test_neighbours_of_a_split_are_what_the_retriever_finds(prepared_workdir: pa
         (evaluate.main, ["--num_neighbours=99"], 1, "expected 99 at least"),
         (evaluate.main, ["--data=/nowhere"], 1, "/nowhere/chunks/train"),
         (evaluate.main, ["--workdir=/nowhere"], 1, "has no checkpoint: expected a trained model"),
+        (evaluate.main, ["--gin_file=x.gin"], 2, "--gin_file and --print_config are of training"),
         (sample.main, [], 2, "--prompt is missing: expected a text to continue"),
         (sample.main, ["--prompt=x", "--top_p=0"], 1, "SamplingConfig.top_p is 0.0"),
         (sample.main, ["--prompt=x", "--retrieval=on,off"], 2, "expected on or off"),
