@@ -9,6 +9,7 @@ Exit statuses: 0 done, 1 bad input (UserError) or a failing file system, 2 bad f
 Anything else is a defect of this project and keeps its traceback.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -82,8 +83,9 @@ def _flag_help(flag: flags.Flag) -> list[str]:
     head = f"  --[no]{flag.name}" if flag.boolean else f"  --{flag.name}=..."
     if isinstance(flag, flags.MultiFlag):
         head += " (may be repeated)"
-    default = "" if flag.default in (None, False) else f" Default: {flag.default}."
-    wrapped = textwrap.wrap(f"{flag.help}{default}", width=92)
+    default = "" if flag.default in (None, False, []) else f" Default: {flag.default}."
+    text = flag.help.split(";\n", 1)[0]  # absl adds a line to those that may be repeated
+    wrapped = textwrap.wrap(f"{text}{default}", width=92)
     return [head, *(f"      {line}" for line in wrapped)]
 
 
@@ -93,6 +95,7 @@ def _guarded(main: Callable[[], None], argv: list[str]) -> int:
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise flags.Error(f"unexpected argument {rest[1]!r}: expected --flag=value only")
+        _set_up_logging(debug="--debug" in argv)
         main()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
@@ -105,6 +108,13 @@ def _guarded(main: Callable[[], None], argv: list[str]) -> int:
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
         return status
     return 0
+
+
+def _set_up_logging(debug: bool) -> None:
+    """Warnings as lines on standard error; no second account of errors that main raises."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    # Orbax logs the traceback of every failed write, several times, and then raises it.
+    logging.getLogger("absl").setLevel(logging.WARNING if debug else logging.CRITICAL)
 
 
 def _status_and_message(error: BaseException) -> tuple[int, str]:

@@ -48,6 +48,10 @@ TABLE = {
     "CorpusConfig": "data_pipelines.corpora.config",
     "DocumentsConfig": "data_pipelines.documents",
     "TokenizerConfig": "data_pipelines.tokenizer",
+    "KeysConfig": "data_pipelines.keys",
+    "IndexConfig": "data_pipelines.index",
+    "NeighboursConfig": "data_pipelines.neighbours",
+    "BatchConfig": "data_pipelines.batches",
 }
 # What gin appends to the errors of configurables, nested ones included.
 _NESTED = re.compile(r"\n  In call to configurable '(\w+)' \(.*?\)(?: in scope '(.*?)')?")
@@ -133,6 +137,12 @@ def load(gin_file: str | None, bindings: typing.Sequence[str] = ()) -> None:
         value = _resolve(value, reading.macros, where)
         value = _typed(configurable(name), field, value, where)
         gin.bind_parameter((scope, name, field), value)
+
+
+def override(name: str, value: Any) -> None:
+    """Binds "Class.field" over what was loaded, as a flag of an entry point may ask for."""
+    configurable(name.split(".")[0])
+    gin.bind_parameter(name, value)
 
 
 def make(cls: type[T], **defaults: Any) -> T:

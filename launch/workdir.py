@@ -31,6 +31,7 @@ def claim(
     *,
     parents: Mapping[str, str],
     free: Collection[str] = (),
+    begun: bool = True,
 ) -> None:
     """Records a run's settings in its directory, or checks them against those recorded.
 
@@ -40,6 +41,7 @@ def claim(
       parents: hash of each artefact that the run reads, by name.
       free: settings ("Class.field", or "Class" for all of it) that may differ from those recorded;
         the new values are then recorded.
+      begun: whether the directory holds results; where not, what is recorded is replaced.
 
     Raises:
       UserError: the directory belongs to a run of other settings or data; says which, old -> new.
@@ -48,11 +50,11 @@ def claim(
     directory.mkdir(parents=True, exist_ok=True)
     config, lineage = directory / CONFIG_FILE, directory / PARENTS_FILE
     new = parse_bindings(settings)
-    if config.exists():
+    if begun and config.exists():
         old = parse_bindings(config.read_text(encoding="utf-8"))
         fixed = {n for n in old | new if n not in free and n.split(".")[0] not in free}
         _refuse(directory, "settings", _only(old, fixed), _only(new, fixed))
-    if lineage.exists():
+    if begun and lineage.exists():
         short = {n: h[:_HASH_DIGITS] for n, h in parents.items()}
         recorded = {n: h[:_HASH_DIGITS] for n, h in _read_json(lineage).items()}
         _refuse(directory, "data", recorded, short)

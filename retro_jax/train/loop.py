@@ -12,6 +12,7 @@ A run that was killed and started again therefore ends with the same bits as one
 
 import contextlib
 import dataclasses
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -88,6 +89,7 @@ class StopRequest:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
+        os.write(2, b"\nsaving and stopping after this step; once more to stop at once\n")
 
 
 def train(

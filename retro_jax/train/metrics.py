@@ -4,13 +4,14 @@ A line of metrics.jsonl describes the updates since the line before it:
 
     step              updates made so far          steps             updates in this line
     loss              nats a token, over them      loss/CORPUS       the same of one corpus
-    tokens            targets they had             tokens_per_second, of this process's clock
+    tokens            targets they had             tokens_per_second, over the last 30 seconds
     grad_norm         their mean, before clipping  param_norm, learning_rate: of the last one
 
 The files are opened at the step that a run resumes from: later lines are dropped, as those updates
 are made again. A curve therefore never doubles back.
 """
 
+import collections
 import json
 import math
 import os
@@ -29,6 +30,7 @@ from retro_jax.train.step import StepMetrics
 
 METRICS_FILE = "metrics.jsonl"
 _TERMINAL_SECONDS, _LOG_SECONDS = 0.2, 10.0  # between refreshes of the progress bar
+_RATE_SECONDS = 30.0  # that tokens_per_second is a mean over
 
 
 class Averager:
@@ -36,8 +38,7 @@ class Averager:
 
     def __init__(self, corpora: Sequence[str]):
         self._corpora = corpora
-        self._clock = time.perf_counter()
-        self._timed = False  # the first step of a process is compilation: not timed
+        self._times: collections.deque[tuple[float, int]] = collections.deque()
         self._reset()
 
     def add(self, metrics: StepMetrics) -> None:
@@ -50,16 +51,17 @@ class Averager:
         self._param_norm = float(metrics.param_norm)
         self._corpus_losses += np.asarray(metrics.corpus_losses)
         self._corpus_tokens += np.asarray(metrics.corpus_tokens)
-        if self._timed:
-            self._timed_tokens += tokens
-        else:
-            self._timed, self._clock = True, time.perf_counter()
+        self._times.append((time.perf_counter(), tokens))
+        while self._times[-1][0] - self._times[1 % len(self._times)][0] > _RATE_SECONDS:
+            self._times.popleft()
 
     @property
-    def rate(self) -> float:
-        """Tokens a second since the window began; 0 before there is anything to time."""
-        seconds = time.perf_counter() - self._clock
-        return self._timed_tokens / seconds if self._timed_tokens else 0.0
+    def rate(self) -> float | None:
+        """Tokens a second over the last steps; None before there are two, as the first compiles."""
+        if len(self._times) < 2:
+            return None
+        seconds = self._times[-1][0] - self._times[0][0]
+        return (sum(tokens for _, tokens in self._times) - self._times[0][1]) / max(seconds, 1e-9)
 
     def flush(self) -> dict[str, float]:
         """The window's means, as the module's docstring names them; begins another window."""
@@ -73,14 +75,15 @@ class Averager:
             "grad_norm": self._grad_norm / max(self._steps, 1),
             "param_norm": self._param_norm,
         }
-        means |= {"steps": self._steps, "tokens": self._tokens, "tokens_per_second": self.rate}
-        self._clock = time.perf_counter()
+        means |= {"steps": self._steps, "tokens": self._tokens}
+        if self.rate is not None:
+            means["tokens_per_second"] = self.rate
         self._reset()
         return means
 
     def _reset(self) -> None:
         """Empties the window."""
-        self._steps, self._tokens, self._timed_tokens = 0, 0, 0
+        self._steps, self._tokens = 0, 0
         self._loss, self._grad_norm, self._param_norm = 0.0, 0.0, 0.0
         self._corpus_losses: np.ndarray = np.zeros(len(self._corpora), np.float64)
         self._corpus_tokens: np.ndarray = np.zeros(len(self._corpora), np.int64)
@@ -159,7 +162,7 @@ class Progress:
             disable=not shown,
         )
 
-    def update(self, loss: float, rate: float) -> None:
+    def update(self, loss: float, rate: float | None) -> None:
         """One more step was made."""
         text = f"loss={loss:.4f}" + (f", {rate:,.0f} tokens/s" if rate else "")
         self._bar.set_postfix_str(text, refresh=False)

@@ -105,6 +105,17 @@ def test_help_is_the_docstring_and_few_flags(capsys):
     assert "verbosity" not in text
 
 
+def test_warnings_are_lines_and_absl_is_quiet():
+    program = "import logging\nfrom absl import logging as absl_logging\nfrom launch import app\n"
+    program += (
+        "def main(): logging.warning('look here'); absl_logging.error('noise')\napp.run(main)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, "WARNING: look here\n")
+
+
 def test_a_program_exits_with_the_status():
     program = "from launch import app\nfrom retro_jax.errors import UserError\n"
     program += "def main(): raise UserError('bad thing')\napp.run(main)"

@@ -60,6 +60,14 @@ def test_other_data_is_refused(tmp_path):
         _claim(tmp_path, parents={**_PARENTS, "chunks/train": "c" * 64})
 
 
+def test_a_directory_without_results_can_be_claimed_anew(tmp_path):
+    _claim(tmp_path)
+    other = _SETTINGS.replace("8", "9")
+    workdir.claim(tmp_path, other, parents={}, begun=False)
+    assert (tmp_path / "config.gin").read_text() == other
+    assert json.loads((tmp_path / "parents.json").read_text()) == {}
+
+
 def test_another_version_is_appended(tmp_path, monkeypatch):
     _claim(tmp_path)
     monkeypatch.setattr(workdir, "git_revision", lambda: None)

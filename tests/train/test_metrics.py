@@ -32,25 +32,28 @@ def test_means_weigh_tokens_not_steps():
     assert means["loss/wiki"] == pytest.approx(4.0)
     assert (means["grad_norm"], means["param_norm"]) == (1.5, 7.0)
     assert (means["steps"], means["tokens"]) == (2, 40)
-    assert means["tokens_per_second"] > 0
     averager.add(_step(1.0, [0, 3]))
     assert "loss/code" not in averager.flush()  # no token of it: nothing to say
 
 
-def test_the_first_step_is_not_timed(monkeypatch):
+def test_the_rate_is_of_the_last_seconds_and_not_of_compilation(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     averager = Averager(["code"])
-    now[0] += 60.0  # compilation
-    averager.add(_step(1.0, [1000]))
-    assert averager.rate == 0.0
-    now[0] += 2.0
-    averager.add(_step(1.0, [300]))
-    assert averager.rate == pytest.approx(150.0)
-    averager.flush()
-    now[0] += 1.0
-    averager.add(_step(1.0, [500]))
-    assert averager.rate == pytest.approx(500.0)
+
+    def step_after(seconds: float, tokens: int) -> float | None:
+        now[0] += seconds
+        averager.add(_step(1.0, [tokens]))
+        return averager.rate
+
+    assert step_after(60.0, 1000) is None  # compilation
+    assert "tokens_per_second" not in averager.flush()
+    assert step_after(2.0, 300) == pytest.approx(150.0)
+    assert averager.flush()["tokens_per_second"] == pytest.approx(150.0)
+    assert step_after(4.0, 900) == pytest.approx(200.0)  # 1200 in 6 seconds
+    for _ in range(20):
+        rate = step_after(5.0, 500)
+    assert rate == pytest.approx(100.0)  # what was before the last half minute is forgotten
 
 
 def test_a_resumed_curve_goes_on_where_the_checkpoint_was(tmp_path):

@@ -1,0 +1,288 @@
+"""Trains a RETRO, or the baseline transformer beside it, on prepared data.
+
+    python -m launch.train --gin_file=experiments/quickstart.gin --workdir=W
+    python -m launch.train --gin_file=experiments/quickstart.gin --workdir=W --baseline
+
+The data is what launch.prepare left in W (or in --data). The run goes to W/retro or W/baseline:
+checkpoints/, metrics.jsonl, TensorBoard's events.*, config.gin and versions.json. Ctrl-C or SIGTERM
+saves and stops; the same command again goes on, and ends with the same bits as an uninterrupted run.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Callable, Generator, Iterator
+
+import jax
+import optax
+from absl import flags
+from flax import nnx
+from jax.sharding import Mesh
+
+from data_pipelines.batches import BatchConfig, Batches
+from data_pipelines.chunk_database import CHUNK_LENGTH, ChunkDatabase
+from data_pipelines.neighbours import NeighbourTable
+from launch import app, configurables, workdir
+from launch.shared_flags import DATA
+from retro_jax.batch import RetroBatch
+from retro_jax.config import ExecutionConfig, RetroConfig
+from retro_jax.errors import UserError
+from retro_jax.model import Retro
+from retro_jax.sharding import MESH_SHARDINGS, MeshConfig, check_mesh, make_mesh
+from retro_jax.train import loop, step
+from retro_jax.train.checkpoint import Checkpoints, find_damage, latest_step
+from retro_jax.train.inputs import global_batches, local_rows
+from retro_jax.train.loop import TrainConfig
+from retro_jax.train.metrics import Observer
+from retro_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+
+BASELINE = flags.DEFINE_bool(
+    "baseline", False, "Train the transformer of equal decoder, without retrieval, in W/baseline."
+)
+
+RETRO_RUN, BASELINE_RUN = "retro", "baseline"
+CHECKPOINTS = "checkpoints"
+# What may differ when a run goes on: the numbers do not depend on it.
+FREE = (
+    "ExecutionConfig",
+    "MeshConfig",
+    "BatchConfig.prefetch",
+    *(f"TrainConfig.{field}" for field in loop.FREE_SETTINGS),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The training split.
+
+    Attributes:
+      database: its chunks. batches: made of them. parents: hashes of the artefacts that were opened.
+    """
+
+    database: ChunkDatabase
+    batches: Batches
+    parents: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Every configuration of a run."""
+
+    retro: RetroConfig
+    execution: ExecutionConfig
+    optimizer: OptimizerConfig
+    training: TrainConfig
+    mesh: MeshConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run that has been checked and not yet begun.
+
+    Attributes:
+      settings: its configurations. mesh: of its devices. optimizer: of all its steps.
+      abstract: its state's shapes and shardings. step: the compiled train_step.
+    """
+
+    settings: Settings
+    mesh: Mesh
+    optimizer: optax.GradientTransformation
+    abstract: step.TrainState
+    step: step.TrainStep
+
+
+def main() -> None:
+    """Trains, or says that there is nothing left to train."""
+    directory = pathlib.Path(app.required(app.WORKDIR, "the directory of the run"))
+    configurables.load_from_flags()
+    if BASELINE.value:
+        configurables.override("RetroConfig.cca_layers", ())
+        configurables.override("BatchConfig.neighbours", 0)
+        configurables.override("TrainConfig.neighbour_dropout", 0.0)
+    data = open_data(pathlib.Path(DATA.value or directory))
+    settings = make_settings(data)
+    if configurables.PRINT_CONFIG.value:
+        print(configurables.operative_config(), end="")
+        return
+    plan = make_plan(settings, data.batches)
+    run = directory / (BASELINE_RUN if BASELINE.value else RETRO_RUN)
+    reached, steps = latest_step(run / CHECKPOINTS), settings.training.steps
+    workdir.claim(
+        run,
+        configurables.operative_config(),
+        parents=data.parents,
+        free=FREE,
+        begun=reached is not None,
+    )
+    if reached == steps and not find_damage(run / CHECKPOINTS / str(steps)):
+        print(f"{run}: trained already, {steps} steps")
+        return
+    stop = loop.StopRequest()
+    with stop.listening():
+        last = train(run, plan, data.batches, stop)
+    if stop.signal is not None and last < steps:
+        message = f"{run}: stopped and saved at step {last} of {steps}; run it again to go on"
+        print(message, file=sys.stderr)
+        sys.exit(128 + stop.signal)
+    print(f"{run}: trained {steps} steps")
+
+
+def open_data(directory: pathlib.Path) -> Data:
+    """Opens the training split as BatchConfig asks for it.
+
+    Args:
+      directory: what launch.prepare has filled.
+
+    Raises:
+      UserError: an artefact is missing, damaged or of other parents.
+    """
+    config = configurables.make(BatchConfig)
+    chunks = ChunkDatabase.open(directory / "chunks" / "train")
+    parents = {"chunks/train": chunks.manifest.hash}
+    if not config.neighbours:
+        return Data(chunks, Batches(config, chunks), parents)
+    table = NeighbourTable.open(directory / "neighbours" / "train", chunks, chunks)
+    parents["neighbours/train"] = table.manifest.hash
+    return Data(chunks, Batches(config, chunks, table, chunks), parents)
+
+
+def make_settings(data: Data) -> Settings:
+    """Builds the configurations, with the vocabulary of the data where gin leaves it open.
+
+    Raises:
+      UserError: a setting is wrong, or does not fit the data.
+    """
+    found = {"vocab_size": data.database.vocab_size, "pad_id": data.database.pad_id}
+    retro = configurables.make(RetroConfig, **found)
+    found |= {"chunk_length": CHUNK_LENGTH}
+    if retro.has_retrieval:
+        found |= {"neighbour_length": 2 * CHUNK_LENGTH}
+    for field, value in found.items():
+        if getattr(retro, field) != value:
+            raise UserError(
+                f"RetroConfig.{field} is {getattr(retro, field)}: expected {value}, that of "
+                f"{data.database.directory}"
+            )
+    if retro.has_retrieval and not data.batches.config.neighbours:
+        raise UserError("BatchConfig.neighbours is 0: expected at least 1, or --baseline")
+    return Settings(
+        retro=retro,
+        execution=configurables.make(ExecutionConfig),
+        optimizer=configurables.make(OptimizerConfig),
+        training=configurables.make(TrainConfig),
+        mesh=configurables.make(MeshConfig),
+    )
+
+
+def make_plan(settings: Settings, batches: Batches) -> Plan:
+    """Everything that can be known, and refused, before anything is written or allocated.
+
+    Raises:
+      UserError: the mesh, the model, the batch and the schedule do not fit together.
+    """
+    mesh = make_mesh(settings.mesh)
+    check_mesh(settings.retro, mesh, batches.config.batch_size)
+    optimizer = make_optimizer(settings.optimizer, settings.training.steps)
+    graphdef, abstract = step.abstract_state(_model_maker(settings), optimizer, mesh)
+    config = step.StepConfig(
+        pad_id=settings.retro.pad_id,
+        num_corpora=len(batches.corpora),
+        seed=settings.training.seed,
+        neighbour_dropout=settings.training.neighbour_dropout,
+    )
+    compiled = step.compile_train_step(graphdef=graphdef, optimizer=optimizer, config=config)
+    return Plan(settings, mesh, optimizer, abstract, compiled)
+
+
+def train(run: pathlib.Path, plan: Plan, batches: Batches, stop: loop.StopRequest) -> int:
+    """Trains from the newest checkpoint of a run, or from its seed.
+
+    Args:
+      run: the run's directory. plan: of the run. batches: of the training split.
+      stop: asks the loop to stop.
+
+    Returns:
+      The step that was reached and saved.
+    """
+    training = plan.settings.training
+    with contextlib.ExitStack() as stack:
+        checkpoints = Checkpoints(
+            run / CHECKPOINTS, keep=training.keep, keep_every=training.keep_every
+        )
+        stack.callback(checkpoints.close)
+        state = checkpoints.restore(plan.abstract)
+        if state is None:
+            make_model = _model_maker(plan.settings)
+            state = step.initial_state(make_model, plan.optimizer, plan.abstract)
+        start = int(state.step)
+        _print_summary(plan, batches, start)
+        observer = _observer(run, plan.settings, batches, start)
+        stack.callback(observer.close)
+        stack.enter_context(jax.set_mesh(plan.mesh))
+        state = loop.train(
+            state,
+            stack.enter_context(_global_batches(batches, plan.mesh, start)),
+            step=plan.step,
+            config=training,
+            checkpoints=checkpoints,
+            observer=observer,
+            stop=stop,
+        )
+        return int(state.step)
+
+
+def _observer(run: pathlib.Path, settings: Settings, batches: Batches, start: int) -> Observer:
+    """The run's curves, from a step on."""
+    training = settings.training
+    return Observer(
+        run,
+        corpora=batches.corpora,
+        learning_rate=learning_rate(settings.optimizer, training.steps),
+        start_step=start,
+        steps=training.steps,
+        log_every=training.log_every,
+        main_process=jax.process_index() == 0,
+    )
+
+
+def _model_maker(settings: Settings) -> Callable[[], Retro]:
+    """Builds the run's module on a mesh."""
+
+    def make() -> Retro:
+        return Retro(
+            settings.retro,
+            settings.execution,
+            shardings=MESH_SHARDINGS,
+            rngs=nnx.Rngs(settings.training.seed),
+        )
+
+    return make
+
+
+@contextlib.contextmanager
+def _global_batches(batches: Batches, mesh: Mesh, start: int) -> Iterator[Iterator[RetroBatch]]:
+    """The global batches from a step on, made ahead by a thread that ends with the context."""
+    size = batches.config.batch_size
+    rows = local_rows(mesh, size)
+    hosts = batches.iterate(start, rows)
+    assert isinstance(hosts, Generator)
+    with contextlib.closing(hosts):
+        yield global_batches(hosts, mesh, size, rows)
+
+
+def _print_summary(plan: Plan, batches: Batches, start: int) -> None:
+    """Says what is about to be trained."""
+    retro, config = plan.settings.retro, batches.config
+    kind = "RETRO" if retro.has_retrieval else "baseline"
+    device = f"{plan.mesh.size} {jax.devices()[0].device_kind} devices"
+    corpora = ", ".join(f"{name} {count:,}" for name, count in batches.sequences.items())
+    print(f"{kind} of {retro.num_parameters():,} parameters on {device}")
+    tokens = f"{config.batch_size} x {config.sequence_length} tokens a step"
+    print(f"sequences an epoch: {corpora}; {tokens}")
+    if start:
+        print(f"going on from step {start} of {plan.settings.training.steps}")
+
+
+if __name__ == "__main__":
+    app.run(main)

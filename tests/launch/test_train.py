@@ -1,0 +1,221 @@
+"""launch/train.py as a user runs it: to the end, killed and started again, and given bad input."""
+
+import contextlib
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from launch import app, runs, train
+from retro_jax.train.checkpoint import latest_step
+from retro_jax.train.metrics import read_curve
+from retro_jax.train.trees import named_leaves
+from tests.launch.prepared import prepare_workdir
+
+
+@pytest.fixture(name="workdir", scope="module")
+def _workdir(tmp_path_factory):
+    """A prepared workdir, W, beside tiny.gin."""
+    return prepare_workdir(tmp_path_factory.mktemp("train"))
+
+
+def _arguments(workdir, out, *extra):
+    """The command line of a run on the prepared data, into `out`/retro."""
+    gin_file = workdir.parent / "tiny.gin"
+    paths = [f"--gin_file={gin_file}", f"--data={workdir}", f"--workdir={out}"]
+    return ["launch.train", *paths, *extra]
+
+
+def _run(workdir, out, *extra):
+    return app.execute(train.main, _arguments(workdir, out, *extra))
+
+
+@pytest.fixture(name="whole", scope="module")
+def _whole(workdir, tmp_path_factory):
+    """A run from its first to its last step without a break: (directory, what it printed)."""
+    out = tmp_path_factory.mktemp("whole")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert _run(workdir, out) == 0
+    return out, printed.getvalue()
+
+
+def _params(directory):
+    run = runs.open_run(directory)
+    _, params = runs.load_model(run)
+    return run, {name: np.asarray(leaf) for name, leaf in named_leaves(params).items()}
+
+
+def test_a_run_from_data_to_checkpoint_and_again(workdir, whole, capsys):
+    out, printed = whole
+    assert "trained 60 steps" in printed
+    lines = read_curve(out / "retro" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 61))
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert {"loss/letters", "loss/words", "learning_rate", "grad_norm"} <= set(lines[-1])
+    run, params = _params(out / "retro")
+    assert run.step == 60
+    assert run.model.cca_layers == (2,)
+    assert run.model.vocab_size == 320  # the tokeniser's: the gin file leaves it open
+    count = sum(leaf.size for leaf in params.values())
+    assert count == run.model.num_parameters()
+    assert f"RETRO of {count:,} parameters on 8 cpu devices" in printed
+
+    started = time.monotonic()
+    assert _run(workdir, out) == 0
+    assert "trained already, 60 steps" in capsys.readouterr().out
+    assert time.monotonic() - started < 10
+    assert read_curve(out / "retro" / "metrics.jsonl") == lines
+
+
+def test_the_baseline_is_the_same_decoder_without_retrieval(workdir, tmp_path, capsys):
+    assert _run(workdir, tmp_path, "--baseline", "--gin_bindings=TrainConfig.steps = 4") == 0
+    run, params = _params(tmp_path / "baseline")
+    assert not (tmp_path / "retro").exists()
+    assert run.model.cca_layers == ()
+    assert run.batches.neighbours == 0
+    assert not any(name.startswith(("cca", "encoder")) for name in params)
+    parents = json.loads((tmp_path / "baseline" / "parents.json").read_text())
+    assert list(parents) == ["chunks/train"]
+    assert "baseline of" in capsys.readouterr().out
+
+
+def test_print_config_writes_nothing(workdir, tmp_path, capsys):
+    assert _run(workdir, tmp_path / "new", "--print_config") == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown == sorted(shown)
+    assert "RetroConfig.vocab_size = 320" in shown
+    assert "TrainConfig.keep = 3" in shown
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture(name="cut")
+def _cut(tmp_path):
+    """Where a run with breaks goes."""
+    return tmp_path
+
+
+def _start(workdir, out):
+    """Starts the run in a process of its own."""
+    command = [sys.executable, "-m", *_arguments(workdir, out)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _wait_until(condition, process):
+    """Waits for something that a run will do."""
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the run has not come so far in 300 seconds"
+        time.sleep(0.005)
+
+
+def test_killed_damaged_and_stopped_runs_end_with_the_same_bits(workdir, whole, cut):
+    curve, checkpoints = cut / "retro" / "metrics.jsonl", cut / "retro" / "checkpoints"
+    lines, process = random.randint(9, 50), _start(workdir, cut)
+    _wait_until(lambda: len(read_curve(curve)) >= lines, process)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    reached = latest_step(checkpoints)
+    assert 0 < reached < 60
+    files = [path for path in (checkpoints / str(reached) / "default").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+    process = _start(workdir, cut)
+    # It makes the damaged checkpoint once more, from the one before.
+    _wait_until((checkpoints / f"{reached}.damaged").exists, process)
+    _wait_until((checkpoints / f"{reached}").exists, process)
+    process.terminate()
+    out, err = process.communicate(timeout=300)
+    assert f"checkpoints/{reached} is damaged" in err
+    assert "using the one before it" in err
+    assert f"going on from step {reached - 4} of 60" in out
+    assert "Traceback" not in err
+    stopped = latest_step(checkpoints)
+    assert stopped == 60 or f"stopped and saved at step {stopped} of 60; run it again" in err
+    assert process.returncode == (0 if stopped == 60 else 128 + signal.SIGTERM)
+
+    assert _run(workdir, cut) == 0
+    (_, expected), (_, resumed) = _params(whole[0] / "retro"), _params(cut / "retro")
+    for name, leaf in expected.items():
+        assert leaf.tobytes() == resumed[name].tobytes(), name
+    curves = [read_curve(path / "retro" / "metrics.jsonl") for path in (whole[0], cut)]
+    for line in curves[0] + curves[1]:
+        line.pop("tokens_per_second", None)
+    assert curves[0] == curves[1]
+
+
+@pytest.mark.parametrize(
+    ("bindings", "expected"),
+    [
+        (
+            ["BatchConfig.sequence_length = 100"],
+            "sequence_length is 100: expected a positive multiple",
+        ),
+        (["RetroConfig.vocab_size = 999"], "RetroConfig.vocab_size is 999: expected 320, that of"),
+        (["RetroConfig.pad_id = 3"], "RetroConfig.pad_id is 3: expected 0, that of"),
+        (["RetroConfig.chunk_length = 32"], "RetroConfig.chunk_length is 32: expected 64"),
+        (["RetroConfig.neighbour_length = 64"], "RetroConfig.neighbour_length is 64: expected 128"),
+        (["BatchConfig.neighbours = 0"], "BatchConfig.neighbours is 0: expected at least 1"),
+        (["BatchConfig.neighbours = 3"], "BatchConfig.neighbours is 3: expected at most 2"),
+        (["BatchConfig.mixture = {'wrods': 1.0}"], "'wrods', which the database"),
+        (["BatchConfig.batch_size = 9"], "batch size 9 cannot be split over data x fsdp = 8"),
+        (["MeshConfig.data = 3"], "does not fit 8 devices"),
+        (["TrainConfig.steps = 2"], "OptimizerConfig.warmup_steps is 2: expected fewer than"),
+        (
+            ["TrainConfig.stesp = 9"],
+            "unknown parameter of TrainConfig 'stesp': did you mean 'steps'",
+        ),
+        (
+            ["TrainConfig.checkpoint_every = 3", "TrainConfig.log_every = 2"],
+            "a multiple of log_every",
+        ),
+    ],
+)
+def test_bad_settings_are_one_line(workdir, tmp_path, capsys, bindings, expected):
+    out = tmp_path / "new"
+    assert _run(workdir, out, *(f"--gin_bindings={binding}" for binding in bindings)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert expected in error
+    assert error.count("\n") == 1
+    assert not out.exists()  # refused before anything is written
+
+
+def test_bad_paths_are_one_line(workdir, tmp_path, capsys):
+    assert app.execute(train.main, ["launch.train"]) == 2
+    assert "--workdir is missing: expected" in capsys.readouterr().err
+    assert app.execute(train.main, ["launch.train", f"--workdir={tmp_path}"]) == 1
+    assert f"{tmp_path}/chunks/train" in capsys.readouterr().err
+    gin_file = f"--gin_file={tmp_path}/none.gin"
+    assert app.execute(train.main, ["launch.train", f"--workdir={workdir}", gin_file]) == 1
+    assert "none.gin (No such file or directory)" in capsys.readouterr().err
+
+
+def test_a_directory_of_another_run_is_refused(workdir, whole, capsys):
+    out, _ = whole
+    changed = ["--gin_bindings=RetroConfig.d_ff = 64", "--gin_bindings=TrainConfig.seed = 1"]
+    assert _run(workdir, out, *changed) == 1
+    error = capsys.readouterr().err
+    assert "RetroConfig.d_ff 32 -> 64; TrainConfig.seed 0 -> 1; expected the same" in error
+    # How it is computed and logged may change.
+    free = ["--gin_bindings=ExecutionConfig.remat = 'full'", "--gin_bindings=TrainConfig.keep = 9"]
+    assert _run(workdir, out, *free) == 0
+    assert "TrainConfig.keep = 9" in (out / "retro" / "config.gin").read_text()
+    assert _run(workdir, out) == 0
+
+
+def test_no_tensorflow_before_it_is_used():
+    program = (
+        "import sys, launch.train; sys.exit('tensorflow' in sys.modules or 'scann' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
