@@ -104,10 +104,13 @@ def test_blocks_never_hold_all_logits():
     """[H, N, N] and [B, N, V] exist in the plain program and in no part of the blocked one."""
     n, v = 4 * DEEP.chunk_length, DEEP.vocab_size
     shapes = [f"[2,{DEEP.num_heads},{n},{n}]", f"[2,{n},{v}]"]
-    blocks = dataclasses.replace(PLAIN, attention="chunked", attention_block=10, loss_block=6)
+    blocks: Any = dataclasses.replace(PLAIN, attention="chunked", attention_block=10, loss_block=6)
     for shape in shapes:
         assert shape in program(DEEP, PLAIN)
         assert shape not in program(DEEP, blocks)
+    assert "remat2[" not in program(DEEP, PLAIN)
+    for change in ({"loss_block": 0}, {"attention": "plain"}):  # each makes its own blocks again
+        assert "remat2[" in program(DEEP, dataclasses.replace(blocks, **change))
 
 
 def test_bfloat16_activations_are_close_to_float32():
