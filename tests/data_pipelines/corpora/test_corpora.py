@@ -83,7 +83,7 @@ def test_standard_library_without_encodings_and_tests():
     names = {d.id for d in documents}
     assert len(names) == len(documents) > 400
     assert {"json/__init__.py", "argparse.py", "email/message.py"} <= names
-    for part in ("encodings/", "site-packages/", "test/", "tests/", "idle_test/"):
+    for part in ("encodings/", "site-packages/", "test/", "tests/", "idle_test/", "_sysconfig"):
         assert not any(f"/{name}".find(f"/{part}") >= 0 for name in names)
     everything = _read(
         CorpusConfig("code", "stdlib", exclude=("site-packages/*", "*/bad*.py")), skip_bad=True
