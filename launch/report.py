@@ -156,7 +156,7 @@ def _chunk_views(
 
 def _read_scores(folder: pathlib.Path, results: Mapping[str, Any], split: Split) -> _Scored:
     """The gains of every token, from the arrays that launch.evaluate left."""
-    on, off = (np.load(folder / results[name]["nll"]) for name in ("on", "off"))
+    on, off = (_read_array(folder / results[name]["nll"]) for name in ("on", "off"))
     if on.shape != off.shape or len(on) != len(split.ids):
         raise UserError(
             f"{folder}: losses of {len(on)} and {len(off)} chunks, expected {len(split.ids)}"
@@ -169,6 +169,14 @@ def _read_scores(folder: pathlib.Path, results: Mapping[str, Any], split: Split)
     eligible[0] = False
     eligible[1:] &= owners[1:] == owners[:-1]  # a document's first chunk reads no neighbours
     return _Scored(split, gains, np.where(counts, off, 0.0).sum(axis=1) / math.log(2), eligible)
+
+
+def _read_array(path: pathlib.Path) -> np.ndarray:
+    """A .npy file of launch.evaluate's."""
+    try:
+        return np.load(path)
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path} is damaged: move it away and run launch.evaluate again") from error
 
 
 def _choose(scored: _Scored, corpus: str) -> Iterator[tuple[str, int]]:

@@ -276,3 +276,18 @@ def test_the_report_shows_all_of_it(
     assert "import json" in page
     document = sampled["samples"][0]["chunks"][0]["neighbours"][0]["document"]
     assert document in page
+
+
+def test_a_damaged_array_is_one_line(
+    evaluated: dict, trained: list[str], workdir: pathlib.Path, capsys
+):
+    path = workdir / "evaluation" / evaluated["on"]["nll"]
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(whole[:-100])
+        assert _call(report.main, *trained) == 1
+    finally:
+        path.write_bytes(whole)
+    assert capsys.readouterr().err == (
+        f"error: {path} is damaged: move it away and run launch.evaluate again\n"
+    )
