@@ -67,7 +67,8 @@ class BatchConfig:
         require(0 <= self.seed < 2**32, self, "seed", "an integer from 0 to 2**32 - 1")
         require(self.prefetch >= 0, self, "prefetch", "a number of batches, or 0 for none")
         weights = [1.0] if self.mixture is None else list(self.mixture.values())
-        require(bool(weights) and min(weights) > 0, self, "mixture", "positive weights by corpus")
+        valid = bool(weights) and all(isinstance(w, int | float) and w > 0 for w in weights)
+        require(valid, self, "mixture", "positive weights by corpus")
 
 
 @dataclasses.dataclass(frozen=True)

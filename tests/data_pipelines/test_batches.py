@@ -240,6 +240,7 @@ def test_fewer_chunks_than_a_sequence_is_one_padded_row():
         ("prefetch", -1, "a number of batches"),
         ("mixture", {}, "positive weights"),
         ("mixture", {"a": 0.0}, "positive weights"),
+        ("mixture", {"a": "1"}, "positive weights"),
     ],
 )
 def test_bad_settings_are_one_line(field, value, rule):
