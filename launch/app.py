@@ -83,7 +83,8 @@ def _flag_help(flag: flags.Flag) -> list[str]:
     head = f"  --[no]{flag.name}" if flag.boolean else f"  --{flag.name}=..."
     if isinstance(flag, flags.MultiFlag):
         head += " (may be repeated)"
-    default = "" if flag.default in (None, False, []) else f" Default: {flag.default}."
+    unsaid = flag.default is None or flag.default is False or flag.default == []
+    default = "" if unsaid else f" Default: {flag.default}."
     text = flag.help.split(";\n", 1)[0]  # absl adds a line to those that may be repeated
     wrapped = textwrap.wrap(f"{text}{default}", width=92)
     return [head, *(f"      {line}" for line in wrapped)]

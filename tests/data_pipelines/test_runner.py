@@ -42,7 +42,7 @@ def test_runs_every_shard_once_with_equal_bytes(tmp_path, processes):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_failure_keeps_its_message(tmp_path, processes):
-    with pytest.raises(UserError, match="^bad: expected a good shard$"):
+    with pytest.raises(UserError, match=r"^bad: expected a good shard$"):
         list(run_shards(Write(str(tmp_path)), ["good", "bad"], processes=processes))
 
 
