@@ -13,6 +13,7 @@ from retro_jax.sharding import batch_sharding
 from retro_jax.train.optimizer import OptimizerConfig, Trainable, make_optimizer
 from retro_jax.train.step import StepConfig, abstract_state, compile_train_step, initial_state
 
+ROWS = 8
 VOCABULARY, WIDTH, CHUNKS, CHUNK, SLOTS, NEIGHBOUR = 24, 8, 2, 4, 2, 8
 PAD = 0
 _OPTIMIZER = OptimizerConfig(max_learning_rate=0.01, warmup_steps=2)
@@ -66,7 +67,7 @@ def _embed(tokens: jax.Array, table: jax.Array) -> jax.Array:
     return jnp.einsum("...v,vd->...d", jax.nn.one_hot(tokens, VOCABULARY), table)
 
 
-def host_batch(step: int, rows: int = 8, neighbours: bool = True) -> RetroBatch:
+def host_batch(step: int, rows: int = ROWS, neighbours: bool = True) -> RetroBatch:
     """A batch of NumPy arrays, a function of the step, with padding in every part."""
     random = np.random.default_rng(step)
     shape = (rows, CHUNKS * CHUNK)
@@ -81,6 +82,11 @@ def host_batch(step: int, rows: int = 8, neighbours: bool = True) -> RetroBatch:
         corpus=random.integers(0, 2, rows).astype(np.int32),
         neighbours=near if neighbours else None,
     )
+
+
+def host_rows(step: int, rows: list[int]) -> RetroBatch:
+    """Some rows of host_batch(step)."""
+    return jax.tree.map(lambda array: array[rows], host_batch(step))
 
 
 class Trainer:
