@@ -75,8 +75,9 @@ class IndexPlan:
 def plan_index(n: int, dimension: int, config: IndexConfig) -> IndexPlan:
     """Chooses the index for n keys of d dimensions: the one rule.
 
-    A tree gets 4 sqrt(n) leaves, of which a query looks into a twentieth, and 4 dimensions a block;
-    plain hashing takes 2, as it has no leaves to narrow the choice.
+    Codes are of 4 dimensions a block: with 100 candidates compared again exactly, recall@10 of 26,278
+    MiniLM keys of code was 0.9998, and 1.0 with 2 dimensions at half the speed. A tree has 4 sqrt(n)
+    leaves, of which a query looks into a tenth: recall 0.966 on those keys, 0.934 for a twentieth.
 
     Raises:
       UserError: the configuration asks for what n keys cannot give.
@@ -91,13 +92,13 @@ def plan_index(n: int, dimension: int, config: IndexConfig) -> IndexPlan:
             f"IndexConfig.kind is {kind!r}: expected 'brute_force' or 'auto' for {n} keys "
             f"(codes need {_CODEWORDS})"
         )
-    block = min(config.dimensions_per_block or (2 if kind == "hashing" else 4), dimension)
+    block = min(config.dimensions_per_block or 4, dimension)
     if kind == "hashing":
         return IndexPlan(kind, dimensions_per_block=block, reorder=config.reorder)
     leaves = config.num_leaves or max(1, round(4 * math.sqrt(n)))
     if leaves > n:
         raise UserError(f"IndexConfig.num_leaves is {leaves}: expected at most the {n} keys")
-    searched = config.leaves_to_search or max(1, math.ceil(leaves / 20))
+    searched = config.leaves_to_search or max(1, math.ceil(leaves / 10))
     return IndexPlan(kind, leaves, min(searched, leaves), block, config.reorder)
 
 
