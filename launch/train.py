@@ -11,6 +11,7 @@ saves and stops; the same command again goes on, and ends with the same bits as 
 import contextlib
 import dataclasses
 import pathlib
+import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
 
@@ -121,10 +122,10 @@ def main() -> None:
     stop = loop.StopRequest()
     with stop.listening():
         last = train(run, plan, data.batches, stop)
-    if stop.signal is not None and last < steps:
+    if last < steps:
         message = f"{run}: stopped and saved at step {last} of {steps}; run it again to go on"
         print(message, file=sys.stderr)
-        sys.exit(128 + stop.signal)
+        sys.exit(128 + (stop.signal or signal.SIGTERM))
     print(f"{run}: trained {steps} steps")
 
 
@@ -279,7 +280,7 @@ def _print_summary(plan: Plan, batches: Batches, start: int) -> None:
     corpora = ", ".join(f"{name} {count:,}" for name, count in batches.sequences.items())
     print(f"{kind} of {retro.num_parameters():,} parameters on {device}")
     tokens = f"{config.batch_size} x {config.sequence_length} tokens a step"
-    print(f"sequences an epoch: {corpora}; {tokens}")
+    print(f"sequences an epoch: {corpora}; {tokens}; the first one compiles")
     if start:
         print(f"going on from step {start} of {plan.settings.training.steps}")
 

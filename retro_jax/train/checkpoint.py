@@ -187,14 +187,19 @@ def restore_params(
 
 
 def find_damage(path: pathlib.Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None: they are those that were sealed."""
+    """What is wrong with a checkpoint's files, or None: they are those that were sealed.
+
+    Raises:
+      UserError: it was written in another format than this code reads.
+    """
     try:
         seal = json.loads((path / _SEAL).read_text(encoding="utf-8"))
         files = seal["files"]
     except (OSError, ValueError, KeyError):
         return f"no readable {_SEAL}"
     if seal.get("format_version") != FORMAT_VERSION:
-        return f"format version {seal.get('format_version')}, expected {FORMAT_VERSION}"
+        version = seal.get("format_version")
+        raise UserError(f"checkpoint {path} has format {version}: expected {FORMAT_VERSION}")
     for name, (size, _) in files.items():
         file = path / name
         if not file.is_file():

@@ -65,7 +65,11 @@ FREE_SETTINGS = ("log_every", "checkpoint_every", "keep", "keep_every")
 
 
 class StopRequest:
-    """Whether SIGTERM or Ctrl-C has asked this process to stop; a second one stops at once."""
+    """Whether SIGTERM or Ctrl-C has asked this process to stop; a second one stops at once.
+
+    With several processes JAX's preemption service listens to SIGTERM instead, so that all of them
+    stop after the same step (Checkpoints.must_stop).
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -73,7 +77,8 @@ class StopRequest:
     @contextlib.contextmanager
     def listening(self) -> Iterator["StopRequest"]:
         """Catches both signals while inside, where signals can be caught: in the main thread."""
-        if threading.current_thread() is not threading.main_thread():
+        alone = jax.process_count() == 1
+        if not alone or threading.current_thread() is not threading.main_thread():
             yield self
             return
         caught = (signal.SIGTERM, signal.SIGINT)

@@ -164,6 +164,15 @@ def test_other_arrays_are_refused_by_name(trainer, saved):
     assert find_damage(path) is None
 
 
+def test_another_format_is_refused_and_not_called_damage(trainer, saved):
+    directory, states = saved
+    seal = directory / str(max(states)) / "sealed.json"
+    seal.write_text(seal.read_text().replace('"format_version": 1', '"format_version": 9'))
+    with pytest.raises(UserError, match="has format 9: expected 1"):
+        Checkpoints(directory).restore(trainer.abstract)
+    assert seal.exists()
+
+
 def test_a_checkpoint_moves_between_meshes(saved):
     directory, states = saved
     mesh = make_mesh(MeshConfig(data=1, fsdp=4), jax.devices()[:4])

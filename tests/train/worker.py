@@ -1,4 +1,7 @@
-"""One of several processes that train together: `python -m tests.train.worker ID COUNT PORT DIR`."""
+"""One of several processes that train together.
+
+python -m tests.train.worker ID COUNT PORT DIRECTORY STEPS
+"""
 
 import itertools
 import pathlib
@@ -13,10 +16,8 @@ from retro_jax.train.loop import StopRequest, TrainConfig, train
 from retro_jax.train.metrics import Observer
 from tests.train.small import ROWS, Trainer, host_rows
 
-CONFIG = TrainConfig(steps=8, log_every=1, checkpoint_every=4)
 
-
-def main(directory: pathlib.Path) -> list[int]:
+def main(directory: pathlib.Path, steps: int) -> list[int]:
     """Trains, or goes on, on all devices of all processes; returns the rows made here."""
     mesh = make_mesh(MeshConfig(fsdp=2))
     trainer = Trainer(mesh, neighbour_dropout=0.3)
@@ -29,7 +30,7 @@ def main(directory: pathlib.Path) -> list[int]:
         corpora=["a", "b"],
         learning_rate=lambda t: 0.1,
         start_step=start,
-        steps=CONFIG.steps,
+        steps=steps,
         log_every=1,
         main_process=jax.process_index() == 0,
     )
@@ -39,7 +40,7 @@ def main(directory: pathlib.Path) -> list[int]:
             state,
             global_batches(hosts, mesh, ROWS, rows),
             step=trainer.step,
-            config=CONFIG,
+            config=TrainConfig(steps=steps, log_every=1, checkpoint_every=1000),
             checkpoints=checkpoints,
             observer=observer,
             stop=StopRequest(),
@@ -53,4 +54,4 @@ if __name__ == "__main__":
     index, count, port = map(int, sys.argv[1:4])
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{port}", count, index)
-    print(*main(pathlib.Path(sys.argv[4])))
+    print(*main(pathlib.Path(sys.argv[4]), int(sys.argv[5])))
