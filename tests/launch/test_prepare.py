@@ -24,7 +24,7 @@ PLACES = [place for stage in ALL_STAGES.values() for place in stage.places]
 TINY = (
     "wikipedia/CorpusConfig.max_documents = 12",
     "python/CorpusConfig.max_documents = 4",
-    "python/CorpusConfig.max_bytes = 20_000",
+    "python/CorpusConfig.max_bytes = 8_000",
     "TokenizerConfig.vocab_size = 400",
 )
 
@@ -47,7 +47,7 @@ def refused(capsys, *arguments):
 def start(workdir, settings):
     """launch.prepare in a process of its own."""
     command = [sys.executable, "-m", "launch.prepare"]
-    command += [f"--workdir={workdir}", f"--gin_file={settings}", "--processes=2"]
+    command += [f"--workdir={workdir}", f"--gin_file={settings}"]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
