@@ -218,6 +218,15 @@ class Embedder:
         """
         return cls(BertFolder.open(model), batch=batch)
 
+    @classmethod
+    def shared(cls, model: BertFolder) -> "Embedder":
+        """The process's own: stages that follow each other load and compile one model once."""
+        key = (model.folder, files.to_json(model.identity))
+        if key not in _SHARED:
+            _SHARED.clear()  # one model in memory
+            _SHARED[key] = cls(model)
+        return _SHARED[key]
+
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Embeds texts.
 
@@ -283,6 +292,9 @@ class Embedder:
             program = self._run.lower(self._parameters, ids, lengths).compile()
             self._programs[size, length] = program
         return self._programs[size, length]
+
+
+_SHARED: dict[tuple[Path, bytes], Embedder] = {}
 
 
 def _padded(length: int) -> int:

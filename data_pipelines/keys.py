@@ -130,7 +130,7 @@ def prepare_keys(
     names = [shard_name(KIND, i) for i in range(len(database.shards))]
     missing = stage.missing(names)
     if missing:
-        encoder = ChunkEncoder(tokenizer, Embedder(model), config.dtype)
+        encoder = ChunkEncoder(tokenizer, Embedder.shared(model), config.dtype)
         done = sum(len(database.shards[i]) for i, n in enumerate(names) if n not in missing)
         with tqdm(total=len(database), initial=done, desc="keys", unit="chunk") as progress:
             for name in missing:

@@ -90,7 +90,7 @@ class Retriever:
                 f"model.safetensors {made_by['sha256']['model.safetensors'][:12]}, found "
                 f"{folder.identity['sha256']['model.safetensors'][:12]}, or other settings"
             )
-        return ChunkEncoder(self._tokenizer, Embedder(folder), settings["dtype"])
+        return ChunkEncoder(self._tokenizer, Embedder.shared(folder), settings["dtype"])
 
     def retrieve(
         self, tokens: np.ndarray, k: int, exclude_documents: np.ndarray | None = None

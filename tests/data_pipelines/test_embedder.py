@@ -168,6 +168,14 @@ def test_the_identity_follows_the_files_and_holds_no_path(tmp_path):
     assert str(tmp_path) not in json.dumps(a)
 
 
+def test_a_process_shares_one_embedder_of_the_same_files(tmp_path):
+    first = Embedder.shared(BertFolder.open(bert_folder.write(tmp_path)))
+    assert Embedder.shared(BertFolder.open(tmp_path)) is first
+    bert_folder.write(tmp_path, arrays=bert_folder.weights(seed=1))
+    other = Embedder.shared(BertFolder.open(tmp_path))
+    assert np.abs(other.embed(["a"]) - first.embed(["a"])).max() > 1e-3
+
+
 def test_refuses_what_is_no_model(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"BERT '/no/such': no such folder.*a name of minilm"):
         find_model("/no/such")
