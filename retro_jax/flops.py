@@ -1,0 +1,101 @@
+"""How many floating-point operations a RETRO needs, counted from its configuration.
+
+A product of [m, k] and [k, n] counts 2 m k n. What is counted, for one token of the decoder:
+
+    projections      2 x the weights of every matrix it passes: Q, K, V, O, feed-forward, read-out
+    self attention   2 (N + 1) inner for logits and values together: a token reads half the sequence
+    relative         half as much again: q.R(d) of every distance that the logits need
+    CCA              Q and O as above; K and V of the K x R / M neighbour tokens a decoder token has;
+                     4 K R inner for logits and values, 2 R inner for q.R(d), the same for all
+                     neighbours. The first M - 1 tokens of a sequence have no CCA
+    encoder          the same per neighbour token, with R keys in both directions; its
+                     cross-attention has M keys, whose K and V are made once for all neighbours
+
+inner is heads x head width. Left out: embedding look-ups, norms, softmax, activations, and R(d)
+itself, a product a layer that does not grow with the batch. Nothing is taken off for documents, nor
+for padding: the count is of the shape of a batch. The backward pass counts twice the forward pass,
+whatever is recomputed: rematerialisation is work of the program, not of the algorithm.
+"""
+
+import dataclasses
+
+from retro_jax.config import RetroConfig
+
+TRAINING = 3  # forward, and twice that backward
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """Operations of the forward pass for one token of the decoder, by part; `total` sums them."""
+
+    decoder: float
+    cca: float
+    encoder: float
+    read_out: float
+
+    @property
+    def total(self) -> float:
+        """Forward operations a token."""
+        return self.decoder + self.cca + self.encoder + self.read_out
+
+    @property
+    def training(self) -> float:
+        """Forward and backward operations a token."""
+        return TRAINING * self.total
+
+
+def forward_flops(config: RetroConfig, sequence_length: int, neighbours: int) -> Flops:
+    """Counts the forward pass.
+
+    Args:
+      config: the architecture.
+      sequence_length: N, tokens a sequence.
+      neighbours: K, neighbours a chunk; 0 for retrieval off.
+
+    Returns:
+      Operations for one token of the decoder, on average over the sequence.
+    """
+    d, inner = config.d_model, config.num_heads * config.head_dim
+    pair = 6 if config.positions == "relative" else 4  # a query and a key: q.k, q.R(d), weight.v
+    layer = 2 * (4 * d * inner + 2 * d * config.d_ff) + pair * inner * (sequence_length + 1) / 2
+    flops = Flops(config.num_layers * layer, 0.0, 0.0, 2.0 * d * config.vocab_size)
+    if not (config.has_retrieval and neighbours):
+        return flops
+    return dataclasses.replace(
+        flops,
+        cca=_cca(config, sequence_length, neighbours),
+        encoder=_encoder(config, neighbours),
+    )
+
+
+def training_flops(config: RetroConfig, sequence_length: int, neighbours: int) -> float:
+    """Forward and backward operations of one sequence.
+
+    Args:
+      config: the architecture. sequence_length: N. neighbours: K, 0 for retrieval off.
+    """
+    return sequence_length * forward_flops(config, sequence_length, neighbours).training
+
+
+def _cca(config: RetroConfig, sequence_length: int, neighbours: int) -> float:
+    """All CCA layers, for one decoder token."""
+    inner = config.num_heads * config.head_dim
+    keys = neighbours * config.neighbour_length
+    made = 2 * 2 * config.encoder_d_model * inner * keys / config.chunk_length
+    query = 2 * 2 * config.d_model * inner + 4 * keys * inner
+    if config.positions == "relative" and config.cca_positions:
+        query += 2 * config.neighbour_length * inner
+    reads = (sequence_length - config.chunk_length + 1) / sequence_length
+    return len(config.cca_layers) * (made + reads * query)
+
+
+def _encoder(config: RetroConfig, neighbours: int) -> float:
+    """The encoder, for one decoder token, which has K R / M neighbour tokens."""
+    e, inner = config.encoder_d_model, config.encoder_num_heads * config.encoder_head_dim
+    pair = 6 if config.positions == "relative" else 4
+    own = 2 * (4 * e * inner + 2 * e * config.encoder_d_ff) + pair * inner * config.neighbour_length
+    crossed = 2 * 2 * e * inner + pair * inner * config.chunk_length
+    layers, crosses = config.encoder_num_layers, len(config.encoder_cca_layers)
+    tokens = neighbours * config.neighbour_length / config.chunk_length
+    chunk_keys = crosses * 2 * 2 * config.d_model * inner
+    return tokens * (layers * own + crosses * crossed) + chunk_keys
