@@ -30,6 +30,7 @@ from retro_jax.batch import RetroBatch
 from retro_jax.config import ExecutionConfig, RetroConfig
 from retro_jax.errors import UserError
 from retro_jax.model import Retro
+from retro_jax.model.copying import begin_with_copying
 from retro_jax.sharding import MESH_SHARDINGS, MeshConfig, check_mesh, make_mesh
 from retro_jax.train import loop, step
 from retro_jax.train.checkpoint import Checkpoints, find_damage, latest_step
@@ -251,12 +252,15 @@ def _model_maker(settings: Settings) -> Callable[[], Retro]:
     """Builds the run's module on a mesh."""
 
     def make() -> Retro:
-        return Retro(
+        model = Retro(
             settings.retro,
             settings.execution,
             shardings=MESH_SHARDINGS,
             rngs=nnx.Rngs(settings.training.seed),
         )
+        if settings.training.initial_retrieval == "copying":
+            begin_with_copying(model)
+        return model
 
     return make
 

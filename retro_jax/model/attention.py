@@ -68,7 +68,7 @@ class Attention(nnx.Module):
             rngs,
             (*heads, widths.query),
             fan_in=math.prod(heads),
-            gain=residual_gain(config),
+            gain=residual_gain(config, widths.query),
         )
         self.positions = positions if positions is not None else config.positions
         if self.positions == "relative":

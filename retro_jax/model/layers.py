@@ -87,7 +87,7 @@ class FeedForward(nnx.Module):
     ):
         self.norm = RMSNorm(width, config.norm_epsilon)
         self.widen = normal(rngs, (width, d_ff), fan_in=width)
-        self.narrow = normal(rngs, (d_ff, width), fan_in=d_ff, gain=residual_gain(config))
+        self.narrow = normal(rngs, (d_ff, width), fan_in=d_ff, gain=residual_gain(config, width))
         self.activation = config.activation
         self.layout = layout
 
@@ -108,9 +108,13 @@ class FeedForward(nnx.Module):
         )
 
 
-def residual_gain(config: RetroConfig) -> float:
-    """Scales what is written to the residual stream, so that its variance does not grow with depth."""
-    return 1.0 / math.sqrt(2 * config.num_layers)
+def residual_gain(config: RetroConfig, width: int) -> float:
+    """Scales what the layers write to a residual stream of a width, at first, to an embedding's norm.
+
+    A token's embedding has norm 1, and so has the sum of all that 2 * num_layers branches add to it.
+    With sums of norm sqrt(width) a token is lost in its own stream: docs/results.md has the loss.
+    """
+    return 1.0 / math.sqrt(2 * config.num_layers * width)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -26,6 +26,8 @@ from retro_jax.train.checkpoint import Checkpoints
 from retro_jax.train.metrics import Observer
 from retro_jax.train.step import TrainState, TrainStep
 
+INITIAL_RETRIEVAL = ("random", "copying")
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -34,6 +36,8 @@ class TrainConfig:
     Attributes:
       steps: updates of the whole run; the schedule's length.
       seed: of the initial parameters and of dropout.
+      initial_retrieval: "random" values of encoder and CCA, or "copying": the first heads of both
+        begin as a circuit that copies from neighbours (model/copying.py).
       neighbour_dropout: part of the sequences trained without their neighbours.
       log_every: steps a line of metrics.jsonl.
       checkpoint_every: steps between checkpoints, a multiple of log_every, so that a resumed curve
@@ -43,6 +47,7 @@ class TrainConfig:
 
     steps: int
     seed: int = 0
+    initial_retrieval: str = "random"
     neighbour_dropout: float = 0.0
     log_every: int = 10
     checkpoint_every: int = 1000
@@ -54,6 +59,8 @@ class TrainConfig:
             require(getattr(self, field) > 0, self, field, "a positive integer")
         require(self.keep_every >= 0, self, "keep_every", "a number of steps, or 0 for none")
         require(0 <= self.seed < 2**32, self, "seed", "an integer from 0 to 2**32 - 1")
+        known = self.initial_retrieval in INITIAL_RETRIEVAL
+        require(known, self, "initial_retrieval", f"one of {INITIAL_RETRIEVAL}")
         valid = 0 <= self.neighbour_dropout <= 1
         require(valid, self, "neighbour_dropout", "a number from 0 to 1")
         whole = self.checkpoint_every % self.log_every == 0

@@ -31,7 +31,7 @@ def parameters(model: Retro) -> dict[str, Any]:
 
 def test_scales_are_one_biases_zero_and_weights_drawn_by_fan_in(fresh):
     inner = TINY.num_heads * TINY.head_dim
-    narrow = 1 / math.sqrt(2 * TINY.num_layers)  # what writes to the residual stream
+    narrow = 1 / math.sqrt(2 * TINY.num_layers * TINY.d_model)  # what writes to the residual stream
     deviations = {
         "embedding.table": TINY.d_model**-0.5,
         "layers.attention.query_key_value": TINY.d_model**-0.5,
