@@ -7,6 +7,7 @@ Reads the newest checkpoint of W/retro, and of W/baseline where one was trained.
 once, in windows of the trained length that advance by half of it. Writes, in W/evaluation:
 
     SPLIT.json                     what was printed last, with every sum and figure
+    SPLIT-overlap.json .csv .svg   the same figures by overlap with the training data, r(C) <= alpha
     SPLIT-CONDITION-STEP-ID.json   one condition of one checkpoint; found again, it is reused
     SPLIT-CONDITION-STEP-ID.npy    [chunks, 64] float32, the loss in nats of each token
 """
@@ -14,7 +15,6 @@ once, in windows of the trained length that advance by half of it. Writes, in W/
 import dataclasses
 import hashlib
 import math
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,6 +25,7 @@ from absl import flags
 
 from data_pipelines import files
 from launch import app, configurables, runs
+from launch.overlap import format_overlap, write_array, write_overlap
 from launch.progress import progress_bar
 from launch.shared_flags import DATA, NUM_NEIGHBOURS, RETRIEVAL, SPLIT
 from launch.splits import Split, open_split
@@ -70,11 +71,18 @@ def main() -> None:
     for condition in conditions:
         runs.check_data(condition.run, data)
     most = max(condition.neighbours for condition in conditions)
+    has_table = (data / "neighbours" / SPLIT.value).is_dir()
+    most = max(most, int(has_table))
     split = open_split(data, SPLIT.value, neighbours=most, max_documents=MAX_DOCUMENTS.value)
     folder = workdir / FOLDER
     results = {c.name: evaluate(folder, split, c) for c in conditions}
     files.write_atomically(folder / f"{SPLIT.value}.json", files.to_json(results))
     print(format_table(results))
+    if split.table is None:
+        print(f"no figures by overlap: {data} has no neighbours of the {SPLIT.value} split")
+        return
+    overlap = write_overlap(folder, SPLIT.value, split, results, data)
+    print(f"\n{format_overlap(overlap)}")
 
 
 def _wanted(names: Sequence[str] | None) -> list[str]:
@@ -122,11 +130,7 @@ def evaluate(folder: pathlib.Path, split: Split, condition: Condition) -> dict[s
         return files.read_json(record)
     nll = _score(split, condition, windows)
     result |= {"nll": array.name, **figures(split, nll)}
-    with files.writing(folder):
-        folder.mkdir(exist_ok=True)
-    with files.temporary_name(array) as temporary:
-        files.write_hashed(temporary, lambda file: np.save(file, nll))
-        os.replace(temporary, array)
+    write_array(array, nll)
     files.write_atomically(record, files.to_json(result))
     return result
 

@@ -20,12 +20,13 @@ from data_pipelines.tokenizer import Tokenizer
 from launch import app, runs
 from launch.evaluate import FOLDER as EVALUATION
 from launch.evaluate import table_scores
+from launch.overlap import curves, overlap_files, read_array
 from launch.sample import FOLDER as SAMPLES
 from launch.shared_flags import DATA, SPLIT
 from launch.splits import Split, open_split
 from launch.views import Viewer, sample_chunk_from_json
 from retro_jax.errors import UserError
-from retro_jax.evaluate.report import ChunkView, Curve, Report, SampleView, render
+from retro_jax.evaluate.report import ChunkView, Curve, OverlapPoint, Report, SampleView, render
 from retro_jax.train.metrics import METRICS_FILE, read_curve
 
 TITLE = flags.DEFINE_string("title", "RETRO: a report", "The page's heading.")
@@ -55,6 +56,7 @@ def main() -> None:
         curves=list(_curves(workdir)),
         chunks=_chunk_views(workdir / EVALUATION, data, results),
         samples=list(_samples(workdir / SAMPLES, run)),
+        overlap=_overlap(workdir / EVALUATION, results),
     )
     files.write_atomically(workdir / FILE, render(report).encode())
     print(f"written to {workdir / FILE}")
@@ -156,7 +158,7 @@ def _chunk_views(
 
 def _read_scores(folder: pathlib.Path, results: Mapping[str, Any], split: Split) -> _Scored:
     """The gains of every token, from the arrays that launch.evaluate left."""
-    on, off = (_read_array(folder / results[name]["nll"]) for name in ("on", "off"))
+    on, off = (read_array(folder / results[name]["nll"]) for name in ("on", "off"))
     if on.shape != off.shape or len(on) != len(split.ids):
         raise UserError(
             f"{folder}: losses of {len(on)} and {len(off)} chunks, expected {len(split.ids)}"
@@ -171,12 +173,15 @@ def _read_scores(folder: pathlib.Path, results: Mapping[str, Any], split: Split)
     return _Scored(split, gains, np.where(counts, off, 0.0).sum(axis=1) / math.log(2), eligible)
 
 
-def _read_array(path: pathlib.Path) -> np.ndarray:
-    """A .npy file of launch.evaluate's."""
-    try:
-        return np.load(path)
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path} is damaged: move it away and run launch.evaluate again") from error
+def _overlap(folder: pathlib.Path, results: Mapping[str, Any]) -> dict[str, list[OverlapPoint]]:
+    """The curves that launch.evaluate left of these results; none where it had no neighbours."""
+    path = overlap_files(folder, SPLIT.value).json
+    if not path.is_file():
+        return {}
+    found = files.read_json(path)
+    if found["models"] != {name: result["model"] for name, result in results.items()}:
+        raise UserError(f"{path} is of other models: expected launch.evaluate again")
+    return curves(found["rows"])
 
 
 def _choose(scored: _Scored, corpus: str) -> Iterator[tuple[str, int]]:

@@ -13,6 +13,18 @@ _WIDTH, _HEIGHT = 860, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 130, 14, 44
 
 
+_FILE_STYLE = """
+svg { background: #fff; font-family: system-ui, sans-serif; }
+.grid { stroke: #e3e5e8; } .axis { stroke: #667085; }
+.tick, .label { fill: #667085; font-size: 12px; } .name { font-size: 13px; font-weight: 600; }
+.line { fill: none; stroke-width: 2; stroke-linejoin: round; }
+.first { stroke: #1f5fd0; } .second { stroke: #c2570c; } .third { stroke: #6b7280; }
+.dot, .name { stroke: none; }
+.dot.first, .name.first { fill: #1f5fd0; } .dot.second, .name.second { fill: #c2570c; }
+.dot.third, .name.third { fill: #6b7280; }
+"""
+
+
 @dataclasses.dataclass(frozen=True)
 class Line:
     """One line of a chart: its label, its points, and a class of the style sheet for its colour."""
@@ -66,6 +78,14 @@ def line_chart(lines: Sequence[Line], *, x_label: str, y_label: str) -> str:
         f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
         f'aria-label="{html.escape(y_label)} over {html.escape(x_label)}">{"".join(parts)}</svg>'
     )
+
+
+def as_file(chart: str) -> str:
+    """A chart as an SVG file of its own, on white; an empty one without any point."""
+    chart = chart or f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}"></svg>'
+    start, end, rest = chart.partition(">")
+    head = start.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+    return f"{head}{end}<style>{_FILE_STYLE}</style>{rest}\n"
 
 
 def ticks(low: float, high: float, about: int = 6) -> list[float]:

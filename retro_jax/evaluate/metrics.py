@@ -97,11 +97,8 @@ def measure(
     Returns:
       A Score per corpus, in the order of their names.
     """
-    first = np.ones(len(documents), bool)
-    first[1:] = documents[1:] != documents[:-1]
     is_eos = tokens == eos_id
-    is_text = (tokens != pad_id) & ~is_eos
-    is_text[first, 0] = False
+    is_text = text_mask(tokens, documents, eos_id=eos_id, pad_id=pad_id)
     nats = nll.astype(np.float64)
     per_chunk = {
         "chunks": np.ones(len(documents)),
@@ -116,6 +113,19 @@ def measure(
     corpora = np.array([record.corpus for record in chosen])
     names = sorted(set(corpora.tolist()))
     return {name: _score(sums, chosen, corpora == name) for name in names}
+
+
+def text_mask(tokens: np.ndarray, documents: np.ndarray, *, eos_id: int, pad_id: int) -> np.ndarray:
+    """[n, M] bool: the tokens of the documents' text, without bos, eos and padding.
+
+    Args:
+      tokens: [n, M]. documents: [n], the document of each chunk; a document's chunks are consecutive.
+    """
+    first = np.ones(len(documents), bool)
+    first[1:] = documents[1:] != documents[:-1]
+    mask = (tokens != pad_id) & (tokens != eos_id)
+    mask[first, 0] = False
+    return mask
 
 
 def _score(sums: dict[str, np.ndarray], records: list[SizedDocument], mask: np.ndarray) -> Score:

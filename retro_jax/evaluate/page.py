@@ -42,6 +42,8 @@ svg.chart { width: 100%; height: auto; display: block; }
 .chart .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
 .chart .line.raw { stroke-width: 1; opacity: 0.22; }
 .chart .first { stroke: var(--accent); } .chart .second { stroke: var(--second); }
+.chart .third { stroke: var(--third); }
+.chart .dot.third, .chart .name.third { fill: var(--third); stroke: none; }
 .chart .dot.first, .chart .name.first { fill: var(--accent); stroke: none; }
 .chart .dot.second, .chart .name.second { fill: var(--second); stroke: none; }
 .card { background: var(--card); border: 1px solid var(--rule); border-radius: 10px;

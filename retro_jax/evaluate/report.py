@@ -12,6 +12,8 @@ from retro_jax.evaluate.page import page, table
 from retro_jax.evaluate.spans import Span
 
 CONDITION_NAMES = {"baseline": "baseline", "off": "RETRO[OFF]", "on": "RETRO[ON]"}
+SHOWN_OVERLAP = 0.5  # the share of shared tokens whose figures stand beside those of all chunks
+_STYLES = {"baseline": "third", "off": "second", "on": "first"}
 _FULL_COLOUR_RANGE = (0.25, 4.0)  # bits a token
 
 
@@ -74,6 +76,15 @@ class Curve:
 
 
 @dataclasses.dataclass(frozen=True)
+class OverlapPoint:
+    """Figures among the chunks that share at most a share `at_most` with the training data."""
+
+    at_most: float
+    chunks: int
+    bits_per_byte: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """Everything the page shows; a section without content is left out.
 
@@ -82,6 +93,7 @@ class Report:
       scores: condition -> corpus -> Score.to_dict(), where the corpus "" is all of them.
       curves: training losses.
       chunks, samples: what retrieval did, and generated text.
+      overlap: corpus ("" for all) -> the figures by overlap with the training data.
     """
 
     title: str
@@ -91,6 +103,7 @@ class Report:
     curves: Sequence[Curve]
     chunks: Sequence[ChunkView]
     samples: Sequence[SampleView]
+    overlap: Mapping[str, Sequence[OverlapPoint]] = dataclasses.field(default_factory=dict)
 
 
 def render(report: Report) -> str:
@@ -101,6 +114,7 @@ def render(report: Report) -> str:
     parts = [
         f"<h1>{html.escape(report.title)}</h1><p class=dim>{html.escape(report.summary)}</p>",
         _scores_section(report.scores),
+        _overlap_section(report.overlap),
         _curves_section(report.curves),
         _chunks_section(report.chunks),
         _samples_section(report.samples),
@@ -149,6 +163,42 @@ def _scores_section(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> 
         f"<p class='dim small'>Bits per token.</p>{table(tokens, token_rows, best=token_best)}"
         "</details>"
     )
+    return "".join(parts)
+
+
+def overlap_chart(curve: Sequence[OverlapPoint]) -> str:
+    """Bits per byte of each condition by the overlap allowed, as SVG; "" without a point."""
+    shares = [100 * point.at_most for point in curve]
+    names = [name for name in CONDITION_NAMES if curve and name in curve[0].bits_per_byte]
+    lines = [
+        Line(CONDITION_NAMES[n], shares, [p.bits_per_byte[n] for p in curve], _STYLES[n])
+        for n in names
+    ]
+    return line_chart(lines, x_label="r(C) at most, %", y_label="bits per byte")
+
+
+def _overlap_section(overlap: Mapping[str, Sequence[OverlapPoint]]) -> str:
+    """The curve over all corpora, and a table among chunks of little overlap."""
+    chart = overlap_chart(overlap.get("", []))
+    if not chart:
+        return ""
+    few = {c: p for c, curve in overlap.items() for p in curve if p.at_most == SHOWN_OVERLAP}
+    parts = [
+        "<h2>Without what stands in the training data</h2>",
+        "<p>r(C) of a chunk is the longest run of tokens that it shares with one of its nearest "
+        "training neighbours, over the chunk length. The curve is of the chunks with at most this "
+        "much.</p>",
+        f'<figure><div class="card">{chart}</div></figure>',
+    ]
+    if "" in few:
+        conditions = few[""].bits_per_byte
+        figures = {
+            name: {c: {"bits_per_byte": point.bits_per_byte[name]} for c, point in few.items()}
+            for name in conditions
+        }
+        header, rows, best = score_rows(figures, "bits_per_byte", 4)
+        count = f"{few[''].chunks:,} chunks with r(C) at most {SHOWN_OVERLAP:.0%}"
+        parts.append(f"<p class='dim small'>{count}:</p>{table(header, rows, best=best)}")
     return "".join(parts)
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import pathlib
 import re
+import xml.etree.ElementTree
 
 import numpy as np
 import pytest
@@ -149,6 +150,52 @@ def test_the_table_is_printed_and_what_is_there_is_reused(
     assert "RETRO[ON] at step 6" in lines[4]
 
 
+def test_figures_by_overlap_are_printed_and_written(
+    evaluated: dict, trained: list[str], workdir: pathlib.Path, prepared_workdir, capsys
+):
+    assert _call(evaluate.main, *trained) == 0
+    shown = capsys.readouterr().out
+    folder = workdir / "evaluation"
+    found = json.loads((folder / "test-overlap.json").read_text())
+    assert found["neighbours"] == 10
+    by_place = {(row["corpus"], row["at_most"]): row for row in found["rows"]}
+    assert len(by_place) == 3 * 8
+    for name, result in evaluated.items():
+        for corpus, figures in [*result["corpora"].items(), ("", result["all"])]:
+            row = by_place[corpus, 1.0]
+            assert row["bytes"] == figures["bytes"]
+            assert row["bits_per_byte"][name]["value"] == pytest.approx(figures["bits_per_byte"])
+    # Chunks under the threshold are those whose own neighbours share little with them.
+    split = open_split(prepared_workdir, "test", neighbours=10)
+    tokens, near = split.database.chunks(split.ids), split.neighbours(split.ids, 10)
+    few = 0
+    for chunk, values in zip(tokens, near, strict=True):
+        runs = {tuple(v[i : i + 33]) for v in values.tolist() for i in range(96)}
+        text = chunk[~np.isin(chunk, [0, 1, 2])].tolist()
+        few += bool(text) and not any(
+            tuple(text[i : i + 33]) in runs for i in range(len(text) - 32)
+        )
+    assert by_place["", 0.5]["chunks"] == few
+    assert f"all, r(C) <= 50%: {few} chunks" in shown
+    difference = by_place["", 0.5]["differences"]["on-baseline"]
+    assert f"RETRO[ON] - baseline: {difference['value']:+.4f} [{difference['low']:+.4f}" in shown
+    lines = (folder / "test-overlap.csv").read_text().splitlines()
+    assert len(lines) == 1 + 3 * 8
+    assert "on-off_low" in lines[0].split(",")
+    drawing = xml.etree.ElementTree.parse(folder / "test-overlap.svg").getroot()
+    assert len(drawing.findall(".//{*}polyline")) == 3
+
+
+def test_without_a_neighbour_table_there_are_no_figures_by_overlap(
+    trained: list[str], prepared_workdir: pathlib.Path, tmp_path: pathlib.Path, capsys
+):
+    for kind in ("chunks", "tokenizer"):
+        (tmp_path / kind).symlink_to(prepared_workdir / kind)
+    more = [f"--data={tmp_path}", "--retrieval=off", "--split=validation"]
+    assert _call(evaluate.main, *trained, *more) == 0
+    assert f"no figures by overlap: {tmp_path} has no neighbours" in capsys.readouterr().out
+
+
 def test_a_part_of_the_documents_and_one_condition(trained: list[str], tmp_path, capsys):
     more = ["--max_documents=2", "--retrieval=on", "--split=validation", "--stride_chunks=4"]
     assert _call(evaluate.main, *trained, *more, "--num_neighbours=1") == 0
@@ -269,7 +316,9 @@ def test_the_report_shows_all_of_it(
     assert "&lt;My&gt; report" in page
     for name in ("baseline", "off", "on"):
         assert f"{evaluated[name]['all']['bits_per_byte']:.4f}" in page
-    assert page.count('class="line first"') == page.count('class="line second"') == 1
+    assert page.count('class="line first"') == page.count('class="line second"') == 2
+    assert page.count('class="line third"') == 1  # the baseline by overlap
+    assert "with r(C) at most 50%" in page
     for heading in ("Largest gain", "Largest loss", "Chosen at random"):
         assert page.count(heading) == 2  # in each of two corpora
     assert len(re.findall(r'title="[+-]\d+\.\d\d bits"', page)) > 6 * 30
