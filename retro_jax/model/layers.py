@@ -139,3 +139,8 @@ def take_layer(stacked: Module, index: int) -> Module:
     """Layer `index` (from 0) of a stack."""
     graphdef, params = nnx.split(stacked)
     return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], params))
+
+
+def largest_divisor(length: int, limit: int) -> int:
+    """The largest block of at most `limit` positions that divides a sequence of `length`."""
+    return max(size for size in range(1, min(length, limit) + 1) if length % size == 0)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from retro_jax.model.layers import Layout
+from retro_jax.model.layers import Layout, largest_divisor
 from retro_jax.sharding import lay_out
 
 
@@ -43,7 +43,7 @@ def token_losses(
         return jnp.where(targets == pad_id, 0.0, losses)
 
     batch, length = targets.shape
-    block = _largest_divisor(length, layout.execution.loss_block or length)
+    block = largest_divisor(length, layout.execution.loss_block or length)
     if block == length:
         return block_losses(h, targets)
 
@@ -52,8 +52,3 @@ def token_losses(
 
     losses = jax.lax.map(lambda xs: jax.checkpoint(block_losses)(*xs), (cut(h), cut(targets)))
     return jnp.moveaxis(losses, 0, 1).reshape(batch, length)
-
-
-def _largest_divisor(length: int, limit: int) -> int:
-    """The largest block of at most `limit` positions that divides the sequence."""
-    return max(size for size in range(1, min(length, limit) + 1) if length % size == 0)

@@ -3,16 +3,24 @@
 A block of queries reads only the keys up to its own end, so that about half of the products of a
 full [N, N] matrix are never made, and only one block's logits exist at a time: memory grows with N,
 not with its square. One block as long as the sequence is the plain form.
+
+With every block written out, programs and their compilation would grow with N. More than four blocks
+are gathered in four spans, each a loop over its blocks, which read the keys up to the span's end:
+
+    queries   0..3   4..7   8..11  12..15      16 blocks in 4 spans make 10 of 16 squares, where
+    keys      0..3   0..7   0..11  0..15       blocks by themselves make 8.5 and one loop all 16
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from retro_jax.model import attention as ops
 from retro_jax.model.attention import Attention
+from retro_jax.model.layers import largest_divisor
+
+_SPANS = 4
 
 
 def causal_attention(
@@ -36,32 +44,58 @@ def causal_attention(
     length = x.shape[1]
     execution = attention.layout.execution
     block = length if execution.attention == "plain" else min(execution.attention_block, length)
+    span, block = _span_and_block(length, block)
     query, key, value = attention.project(x, None)
     table = None
     if attention.positions == "rotary":
         positions = jnp.arange(length)
         query, key = ops.rotate(query, positions), ops.rotate(key, positions)
     else:
-        table = attention.position_keys(ops.distances(block, length, offset=length - block))
+        table = attention.position_keys(ops.distances(span, length, offset=length - span))
     segments = None if documents is None else jnp.repeat(documents, chunk_length, axis=1)
 
     outputs = []
-    for start in range(0, length, block):
-        stop = min(start + block, length)
-        run: Callable[..., jax.Array] = functools.partial(_attend_block, attention)
-        if block < length:
-            run = jax.checkpoint(run)  # the logits of a block are made again in the backward pass
-        outputs.append(
-            run(
-                query[:, start:stop],
-                key[:, :stop],
-                value[:, :stop],
-                None if segments is None else segments[:, :stop],
-                # From the block's last query and the first key to its first query and last key.
-                None if table is None else table[length - stop : length + stop - start - 1],
-            )
+    for start in range(0, length, span):
+        stop = min(start + span, length)
+        keys = (
+            key[:, :stop],
+            value[:, :stop],
+            None if segments is None else segments[:, :stop],
+            None if table is None else table[length - stop :],
         )
-    return attention.read_out(outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1))
+        if span == length:
+            return attention.read_out(_attend_block(attention, query, *keys, start=0))
+        outputs.append(_attend_span(attention, query[:, start:stop], keys, start, block))
+    return attention.read_out(jnp.concatenate(outputs, axis=1))
+
+
+def _span_and_block(length: int, block: int) -> tuple[int, int]:
+    """How many queries are given the same keys, and how many of them are run at once."""
+    if length <= block * _SPANS:
+        return block, block
+    block = largest_divisor(length, block)
+    return -(-(length // block) // _SPANS) * block, block
+
+
+def _attend_span(
+    attention: Attention, query: jax.Array, keys: tuple, start: int, block: int
+) -> jax.Array:
+    """The positions from `start` to the last key as queries, a block at a time: [B, T, H, head_dim]."""
+    batch, length, *heads = query.shape
+    # The logits of a block are made again in the backward pass.
+    if length <= block:
+        return jax.checkpoint(functools.partial(_attend_block, attention, start=start))(
+            query, *keys
+        )
+
+    @jax.checkpoint
+    def run(query: jax.Array, start: jax.Array, keys: tuple) -> jax.Array:
+        return _attend_block(attention, query, *keys, start=start)
+
+    queries = jnp.moveaxis(query.reshape(batch, length // block, block, *heads), 1, 0)
+    starts = start + block * jnp.arange(length // block)
+    out = jax.lax.map(lambda xs: run(*xs, keys), (queries, starts))
+    return jnp.moveaxis(out, 0, 1).reshape(query.shape)
 
 
 def _attend_block(
@@ -71,12 +105,21 @@ def _attend_block(
     value: jax.Array,
     segments: jax.Array | None,
     table: jax.Array | None,
+    *,
+    start: jax.Array | int,
 ) -> jax.Array:
-    """The last T of S positions as queries over all S as keys: [B, T, H, head_dim]."""
+    """T positions from `start` on as queries over the first S as keys: [B, T, H, head_dim].
+
+    The table's first row is of the largest distance there is, from position S - 1 to position 0.
+    """
     num_queries, num_keys = query.shape[1], key.shape[1]
-    start = num_keys - num_queries
-    mask = jnp.arange(num_keys) <= jnp.arange(start, num_keys)[:, None]
+    mask = jnp.arange(num_keys) <= start + jnp.arange(num_queries)[:, None]
     mask = mask[None, None]
     if segments is not None:
-        mask = mask & (segments[:, None, start:, None] == segments[:, None, None, :])
+        own = jax.lax.dynamic_slice_in_dim(segments, start, num_queries, axis=1)
+        mask = mask & (own[:, None, :, None] == segments[:, None, None, :])
+    if table is not None:
+        # From the block's last query and the first key to its first query and last key.
+        first = num_keys - start - num_queries
+        table = jax.lax.dynamic_slice_in_dim(table, first, num_queries + num_keys - 1)
     return attention.attend(query, key, value, mask, table)

@@ -105,7 +105,7 @@ def _self_attention(positions: str, execution: ExecutionConfig) -> Any:
 
 
 @pytest.mark.parametrize("positions", ["relative", "rotary"])
-@pytest.mark.parametrize("block", [1, 5, 12, 100])
+@pytest.mark.parametrize("block", [1, 2, 5, 12, 100])
 def test_any_block_of_queries_gives_the_same(positions, block):
     """Blocks that divide the sequence of 12, that do not, of one query, and longer than it."""
     rng = np.random.default_rng(1)
