@@ -10,6 +10,7 @@ and layers behind the last CCA are a scan of plain layers again. An irregular P 
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -75,36 +76,47 @@ def scan_layers(
     first = config.cca_layers[0]
     for run in plain_runs(first - 1):
         h = _scan_run(model, run, layers, None, h, context)
-    _, params = layers.take(1)
-    layer = layers.merge(jax.tree.map(lambda leaf: leaf[0], params))
-    h = model.attend(layer, h, first, context)
-    context = model.encode(neighbours, h, tokens, context)
-    _, params = cca.take(1)
-    h = model.retrieve(cca.merge(jax.tree.map(lambda leaf: leaf[0], params)), h, first, context)
-    h = model.feed_forward(layer, h, first, context)
+    layer, first_cca = layers.merge(_first(layers)), cca.merge(_first(cca))
+    h, context = first_retrieval(model, layer, first_cca, h, tokens, neighbours, context)
     for run in runs_after(config, first):
         h = _scan_run(model, run, layers, cca if run.cca else None, h, context)
     return h
 
 
-def rematerialised(run_layer: Callable[..., jax.Array], layout: Layout) -> Callable[..., jax.Array]:
-    """Wraps a layer so that the backward pass makes again what the policy does not keep."""
+def first_retrieval(
+    model: "Retro",
+    layer: Any,
+    cca: Any,
+    h: jax.Array,
+    tokens: jax.Array,
+    neighbours: jax.Array,
+    context: "Context",
+) -> tuple[jax.Array, "Context"]:
+    """Layer min(P): ATTN, ENCODER, CCA, FFW; the activations, and the context with E in it."""
+    first = model.config.cca_layers[0]
+
+    def retrieve(h: jax.Array, context: "Context") -> jax.Array:
+        return model.feed_forward(layer, model.retrieve(cca, h, first, context), first, context)
+
+    h = rematerialised(lambda h: model.attend(layer, h, first, context), model.layout)(h)
+    encode = rematerialised(lambda h: model.encode(neighbours, h, tokens, context), model.layout)
+    context = encode(h)
+    return rematerialised(retrieve, model.layout)(h, context), context
+
+
+def rematerialised(
+    run: Callable[..., Any], layout: Layout, *, scanned: bool = False
+) -> Callable[..., Any]:
+    """Wraps a part of the model so that the backward pass makes again what the policy does not keep.
+
+    Args:
+      run: a function of arrays. layout: says the policy.
+      scanned: whether it runs inside a loop, which by itself keeps XLA from merging the two passes.
+    """
     policy = layout.execution.remat
     if policy == "none":
-        return run_layer
-
-    def run(layer: nnx.Module, cca: nnx.Module | None, *args: Any) -> jax.Array:
-        graphdef, params = nnx.split((layer, cca))
-
-        def pure(params: Any, *args: Any) -> jax.Array:
-            return run_layer(*nnx.merge(graphdef, params), *args)
-
-        # Inside a scan the loop itself keeps XLA from merging the two computations.
-        return jax.checkpoint(
-            pure, policy=_POLICIES[policy], prevent_cse=not layout.execution.scan_layers
-        )(params, *args)
-
-    return run
+        return run
+    return jax.checkpoint(run, policy=_POLICIES[policy], prevent_cse=not scanned)
 
 
 class _Stack:
@@ -125,6 +137,11 @@ class _Stack:
         return nnx.merge(self.graphdef, params)
 
 
+def _first(stack: _Stack) -> Any:
+    """The parameters of the next layer of a stack."""
+    return jax.tree.map(lambda leaf: leaf[0], stack.take(1)[1])
+
+
 def _scan_run(
     model: "Retro",
     run: Run,
@@ -138,14 +155,14 @@ def _scan_run(
     group_params = jax.tree.map(lambda x: x.reshape(run.repeats, run.size, *x.shape[1:]), params)
     cca_params = cca.take(run.repeats)[1] if cca is not None else None
     numbers = jnp.arange(run.layers).reshape(run.repeats, run.size) + start + 1
-    run_layer = rematerialised(model.run_layer, model.layout)
 
     def group(h: jax.Array, xs: Any) -> tuple[jax.Array, None]:
         layer_params, cca_params, p = xs
         for i in range(run.size):
             layer = layers.merge(jax.tree.map(lambda leaf, i=i: leaf[i], layer_params))
             module = cca.merge(cca_params) if cca is not None and i == run.size - 1 else None
-            h = run_layer(layer, module, h, p[i], context)
+            run_layer = functools.partial(model.run_layer, layer, module)
+            h = rematerialised(run_layer, model.layout, scanned=True)(h, p[i], context)
         return h, None
 
     return jax.lax.scan(group, h, (group_params, cca_params, numbers))[0]

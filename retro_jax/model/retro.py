@@ -14,6 +14,7 @@ definition; depth.py runs the same layers by scan, which compiles faster.
 """
 
 import dataclasses
+import functools
 
 import jax
 from flax import nnx
@@ -173,12 +174,11 @@ class Retro(nnx.Module):
             cca = None
             if neighbours is not None and p in cca_layers:
                 cca = take_layer(self.cca, cca_layers.index(p))
-            if neighbours is not None and cca is not None and p == cca_layers[0]:
-                h = self.attend(layer, h, p, context)
-                context = self.encode(neighbours, h, tokens, context)
-                h = self.feed_forward(layer, self.retrieve(cca, h, p, context), p, context)
+            if neighbours is not None and p == cca_layers[0]:
+                h, context = depth.first_retrieval(self, layer, cca, h, tokens, neighbours, context)
             else:
-                h = depth.rematerialised(self.run_layer, self.layout)(layer, cca, h, p, context)
+                run_layer = functools.partial(self.run_layer, layer, cca)
+                h = depth.rematerialised(run_layer, self.layout)(h, p, context)
         return h
 
     def run_layer(
