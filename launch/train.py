@@ -31,6 +31,7 @@ from retro_jax.config import ExecutionConfig, RetroConfig
 from retro_jax.errors import UserError
 from retro_jax.model import Retro
 from retro_jax.model.copying import begin_with_copying
+from retro_jax.model.fused_attention import check_attention
 from retro_jax.sharding import MESH_SHARDINGS, MeshConfig, check_mesh, make_mesh
 from retro_jax.train import loop, step
 from retro_jax.train.checkpoint import Checkpoints, find_damage, latest_step
@@ -185,6 +186,12 @@ def make_plan(settings: Settings, batches: Batches) -> Plan:
     """
     mesh = make_mesh(settings.mesh)
     check_mesh(settings.retro, mesh, batches.config.batch_size)
+    check_attention(
+        settings.retro,
+        settings.execution,
+        platform=mesh.devices.flat[0].platform,
+        length=batches.config.sequence_length,
+    )
     optimizer = make_optimizer(settings.optimizer, settings.training.steps)
     graphdef, abstract = step.abstract_state(_model_maker(settings), optimizer, mesh)
     config = step.StepConfig(

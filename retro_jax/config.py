@@ -10,7 +10,7 @@ POSITIONS = ("relative", "rotary")
 ACTIVATIONS = ("gelu", "relu")
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "dots", "full")
-ATTENTION_KINDS = ("auto", "plain", "chunked")
+ATTENTION_KINDS = ("auto", "plain", "chunked", "fused")
 
 _SIZES = (
     "vocab_size",
@@ -187,8 +187,9 @@ class ExecutionConfig:
       activation_dtype: "float32" or "bfloat16"; parameters, softmax, norms and loss stay float32.
       scan_layers: run equal groups of layers by jax.lax.scan (short compilation) or unrolled.
       remat: what the backward pass recomputes: "none", "dots" (keep matrix products), "full".
-      attention: "plain" (one [N, N] matrix), "chunked" (by blocks of queries), or "auto" for the best
-        of them: blocks, which are the plain form where the sequence is no longer than one.
+      attention: of the decoder's ATTN: "plain" (one [N, N] matrix), "chunked" (by blocks of queries,
+        which are the plain form where the sequence is no longer than one), "fused" (a kernel of the
+        backend: rotary positions on GPU and TPU), or "auto": fused where it exists, else chunked.
       attention_block: queries a block in chunked attention.
       loss_block: tokens a block of the loss, so that [B, N, V] never exists at once; 0 for one block.
     """

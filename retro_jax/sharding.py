@@ -119,6 +119,12 @@ def lay_out(x: jax.Array, spec: P | None) -> jax.Array:
     return x if spec is None else jax.sharding.reshard(x, spec)
 
 
+def target_platform() -> str:
+    """What the program being traced is for: the mesh's devices, described or present; else ours."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return jax.default_backend() if device is None else device.platform
+
+
 def parameter_specs(params: Any, shardings: Shardings = MESH_SHARDINGS) -> Any:
     """The PartitionSpec of every parameter of a Retro, as a tree like `params`.
 

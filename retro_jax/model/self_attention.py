@@ -1,4 +1,4 @@
-"""The decoder's ATTN: causal, inside documents, by blocks of queries.
+"""The decoder's ATTN: causal, inside documents, by a fused kernel or by blocks of queries.
 
 A block of queries reads only the keys up to its own end, so that about half of the products of a
 full [N, N] matrix are never made, and only one block's logits exist at a time: memory grows with N,
@@ -18,7 +18,9 @@ import jax.numpy as jnp
 
 from retro_jax.model import attention as ops
 from retro_jax.model.attention import Attention
+from retro_jax.model.fused_attention import attention_kind, fused_attention
 from retro_jax.model.layers import largest_divisor
+from retro_jax.sharding import target_platform
 
 _SPANS = 4
 
@@ -43,17 +45,42 @@ def causal_attention(
     """
     length = x.shape[1]
     execution = attention.layout.execution
-    block = length if execution.attention == "plain" else min(execution.attention_block, length)
-    span, block = _span_and_block(length, block)
     query, key, value = attention.project(x, None)
-    table = None
+    kind = attention_kind(
+        execution,
+        platform=target_platform(),
+        positions=attention.positions,
+        head_dim=query.shape[-1],
+        length=length,
+    )
+    segments = None if documents is None else jnp.repeat(documents, chunk_length, axis=1)
     if attention.positions == "rotary":
         positions = jnp.arange(length)
         query, key = ops.rotate(query, positions), ops.rotate(key, positions)
-    else:
-        table = attention.position_keys(ops.distances(span, length, offset=length - span))
-    segments = None if documents is None else jnp.repeat(documents, chunk_length, axis=1)
+    if kind == "fused":
+        shardings = attention.layout.shardings
+        heads = fused_attention(
+            query, key, value, segments, platform=target_platform(), shardings=shardings
+        )
+        return attention.read_out(heads)
+    block = length if kind == "plain" else min(execution.attention_block, length)
+    return attention.read_out(_attend_by_spans(attention, query, key, value, segments, block))
 
+
+def _attend_by_spans(
+    attention: Attention,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segments: jax.Array | None,
+    block: int,
+) -> jax.Array:
+    """Attends by blocks of queries, gathered in spans: [B, N, H, head_dim]."""
+    length = query.shape[1]
+    span, block = _span_and_block(length, block)
+    table = None
+    if attention.positions == "relative":
+        table = attention.position_keys(ops.distances(span, length, offset=length - span))
     outputs = []
     for start in range(0, length, span):
         stop = min(start + span, length)
@@ -64,9 +91,9 @@ def causal_attention(
             None if table is None else table[length - stop :],
         )
         if span == length:
-            return attention.read_out(_attend_block(attention, query, *keys, start=0))
+            return _attend_block(attention, query, *keys, start=0)
         outputs.append(_attend_span(attention, query[:, start:stop], keys, start, block))
-    return attention.read_out(jnp.concatenate(outputs, axis=1))
+    return jnp.concatenate(outputs, axis=1)
 
 
 def _span_and_block(length: int, block: int) -> tuple[int, int]:

@@ -160,7 +160,11 @@ def test_unknown_topologies_are_refused(settings, capsys, topology, message):
         ("ExecutionConfig.remat = 'some'", "expected one of ('none', 'dots', 'full')"),
         (
             "ExecutionConfig.attention = 'flash'",
-            "expected one of ('auto', 'plain', 'chunked'",
+            "expected one of ('auto', 'plain', 'chunked', 'fused')",
+        ),
+        (
+            "ExecutionConfig.attention = 'fused'",
+            "is 'fused', but cpu has no fused kernel (gpu and tpu have): expected 'auto', 'chunked'",
         ),
         (
             "RetroConfig.chunk_length = 48",

@@ -1,0 +1,161 @@
+"""The decoder's self attention by fused kernels, where a backend has one that fits.
+
+    gpu    cuDNN's flash attention (jax.nn.dot_product_attention): bfloat16, heads of at most 128
+    tpu    JAX's splash attention (Pallas): causal blocks that nobody reads are never visited
+    else   none: self_attention.py goes by blocks of queries
+
+Neither kernel has relative positions: cuDNN takes a bias, but it would have to be made for all
+[B, H, N, N] pairs. Kernels know nothing of meshes: they run inside shard_map, each device on its own
+rows and heads.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from retro_jax.config import ExecutionConfig, RetroConfig
+from retro_jax.errors import UserError
+from retro_jax.sharding import Shardings
+
+PLATFORMS = ("gpu", "tpu")
+_LANES = 128  # a TPU's vector: splash attention's blocks are multiples of it
+
+
+def attention_kind(
+    execution: ExecutionConfig, *, platform: str, positions: str, head_dim: int, length: int
+) -> str:
+    """Which attention a program runs: "plain", "chunked" or "fused".
+
+    Args:
+      execution: its `attention` and `activation_dtype`; "auto" takes the kernel where there is one.
+      platform: that the program is for. positions, head_dim: the attention's. length: N.
+
+    Raises:
+      UserError: a kernel was asked for that does not exist here; why, and what does exist.
+    """
+    if execution.attention not in ("auto", "fused"):
+        return execution.attention
+    obstacle = _obstacle(platform, execution.activation_dtype, positions, head_dim, length)
+    if obstacle is None:
+        return "fused"
+    if execution.attention == "auto":
+        return "chunked"
+    raise UserError(
+        f"ExecutionConfig.attention is 'fused', but {obstacle}: expected 'auto', 'chunked' or 'plain'"
+    )
+
+
+def check_attention(
+    config: RetroConfig, execution: ExecutionConfig, *, platform: str, length: int
+) -> None:
+    """Refuses, before anything runs, an attention kind that does not exist on a platform.
+
+    Raises:
+      UserError: as `attention_kind` does.
+    """
+    attention_kind(
+        execution,
+        platform=platform,
+        positions=config.positions,
+        head_dim=config.head_dim,
+        length=length,
+    )
+
+
+def fused_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segments: jax.Array | None,
+    *,
+    platform: str,
+    shardings: Shardings = Shardings(),
+) -> jax.Array:
+    """Causal attention inside segments.
+
+    Args:
+      query, key, value: [B, N, H, head_dim]; positions are in them already.
+      segments: [B, N] int32, which document a token is of, or None for one a row.
+      platform: one of PLATFORMS. shardings: how batch and heads are split on a mesh.
+
+    Returns:
+      [B, N, H, head_dim] in the queries' dtype.
+    """
+    kernel = cudnn_attention if platform == "gpu" else splash_attention
+    if not shardings.active:
+        return kernel(query, key, value, segments)
+    heads, rows = shardings.heads(4), shardings.rows(2)
+    in_specs = (heads, heads, heads, None if segments is None else rows)
+    local = jax.shard_map(kernel, in_specs=in_specs, out_specs=heads, check_vma=False)
+    return local(query, key, value, segments)
+
+
+def cudnn_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segments: jax.Array | None,
+    implementation: Any = "cudnn",
+) -> jax.Array:
+    """`fused_attention` of one GPU; implementation "xla" computes the same anywhere."""
+    mask = None
+    if segments is not None:
+        mask = (segments[:, :, None] == segments[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(
+        query, key, value, mask=mask, is_causal=True, implementation=implementation
+    )
+
+
+def splash_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segments: jax.Array | None,
+    interpret: bool = False,
+) -> jax.Array:
+    """`fused_attention` of one TPU core; interpret=True computes the same anywhere, slowly."""
+    # Imported here: Pallas takes a second, and most runs have no use for it.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    length, heads, head_dim = query.shape[1:]
+    block = next(size for size in (512, 256, _LANES) if length % size == 0)
+    mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
+    sizes = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        use_fused_bwd_kernel=True,
+    )
+    kernel = splash.make_splash_mha(
+        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+    )
+    if segments is not None:
+        segments = segments.astype(jnp.int32)
+
+    def row(
+        query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array | None
+    ) -> jax.Array:
+        ids = None if segments is None else splash.SegmentIds(segments, segments)
+        return kernel(query, key, value, segment_ids=ids)
+
+    arrays = [(query / math.sqrt(head_dim)).astype(query.dtype), key, value]
+    query, key, value = (jnp.swapaxes(x, 1, 2) for x in arrays)
+    return jnp.swapaxes(jax.vmap(row)(query, key, value, segments), 1, 2)
+
+
+def _obstacle(platform: str, dtype: str, positions: str, head_dim: int, length: int) -> str | None:
+    """Why there is no kernel, in words; None if there is one."""
+    if platform not in PLATFORMS:
+        return f"{platform} has no fused kernel ({' and '.join(PLATFORMS)} have)"
+    if positions == "relative":
+        return "no fused kernel has relative positions ('rotary' has one)"
+    if platform == "gpu" and dtype != "bfloat16":
+        return f"cuDNN's kernel computes in bfloat16 and activation_dtype is {dtype!r}"
+    if platform == "gpu" and (head_dim > 128 or head_dim % 8):
+        return f"cuDNN's kernel has heads of a multiple of 8 up to 128 and head_dim is {head_dim}"
+    if platform == "tpu" and length % _LANES:
+        return f"splash attention has sequences of a multiple of {_LANES} and this one has {length}"
+    return None
