@@ -5,8 +5,14 @@
     if __name__ == "__main__":
         app.run(main)
 
-Exit statuses: 0 done, 1 bad input (UserError) or a failing file system, 2 bad flags, 130 Ctrl-C.
-Anything else is a defect of this project and keeps its traceback.
+Exit statuses:
+
+    0    done
+    1    bad input (UserError) or a failing file system; a defect of this project, with its traceback
+    2    bad flags
+    75   asked to stop, saved: the same command goes on
+    76   another process of the run was lost or hangs: start all of them again
+    130  Ctrl-C
 """
 
 import logging
@@ -14,16 +20,22 @@ import os
 import signal
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable
 
 from absl import flags
 
-from retro_jax.errors import UserError
+from retro_jax.errors import LostPeerError, SharedError, UserError, describe
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the whole run, artefacts and models.")
 flags.DEFINE_bool("debug", False, "Show the traceback of every error.")
 
-# Flags that every entry point may use; --help shows those that its own text or module names.
+SAVED, LOST = 75, 76
+
+_who: list[str] = []  # this process's name, where several make one run
+
+# Flags that every entry point may use. --help shows them, the module's own, and those of the
+# modules that it names in HELP_ALSO.
 _SHARED_MODULES = ("launch.configurables", "launch.app")
 _HELP = ("--help", "-help", "-h", "--helpshort", "--helpfull")
 
@@ -54,6 +66,12 @@ def execute(main: Callable[[], None], argv: list[str]) -> int:
             flags.FLAGS[name].__dict__.update(values)
 
 
+def name_process(name: str) -> None:
+    """Says which of several processes this is: its errors and warnings begin with it."""
+    _who[:] = [f"{name}: "] if name else []
+    _set_up_logging(debug=False)
+
+
 def required(flag: flags.FlagHolder, expected: str) -> str:
     """The value of a flag that this entry point cannot do without.
 
@@ -72,7 +90,8 @@ def usage(main: Callable[[], None]) -> str:
     held = [value for value in vars(module).values() if isinstance(value, flags.FlagHolder)]
     own = {holder.name for holder in held}  # defined by the module, or imported into it
     by_module = flags.FLAGS.flags_by_module_dict()
-    shared = {flag.name for name in _SHARED_MODULES for flag in by_module.get(name, [])}
+    others = (*getattr(module, "HELP_ALSO", ()), *_SHARED_MODULES)
+    shared = {flag.name for name in others for flag in by_module.get(name, [])}
     for name in [*sorted(own), *sorted(shared - own)]:
         lines += _flag_help(flags.FLAGS[name])
     return "\n".join(lines)
@@ -106,14 +125,30 @@ def _guarded(main: Callable[[], None], argv: list[str]) -> int:
         if "--debug" in argv:
             raise
         status, message = _status_and_message(error)
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"{''.join(_who)}error: {' '.join(message.split())}", file=sys.stderr)
+        if _who and not isinstance(error, SharedError):
+            leave(status)
         return status
+    except Exception:
+        if not _who:
+            raise
+        print(f"{_who[0]}{traceback.format_exc()}", file=sys.stderr)
+        leave(1)
     return 0
+
+
+def leave(status: int) -> None:
+    """Ends this process at once: by the usual way it would wait for the others, who wait for it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _set_up_logging(debug: bool) -> None:
     """Warnings as lines on standard error; no second account of errors that main raises."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    who = "".join(_who)
+    form = f"{who}%(levelname)s: %(message)s"
+    logging.basicConfig(format=form, level=logging.WARNING, force=bool(who))
     # Orbax logs the traceback of every failed write, several times, and then raises it.
     logging.getLogger("absl").setLevel(logging.WARNING if debug else logging.CRITICAL)
 
@@ -124,13 +159,6 @@ def _status_and_message(error: BaseException) -> tuple[int, str]:
         return 2, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted: run the same command again to go on"
-    if isinstance(error, OSError):
-        return 1, _describe(error)
-    return 1, str(error)
-
-
-def _describe(error: OSError) -> str:
-    """An operating system error as "what: file"."""
-    if error.filename is None or error.strerror is None:
-        return str(error)
-    return f"{error.filename}: {error.strerror}"
+    if isinstance(error, LostPeerError):
+        return LOST, str(error)
+    return 1, describe(error)

@@ -5,15 +5,23 @@
 
 The data is what launch.prepare left in W (or in --data). The run goes to W/retro or W/baseline:
 checkpoints/, metrics.jsonl, TensorBoard's events.*, config.gin and versions.json. Ctrl-C or SIGTERM
-saves and stops; the same command again goes on, and ends with the same bits as an uninterrupted run.
+saves and stops with status 75; the same command again goes on, and ends with the same bits as an
+uninterrupted run.
+
+On many hosts the same command is started on each of them: the processes find each other by Slurm,
+GKE or the TPU's metadata (launch.cluster prepares that), or are told where they are:
+
+    python -m launch.train ... --coordinator_address=HOST:PORT --num_processes=2 --process_id=0
+
+Each reads only the rows of its devices; process 0 writes the curves. W is a directory that all see.
 """
 
 import contextlib
 import dataclasses
 import pathlib
-import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import jax
 import optax
@@ -25,15 +33,16 @@ from data_pipelines.batches import BatchConfig, Batches
 from data_pipelines.chunk_database import CHUNK_LENGTH, ChunkDatabase
 from data_pipelines.neighbours import NeighbourTable
 from launch import app, configurables, workdir
+from launch.processes import join
 from launch.shared_flags import DATA
 from retro_jax.batch import RetroBatch
 from retro_jax.config import ExecutionConfig, RetroConfig
-from retro_jax.errors import UserError
+from retro_jax.errors import LostPeerError, UserError
 from retro_jax.model import Retro
 from retro_jax.model.copying import begin_with_copying
 from retro_jax.model.fused_attention import check_attention
 from retro_jax.sharding import MESH_SHARDINGS, MeshConfig, check_mesh, make_mesh
-from retro_jax.train import loop, step
+from retro_jax.train import loop, processes, step
 from retro_jax.train.checkpoint import Checkpoints, find_damage, latest_step
 from retro_jax.train.inputs import global_batches, local_rows
 from retro_jax.train.loop import TrainConfig
@@ -44,8 +53,11 @@ BASELINE = flags.DEFINE_bool(
     "baseline", False, "Train the transformer of equal decoder, without retrieval, in W/baseline."
 )
 
+HELP_ALSO = ("launch.processes",)
 RETRO_RUN, BASELINE_RUN = "retro", "baseline"
 CHECKPOINTS = "checkpoints"
+# Words in the runtime's errors when a process is lost: of CPU, GPU and the coordination service.
+_SIGNS_OF_LOSS = ("gloo", "nccl", "connection", "heartbeat", "barrier", "unavailable", "aborted")
 # What may differ when a run goes on: the numbers do not depend on it.
 FREE = (
     "ExecutionConfig",
@@ -98,6 +110,35 @@ class Plan:
 def main() -> None:
     """Trains, or says that there is nothing left to train."""
     directory = pathlib.Path(app.required(app.WORKDIR, "the directory of the run"))
+    join()
+    run = directory / (BASELINE_RUN if BASELINE.value else RETRO_RUN)
+    prepared = processes.together(lambda: prepare(directory))
+    if prepared is None:
+        return
+    data, plan = prepared
+    steps = plan.settings.training.steps
+    if processes.from_first(lambda: _claim(run, data, steps)):
+        _say(f"{run}: trained already, {steps} steps")
+        return
+    stop = loop.StopRequest()
+    with stop.listening():
+        last = train(run, plan, data.batches, stop)
+    if last < steps:
+        message = f"{run}: stopped and saved at step {last} of {steps}; run it again to go on"
+        _say(message, file=sys.stderr)
+        sys.exit(app.SAVED)
+    _say(f"{run}: trained {steps} steps")
+
+
+def prepare(directory: pathlib.Path) -> tuple[Data, Plan] | None:
+    """Reads the settings and opens the data; writes nothing. None after --print_config.
+
+    Args:
+      directory: W.
+
+    Raises:
+      UserError: a setting or an artefact is wrong.
+    """
     configurables.load_from_flags()
     if BASELINE.value:
         configurables.override("RetroConfig.cca_layers", ())
@@ -106,11 +147,14 @@ def main() -> None:
     data = open_data(pathlib.Path(DATA.value or directory))
     settings = make_settings(data)
     if configurables.PRINT_CONFIG.value:
-        print(configurables.operative_config(), end="")
-        return
-    plan = make_plan(settings, data.batches)
-    run = directory / (BASELINE_RUN if BASELINE.value else RETRO_RUN)
-    reached, steps = latest_step(run / CHECKPOINTS), settings.training.steps
+        _say(configurables.operative_config(), end="")
+        return None
+    return data, make_plan(settings, data.batches)
+
+
+def _claim(run: pathlib.Path, data: Data, steps: int) -> str:
+    """Makes the run's directory this run's own; says "done" when it is trained to its end."""
+    reached = latest_step(run / CHECKPOINTS)
     workdir.claim(
         run,
         configurables.operative_config(),
@@ -118,17 +162,14 @@ def main() -> None:
         free=FREE,
         begun=reached is not None,
     )
-    if reached == steps and not find_damage(run / CHECKPOINTS / str(steps)):
-        print(f"{run}: trained already, {steps} steps")
-        return
-    stop = loop.StopRequest()
-    with stop.listening():
-        last = train(run, plan, data.batches, stop)
-    if last < steps:
-        message = f"{run}: stopped and saved at step {last} of {steps}; run it again to go on"
-        print(message, file=sys.stderr)
-        sys.exit(128 + (stop.signal or signal.SIGTERM))
-    print(f"{run}: trained {steps} steps")
+    done = reached == steps and not find_damage(run / CHECKPOINTS / str(steps))
+    return "done" if done else ""
+
+
+def _say(text: str, **options: Any) -> None:
+    """Prints a line, in the first process only."""
+    if processes.is_first():
+        print(text, **options)
 
 
 def open_data(directory: pathlib.Path) -> Data:
@@ -214,31 +255,60 @@ def train(run: pathlib.Path, plan: Plan, batches: Batches, stop: loop.StopReques
     Returns:
       The step that was reached and saved.
     """
+    try:
+        with contextlib.ExitStack() as stack:
+            return _train(run, plan, batches, stop=stop, stack=stack)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or not _of_another_process(str(error)):
+            raise
+        raise LostPeerError(
+            f"a collective failed ({str(error).splitlines()[0]}): another process was lost; start all "
+            f"of them again, and the run goes on from step {latest_step(run / CHECKPOINTS) or 0}"
+        ) from error
+
+
+def _train(
+    run: pathlib.Path,
+    plan: Plan,
+    batches: Batches,
+    *,
+    stop: loop.StopRequest,
+    stack: contextlib.ExitStack,
+) -> int:
+    """`train`, with what has to be closed on a stack."""
     training = plan.settings.training
-    with contextlib.ExitStack() as stack:
-        checkpoints = Checkpoints(
-            run / CHECKPOINTS, keep=training.keep, keep_every=training.keep_every
-        )
-        stack.callback(checkpoints.close)
-        state = checkpoints.restore(plan.abstract)
-        if state is None:
-            make_model = _model_maker(plan.settings)
-            state = step.initial_state(make_model, plan.optimizer, plan.abstract)
-        start = int(state.step)
+    checkpoints = Checkpoints(run / CHECKPOINTS, keep=training.keep, keep_every=training.keep_every)
+
+    def close(kind: type[BaseException] | None, *_: Any) -> None:
+        # After an error the others may be gone, and closing would wait for them.
+        if kind is None or jax.process_count() == 1:
+            checkpoints.close()
+
+    stack.push(close)
+    state = checkpoints.restore(plan.abstract)
+    if state is None:
+        state = step.initial_state(_model_maker(plan.settings), plan.optimizer, plan.abstract)
+    start = int(state.step)
+    if processes.is_first():
         _print_summary(plan, batches, start)
-        observer = _observer(run, plan.settings, batches, start)
-        stack.callback(observer.close)
-        stack.enter_context(jax.set_mesh(plan.mesh))
-        state = loop.train(
-            state,
-            stack.enter_context(_global_batches(batches, plan.mesh, start)),
-            step=plan.step,
-            config=training,
-            checkpoints=checkpoints,
-            observer=observer,
-            stop=stop,
-        )
-        return int(state.step)
+    observer = _observer(run, plan.settings, batches, start)
+    stack.callback(observer.close)
+    stack.enter_context(jax.set_mesh(plan.mesh))
+    state = loop.train(
+        state,
+        stack.enter_context(_global_batches(batches, plan.mesh, start)),
+        step=plan.step,
+        config=training,
+        checkpoints=checkpoints,
+        observer=observer,
+        stop=stop,
+    )
+    return int(state.step)
+
+
+def _of_another_process(message: str) -> bool:
+    """Whether an error of the runtime is that another process has gone."""
+    return any(word in message.lower() for word in _SIGNS_OF_LOSS)
 
 
 def _observer(run: pathlib.Path, settings: Settings, batches: Batches, start: int) -> Observer:

@@ -1,4 +1,4 @@
-"""The one exception that means "the input is wrong", as against "the code is wrong"."""
+"""The exceptions that mean "the input is wrong" or "try again", as against "the code is wrong"."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,18 @@ class UserError(ValueError):
     The entry points in launch/ print the message alone and exit with status 1. Every other
     exception is a defect of this project and keeps its traceback.
     """
+
+
+class SharedError(UserError):
+    """An error that all processes of a run raise together, so that they can end in order."""
+
+
+class LostPeerError(UserError):
+    """Another process of the run was lost or hangs: start all of them again."""
+
+
+def describe(error: BaseException) -> str:
+    """An error as a line; an operating system error as "file: what"."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)

@@ -21,9 +21,9 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from retro_jax.errors import UserError
+from retro_jax.train.processes import from_first, together
 from retro_jax.train.step import TrainState
 from retro_jax.train.trees import named_leaves
 
@@ -120,17 +120,20 @@ class Checkpoints:
         Raises:
           UserError: it is of another model or optimiser; names the array that differs.
         """
+        step = from_first(self._newest_undamaged)
+        self._manager.reload()
+        return _restore(self._directory / step, abstract) if step else None
+
+    def _newest_undamaged(self) -> str:
+        """The newest checkpoint that is as it was sealed, or nothing; sets damaged ones aside."""
         for step in reversed(self.steps()):
             path = self._directory / str(step)
-            problem = _agreed(lambda path=path: find_damage(path))
-            if problem:
-                _warn_damaged(path, problem)
-                _agreed(lambda path=path: _set_aside(path))
-                continue
-            self._manager.reload()
-            return _restore(path, abstract)
-        self._manager.reload()
-        return None
+            problem = find_damage(path)
+            if problem is None:
+                return str(step)
+            _warn_damaged(path, problem)
+            _set_aside(path)
+        return ""
 
     def _temporary(self) -> list[pathlib.Path]:
         """Where Orbax is writing, if it is."""
@@ -231,7 +234,7 @@ def _hashes(path: pathlib.Path) -> dict[str, list[Any]]:
 def _restore(path: pathlib.Path, abstract: Any, partial: bool = False) -> Any:
     """Reads the arrays of a tree from an undamaged checkpoint."""
     wanted = named_leaves(abstract)
-    _check_arrays(path, _describe(wanted), partial)
+    together(lambda: _check_arrays(path, _describe(wanted), partial))
     args = ocp.args.PyTreeRestore(
         item=wanted,
         restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
@@ -275,13 +278,3 @@ def _set_aside(path: pathlib.Path) -> None:
         number += 1
         target = path.with_name(f"{path.name}.damaged-{number}")
     path.rename(target)
-
-
-def _agreed(action: Any) -> Any:
-    """Runs an action on the first process; its result, a string or None, is known to all."""
-    if jax.process_count() == 1:
-        return action()
-    result = (action() if jax.process_index() == 0 else None) or ""
-    encoded = bytearray(result.encode()[:1024].ljust(1024, b"\0"))
-    encoded = multihost_utils.broadcast_one_to_all(jax.numpy.frombuffer(encoded, jax.numpy.uint8))
-    return bytes(encoded.tolist()).rstrip(b"\0").decode() or None

@@ -2,10 +2,12 @@
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -146,7 +148,7 @@ def test_killed_damaged_and_stopped_runs_end_with_the_same_bits(workdir, whole, 
     assert "Traceback" not in err
     stopped = latest_step(checkpoints)
     assert stopped == 60 or f"stopped and saved at step {stopped} of 60; run it again" in err
-    assert process.returncode == (0 if stopped == 60 else 128 + signal.SIGTERM)
+    assert process.returncode == (0 if stopped == 60 else app.SAVED)
 
     assert _run(workdir, cut) == 0
     (_, expected), (_, resumed) = _params(whole[0] / "retro"), _params(cut / "retro")
@@ -223,3 +225,66 @@ def test_no_tensorflow_before_it_is_used():
         "import sys, launch.train; sys.exit('tensorflow' in sys.modules or 'scann' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def _start_many(workdir, out, count, *extra, of_process=None):
+    """Starts processes of one device each that train together."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        address = f"--coordinator_address=localhost:{found.getsockname()[1]}"
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    return [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", *_arguments(workdir, out, *extra), address),
+                *(f"--num_processes={count}", f"--process_id={i}", *(of_process or {}).get(i, ())),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "XLA_FLAGS": flags},
+        )
+        for i in range(count)
+    ]
+
+
+def _finish(processes, status):
+    """Waits for all; what each of them printed, standard output and error."""
+    printed = [process.communicate(timeout=400) for process in processes]
+    assert [process.returncode for process in processes] == [status] * len(processes), printed
+    return printed
+
+
+def test_four_processes_stop_and_two_go_on_as_one_would(workdir, whole, cut):
+    curve = cut / "retro" / "metrics.jsonl"
+    mesh = [f"--gin_bindings=MeshConfig.{axis} = 2" for axis in ("data", "tensor")]
+    four = _start_many(workdir, cut, 4, *mesh)  # both axes lie across processes
+    _wait_until(lambda: len(read_curve(curve)) >= 2, four[0])
+    four[2].send_signal(signal.SIGTERM)
+    printed = _finish(four, app.SAVED)
+    stopped = latest_step(cut / "retro" / "checkpoints")
+    assert 2 <= stopped < 60
+    assert f"stopped and saved at step {stopped} of 60" in printed[0][1]
+    assert [out.count("RETRO of") for out, _ in printed] == [1, 0, 0, 0]
+
+    two = _start_many(workdir, cut, 2, "--gin_bindings=MeshConfig.fsdp = 2")
+    out, _ = _finish(two, 0)[0]
+    assert f"going on from step {stopped} of 60" in out
+    curves = [read_curve(path / "retro" / "metrics.jsonl") for path in (whole[0], cut)]
+    assert [line["step"] for line in curves[1]] == list(range(1, 61))
+    for one, many in zip(*curves, strict=True):
+        assert one["tokens"] == many["tokens"]
+        tolerance = 1e-6 if one["step"] == 1 else 1e-4 if one["step"] <= 10 else 1e-2
+        assert many["loss"] == pytest.approx(one["loss"], rel=tolerance)
+    names = itertools.chain(cut.rglob("events.*"), cut.rglob("*.damaged"))
+    assert len(list(names)) == 2  # one of each start, of process 0
+
+
+def test_an_error_of_one_process_is_told_by_all(workdir, cut, tmp_path):
+    elsewhere = {1: [f"--data={tmp_path / 'none'}"]}
+    (_, first), (_, second) = _finish(_start_many(workdir, cut, 2, of_process=elsewhere), 1)
+    problem = f"{tmp_path}/none/chunks/train"
+    assert f"process 0 of 2: error: process 1 failed: {problem}" in first
+    assert f"process 1 of 2: error: {problem}" in second
+    assert "Traceback" not in first + second
+    assert not (cut / "retro").exists()

@@ -1,0 +1,213 @@
+"""Joins the processes of one run. Where they are is found in this order:
+
+    flags         --coordinator_address=HOST:PORT --num_processes=N --process_id=I
+    TPU on GKE    TPU_WORKER_HOSTNAMES and TPU_WORKER_ID; MEGASCALE_* for several slices
+    Slurm         the variables of a step that srun started
+    Kubernetes    JAX_COORDINATOR_ADDRESS, NNODES and the job's index, as launch.cluster and xpk set them
+    TPU VMs       the metadata server, asked by JAX
+
+and where none of them is there, this process trains alone.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+
+import jax
+from absl import flags
+
+from launch import app
+from retro_jax.errors import UserError
+from retro_jax.train import processes
+
+COORDINATOR_ADDRESS = flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0, where several processes train together."
+)
+NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "How many processes train together.", lower_bound=1
+)
+PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Which of them this one is, from 0.", lower_bound=0
+)
+PEER_TIMEOUT = flags.DEFINE_integer(
+    "peer_timeout",
+    100,
+    "Seconds without a sign of life after which another process counts as lost.",
+    lower_bound=1,
+)
+
+_TPU_PORT, _KUBERNETES_PORT = 8476, 55527
+_SLURM_PORTS, _FIRST_SLURM_PORT = 4096, 61440
+_TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a process stands among those of its run.
+
+    Attributes:
+      coordinator: HOST:PORT of process 0. count: processes. index: which this one is.
+      devices: the local devices that are this process's own; None for all.
+      source: what said so, for messages.
+    """
+
+    coordinator: str
+    count: int
+    index: int
+    devices: tuple[int, ...] | None = None
+    source: str = "flags"
+
+
+def join() -> None:
+    """Joins the other processes of this run, where there are any. Before any other use of JAX.
+
+    Raises:
+      flags.Error: only a part of the three flags was given.
+      UserError: the environment contradicts itself, or the others cannot be reached.
+    """
+    if jax.distributed.is_initialized():
+        return
+    place = _from_flags() or find_place(os.environ)
+    if place is None and not _is_tpu_machine(os.environ):
+        return
+    initialize = functools.partial(
+        jax.distributed.initialize,
+        heartbeat_timeout_seconds=PEER_TIMEOUT.value,
+        shutdown_timeout_seconds=60,
+    )
+    try:
+        if place is None:
+            initialize()
+        else:
+            initialize(
+                place.coordinator,
+                place.count,
+                place.index,
+                local_device_ids=place.devices,
+                cluster_detection_method="deactivate",
+            )
+    except (RuntimeError, ValueError) as error:
+        told = str(error).splitlines()[0]
+        where = (
+            "the TPU's metadata server says"
+            if place is None
+            else f"process {place.index} of {place.count}, coordinator {place.coordinator} ({place.source})"
+        )
+        raise UserError(
+            f"{where}: cannot join the other processes ({told}); expected all of them to start "
+            "within five minutes with the same coordinator"
+        ) from error
+    app.name_process(processes.name())
+
+
+def _from_flags() -> Place | None:
+    """What the three flags say; all of them or none."""
+    holders = (COORDINATOR_ADDRESS, NUM_PROCESSES, PROCESS_ID)
+    address, count, index = COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value
+    missing = [holder.name for holder in holders if holder.value is None]
+    if len(missing) == len(holders):
+        return None
+    if address is None or count is None or index is None:
+        names = ", --".join(holder.name for holder in holders)
+        raise flags.Error(f"--{missing[0]} is missing: expected all of --{names}")
+    if not re.fullmatch(r".+:\d+", address):
+        raise flags.Error(f"--coordinator_address={address}: expected HOST:PORT of process 0")
+    if index >= count:
+        raise flags.Error(f"--process_id={index}: expected less than --num_processes={count}")
+    return Place(address, count, index) if count > 1 else None
+
+
+def find_place(environment: Mapping[str, str]) -> Place | None:
+    """This process's place as its environment states it; None where it states none, or one process.
+
+    Raises:
+      UserError: a variable is missing beside the others, or is no number.
+    """
+    for found in (_on_gke_tpu, _on_slurm, _on_kubernetes):
+        place = found(environment)
+        if place is not None:
+            if not 0 <= place.index < place.count:
+                raise UserError(
+                    f"{place.source} makes this process {place.index} of {place.count}: expected a "
+                    "number below the count"
+                )
+            return place if place.count > 1 else None
+    return None
+
+
+def _on_gke_tpu(environment: Mapping[str, str]) -> Place | None:
+    """TPU pods of GKE, one process a host; slices count one after the other."""
+    source = "TPU_WORKER_HOSTNAMES"
+    if not environment.get(source):
+        return None
+    hosts = environment[source].split(",")
+    slices = _number(environment, "MEGASCALE_NUM_SLICES", source, default=1)
+    which = _number(environment, "MEGASCALE_SLICE_ID", source, default=0)
+    worker = _number(environment, "TPU_WORKER_ID", source, default=0 if len(hosts) == 1 else None)
+    address = environment.get("MEGASCALE_COORDINATOR_ADDRESS") or hosts[0]
+    if slices > 1 and "MEGASCALE_COORDINATOR_ADDRESS" not in environment:
+        raise UserError(f"{source} and MEGASCALE_NUM_SLICES without MEGASCALE_COORDINATOR_ADDRESS")
+    host = address.split(":")[0]
+    index = which * len(hosts) + worker
+    return Place(f"{host}:{_TPU_PORT}", slices * len(hosts), index, source=source)
+
+
+def _on_slurm(environment: Mapping[str, str]) -> Place | None:
+    """A step of srun. The batch script itself is no step: it has no SLURM_STEP_NUM_TASKS."""
+    source = "SLURM_STEP_NUM_TASKS"
+    if source not in environment or "SLURM_STEP_NODELIST" not in environment:
+        return None
+    host = first_host(environment["SLURM_STEP_NODELIST"])
+    port = _FIRST_SLURM_PORT + _number(environment, "SLURM_JOB_ID", source) % _SLURM_PORTS
+    nodes = _number(environment, "SLURM_STEP_NUM_NODES", source, default=1)
+    count = _number(environment, source, source)
+    devices = None
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    # Several tasks a node share its devices, unless Slurm has shown each of them only its own.
+    if count > nodes and (not visible or "," in visible):
+        devices = (_number(environment, "SLURM_LOCALID", source),)
+    index = _number(environment, "SLURM_PROCID", source)
+    return Place(f"{host}:{port}", count, index, devices, source)
+
+
+def _on_kubernetes(environment: Mapping[str, str]) -> Place | None:
+    """An indexed job or a JobSet whose manifest states the coordinator and the count."""
+    source = "JAX_COORDINATOR_ADDRESS"
+    if source not in environment or "NNODES" not in environment:
+        return None
+    address = environment[source]
+    if ":" not in address:
+        address += f":{environment.get('JAX_COORDINATOR_PORT', _KUBERNETES_PORT)}"
+    rank = "NODE_RANK" if "NODE_RANK" in environment else "JOB_COMPLETION_INDEX"
+    index = _number(environment, rank, source)
+    return Place(address, _number(environment, "NNODES", source), index, source=source)
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a Slurm node list, as in "node[003-007,12],login1"."""
+    found = re.match(r"([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\]([^,\[]*))?", nodes)
+    if found is None:
+        raise UserError(f"SLURM_STEP_NODELIST is {nodes!r}: expected names of hosts")
+    return "".join(part or "" for part in found.groups())
+
+
+def _number(
+    environment: Mapping[str, str], name: str, source: str, default: int | None = None
+) -> int:
+    """A variable that has to be a number."""
+    text = environment.get(name, "" if default is None else str(default))
+    if not text.isdecimal():
+        shown = f"is {text!r}" if name in environment else "is not set"
+        raise UserError(f"{source} is set and {name} {shown}: expected a number beside it")
+    return int(text)
+
+
+def _is_tpu_machine(environment: Mapping[str, str]) -> bool:
+    """Whether this is a TPU VM whose metadata server knows its neighbours."""
+    platforms = environment.get("JAX_PLATFORMS", "tpu")
+    wanted = "tpu" in platforms or not platforms
+    alone = "TPU_SKIP_MDS_QUERY" in environment or "TPU_WORKER_HOSTNAMES" in environment
+    return wanted and not alone and any(pathlib.Path(path).exists() for path in _TPU_DEVICES)
