@@ -18,6 +18,7 @@ from data_pipelines.chunk_database import prepare_chunks
 from data_pipelines.corpora import CorpusConfig
 from data_pipelines.documents import DocumentsConfig, prepare_documents, read_documents
 from data_pipelines.manifest import Manifest
+from data_pipelines.runner import InProcess, LocalProcesses
 from data_pipelines.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 8000, "Tokens of the vocabulary.")
@@ -49,9 +50,9 @@ def main(_: list[str]) -> None:
         ids, wall, _ = _timed("encode_batch alone", tokenizer.encode_batch, texts)
         print(f"    {sum(map(len, ids)) / wall:,.0f} tokens/s")
         stage = (work / "chunks", train, work / "tokenizer")
-        manifest, wall, _ = _timed(
-            "tokenise and chunk", prepare_chunks, *stage, processes=_PROCESSES.value
-        )
+        count = _PROCESSES.value
+        runner = LocalProcesses(count) if count > 1 else InProcess()
+        manifest, wall, _ = _timed("tokenise and chunk", prepare_chunks, *stage, runner=runner)
         tokens = manifest.fact("tokens")
         print(f"    {tokens:,} tokens, {tokens / wall:,.0f} tokens/s")
 

@@ -9,16 +9,16 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from data_pipelines import files
 from data_pipelines.documents import read_shard
 from data_pipelines.manifest import Manifest, Path, Stage, shard_name
-from data_pipelines.runner import run_shards
+from data_pipelines.runner import InProcess, Runner, run_counted, silent
 from data_pipelines.tokenizer import Tokenizer
 from retro_jax.errors import UserError
 
@@ -49,7 +49,11 @@ class DocumentRecord:
 
 
 def prepare_chunks(
-    directory: Path, documents_directory: Path, tokenizer_directory: Path, *, processes: int = 1
+    directory: Path,
+    documents_directory: Path,
+    tokenizer_directory: Path,
+    *,
+    runner: Runner = InProcess(),
 ) -> Manifest:
     """Tokenises one split's documents into a chunk database, or what is missing of it.
 
@@ -57,7 +61,7 @@ def prepare_chunks(
       directory: where it goes.
       documents_directory: the split's documents.
       tokenizer_directory: the tokeniser.
-      processes: how many make shards at once; the bytes do not depend on it.
+      runner: where shards are made; the bytes do not depend on it.
 
     Returns:
       Its manifest. Facts: documents, chunks, tokens (without padding), padding (share of all
@@ -81,13 +85,16 @@ def prepare_chunks(
     stage = Stage(directory, KIND, settings, parents)
     if stage.done:
         return stage.manifest()
-    numbers = range(len(documents.shards))
-    names = [_shard_names(i) for i in numbers]
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    work = ChunkShard(str(directory), str(documents_directory), str(tokenizer_directory), threads)
-    missing = [i for i in numbers if stage.missing(names[i])]
-    for _ in run_shards(work, missing, processes=processes):
-        pass
+    names = [_shard_names(i) for i in range(len(documents.shards))]
+    work = ChunkShard(
+        files.absolute(directory),
+        files.absolute(documents_directory),
+        files.absolute(tokenizer_directory),
+        runner.threads,
+    )
+    missing = [i for i, pair in enumerate(names) if stage.missing(pair)]
+    held = [shard["documents"] for shard in documents.fact("shards")]
+    run_counted(runner, work, missing, held, what="chunks", unit="document")
     return _finish(stage, names)
 
 
@@ -110,8 +117,8 @@ class ChunkShard:
     tokenizer_directory: str
     threads: int = 1
 
-    def __call__(self, index: int) -> int:
-        """Writes shard `index`; returns its number of chunks."""
+    def __call__(self, index: int, report: Callable[[int], object] = silent) -> int:
+        """Writes shard `index`; returns its number of chunks. `report` is told of documents."""
         stage = Stage.attach(self.directory)
         tokenizer = Tokenizer.open(self.tokenizer_directory, threads=self.threads)
         manifest = Manifest.read(self.documents_directory)
@@ -128,6 +135,7 @@ class ChunkShard:
                 text = document.text
                 measures = [len(text.encode()), len(text.split()), text.count("\n")]
                 records.append([document.id, document.corpus, counts[-1], len(ids) + 2, *measures])
+            report(len(batch))
         if len(records) != held[index]:
             raise UserError(f"{path} has {len(records)} documents: expected {held[index]}")
         chunks, owners = _shard_names(index)
@@ -194,7 +202,7 @@ class ChunkDatabase:
 
     def __reduce__(self) -> tuple[Callable[..., "ChunkDatabase"], tuple[str, Manifest]]:
         """Pickles by its place, so that worker processes map the files themselves."""
-        return ChunkDatabase, (str(self.directory), self.manifest)
+        return ChunkDatabase, (files.absolute(self.directory), self.manifest)
 
     def __len__(self) -> int:
         """Chunks."""

@@ -31,6 +31,11 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{value!r} cannot stand in a manifest")
 
 
+def absolute(path: str | os.PathLike[str]) -> str:
+    """The path as worker processes, which stand elsewhere, find it."""
+    return str(pathlib.Path(path).absolute())
+
+
 def to_json(value: Any) -> bytes:
     """Canonical JSON: one byte string for one value."""
     text = json.dumps(value, sort_keys=True, indent=1, allow_nan=False)

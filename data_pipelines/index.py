@@ -14,10 +14,12 @@ import dataclasses
 import functools
 import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from data_pipelines import files
 from data_pipelines.embedder import import_tensorflow
 from data_pipelines.keys import Keys
 from data_pipelines.manifest import Manifest, Path, Stage
@@ -160,6 +162,10 @@ class Index:
         """
         parents = {"keys": (keys.manifest, keys.directory)}
         return cls(directory, Manifest.open(directory, KIND, parents, verify))
+
+    def __reduce__(self) -> tuple[Callable[..., "Index"], tuple[str, Manifest]]:
+        """Pickles by its place, so that worker processes load it themselves."""
+        return Index, (files.absolute(self.directory), self.manifest)
 
     def __len__(self) -> int:
         """Keys."""

@@ -10,18 +10,18 @@ NaN, which is neither indexed nor used as a query.
 import dataclasses
 import pathlib
 import shutil
-from collections.abc import Iterator
-from typing import Any, BinaryIO, SupportsIndex
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, ClassVar, SupportsIndex
 
 import grain
 import ml_dtypes
 import numpy as np
-from tqdm import tqdm
 
 from data_pipelines import files
 from data_pipelines.chunk_database import ChunkDatabase
-from data_pipelines.embedder import BertFolder, Embedder, WordPieces
+from data_pipelines.embedder import PACKAGED_MODELS, BertFolder, Embedder, WordPieces
 from data_pipelines.manifest import Manifest, Path, Stage, shard_name
+from data_pipelines.runner import InProcess, Runner, run_counted, silent
 from data_pipelines.tokenizer import Tokenizer
 from retro_jax.config import require
 from retro_jax.errors import UserError
@@ -51,6 +51,11 @@ class KeysConfig:
 
     def __post_init__(self) -> None:
         require(self.dtype in _STORED, self, "dtype", f"one of {tuple(_STORED)}")
+
+    @property
+    def folder(self) -> str | None:
+        """The model's folder; None for a packaged one."""
+        return None if self.model in PACKAGED_MODELS else self.model
 
 
 class ChunkEncoder:
@@ -98,7 +103,12 @@ def as_float32(stored: np.ndarray) -> np.ndarray:
 
 
 def prepare_keys(
-    directory: Path, chunks_directory: Path, tokenizer_directory: Path, config: KeysConfig
+    directory: Path,
+    chunks_directory: Path,
+    tokenizer_directory: Path,
+    config: KeysConfig,
+    *,
+    runner: Runner = InProcess(),
 ) -> Manifest:
     """Embeds every chunk of a database, or what is missing.
 
@@ -109,6 +119,7 @@ def prepare_keys(
       chunks_directory: the chunk database.
       tokenizer_directory: the tokeniser it was made with.
       config: the model and the stored precision.
+      runner: where shards are made; the bytes do not depend on it.
 
     Returns:
       The manifest. Facts: chunks; keys (chunks with text); positions of word pieces; padding, the
@@ -128,13 +139,16 @@ def prepare_keys(
     if stage.done:
         return stage.manifest()
     names = [shard_name(KIND, i) for i in range(len(database.shards))]
-    missing = stage.missing(names)
-    if missing:
-        encoder = ChunkEncoder(tokenizer, Embedder.shared(model), config.dtype)
-        done = sum(len(database.shards[i]) for i, n in enumerate(names) if n not in missing)
-        with tqdm(total=len(database), initial=done, desc="keys", unit="chunk") as progress:
-            for name in missing:
-                _write_shard(stage, encoder, database, name, progress)
+    missing = [i for i, name in enumerate(names) if stage.missing([name])]
+    work = KeyShard(
+        files.absolute(directory),
+        files.absolute(chunks_directory),
+        files.absolute(tokenizer_directory),
+        files.absolute(model.folder),
+        model.name,
+    )
+    sizes = [len(ids) for ids in database.shards]
+    run_counted(runner, work, missing, sizes, what="keys", unit="chunk")
     sums = _sums([stage.shard_facts(name) for name in names])
     computed = sums.pop("computed")
     padding = 1 - sums["positions"] / computed if computed else 0.0
@@ -147,12 +161,14 @@ class Keys:
 
     Attributes:
       directory, manifest: where they are from.
+      database: the chunks.
       dimension: d.
     """
 
     def __init__(self, directory: Path, manifest: Manifest, database: ChunkDatabase) -> None:
         """Use `open`."""
         self.directory, self.manifest = pathlib.Path(directory), manifest
+        self.database = database
         self.dimension: int = manifest.fact("dimension")
         names = manifest.shard_names(f"{KIND}-", ".npy")
         self._shards = [np.load(self.directory / name, mmap_mode="r") for name in names]
@@ -180,6 +196,10 @@ class Keys:
         """
         parents = {"chunks": (database.manifest, database.directory)}
         return cls(directory, Manifest.open(directory, KIND, parents, verify), database)
+
+    def __reduce__(self) -> tuple[Callable[..., "Keys"], tuple[str, Manifest, ChunkDatabase]]:
+        """Pickles by its place, so that worker processes map the files themselves."""
+        return Keys, (files.absolute(self.directory), self.manifest, self.database)
 
     def __len__(self) -> int:
         """Chunks, with text or without."""
@@ -233,24 +253,49 @@ def iterate(blocks: grain.MapDataset) -> Iterator[Any]:
         iterator.close()
 
 
-def _write_shard(
-    stage: Stage, encoder: ChunkEncoder, database: ChunkDatabase, name: str, progress: tqdm
-) -> None:
-    """Makes one shard out of blocks, each of which is on the disk before the next begins."""
-    index = int(name.removeprefix(f"{KIND}-").removesuffix(".npy"))
-    parts = _Parts(stage.directory / f"{files.TEMPORARY}{name}")
-    progress.update(sum(len(stored) for stored, _ in parts.all()))
-    blocks = grain.MapDataset.source(BlockSource(database.shards[index]))
-    missing = blocks[parts.count() :].map(lambda ids: encoder.pieces(database.chunks(ids)))
-    for pieces in iterate(missing):
-        stored, computed = encoder.stored(pieces)
-        parts.add(stored, encoder.counts(pieces) | {"computed": computed})
-        progress.update(len(stored))
-    every = parts.all()
-    empty = np.empty((0, encoder.dimension), _STORED[stage.settings["dtype"]])
-    keys = np.concatenate([empty, *(stored for stored, _ in every)])
-    stage.write_array(name, keys, facts=_sums([counts for _, counts in every]))
-    parts.remove()
+@dataclasses.dataclass(frozen=True)
+class KeyShard:
+    """Makes one shard of keys of one chunk shard, block by block.
+
+    Attributes:
+      directory, chunks_directory, tokenizer_directory: as for `prepare_keys`.
+      model_folder, model_name: of the BERT.
+    """
+
+    directory: str
+    chunks_directory: str
+    tokenizer_directory: str
+    model_folder: str
+    model_name: str
+
+    wants_accelerator: ClassVar[bool] = True
+
+    def __call__(self, index: int, report: Callable[[int], object] = silent) -> int:
+        """Writes shard `index`, each block to the disk before the next; returns its number of rows."""
+        stage = Stage.attach(self.directory)
+        database = ChunkDatabase.open(self.chunks_directory)
+        name = shard_name(KIND, index)
+        parts = _Parts(stage.directory / f"{files.TEMPORARY}{name}")
+        report(sum(len(stored) for stored, _ in parts.all()))
+        tokenizer, dtype = Tokenizer.open(self.tokenizer_directory), stage.settings["dtype"]
+        encoder = ChunkEncoder(tokenizer, Embedder.shared(self._model()), dtype)
+        first = parts.count()
+        blocks = grain.MapDataset.source(BlockSource(database.shards[index]))
+        missing = blocks[first:].map(lambda ids: encoder.pieces(database.chunks(ids)))
+        for number, pieces in enumerate(iterate(missing), first):
+            stored, computed = encoder.stored(pieces)
+            parts.add(number, stored, encoder.counts(pieces) | {"computed": computed})
+            report(len(stored))
+        every = parts.all()
+        empty = np.empty((0, encoder.dimension), _STORED[dtype])
+        keys = np.concatenate([empty, *(stored for stored, _ in every)])
+        stage.write_array(name, keys, facts=_sums([counts for _, counts in every]))
+        parts.remove()
+        return len(keys)
+
+    def _model(self) -> BertFolder:
+        """The BERT, under the name that its identity has."""
+        return dataclasses.replace(BertFolder.open(self.model_folder), name=self.model_name)
 
 
 class _Parts:
@@ -259,7 +304,7 @@ class _Parts:
     def __init__(self, folder: pathlib.Path) -> None:
         self._folder = folder
         with files.writing(folder):
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
 
     def count(self) -> int:
         """How many blocks are there; they are made in order."""
@@ -274,9 +319,9 @@ class _Parts:
                 parts.append((np.load(file), counts))
         return parts
 
-    def add(self, stored: np.ndarray, counts: dict[str, int]) -> None:
-        """Writes the next block: its counts, then its keys."""
-        path = self._path(self.count())
+    def add(self, index: int, stored: np.ndarray, counts: dict[str, int]) -> None:
+        """Writes a block: its counts, then its keys. Two workers may write the same one."""
+        path = self._path(index)
 
         def write(file: BinaryIO) -> None:
             for array in (np.array([counts[name] for name in _COUNTS]), stored):

@@ -6,22 +6,23 @@ document: documents are told apart by corpus and id, so that this holds for ever
 
 import dataclasses
 import pathlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
-import grain
 import numpy as np
-from tqdm import tqdm
 
+from data_pipelines import files
 from data_pipelines.chunk_database import ChunkDatabase
-from data_pipelines.embedder import WordPieces
-from data_pipelines.keys import BlockSource, as_float32, iterate
+from data_pipelines.keys import BlockSource, Keys
 from data_pipelines.manifest import Manifest, Path, Stage, shard_name
 from data_pipelines.retriever import Retriever
+from data_pipelines.runner import InProcess, Runner, run_counted, silent
 from retro_jax.config import require
 from retro_jax.errors import UserError
 
 KIND = "neighbours"
 IDS, SCORES = "neighbours", "scores"
+_QUANTILE_ROWS = 10_000_000  # of a larger table every so many-th row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,24 +47,33 @@ class NeighboursConfig:
 
 
 def prepare_neighbours(
-    directory: Path, queries: ChunkDatabase, retriever: Retriever, *, k: int, recall_queries: int
+    directory: Path,
+    queries: Keys,
+    retriever: Retriever,
+    *,
+    k: int,
+    recall_queries: int,
+    runner: Runner = InProcess(),
 ) -> Manifest:
     """Makes the table of one split, or the shards that are missing of it.
 
     Args:
       directory: where it goes.
-      queries: the split's chunks.
+      queries: the keys of the split's chunks, made as the retrieval database's were.
       retriever: the retrieval database.
       k: neighbours a chunk.
       recall_queries: sample size of the measured recall.
+      runner: where shards are made; given the index, the bytes do not depend on it.
 
     Returns:
       The manifest. Facts: chunks; queries (chunks with text); filled, for each slot the share of
       queries that have a neighbour in it; nearest, quantiles of the first slot's score; recall, with its k
       and its number of queries: the share of the true neighbours that the table holds.
     """
+    chunks = queries.database
     parents = {
-        "chunks": (queries.manifest, queries.directory),
+        "chunks": (chunks.manifest, chunks.directory),
+        "queries": (queries.manifest, queries.directory),
         "database": (retriever.database.manifest, retriever.database.directory),
         "keys": (retriever.keys.manifest, retriever.keys.directory),
         "index": (retriever.index.manifest, retriever.index.directory),
@@ -72,15 +82,15 @@ def prepare_neighbours(
     stage = Stage(directory, KIND, settings, parents)
     if stage.done:
         return stage.manifest()
-    work = _Work(stage, queries, retriever, k)
-    names = [_shard_names(i) for i in range(len(queries.shards))]
+    _check_alike(queries, retriever.keys)
+    names = [_shard_names(i) for i in range(len(chunks.shards))]
     missing = [i for i, pair in enumerate(names) if stage.missing(pair)]
-    done = sum(len(ids) for i, ids in enumerate(queries.shards) if i not in missing)
-    with tqdm(total=len(queries), initial=done, desc="neighbours", unit="chunk") as progress:
-        for i in missing:
-            work.write(i, progress)
+    own = OwnDocuments(chunks, retriever.database)
+    work = NeighbourShard(files.absolute(directory), queries, retriever, k, own)
+    sizes = [len(ids) for ids in chunks.shards]
+    run_counted(runner, work, missing, sizes, what="neighbours", unit="chunk")
     ordered = [ids for ids, _ in names] + [scores for _, scores in names]
-    return stage.finish(_facts(stage, names, work, len(queries), recall_queries), ordered)
+    return stage.finish(_facts(stage, names, work, recall_queries), ordered)
 
 
 class NeighbourTable:
@@ -167,75 +177,104 @@ class NeighbourTable:
         return rows.reshape(*chunk_ids.shape, k)
 
 
-class _Work:
-    """Makes one shard of the table at a time.
+@dataclasses.dataclass(frozen=True)
+class NeighbourShard:
+    """Makes one shard of the table: searches with the keys of one chunk shard.
 
-    Queries that are the retrieval database's own chunks have keys on the disk; others are embedded.
+    Attributes:
+      directory: the table's.
+      queries, retriever, k: as for `prepare_neighbours`.
+      own: which documents the queries are of.
     """
 
-    def __init__(self, stage: Stage, queries: ChunkDatabase, retriever: Retriever, k: int) -> None:
-        self._stage, self._queries, self._retriever, self._k = stage, queries, retriever, k
-        self._own = queries.manifest.hash == retriever.database.manifest.hash
-        self._same_document = _same_documents(queries, retriever.database)
+    directory: str
+    queries: Keys
+    retriever: Retriever
+    k: int
+    own: "OwnDocuments"
 
-    def write(self, index: int, progress: tqdm) -> None:
-        """Makes and writes shard `index`."""
-        shard = self._queries.shards[index]
-        ids = np.empty((len(shard), self._k), np.int64)
+    wants_accelerator: ClassVar[bool] = True
+
+    def __call__(self, index: int, report: Callable[[int], object] = silent) -> int:
+        """Writes shard `index`; returns its number of rows."""
+        stage = Stage.attach(self.directory)
+        shard = self.queries.database.shards[index]
+        ids = np.empty((len(shard), self.k), np.int64)
         scores = np.empty(ids.shape, np.float32)
-        count = 0
-        blocks = grain.MapDataset.source(BlockSource(shard))
-        for block, prepared in iterate(blocks.map(self._read)):
-            queries = self._keys(prepared)
-            rows = block - shard.start
-            ids[rows], scores[rows] = self._retriever.search(queries, self._k, self._own_of(block))
+        count, blocks = 0, BlockSource(shard)
+        for block in (blocks[i] for i in range(len(blocks))):
+            queries, rows = self.queries.rows(block), block - shard.start
+            ids[rows], scores[rows] = self.retriever.search(queries, self.k, self.own.of(block))
             count += int((~np.isnan(queries[:, 0])).sum())
-            progress.update(len(block))
+            report(len(block))
         names = _shard_names(index)
         facts = {"queries": count, "filled": (ids >= 0).sum(0).tolist()}
-        self._stage.write_array(names[1], scores)
-        self._stage.write_array(names[0], ids, facts)
+        stage.write_array(names[1], scores)
+        stage.write_array(names[0], ids, facts)
+        return len(ids)
 
     def recall(self, table: list[np.ndarray], sample: int) -> dict[str, Any]:
         """How many of the true neighbours of some queries the table's scores hold."""
-        total = len(self._queries)
-        ids = np.sort(np.random.Generator(np.random.Philox(0)).permutation(total)[:sample])
+        ids = sample_ids(len(self.queries), sample)
         if not len(ids):
-            return {"k": self._k, "queries": 0, "recall": 1.0}
-        queries = self._keys(self._read(ids)[1])
+            return {"k": self.k, "queries": 0, "recall": 1.0}
+        queries = self.queries.rows(ids)
         ids, queries = ids[~np.isnan(queries[:, 0])], queries[~np.isnan(queries[:, 0])]
-        _, truth = self._retriever.exact(queries, self._k, self._own_of(ids))
+        _, truth = self.retriever.exact(queries, self.k, self.own.of(ids))
         bounds = np.cumsum([0] + [len(shard) for shard in table])
         shards = np.searchsorted(bounds, ids, side="right") - 1
         held = [table[shard][i - bounds[shard]] for shard, i in zip(shards, ids, strict=True)]
-        there = np.isfinite(truth).sum(1)
-        # Scores are compared, not ids: of chunks at one distance, any is a true neighbour.
-        furthest = np.where(np.isfinite(truth), truth, 0).max(1, initial=0)
-        hits = (np.reshape(held, truth.shape) <= (furthest * (1 + 1e-5) + 1e-6)[:, None]).sum(1)
-        share = float(np.minimum(hits, there).sum() / there.sum()) if there.sum() else 1.0
-        return {"k": self._k, "queries": len(ids), "recall": share}
+        share = recall(np.reshape(held, truth.shape), truth)
+        return {"k": self.k, "queries": len(ids), "recall": share}
 
-    def _read(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | WordPieces]:
-        """Chunk ids, and their stored keys or their word pieces; Grain's thread does this."""
-        if self._own:
-            return ids, self._retriever.keys.rows(ids)
-        return ids, self._retriever.encoder.pieces(self._queries.chunks(ids))
 
-    def _keys(self, prepared: np.ndarray | WordPieces) -> np.ndarray:
-        """Queries [n, d] float32."""
-        if isinstance(prepared, np.ndarray):
-            return prepared
-        return as_float32(self._retriever.encoder.stored(prepared)[0])
+def sample_ids(total: int, sample: int, seed: int = 0) -> np.ndarray:
+    """Some of range(total), in order; the same ones each time."""
+    random = np.random.Generator(np.random.Philox(seed))
+    return np.sort(random.choice(total, min(sample, total), replace=False))
 
-    def _own_of(self, ids: np.ndarray) -> np.ndarray:
-        """The retrieval database's number of each chunk's own document; -1 if it is not there."""
-        return self._same_document[self._queries.documents(ids)]
+
+def recall(found: np.ndarray, truth: np.ndarray) -> float:
+    """The share of the true neighbours that were found.
+
+    Scores are compared, not ids: of chunks at one distance, any is a true neighbour.
+
+    Args:
+      found, truth: [n, k] squared distances, infinity where there are no more.
+    """
+    there = np.isfinite(truth).sum(1)
+    furthest = np.where(np.isfinite(truth), truth, 0).max(1, initial=0)
+    hits = (found <= (furthest * (1 + 1e-5) + 1e-6)[:, None]).sum(1)
+    return float(np.minimum(hits, there).sum() / there.sum()) if there.sum() else 1.0
+
+
+class OwnDocuments:
+    """The retrieval database's number of each chunk's own document."""
+
+    def __init__(self, queries: ChunkDatabase, database: ChunkDatabase) -> None:
+        """Finds the documents of the queries in the database, by corpus and id."""
+        self._queries = queries
+        self._numbers: np.ndarray | None = None
+        if queries.manifest.hash != database.manifest.hash:
+            self._numbers = _same_documents(queries, database)
+
+    def of(self, ids: np.ndarray) -> np.ndarray:
+        """[n] int64 numbers for chunks [n] of the queries; -1 where the database lacks the document."""
+        documents = self._queries.documents(ids)
+        return documents if self._numbers is None else self._numbers[documents]
+
+
+def _check_alike(queries: Keys, keys: Keys) -> None:
+    """Raises unless queries were made as the keys that they are compared with."""
+    if queries.manifest.settings != keys.manifest.settings:
+        raise UserError(
+            f"{queries.directory} and {keys.directory} do not belong together: expected keys of the"
+            " same model and precision"
+        )
 
 
 def _same_documents(queries: ChunkDatabase, database: ChunkDatabase) -> np.ndarray:
     """[documents of queries] int64: the number of the same document in the database, or -1."""
-    if queries.manifest.hash == database.manifest.hash:
-        return np.arange(database.num_documents)
     wanted = {(r.corpus, r.id): i for i, r in enumerate(queries.records())}
     numbers = np.full(len(wanted), -1, np.int64)
     for number, record in enumerate(database.records()):
@@ -246,19 +285,20 @@ def _same_documents(queries: ChunkDatabase, database: ChunkDatabase) -> np.ndarr
 
 
 def _facts(
-    stage: Stage, names: list[tuple[str, str]], work: _Work, chunks: int, recall_queries: int
+    stage: Stage, names: list[tuple[str, str]], work: NeighbourShard, recall_queries: int
 ) -> dict[str, Any]:
     """What the manifest states, from the shards' facts and the table itself."""
     shards = [stage.shard_facts(ids) for ids, _ in names]
     count = sum(shard["queries"] for shard in shards)
     filled = [sum(slot) for slot in zip(*(shard["filled"] for shard in shards))]
     scores = [np.load(stage.directory / name, mmap_mode="r") for _, name in names]
-    nearest = np.concatenate([np.empty(0), *(shard[:, 0] for shard in scores)])
+    stride = 1 + count // _QUANTILE_ROWS
+    nearest = np.concatenate([np.empty(0), *(shard[::stride, 0] for shard in scores)])
     nearest = nearest[np.isfinite(nearest)]
     steps = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
     quantiles = np.quantile(nearest, steps) if len(nearest) else []
     return {
-        "chunks": chunks,
+        "chunks": len(work.queries),
         "queries": count,
         "filled": [slot / count if count else 0.0 for slot in filled],
         "nearest": {f"{step:g}": float(value) for step, value in zip(steps, quantiles)},

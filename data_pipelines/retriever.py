@@ -9,6 +9,8 @@ long document) is compared with every key, which also says when there are no mor
 
 import functools
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -40,10 +42,10 @@ class Retriever:
         keys: Keys,
         *,
         index: Index,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None = None,
         model: str | None = None,
     ) -> None:
-        """Use `open`."""
+        """Use `open`; without a tokeniser it can search, but not embed."""
         self.database, self.keys, self.index = database, keys, index
         self._tokenizer, self._model = tokenizer, model
 
@@ -69,6 +71,10 @@ class Retriever:
         index = Index.open(folder / "index", keys, verify=verify)
         return cls(database, keys, index=index, tokenizer=tokenizer, model=model)
 
+    def __reduce__(self) -> tuple[Callable[..., "Retriever"], tuple[Any, ...]]:
+        """Pickles for searching: worker processes map and load the files, but cannot embed."""
+        return _searching, (self.database, self.keys, self.index)
+
     @functools.cached_property
     def encoder(self) -> ChunkEncoder:
         """Chunks to keys, exactly as the database's own were made.
@@ -76,21 +82,14 @@ class Retriever:
         Raises:
           UserError: the model is not the one that made the keys.
         """
-        settings = self.keys.manifest.settings
-        made_by = settings["embedder"]
-        name = self._model or made_by["model"]
-        if self._model is None and name not in PACKAGED_MODELS:
-            raise UserError(
-                f"{self.keys.directory} was made by the BERT folder {name!r}: expected model= its path"
-            )
-        folder = BertFolder.open(name)
-        if files.plain(folder.identity) | {"model": ""} != made_by | {"model": ""}:
-            raise UserError(
-                f"{folder.folder} is not the BERT that made {self.keys.directory}: expected "
-                f"model.safetensors {made_by['sha256']['model.safetensors'][:12]}, found "
-                f"{folder.identity['sha256']['model.safetensors'][:12]}, or other settings"
-            )
-        return ChunkEncoder(self._tokenizer, Embedder.shared(folder), settings["dtype"])
+        if self._tokenizer is None:
+            raise UserError(f"{self.keys.directory}: expected a tokeniser to embed with")
+        return _encoder(self.keys, self._tokenizer, self._model)
+
+    @classmethod
+    def encoder_of(cls, workdir: Path, keys: Keys, *, model: str | None = None) -> ChunkEncoder:
+        """What embeds chunks as some keys of a workdir were made; errors as for `encoder`."""
+        return _encoder(keys, Tokenizer.open(pathlib.Path(workdir) / "tokenizer"), model)
 
     def retrieve(
         self, tokens: np.ndarray, k: int, exclude_documents: np.ndarray | None = None
@@ -199,6 +198,30 @@ class Retriever:
             scores[rows, slot] = np.einsum("nd,nd->n", difference, difference)
         order = np.lexsort((ids, scores), axis=-1)
         return np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
+
+
+def _encoder(keys: Keys, tokenizer: Tokenizer, model: str | None) -> ChunkEncoder:
+    """The encoder that made some keys; a UserError if it is not there."""
+    settings = keys.manifest.settings
+    made_by = settings["embedder"]
+    name = model or made_by["model"]
+    if model is None and name not in PACKAGED_MODELS:
+        raise UserError(
+            f"{keys.directory} was made by the BERT folder {name!r}: expected model= its path"
+        )
+    folder = BertFolder.open(name)
+    if files.plain(folder.identity) | {"model": ""} != made_by | {"model": ""}:
+        raise UserError(
+            f"{folder.folder} is not the BERT that made {keys.directory}: expected "
+            f"model.safetensors {made_by['sha256']['model.safetensors'][:12]}, found "
+            f"{folder.identity['sha256']['model.safetensors'][:12]}, or other settings"
+        )
+    return ChunkEncoder(tokenizer, Embedder.shared(folder), settings["dtype"])
+
+
+def _searching(database: ChunkDatabase, keys: Keys, index: Index) -> Retriever:
+    """A retriever that can search, but not embed."""
+    return Retriever(database, keys, index=index)
 
 
 def _repeated(ids: np.ndarray) -> np.ndarray:

@@ -1,59 +1,178 @@
-"""Runs a stage's shards: here, one after the other, or over local processes. Same bytes either way.
+"""Runs a stage's shards: here, over local processes, or on a Ray cluster. Same bytes whichever it is.
 
-A shard's work is a picklable callable from the shard's name to whatever the stage wants back; it writes
-its own files. Nothing is shared between shards, so where they run cannot matter.
+A shard's work is a picklable callable from the shard to whatever the stage wants back; it writes its
+own files into directories that every worker sees. Nothing is shared between shards, and a file that is
+there is whole, so a worker may be killed at any moment: what it had not finished is done again.
 """
 
 import concurrent.futures
+import dataclasses
 import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
+from tqdm import tqdm
+
+from retro_jax.config import require
 from retro_jax.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+# Work that runs faster on an accelerator has this attribute, set to True; Ray asks for one then.
+WANTS_ACCELERATOR = "wants_accelerator"
 
-def run_shards(
-    work: Callable[[Item], Result], shards: Sequence[Item], *, processes: int = 1
-) -> Iterator[tuple[Item, Result]]:
-    """Runs `work` on every shard and yields each with its result as it finishes.
 
-    Args:
-      work: called with one shard. With several processes it must be picklable: a function of a
-        module or a frozen dataclass with __call__.
-      shards: what is still missing.
-      processes: 1 runs in this process, in the order given; more start fresh interpreters (spawn),
-        never more of them than shards, and finish in any order.
+class Runner(Protocol):
+    """Where shards are made.
 
-    Raises:
-      UserError: a worker process was killed; what other shards wrote stays.
-      Exception: whatever `work` raised first; shards not begun by then are not run.
+    Attributes:
+      threads: how many threads the work of one shard may use.
+      in_process: whether work runs in the process that asks for it, one shard after the other.
     """
-    if processes < 1:
-        raise UserError(f"processes is {processes}: expected a positive number")
-    processes = min(processes, len(shards))
-    if processes <= 1:
+
+    @property
+    def threads(self) -> int: ...
+
+    @property
+    def in_process(self) -> bool: ...
+
+    def run(
+        self, work: Callable[[Item], Result], shards: Sequence[Item]
+    ) -> Iterator[tuple[Item, Result]]:
+        """Runs `work` on every shard and yields each with its result as it finishes.
+
+        Args:
+          work: called with one shard. It must be picklable, unless it runs in this process: a function
+            of a module, or an instance of a module's class.
+          shards: what is still missing.
+
+        Raises:
+          UserError: workers were killed again and again; what other shards wrote stays.
+          Exception: whatever `work` raised first; shards not begun by then are not run.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class InProcess:
+    """In this process, in the order given."""
+
+    @property
+    def threads(self) -> int:
+        """All cores."""
+        return os.cpu_count() or 1
+
+    @property
+    def in_process(self) -> bool:
+        """Yes."""
+        return True
+
+    def run(
+        self, work: Callable[[Item], Result], shards: Sequence[Item]
+    ) -> Iterator[tuple[Item, Result]]:
+        """As `Runner.run`."""
         for shard in shards:
             yield shard, work(shard)
-        return
-    pool = concurrent.futures.ProcessPoolExecutor(
-        processes, multiprocessing.get_context("spawn"), initializer=_die_with_parent
-    )
-    try:
-        pending = {pool.submit(work, shard): shard for shard in shards}
-        for future in concurrent.futures.as_completed(pending):
-            yield pending[future], future.result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a worker process was killed (out of memory?): run again to make the missing shards"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalProcesses:
+    """Over fresh interpreters on this machine (spawn), which finish in any order.
+
+    Attributes:
+      processes: how many at once; never more than there are shards.
+      retries: how often in a row a new set of workers takes over after one was killed, while no shard
+        gets done.
+    """
+
+    processes: int
+    retries: int = 3
+
+    def __post_init__(self) -> None:
+        require(self.processes > 0, self, "processes", "a positive number")
+        require(self.retries >= 0, self, "retries", "a number")
+
+    @property
+    def threads(self) -> int:
+        """This worker's share of the cores."""
+        return max(1, (os.cpu_count() or 1) // self.processes)
+
+    @property
+    def in_process(self) -> bool:
+        """No."""
+        return False
+
+    def run(
+        self, work: Callable[[Item], Result], shards: Sequence[Item]
+    ) -> Iterator[tuple[Item, Result]]:
+        """As `Runner.run`."""
+        left, killed = dict.fromkeys(range(len(shards))), 0
+        while left:
+            try:
+                for i, result in self._run_once(work, shards, list(left)):
+                    del left[i]
+                    killed = 0
+                    yield shards[i], result
+            except BrokenProcessPool as error:
+                killed += 1
+                if killed > self.retries:
+                    raise UserError(
+                        f"worker processes were killed {killed} times in a row (out of memory?): run"
+                        " again to make the missing shards"
+                    ) from error
+
+    def _run_once(
+        self, work: Callable[[Item], Result], shards: Sequence[Item], left: Sequence[int]
+    ) -> Iterator[tuple[int, Result]]:
+        """Runs the shards that are left, until they are done or a worker dies."""
+        pool = concurrent.futures.ProcessPoolExecutor(
+            min(self.processes, len(left)),
+            multiprocessing.get_context("spawn"),
+            initializer=_die_with_parent,
+        )
+        try:
+            pending = {pool.submit(work, shards[i]): i for i in left}
+            for future in concurrent.futures.as_completed(pending):
+                yield pending[future], future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def run_counted(
+    runner: Runner,
+    work: Any,
+    missing: Sequence[int],
+    sizes: Sequence[int],
+    *,
+    what: str,
+    unit: str,
+) -> None:
+    """Runs a stage's missing shards under a progress bar.
+
+    Args:
+      runner: where.
+      work: called with a shard's number, and in this process with `report=` too: a function that it
+        calls with how much more is done.
+      missing: numbers of the shards that are not there.
+      sizes: how much each shard of the stage is, done or not.
+      what, unit: labels of the bar.
+    """
+    done = sum(sizes) - sum(sizes[i] for i in missing)
+    with tqdm(total=sum(sizes), initial=done, desc=what, unit=unit, disable=not missing) as bar:
+        if runner.in_process:
+            for i in missing:
+                work(i, report=bar.update)
+        else:
+            for i, _ in runner.run(work, missing):
+                bar.update(sizes[i])
+
+
+def silent(count: int) -> None:
+    """The `report` of work whose progress nobody follows."""
 
 
 def _die_with_parent() -> None:

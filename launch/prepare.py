@@ -2,7 +2,9 @@
 
     python -m launch.prepare --gin_file=experiments/quickstart.gin --workdir=W
     python -m launch.prepare --gin_file=experiments/quickstart.gin --workdir=W --stages=documents,chunks
+    python -m launch.prepare --gin_file=experiments/quickstart.gin --workdir=W --runner=ray --ray_address=HOST:6379
     python -m launch.prepare --workdir=W --stats
+    python -m launch.prepare --workdir=W --verify
 
 Runs the stages documents, tokenizer, chunks, keys, index and neighbours, each into its own directory
 of W. What is there already is not made again; interrupted or killed, the same command goes on where
@@ -12,6 +14,7 @@ it was. A directory that was made with other settings is refused, and never dele
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,24 +25,48 @@ from data_pipelines import files
 from data_pipelines.chunk_database import ChunkDatabase, prepare_chunks
 from data_pipelines.corpora import SPLITS
 from data_pipelines.documents import DocumentsConfig, prepare_documents
-from data_pipelines.embedder import PACKAGED_MODELS
 from data_pipelines.index import IndexConfig, prepare_index
 from data_pipelines.keys import Keys, KeysConfig, prepare_keys
 from data_pipelines.manifest import MANIFEST_FILE, Manifest
 from data_pipelines.neighbours import NeighboursConfig, prepare_neighbours
+from data_pipelines.ray_runner import RayCluster
 from data_pipelines.retriever import Retriever
+from data_pipelines.runner import InProcess, LocalProcesses, Runner
 from data_pipelines.tokenizer import TokenizerConfig, train_tokenizer
-from launch import app, configurables, facts, workdir
+from launch import app, configurables, facts, verify, workdir
 from retro_jax.errors import UserError
 
 STAGES = flags.DEFINE_list("stages", None, "Only these stages, in their own order. Default: all.")
 SKIP_BAD = flags.DEFINE_bool(
     "skip_bad_documents", False, "Count documents that cannot be read and go on."
 )
-VERIFY = flags.DEFINE_bool("verify", False, "Hash every file that is there again, before the rest.")
+VERIFY = flags.DEFINE_bool(
+    "verify", False, "Hash every file again, compute a sample again, print each check, and stop."
+)
+VERIFY_SAMPLE = flags.DEFINE_integer(
+    "verify_sample", 100, "Documents, keys and table rows that --verify computes.", lower_bound=0
+)
+VERIFY_SEED = flags.DEFINE_integer("verify_seed", 0, "Which ones.", lower_bound=0)
 STATS = flags.DEFINE_bool("stats", False, "Print what W holds as a table, and stop.")
+RUNNER = flags.DEFINE_enum(
+    "runner",
+    "local",
+    ["local", "ray"],
+    "Make shards on this machine, or as tasks of a Ray cluster.",
+)
 PROCESSES = flags.DEFINE_integer(
-    "processes", 1, "Processes that make chunk shards; the bytes are the same.", lower_bound=1
+    "processes", 1, "Processes of the local runner; the bytes are the same.", lower_bound=1
+)
+RAY_ADDRESS = flags.DEFINE_string(
+    "ray_address",
+    None,
+    "Head of the Ray cluster. Default: RAY_ADDRESS, or a new one of this machine.",
+)
+RAY_CPUS = flags.DEFINE_integer("ray_cpus", 1, "Cores that each Ray task asks for.", lower_bound=1)
+RAY_ACCELERATORS = flags.DEFINE_string(
+    "ray_accelerators",
+    "",
+    "What Ray tasks that embed and search ask for: GPU, TPU:4. Default: none.",
 )
 
 CONFIG_FILE = "prepare.gin"
@@ -52,7 +79,7 @@ class Preparation:
 
     Attributes:
       directory: W.
-      processes: how many make chunk shards.
+      runner: where shards are made.
     """
 
     directory: pathlib.Path
@@ -61,7 +88,7 @@ class Preparation:
     keys: KeysConfig
     index: IndexConfig
     neighbours: NeighboursConfig
-    processes: int = 1
+    runner: Runner
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +111,12 @@ def main() -> None:
     if STATS.value:
         print(facts.table(directory))
         return
+    if VERIFY.value:
+        sample, seed = VERIFY_SAMPLE.value, VERIFY_SEED.value
+        verify.verify(
+            directory, sample=sample, seed=seed, report=functools.partial(print, flush=True)
+        )
+        return
     chosen = _chosen(STAGES.value)
     configurables.load_from_flags()
     if SKIP_BAD.value:
@@ -93,13 +126,25 @@ def main() -> None:
         print(configurables.operative_config(), end="")
         return
     with only_one(directory):
-        if VERIFY.value:
-            _verify(directory)
         made = [name for name in chosen if run_stage(name, preparation)]
         if made:
             settings = configurables.operative_config()
             files.write_atomically(directory / CONFIG_FILE, settings.encode())
             workdir.record_versions(directory)
+
+
+def _verify(directory: pathlib.Path) -> None:
+    """Checks W, with the BERT that it was prepared with."""
+    recorded = directory / CONFIG_FILE
+    given = configurables.GIN_FILE.value or (str(recorded) if recorded.is_file() else None)
+    configurables.load(given, configurables.GIN_BINDINGS.value)
+    verify.verify(
+        directory,
+        sample=VERIFY_SAMPLE.value,
+        seed=VERIFY_SEED.value,
+        model=configurables.make(KeysConfig).folder,
+        report=functools.partial(print, flush=True),
+    )
 
 
 def make_preparation(directory: pathlib.Path) -> Preparation:
@@ -115,8 +160,17 @@ def make_preparation(directory: pathlib.Path) -> Preparation:
         keys=configurables.make(KeysConfig),
         index=configurables.make(IndexConfig),
         neighbours=configurables.make(NeighboursConfig),
-        processes=PROCESSES.value,
+        runner=make_runner(),
     )
+
+
+def make_runner() -> Runner:
+    """What --runner and its flags ask for."""
+    if RUNNER.value == "ray":
+        return RayCluster(
+            address=RAY_ADDRESS.value, cpus=RAY_CPUS.value, accelerators=RAY_ACCELERATORS.value
+        )
+    return LocalProcesses(PROCESSES.value) if PROCESSES.value > 1 else InProcess()
 
 
 def run_stage(name: str, preparation: Preparation) -> bool:
@@ -164,18 +218,6 @@ def _chosen(names: Sequence[str] | None) -> list[str]:
     return [name for name in ALL_STAGES if name in names]
 
 
-def _verify(directory: pathlib.Path) -> None:
-    """Hashes every file of every finished directory again."""
-    count = size = 0
-    for name, stage in ALL_STAGES.items():
-        for place in stage.places:
-            if (directory / place / MANIFEST_FILE).is_file():
-                manifest = Manifest.open(directory / place, name, verify=True)
-                count += len(manifest.shards)
-                size += sum(shard.size for shard in manifest.shards)
-    print(f"verified: {count} files, {size / 1e6:,.1f} MB", flush=True)
-
-
 def _documents(p: Preparation) -> tuple[str, int, str]:
     """Reads the corpora into splits."""
     manifests = prepare_documents(p.directory / "documents", p.documents)
@@ -213,7 +255,7 @@ def _chunks(p: Preparation) -> tuple[str, int, str]:
             p.directory / "chunks" / split,
             p.directory / "documents" / split,
             p.directory / "tokenizer",
-            processes=p.processes,
+            runner=p.runner,
         )
         counts[split] = manifest.fact("chunks")
     told = ", ".join(f"{count:,} {split}" for split, count in counts.items())
@@ -221,44 +263,52 @@ def _chunks(p: Preparation) -> tuple[str, int, str]:
 
 
 def _keys(p: Preparation) -> tuple[str, int, str]:
-    """Embeds the training split, which is the retrieval database."""
-    manifest = prepare_keys(
-        p.directory / "keys" / "train",
-        p.directory / "chunks" / "train",
-        p.directory / "tokenizer",
-        p.keys,
-    )
-    keys, chunks = manifest.fact("keys"), manifest.fact("chunks")
-    line = f"{keys:,} of {chunks:,} chunks, {manifest.fact('dimension')} dimensions"
-    return line, chunks, "chunks"
+    """Embeds every split: the training split is the retrieval database, the others ask it."""
+    manifests = {
+        split: prepare_keys(
+            p.directory / "keys" / split,
+            p.directory / "chunks" / split,
+            p.directory / "tokenizer",
+            p.keys,
+            runner=p.runner,
+        )
+        for split in SPLITS
+    }
+    told = ", ".join(f"{m.fact('keys'):,} {split}" for split, m in manifests.items())
+    chunks = sum(manifest.fact("chunks") for manifest in manifests.values())
+    return f"{told}; {manifests['train'].fact('dimension')} dimensions", chunks, "chunks"
 
 
 def _index(p: Preparation) -> tuple[str, int, str]:
     """Builds the index over the keys."""
-    database = ChunkDatabase.open(p.directory / "chunks" / "train")
-    keys = Keys.open(p.directory / "keys" / "train", database)
-    manifest = prepare_index(p.directory / "index", keys, p.index)
+    manifest = prepare_index(p.directory / "index", open_keys(p.directory, "train"), p.index)
     count, plan = manifest.fact("keys"), manifest.fact("plan")
     return f"{count:,} keys, {plan['kind'].replace('_', ' ')}", count, "keys"
 
 
 def _neighbours(p: Preparation) -> tuple[str, int, str]:
     """Finds the neighbours of every split's chunks."""
-    model = None if p.keys.model in PACKAGED_MODELS else p.keys.model
-    retriever = Retriever.open(p.directory, model=model)
+    retriever = Retriever.open(p.directory)
     told, total = [], 0
     for split in SPLITS:
         manifest = prepare_neighbours(
             p.directory / "neighbours" / split,
-            ChunkDatabase.open(p.directory / "chunks" / split),
+            open_keys(p.directory, split),
             retriever,
             k=getattr(p.neighbours, split),
             recall_queries=p.neighbours.recall_queries,
+            runner=p.runner,
         )
         total += manifest.fact("chunks")
         recall = manifest.fact("recall")
         told.append(f"{split} {recall['k']} a chunk, recall {recall['recall']:.3f}")
     return "; ".join(told), total, "chunks"
+
+
+def open_keys(directory: pathlib.Path, split: str) -> Keys:
+    """The keys of a split's chunks."""
+    chunks = ChunkDatabase.open(directory / "chunks" / split)
+    return Keys.open(directory / "keys" / split, chunks)
 
 
 def _splits(folder: str) -> tuple[str, ...]:
@@ -270,7 +320,7 @@ ALL_STAGES = {
     "documents": StageOf(_splits("documents"), _documents),
     "tokenizer": StageOf(("tokenizer",), _tokenizer),
     "chunks": StageOf(_splits("chunks"), _chunks),
-    "keys": StageOf(("keys/train",), _keys),
+    "keys": StageOf(_splits("keys"), _keys),
     "index": StageOf(("index",), _index),
     "neighbours": StageOf(_splits("neighbours"), _neighbours),
 }

@@ -22,6 +22,7 @@ from data_pipelines.chunk_database import (
 )
 from data_pipelines.documents import read_documents
 from data_pipelines.manifest import Manifest, Stage
+from data_pipelines.runner import LocalProcesses
 from data_pipelines.tokenizer import Tokenizer
 from retro_jax.errors import UserError
 from tests.data_pipelines.small import documents_config, prepare, tree, write_texts
@@ -156,7 +157,9 @@ def test_arrays_are_small_read_only_and_pickled_by_place(database):
 def test_bytes_depend_on_neither_place_nor_processes_nor_batches(workdir, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_BATCH_CHARACTERS", 500)
     split = workdir / "documents" / "train"
-    manifest = prepare_chunks(tmp_path / "out", split, workdir / "tokenizer", processes=2)
+    manifest = prepare_chunks(
+        tmp_path / "out", split, workdir / "tokenizer", runner=LocalProcesses(2)
+    )
     assert tree(tmp_path / "out") == tree(workdir / "chunks" / "train")
     before = tree(tmp_path / "out")
     assert prepare_chunks(tmp_path / "out", split, workdir / "tokenizer") == manifest

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from data_pipelines import neighbours as module
 from data_pipelines.chunk_database import ChunkDatabase
 from data_pipelines.index import IndexConfig, prepare_index
 from data_pipelines.keys import BlockSource, Keys, KeysConfig, prepare_keys
@@ -12,7 +11,13 @@ from data_pipelines.neighbours import NeighboursConfig, NeighbourTable, prepare_
 from data_pipelines.retriever import Retriever
 from retro_jax.errors import UserError
 from tests.data_pipelines.small import documents_config, prepare, tree, write_texts
-from tests.data_pipelines.synthetic import clustered, nearest, retriever, write_database
+from tests.data_pipelines.synthetic import (
+    clustered,
+    nearest,
+    retriever,
+    write_database,
+    write_keys,
+)
 from tests.model import bert_folder
 
 
@@ -26,14 +31,17 @@ def workdir(tmp_path_factory):
     prepare(work, documents_config(folder / "a", folder / "b"))
     bert_folder.write(folder / "bert")
     config = KeysConfig(model=str(folder / "bert"))
-    prepare_keys(work / "keys" / "train", work / "chunks" / "train", work / "tokenizer", config)
-    database = ChunkDatabase.open(work / "chunks" / "train")
-    keys = Keys.open(work / "keys" / "train", database)
-    prepare_index(work / "index", keys, IndexConfig())
+    for split in ("train", "validation"):
+        chunks = work / "chunks" / split
+        prepare_keys(work / "keys" / split, chunks, work / "tokenizer", config)
+    prepare_index(work / "index", open_keys(work, "train"), IndexConfig())
     for split, k in (("train", 3), ("validation", 5)):
-        queries = ChunkDatabase.open(work / "chunks" / split)
-        make(work / "neighbours" / split, queries, open_retriever(work), k)
+        make(work / "neighbours" / split, open_keys(work, split), open_retriever(work), k)
     return work
+
+
+def open_keys(workdir, split):
+    return Keys.open(workdir / "keys" / split, ChunkDatabase.open(workdir / "chunks" / split))
 
 
 def open_retriever(workdir):
@@ -121,7 +129,7 @@ def test_the_measured_recall_is_the_recall(tmp_path, leaves):
     found = retriever(
         tmp_path, chunks, vectors, kind="tree", num_leaves=20, leaves_to_search=leaves, reorder=200
     )
-    manifest = make(tmp_path / "table", found.database, found, k=4, recall_queries=600)
+    manifest = make(tmp_path / "table", found.keys, found, k=4, recall_queries=600)
     owners = found.database.documents(np.arange(600))
     truth = nearest(vectors, vectors, 4, owners[None] == owners[:, None])
     scores = NeighbourTable.open(tmp_path / "table").scores(np.arange(600))
@@ -138,17 +146,8 @@ def test_a_document_that_stands_in_another_split_too_is_excluded(tmp_path):
     names = ["elsewhere", "document-2", "document-0"]
     queries = write_database(tmp_path / "queries", [2, 2, 1], names=names, seed=1)
 
-    class Encoder:
-        """Answers every chunk with a key that is stored."""
-
-        def pieces(self, tokens):
-            return module.WordPieces(np.zeros(0, np.int32), np.zeros(len(tokens) + 1, np.int64))
-
-        def stored(self, pieces):
-            return vectors[4 : 4 + len(pieces.lengths)], 0
-
-    found.encoder = Encoder()
-    make(tmp_path / "table", queries, found, k=9)
+    keys = write_keys(tmp_path / "query-keys", queries, vectors[4:9])
+    make(tmp_path / "table", keys, found, k=9)
     ids = NeighbourTable.open(tmp_path / "table").ids(np.arange(5))
     assert (np.sort(ids[:2], axis=1) == np.arange(9)).all()
     assert (np.sort(ids[2:4], axis=1)[:, 4:] == np.arange(5)).all()
@@ -159,7 +158,7 @@ def test_a_document_that_stands_in_another_split_too_is_excluded(tmp_path):
 
 def test_three_chunks_make_a_table(tmp_path):
     found = retriever(tmp_path, [2, 1], clustered(3))
-    manifest = make(tmp_path / "table", found.database, found, k=4)
+    manifest = make(tmp_path / "table", found.keys, found, k=4)
     ids = NeighbourTable.open(tmp_path / "table").ids(np.arange(3))
     assert ids[:2].tolist() == [[2, -1, -1, -1]] * 2
     assert sorted(ids[2].tolist()) == [-1, -1, 0, 1]
@@ -169,7 +168,7 @@ def test_three_chunks_make_a_table(tmp_path):
 
 def test_one_document_has_no_neighbours(tmp_path):
     found = retriever(tmp_path, [5], clustered(5))
-    manifest = make(tmp_path / "table", found.database, found, k=2)
+    manifest = make(tmp_path / "table", found.keys, found, k=2)
     assert (NeighbourTable.open(tmp_path / "table").ids(np.arange(5)) == -1).all()
     assert manifest.fact("nearest") == {}
     assert manifest.fact("recall") == {"k": 2, "queries": 5, "recall": 1.0}
@@ -178,7 +177,8 @@ def test_one_document_has_no_neighbours(tmp_path):
 def test_a_split_without_chunks_has_an_empty_table(tmp_path):
     found = retriever(tmp_path, [5], clustered(5))
     queries = write_database(tmp_path / "queries", [], seed=1)
-    manifest = make(tmp_path / "table", queries, found, k=2)
+    keys = write_keys(tmp_path / "query-keys", queries, np.empty((0, 32)))
+    manifest = make(tmp_path / "table", keys, found, k=2)
     table = NeighbourTable.open(tmp_path / "table", queries, found.database)
     assert len(table) == 0
     assert table.ids(np.array([], np.int64)).shape == (0, 2)
@@ -191,7 +191,7 @@ def test_is_the_same_bytes_given_the_index_and_after_an_interruption(tmp_path, m
 
     monkeypatch.setattr(BlockSource.__init__, "__defaults__", (16,))
     found = retriever(tmp_path, [6] * 30, clustered(180), shards=3, kind="tree", num_leaves=9)
-    make(tmp_path / "once", found.database, found)
+    make(tmp_path / "once", found.keys, found)
     search, calls = found.search, []
 
     def killed(*arguments):
@@ -202,21 +202,21 @@ def test_is_the_same_bytes_given_the_index_and_after_an_interruption(tmp_path, m
 
     found.search = killed
     with pytest.raises(Killed):
-        make(tmp_path / "twice", found.database, found)
+        make(tmp_path / "twice", found.keys, found)
     assert (tmp_path / "twice" / "neighbours-00000.npy").exists()
     with pytest.raises(UserError, match="is unfinished"):
         NeighbourTable.open(tmp_path / "twice")
-    make(tmp_path / "twice", found.database, found)
+    make(tmp_path / "twice", found.keys, found)
     assert len(calls) == 6 + 2 * 4, "the finished shard is not made again"
     assert tree(tmp_path / "twice") == tree(tmp_path / "once")
 
 
 def test_a_second_run_searches_nothing(workdir):
-    queries, table, found = open_split(workdir, "train")
+    _, table, found = open_split(workdir, "train")
     found.search = found.exact = None
-    assert make(table.directory, queries, found).hash == table.manifest.hash
+    assert make(table.directory, found.keys, found).hash == table.manifest.hash
     with pytest.raises(UserError, match="k: 3 -> 4"):
-        make(table.directory, queries, found, k=4)
+        make(table.directory, found.keys, found, k=4)
 
 
 def test_refuses_more_neighbours_than_are_stored(workdir):

@@ -11,7 +11,8 @@ import time
 
 import pytest
 
-from data_pipelines.runner import run_shards
+from data_pipelines.ray_runner import RayCluster
+from data_pipelines.runner import InProcess, LocalProcesses
 from retro_jax.errors import UserError
 
 
@@ -26,46 +27,68 @@ class Write:
             raise UserError("bad: expected a good shard")
         if name == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        if name == "killed once" and not pathlib.Path(self.folder, "killed").exists():
+            pathlib.Path(self.folder, "killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
         data = hashlib.sha256(name.encode()).hexdigest()
         pathlib.Path(self.folder, name).write_text(data)
         return len(data)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_runs_every_shard_once_with_equal_bytes(tmp_path, processes):
+RUNNERS = [InProcess(), LocalProcesses(2)]
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_runs_every_shard_once_with_equal_bytes(tmp_path, runner):
     names = [f"shard-{i}" for i in range(5)]
-    results = dict(run_shards(Write(str(tmp_path)), names, processes=processes))
+    results = dict(runner.run(Write(str(tmp_path)), names))
     assert results == dict.fromkeys(names, 64)
     written = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert written == {name: hashlib.sha256(name.encode()).hexdigest() for name in names}
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_failure_keeps_its_message(tmp_path, processes):
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_failure_keeps_its_message(tmp_path, runner):
     with pytest.raises(UserError, match=r"^bad: expected a good shard$"):
-        list(run_shards(Write(str(tmp_path)), ["good", "bad"], processes=processes))
+        list(runner.run(Write(str(tmp_path)), ["good", "bad"]))
 
 
-def test_killed_worker_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="a worker process was killed"):
-        list(run_shards(Write(str(tmp_path)), ["a", "killed", "b"], processes=2))
+def test_a_worker_that_is_killed_again_and_again_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="worker processes were killed 2 times in a row"):
+        list(LocalProcesses(2, retries=1).run(Write(str(tmp_path)), ["a", "killed", "b"]))
 
 
-def test_number_of_processes_is_checked():
-    with pytest.raises(UserError, match="processes is 0: expected a positive number"):
-        list(run_shards(len, ["a"], processes=0))
+def test_shards_of_a_killed_worker_are_made_by_another(tmp_path):
+    names = ["a", "killed once", "b", "c"]
+    results = dict(LocalProcesses(2).run(Write(str(tmp_path)), names))
+    assert results == dict.fromkeys(names, 64)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LocalProcesses(0), "LocalProcesses.processes is 0: expected a positive number"),
+        (lambda: LocalProcesses(1, retries=-1), "LocalProcesses.retries is -1"),
+        (lambda: RayCluster(cpus=0), "RayCluster.cpus is 0: expected a positive number"),
+        (lambda: RayCluster(retries=-1), "RayCluster.retries is -1"),
+        (lambda: RayCluster(accelerators="GPU:x"), "RayCluster.accelerators is 'GPU:x': expected"),
+    ],
+)
+def test_settings_are_checked(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
 
 
 SLEEPER = """
 import os, pathlib, sys, time
-from data_pipelines.runner import run_shards
+from data_pipelines.runner import LocalProcesses
 
 def work(name):
     pathlib.Path(sys.argv[1], name).write_text(str(os.getpid()))
     time.sleep(60)
 
 if __name__ == "__main__":
-    list(run_shards(work, ["a", "b"], processes=2))
+    list(LocalProcesses(2).run(work, ["a", "b"]))
 """
 
 

@@ -1,0 +1,220 @@
+"""Checks a prepared workdir against itself: files, lineage, and a sample computed again."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from data_pipelines.chunk_database import ChunkDatabase, chunk_rows
+from data_pipelines.corpora import SPLITS
+from data_pipelines.documents import read_shard
+from data_pipelines.keys import Keys
+from data_pipelines.manifest import MANIFEST_FILE, Manifest
+from data_pipelines.neighbours import NeighbourTable, OwnDocuments, recall, sample_ids
+from data_pipelines.retriever import Retriever
+from data_pipelines.tokenizer import Tokenizer
+from retro_jax.errors import UserError
+
+# Keys of chunks that were embedded in other company differ by rounding, and bfloat16 rounds again.
+_KEY_TOLERANCE = {"float32": 1e-4, "bfloat16": 2**-6}
+_SCORE_TOLERANCE = 1e-4
+
+Check = tuple[str, Callable[[], str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """What each directory of a workdir is and what it was made from.
+
+    Attributes:
+      kind: of its manifest.
+      parents: role in the manifest -> directory in the workdir.
+    """
+
+    kind: str
+    parents: Mapping[str, str]
+
+
+def places() -> dict[str, Places]:
+    """Every directory of a workdir, each after those that it was made from."""
+    train, tokenizer = "documents/train", {"tokenizer": "tokenizer"}
+    found = {f"documents/{split}": Places("documents", {}) for split in SPLITS}
+    found["tokenizer"] = Places("tokenizer", {"documents": train})
+    for split in SPLITS:
+        parents = {"documents": f"documents/{split}", **tokenizer}
+        found[f"chunks/{split}"] = Places("chunks", parents)
+    for split in SPLITS:
+        found[f"keys/{split}"] = Places("keys", {"chunks": f"chunks/{split}"})
+    found["index"] = Places("index", {"keys": "keys/train"})
+    database = {"database": "chunks/train", "keys": "keys/train", "index": "index"}
+    for split in SPLITS:
+        own = {"chunks": f"chunks/{split}", "queries": f"keys/{split}"}
+        found[f"neighbours/{split}"] = Places("neighbours", own | database)
+    return found
+
+
+def verify(
+    directory: pathlib.Path,
+    *,
+    sample: int,
+    seed: int,
+    model: str | None = None,
+    report: Callable[[str], None],
+) -> None:
+    """Checks everything that is there, going on after what is wrong.
+
+    Args:
+      directory: W.
+      sample: documents, keys and rows of each table that are computed again.
+      seed: which ones.
+      model: the folder of the BERT that made the keys, where it is not a packaged one.
+      report: is given a line about each check.
+
+    Raises:
+      UserError: nothing is there, or some check failed; it is the first one's message.
+    """
+    there = [name for name in places() if (directory / name / MANIFEST_FILE).is_file()]
+    if not there:
+        raise UserError(f"{directory} holds no finished stage: expected what launch.prepare makes")
+    failures: list[str] = []
+    for name, check in _checks(directory, there, sample, seed, model=model):
+        try:
+            report(f"{name}: {check()}")
+        except UserError as error:
+            failures.append(str(error))
+            report(f"{name}: WRONG: {error}")
+    if failures:
+        more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+        raise UserError(f"{failures[0]}{more}")
+
+
+def _checks(
+    directory: pathlib.Path, there: Sequence[str], sample: int, seed: int, *, model: str | None
+) -> Iterator[Check]:
+    """The checks of what is there, with their names."""
+    for name in there:
+        yield name, functools.partial(check_files, directory, name)
+    for split in SPLITS:
+        computed: dict[str, Callable[..., str]] = {
+            f"chunks/{split}": check_chunks,
+            f"keys/{split}": functools.partial(check_keys, model=model),
+            f"neighbours/{split}": check_neighbours,
+        }
+        for name in there:
+            if name in computed:
+                check = computed[name]
+                yield f"{name} again", functools.partial(check, directory, split, sample, seed)
+
+
+def check_files(directory: pathlib.Path, name: str) -> str:
+    """Presence, size, header and hash of every file, and that the parents are those beside it."""
+    place = places()[name]
+    recorded = Manifest.read(directory / name).parents
+    parents = {
+        role: (Manifest.read(directory / parent), directory / parent)
+        for role, parent in place.parents.items()
+        if role in recorded or role != "queries"  # tables of before queries had keys of their own
+    }
+    manifest = Manifest.open(directory / name, place.kind, parents, verify=True)
+    size = sum(shard.size for shard in manifest.shards)
+    of = f", made from {' and '.join(place.parents.values())}" if parents else ""
+    return f"{len(manifest.shards)} files, {size / 1e6:,.1f} MB{of}"
+
+
+def check_chunks(directory: pathlib.Path, split: str, sample: int, seed: int) -> str:
+    """Tokenises some documents of one shard again and compares their chunks."""
+    database = ChunkDatabase.open(directory / "chunks" / split)
+    tokenizer = Tokenizer.open(directory / "tokenizer")
+    documents = Manifest.read(directory / "documents" / split)
+    held = [shard["documents"] for shard in documents.fact("shards")]
+    if not held:
+        return "no documents"
+    shard = int(np.random.default_rng(seed).integers(len(held)))
+    chosen = set(sample_ids(held[shard], sample, seed).tolist())
+    path = directory / "documents" / split / documents.shards[shard].name
+    for number, document in enumerate(read_shard(path)):
+        if number not in chosen:
+            continue
+        record = database.record(sum(held[:shard]) + number)
+        ids = np.arange(record.first_chunk, record.first_chunk + record.chunks)
+        again = chunk_rows(tokenizer.encode(document.text), tokenizer, "int32")
+        if record.id != document.id or not np.array_equal(again, database.chunks(ids)):
+            raise UserError(
+                f"{database.directory}: the chunks of document {document.id!r} are not those of its"
+                f" text in {path}: expected them equal"
+            )
+    return f"{len(chosen)} documents tokenised, equal"
+
+
+def check_keys(
+    directory: pathlib.Path, split: str, sample: int, seed: int, *, model: str | None = None
+) -> str:
+    """Embeds some chunks again and compares their keys."""
+    keys = _open_keys(directory, split)
+    encoder = Retriever.encoder_of(directory, keys, model=model)
+    ids = sample_ids(len(keys), sample, seed)
+    if not len(ids):
+        return "no chunks"
+    stored, again = keys.rows(ids), encoder.keys(keys.database.chunks(ids))
+    tolerance = _KEY_TOLERANCE[keys.manifest.settings["dtype"]]
+    wrong = ~np.isclose(stored, again, rtol=0, atol=tolerance, equal_nan=True).all(1)
+    if wrong.any():
+        raise UserError(
+            f"{keys.directory}: the key of chunk {ids[wrong][0]} is not that of its text: expected"
+            f" it within {tolerance:g}"
+        )
+    furthest = np.nanmax(np.abs(stored - again), initial=0)
+    return f"{len(ids)} chunks embedded, largest difference {furthest:.1g}"
+
+
+def check_neighbours(directory: pathlib.Path, split: str, sample: int, seed: int) -> str:
+    """Searches for some chunks' neighbours again, by the index and by comparing every key."""
+    retriever = Retriever.open(directory)
+    queries = _open_keys(directory, split)
+    table = NeighbourTable.open(
+        directory / "neighbours" / split, queries.database, retriever.database
+    )
+    ids = sample_ids(len(queries), sample, seed)
+    if not len(ids):
+        return "no chunks"
+    held, vectors = table.scores(ids), queries.rows(ids)
+    own = OwnDocuments(queries.database, retriever.database).of(ids)
+    _, again = retriever.search(vectors, table.k, own)
+    _check_scores(table, ids, held, again, "searching again finds")
+    _check_scores(table, ids, held, _distances(retriever, table, ids, vectors), "its ids are at")
+    _, truth = retriever.exact(vectors, table.k, own)
+    stated = table.manifest.fact("recall")["recall"]
+    return (
+        f"{len(ids)} chunks searched, equal; recall {recall(held, truth):.3f}, {stated:.3f} in the"
+        " manifest"
+    )
+
+
+def _distances(
+    retriever: Retriever, table: NeighbourTable, ids: np.ndarray, vectors: np.ndarray
+) -> np.ndarray:
+    """[n, k] squared distances of the table's neighbours, from their keys."""
+    found = table.ids(ids)
+    keys = retriever.keys.rows(np.maximum(found, 0).ravel()).reshape(*found.shape, -1)
+    distances = ((keys - vectors[:, None]) ** 2).sum(-1)
+    return np.where(found >= 0, distances, np.inf)
+
+
+def _check_scores(
+    table: NeighbourTable, ids: np.ndarray, held: np.ndarray, other: np.ndarray, what: str
+) -> None:
+    """Raises at the first row whose scores are others."""
+    wrong = ~np.isclose(held, other, rtol=_SCORE_TOLERANCE, atol=_SCORE_TOLERANCE).all(1)
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        raise UserError(
+            f"{table.directory}: the neighbours of chunk {ids[row]} have distances"
+            f" {held[row].tolist()}: {what} {other[row].tolist()}"
+        )
+
+
+def _open_keys(directory: pathlib.Path, split: str) -> Keys:
+    """The keys of a split."""
+    return Keys.open(directory / "keys" / split, ChunkDatabase.open(directory / "chunks" / split))
