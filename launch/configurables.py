@@ -186,6 +186,16 @@ def parse_bindings(text: str) -> dict[str, str]:
     return dict(pairs)
 
 
+def default_of(name: str) -> str | None:
+    """The default of a "Class.field" of TABLE as operative_config writes it; None where it has none."""
+    cls, _, field_name = name.rpartition("/")[2].partition(".")
+    fields = dataclasses.fields(configurable(cls)) if cls in TABLE else ()
+    for field in fields:
+        if field.name == field_name and field.default is not dataclasses.MISSING:
+            return repr(field.default)
+    return None
+
+
 def _nested_error(error: Exception) -> Exception:
     """An error from building a configurable, in one line; others than the user's as they are."""
     message = str(error)

@@ -1,12 +1,14 @@
-"""Scores a split: bits per byte of the baseline, RETRO[OFF] and RETRO[ON], by corpus.
+"""Scores texts: bits per byte of the baseline, RETRO[OFF], RETRO[ON] and more, by corpus.
 
     python -m launch.evaluate --workdir=W
-    python -m launch.evaluate --workdir=W --split=validation --retrieval=on --max_documents=100
+    python -m launch.evaluate --workdir=W --retrieval=on,off,random,oracle --sweep=1,2,5,10 --knn
+    python -m launch.evaluate --workdir=W --slices=wikitext103 --slice_paths=wikitext103=wiki.test.tokens
 
 Reads the newest checkpoint of W/retro, and of W/baseline where one was trained. Every token is scored
-once, in windows of the trained length that advance by half of it. Writes, in W/evaluation:
+once, in windows of the trained length that advance by half of it. docs/evaluation.md says what each
+condition and figure is. Writes, in W/evaluation:
 
-    SPLIT.json                     what was printed last, with every sum and figure
+    SPLIT.json, SPLIT.md           what was printed last, with every sum and figure
     SPLIT-overlap.json .csv .svg   the same figures by overlap with the training data, r(C) <= alpha
     SPLIT-CONDITION-STEP-ID.json   one condition of one checkpoint; found again, it is reused
     SPLIT-CONDITION-STEP-ID.npy    [chunks, 64] float32, the loss in nats of each token
@@ -19,20 +21,38 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
 
 from data_pipelines import files
+from data_pipelines.tokenizer import Tokenizer
 from launch import app, configurables, runs
-from launch.overlap import format_overlap, write_array, write_overlap
-from launch.progress import progress_bar
+from launch.arrays import write_array
+from launch.conditions import (
+    DATABASES,
+    KINDS,
+    NGRAMS,
+    SWEEP,
+    Condition,
+    check_split,
+    condition_settings,
+    neighbour_tokens,
+    passes,
+    swept_conditions,
+)
+from launch.knn import KNN, KNN_NEIGHBOURS, KNN_TOKENS, knn_scoring, knn_settings
+from launch.markdown import markdown
+from launch.overlap import Scored, format_overlap, write_overlap
+from launch.scoring import Pass, Scorer, forget
 from launch.shared_flags import DATA, NUM_NEIGHBOURS, RETRIEVAL, SPLIT
-from launch.splits import Split, open_split
+from launch.slices import BERT, PATHS, SLICES, prepare_slice, wanted_slices
+from launch.splits import Split, open_split, places_of
+from launch.tables import format_table
 from retro_jax.errors import UserError
 from retro_jax.evaluate import metrics, score
-from retro_jax.evaluate.report import CONDITION_NAMES, score_rows
-from retro_jax.sharding import batch_sharding, make_mesh
+from retro_jax.evaluate.report import condition_name
+from retro_jax.evaluate.sweep import sweep_losses
+from retro_jax.model import Retro
 
 MAX_DOCUMENTS = flags.DEFINE_integer(
     "max_documents", None, "Score only the first so many documents of each corpus.", lower_bound=1
@@ -43,23 +63,38 @@ STRIDE = flags.DEFINE_integer(
     "Chunks that windows advance by (half the trained length).",
     lower_bound=1,
 )
+OVERLAP = flags.DEFINE_float(
+    "overlap", None, "Share of a window that is context only, as 0.75 for WikiText.", 0.0, 1.0
+)
+WINDOW = flags.DEFINE_integer(
+    "window_chunks", None, "Chunks of a window. Default: the trained length.", lower_bound=1
+)
 BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 8, "Windows at once, rounded up to a multiple of the devices.", lower_bound=1
 )
 
+# Flags of this entry point that stand where they are read; --help shows what this module holds.
+_ELSEWHERE = (SWEEP, DATABASES, NGRAMS, SLICES, PATHS, BERT, KNN_TOKENS, KNN_NEIGHBOURS)
+
 FOLDER = "evaluation"
-_CONDITIONS = ("on", "off")
 _BASELINE = "baseline"
 _ID_DIGITS = 12
 
 
 @dataclasses.dataclass(frozen=True)
-class Condition:
-    """A column of the table: its name (of CONDITION_NAMES), its run, and neighbours a chunk."""
+class Work:
+    """What is evaluated.
 
-    name: str
-    run: runs.Run
-    neighbours: int
+    Attributes:
+      folder: W/evaluation. data: the directory of the prepared data. split: of it, or a slice.
+      text: [n, 64] bool, the tokens of the split that count. scorer: what scores them.
+    """
+
+    folder: pathlib.Path
+    data: pathlib.Path
+    split: Split
+    text: np.ndarray
+    scorer: Scorer
 
 
 def main() -> None:
@@ -70,28 +105,47 @@ def main() -> None:
     conditions = _conditions(workdir, _wanted(RETRIEVAL.value))
     for condition in conditions:
         runs.check_data(condition.run, data)
-    most = max(condition.neighbours for condition in conditions)
-    has_table = (data / "neighbours" / SPLIT.value).is_dir()
-    most = max(most, int(has_table))
-    split = open_split(data, SPLIT.value, neighbours=most, max_documents=MAX_DOCUMENTS.value)
-    folder = workdir / FOLDER
-    results = {c.name: evaluate(folder, split, c) for c in conditions}
-    files.write_atomically(folder / f"{SPLIT.value}.json", files.to_json(results))
+    scorer = Scorer()
+    names = [prepare_slice(data, config) for config in wanted_slices(MAX_DOCUMENTS.value)]
+    for number, name in enumerate(names or [SPLIT.value]):
+        most = max(condition.neighbours for condition in conditions)
+        if places_of(data, name).neighbours.is_dir():
+            most = max(most, 1)  # the table is wanted for r(C) also where no condition reads it
+        split = open_split(data, name, neighbours=most, max_documents=MAX_DOCUMENTS.value)
+        check_split(split, conditions)
+        lengths = Tokenizer.open(data / "tokenizer").byte_lengths
+        work = Work(workdir / FOLDER, data, split, split.text_mask(lengths), scorer)
+        if number:
+            print()
+        _evaluate_all(work, conditions, lengths)
+
+
+def _evaluate_all(work: Work, conditions: Sequence[Condition], lengths: np.ndarray) -> None:
+    """Scores a split under all conditions, writes every form of the result and prints it."""
+    results: dict[str, Any] = {}
+    for together in passes(conditions):
+        results |= evaluate(work, together)
+    name = work.split.name
+    files.write_atomically(work.folder / f"{name}.json", files.to_json(results))
     print(format_table(results))
-    if split.table is None:
-        print(f"no figures by overlap: {data} has no neighbours of the {SPLIT.value} split")
-        return
-    overlap = write_overlap(folder, SPLIT.value, split, results, data)
-    print(f"\n{format_overlap(overlap)}")
+    overlap = None
+    if work.split.table is None:
+        print(f"no figures by overlap: {work.data} has no neighbours of the {name} split")
+    else:
+        scored = Scored(work.folder, work.split, work.text, lengths, results)
+        overlap = write_overlap(scored)
+        print(f"\n{format_overlap(overlap)}")
+    text = markdown(results, overlap)
+    files.write_atomically(work.folder / f"{name}.md", text.encode())
 
 
 def _wanted(names: Sequence[str] | None) -> list[str]:
-    """The checked values of --retrieval, in their order of computation; both by default."""
+    """The checked values of --retrieval, in their order of computation; on and off by default."""
     if names is None:
-        return list(_CONDITIONS)
-    if not names or set(names) - set(_CONDITIONS):
-        raise flags.Error(f"--retrieval={','.join(names)}: expected on, off or on,off")
-    return [name for name in _CONDITIONS if name in names]
+        return ["on", "off"]
+    if not names or set(names) - set(KINDS):
+        raise flags.Error(f"--retrieval={','.join(names)}: expected some of {', '.join(KINDS)}")
+    return [name for name in KINDS if name in names]
 
 
 def _conditions(workdir: pathlib.Path, wanted: Sequence[str]) -> list[Condition]:
@@ -99,83 +153,137 @@ def _conditions(workdir: pathlib.Path, wanted: Sequence[str]) -> list[Condition]
     bindings = configurables.GIN_BINDINGS.value
     retro = runs.open_run(workdir / "retro", bindings)
     k = NUM_NEIGHBOURS.value or retro.batches.neighbours
-    if "on" in wanted and not (k and retro.model.has_retrieval):
-        raise UserError(f"--retrieval=on: {retro.directory} was trained without, expected off")
-    conditions = [Condition(name, retro, k if name == "on" else 0) for name in wanted]
+    swept = swept_conditions(retro, k)
+    needing = [name for name in [*wanted, *(c.name for c in swept)] if name != "off"]
+    if needing and not (k and retro.model.has_retrieval):
+        name = needing[0] if needing[0] in KINDS else "on"
+        raise UserError(f"--retrieval={name}: {retro.directory} was trained without, expected off")
+    conditions = [Condition(name, retro, k if name != "off" else 0, name) for name in wanted]
     if runs.is_trained(workdir / _BASELINE):
-        conditions.append(Condition(_BASELINE, runs.open_run(workdir / _BASELINE, bindings), 0))
-    return conditions
+        baseline = runs.open_run(workdir / _BASELINE, bindings)
+        conditions.append(Condition(_BASELINE, baseline, 0, _BASELINE))
+    if KNN.value:
+        model = conditions[-1].run if conditions[-1].name == _BASELINE else retro
+        conditions.append(Condition("knn", model, 0, "knn"))
+    return conditions + swept
 
 
-def evaluate(folder: pathlib.Path, split: Split, condition: Condition) -> dict[str, Any]:
-    """The result of one condition: read where it is there already, else computed and written."""
+def evaluate(work: Work, conditions: Sequence[Condition]) -> dict[str, dict[str, Any]]:
+    """The results of one pass by name: read where they are there already, else computed and written."""
+    folder, split = work.folder, work.split
+    heads = {c.name: _head(split, c) for c in conditions}
+    names = {
+        c.name: f"{split.name}-{c.name}-{c.run.step:08d}-{_digest(heads[c.name])}"
+        for c in conditions
+    }
+    missing = [c for c in conditions if not _is_there(folder, names[c.name])]
+    if missing:
+        found, more = _score(work, missing)
+        for condition, nll in zip(missing, found, strict=True):
+            name = names[condition.name]
+            result = heads[condition.name] | {"nll": f"{name}.npy", **figures(work, nll), **more}
+            if split.name.startswith("lambada") and condition.kind not in ("knn", "k"):
+                result["last_word_accuracy"] = _accuracy(work, condition)
+            write_array(folder / f"{name}.npy", nll)
+            files.write_atomically(folder / f"{name}.json", files.to_json(result))
+    return {c.name: files.read_json(folder / f"{names[c.name]}.json") for c in conditions}
+
+
+def _is_there(folder: pathlib.Path, name: str) -> bool:
+    """Whether a condition has been scored."""
+    return (folder / f"{name}.json").is_file() and (folder / f"{name}.npy").is_file()
+
+
+def _head(split: Split, condition: Condition) -> dict[str, Any]:
+    """What a result depends on."""
     windows = _windows(condition.run)
-    result: dict[str, Any] = {
+    return {
         "condition": condition.name,
         "settings": {
-            "split": SPLIT.value,
+            "split": split.name,
             "window_chunks": windows.chunks,
             "stride_chunks": windows.stride,
             "neighbours": condition.neighbours,
             "max_documents": MAX_DOCUMENTS.value,
             "execution": dataclasses.asdict(condition.run.execution),
+            **(knn_settings() if condition.kind == "knn" else condition_settings(condition)),
         },
         "model": condition.run.identity(),
         "manifests": split.hashes(bool(condition.neighbours)),
     }
-    digest = hashlib.sha256(files.to_json(result)).hexdigest()[:_ID_DIGITS]
-    name = f"{SPLIT.value}-{condition.name}-{condition.run.step:08d}-{digest}"
-    record, array = folder / f"{name}.json", folder / f"{name}.npy"
-    if record.is_file() and array.is_file():
-        return files.read_json(record)
-    nll = _score(split, condition, windows)
-    result |= {"nll": array.name, **figures(split, nll)}
-    write_array(array, nll)
-    files.write_atomically(record, files.to_json(result))
-    return result
+
+
+def _digest(head: Mapping[str, Any]) -> str:
+    """A few digits that differ where any of it does."""
+    return hashlib.sha256(files.to_json(head)).hexdigest()[:_ID_DIGITS]
 
 
 def _windows(run: runs.Run) -> score.WindowConfig:
-    """Windows of the trained length."""
-    stride = STRIDE.value or max(1, run.chunks // 2)
-    if stride > run.chunks:
-        raise flags.Error(
-            f"--stride_chunks={stride}: expected at most {run.chunks}, the trained length"
+    """Windows of the trained length, or of the one that is asked for."""
+    chunks = WINDOW.value or run.chunks
+    stride = STRIDE.value or max(1, chunks // 2)
+    if OVERLAP.value is not None:
+        if STRIDE.value is not None:
+            raise flags.Error("--overlap and --stride_chunks: expected one of them")
+        stride = round(chunks * (1 - OVERLAP.value))
+        if not stride or not math.isclose(stride, chunks * (1 - OVERLAP.value)):
+            raise flags.Error(
+                f"--overlap={OVERLAP.value:g}: expected a share of {chunks} chunks, the window, that "
+                "is a whole number and not all"
+            )
+    if stride > chunks:
+        raise flags.Error(f"--stride_chunks={stride}: expected at most {chunks}, the window")
+    return score.WindowConfig(chunks=chunks, stride=stride, batch_size=BATCH_SIZE.value)
+
+
+def _accuracy(work: Work, condition: Condition) -> float:
+    """The share of documents every scored token of which is the model's most likely one."""
+    tokens = neighbour_tokens(work.split, condition, work.folder, work.data)
+    text = dataclasses.replace(work.split.text(0), neighbours=tokens)
+    digest = _digest({"hits": _head(work.split, condition)})
+    windows = _windows(condition.run)
+    what = f"{condition_name(condition.name)}, last words"
+    one = Pass(condition.run, score.token_hits, windows, what, work.folder / f".partial-{digest}")
+    hits = work.scorer.nll(one, text)
+    forget(one)
+    return metrics.share_of_documents(hits == 1, work.text, text.documents)
+
+
+def _score(
+    work: Work, conditions: Sequence[Condition]
+) -> tuple[np.ndarray, dict[str, dict[str, Any]]]:
+    """[len(conditions), n, 64] float32 nats, and what else is to be said of them."""
+    folder, split = work.folder, work.split
+    last = max(conditions, key=lambda c: c.neighbours)
+    if last.kind == "knn":
+        scoring = knn_scoring(
+            last.run, _windows(last.run), work.scorer, data=work.data, folder=folder
         )
-    return score.WindowConfig(chunks=run.chunks, stride=stride, batch_size=BATCH_SIZE.value)
+        nll, facts = scoring.score(split, work.text)
+        return nll[None], {"knn": facts}
+    sweep = last.kind == "k"
+    losses = sweep_losses([c.neighbours for c in conditions]) if sweep else Retro.token_losses
+    tokens = neighbour_tokens(split, last, folder, work.data)
+    text = dataclasses.replace(split.text(0), neighbours=tokens)
+    partial = folder / f".partial-{_digest({c.name: _head(split, c) for c in conditions})}"
+    what = "k sweep" if sweep else condition_name(last.name)
+    one = Pass(last.run, losses, _windows(last.run), what, partial)
+    nll = work.scorer.nll(one, text)
+    forget(one)
+    return (nll if sweep else nll[None]), {}
 
 
-def _score(split: Split, condition: Condition, windows: score.WindowConfig) -> np.ndarray:
-    """[n, 64] float32: the model over all windows, batches spread over all devices."""
-    mesh = make_mesh(condition.run.mesh)
-    rows = batch_sharding(mesh)
-    divisor = mesh.size // rows.shard_shape((mesh.size,))[0]
-    size = -(-windows.batch_size // divisor) * divisor
-    windows = dataclasses.replace(windows, batch_size=size)
-    count = len(score.windows(len(split.ids), windows.chunks, windows.stride))
-    bar = progress_bar(count, CONDITION_NAMES[condition.name], "window")
-    with jax.set_mesh(mesh), bar:
-        losses = score.compiled_token_losses(
-            *runs.load_model(condition.run, mesh), place=lambda batch: jax.device_put(batch, rows)
-        )
-        text = split.text(condition.neighbours)
-        nll = score.score_chunks(losses, text, windows, on_windows=bar.update)
-    bad = int(np.count_nonzero(~np.isfinite(nll)))
-    if bad:
-        raise UserError(f"{condition.run.directory}: the loss of {bad} tokens is not finite")
-    return nll
-
-
-def figures(split: Split, nll: np.ndarray) -> dict[str, Any]:
+def figures(work: Work, nll: np.ndarray) -> dict[str, Any]:
     """Sums and figures of scored chunks: by corpus, and of all."""
-    owners = split.database.documents(split.ids)
+    database, ids = work.split.database, work.split.ids
     scores = metrics.measure(
         nll,
-        split.database.chunks(split.ids),
-        owners,
-        records={int(d): split.database.record(int(d)) for d in np.unique(owners)},
-        eos_id=split.database.eos_id,
-        pad_id=split.database.pad_id,
+        database.chunks(ids),
+        database.documents(ids),
+        records=work.split.records(),
+        eos_id=database.eos_id,
+        pad_id=database.pad_id,
+        text=work.text,
     )
     by_corpus = {name: _plain(result) for name, result in scores.items()}
     return {"corpora": by_corpus, "all": _plain(metrics.total(scores.values()))}
@@ -184,29 +292,6 @@ def figures(split: Split, nll: np.ndarray) -> dict[str, Any]:
 def _plain(result: metrics.Score) -> dict[str, float | None]:
     """A Score for JSON, which has no NaN."""
     return {name: v if math.isfinite(v) else None for name, v in result.to_dict().items()}
-
-
-def table_scores(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
-    """Results as the report and its tables take them: condition -> corpus ("" for all) -> figures."""
-    return {name: {**result["corpora"], "": result["all"]} for name, result in results.items()}
-
-
-def format_table(results: Mapping[str, Any]) -> str:
-    """Bits per byte as text, one row a corpus."""
-    header, rows, _ = score_rows(table_scores(results), "bits_per_byte", 4)
-    lines = [["bits per byte", *header[1:]], *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-
-    def show(line: Sequence[str]) -> str:
-        cells = [f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True)]
-        return "  ".join([f"{line[0]:<{widths[0]}}", *cells])
-
-    steps = {CONDITION_NAMES[name]: result["model"]["step"] for name, result in results.items()}
-    told = ", ".join(f"{name} at step {step:,}" for name, step in steps.items())
-    count = next(iter(results.values()))["all"]
-    size = f"{count['documents']:,} documents, {count['tokens']:,} tokens, {count['bytes']:,} bytes"
-    split = next(iter(results.values()))["settings"]["split"]
-    return "\n".join([*map(show, lines), f"({split}: {size}; {told})"])
 
 
 if __name__ == "__main__":

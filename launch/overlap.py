@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import io
 import math
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,14 +12,21 @@ from typing import Any
 import numpy as np
 
 from data_pipelines import files
-from data_pipelines.tokenizer import Tokenizer
+from launch.arrays import read_array, write_array
 from launch.splits import Split
 from retro_jax.errors import UserError
-from retro_jax.evaluate import leakage, metrics
+from retro_jax.evaluate import leakage
 from retro_jax.evaluate.line_chart import as_file
-from retro_jax.evaluate.report import CONDITION_NAMES, SHOWN_OVERLAP, OverlapPoint, overlap_chart
+from retro_jax.evaluate.report import (
+    SHOWN_OVERLAP,
+    OverlapPoint,
+    condition_name,
+    condition_order,
+    overlap_chart,
+    swept,
+)
 
-_PAIRS = (("on", "off"), ("on", "baseline"))
+_PAIRS = (("on", "off"), ("on", "baseline"), ("on", "random"), ("on", "knn"))
 _BLOCK = 4096  # chunks whose neighbours are in memory at once
 
 
@@ -38,30 +44,39 @@ def overlap_files(folder: pathlib.Path, split: str) -> OverlapFiles:
     return OverlapFiles(*(folder / f"{split}-overlap.{end}" for end in ("json", "csv", "svg")))
 
 
-def write_overlap(
-    folder: pathlib.Path, name: str, split: Split, results: Mapping[str, Any], data: pathlib.Path
-) -> dict[str, Any]:
-    """Computes the curve of what was scored, and writes it in three forms.
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What was scored.
 
-    Args:
-      folder: W/evaluation. name: of the split.
-      split: with its neighbour table. results: by condition, of launch.evaluate.
-      data: where the tokenizer is.
+    Attributes:
+      folder: W/evaluation. split: with its neighbour table. text: [n, 64] bool, the tokens that count.
+      byte_lengths: [V] of the tokenizer. results: by condition, of launch.evaluate.
+    """
+
+    folder: pathlib.Path
+    split: Split
+    text: np.ndarray
+    byte_lengths: np.ndarray
+    results: Mapping[str, Any]
+
+
+def write_overlap(scored: Scored) -> dict[str, Any]:
+    """Computes the curve of what was scored, and writes it in three forms.
 
     Returns:
       What the JSON file holds: how it was made, and under "rows" one for each corpus ("" for all)
       and threshold.
     """
-    scored, neighbours = _scored(folder, name, split, results, data)
-    pairs = [pair for pair in _PAIRS if set(pair) <= set(results)]
-    rows = [_row(point) for point in leakage.overlap_curve(scored, pairs)]
-    paths = overlap_files(folder, name)
+    chunks, neighbours = _chunks(scored)
+    pairs = [pair for pair in _PAIRS if set(pair) <= set(scored.results)]
+    rows = [_row(point) for point in leakage.overlap_curve(chunks, pairs)]
+    paths = overlap_files(scored.folder, scored.split.name)
     found = {
         "neighbours": neighbours,
-        "chunk_length": scored.chunk_length,
+        "chunk_length": chunks.chunk_length,
         "interval": "95%, percentiles of 1,000 bootstrap resamples of the documents",
-        "manifests": split.hashes(True),
-        "models": {name: result["model"] for name, result in results.items()},
+        "manifests": scored.split.hashes(True),
+        "models": {name: result["model"] for name, result in scored.results.items()},
         "rows": rows,
     }
     files.write_atomically(paths.json, files.to_json(found))
@@ -70,28 +85,24 @@ def write_overlap(
     return found
 
 
-def _scored(
-    folder: pathlib.Path, name: str, split: Split, results: Mapping[str, Any], data: pathlib.Path
-) -> tuple[leakage.ScoredChunks, int]:
+def _chunks(scored: Scored) -> tuple[leakage.ScoredChunks, int]:
     """The scored chunks with r(C), and the number of neighbours that it is of."""
-    database = split.database
-    tokens, owners = database.chunks(split.ids), database.documents(split.ids)
-    text = metrics.text_mask(tokens, owners, eos_id=database.eos_id, pad_id=database.pad_id)
-    lengths = Tokenizer.open(data / "tokenizer").byte_lengths
+    split, folder = scored.split, scored.folder
+    tokens, owners = split.database.chunks(split.ids), split.database.documents(split.ids)
     bits = {}
-    for condition in sorted(results, key=list(CONDITION_NAMES).index):
-        result = results[condition]
-        nll = read_array(folder / result["nll"])
+    for condition in sorted(scored.results, key=condition_order):
+        path = folder / scored.results[condition]["nll"]
+        nll = read_array(path)
         if nll.shape != tokens.shape:
             raise UserError(
-                f"{folder / result['nll']} is of other chunks: run launch.evaluate again"
+                f"{path} is of other chunks: move it away and run launch.evaluate again"
             )
-        bits[condition] = np.where(text, nll.astype(np.float64), 0.0).sum(axis=1) / math.log(2)
-    corpora = np.empty(len(owners), object)
-    for number in np.unique(owners):
-        corpora[owners == number] = database.record(int(number)).corpus
-    runs, neighbours = _runs(folder, name, split, tokens)
-    size = np.where(text, lengths[tokens], 0).sum(axis=1)
+        nats = np.where(scored.text, nll.astype(np.float64), 0.0).sum(axis=1)
+        bits[condition] = nats / math.log(2)
+    records = split.records()
+    corpora = np.array([records[number].corpus for number in owners.tolist()])
+    size = np.where(scored.text, scored.byte_lengths[tokens], 0).sum(axis=1)
+    runs, neighbours = _runs(folder, split.name, split, tokens)
     return leakage.ScoredChunks(bits, size, owners, corpora, runs, tokens.shape[1]), neighbours
 
 
@@ -114,23 +125,6 @@ def _runs(
         runs[here] = leakage.longest_shared_runs(tokens[here], near, ignored)
     write_array(path, runs)
     return runs, k
-
-
-def read_array(path: pathlib.Path) -> np.ndarray:
-    """A .npy file of launch.evaluate's."""
-    try:
-        return np.load(path)
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path} is damaged: move it away and run launch.evaluate again") from error
-
-
-def write_array(path: pathlib.Path, values: np.ndarray) -> None:
-    """A .npy file, whole or not at all; its folder is made."""
-    with files.writing(path.parent):
-        path.parent.mkdir(exist_ok=True)
-    with files.temporary_name(path) as temporary:
-        files.write_hashed(temporary, lambda file: np.save(file, values))
-        os.replace(temporary, path)
 
 
 def _row(point: leakage.Point) -> dict[str, Any]:
@@ -191,7 +185,8 @@ def format_overlap(found: Mapping[str, Any]) -> str:
         for row, what in ((everything, "all chunks"), (few, f"r(C) <= {SHOWN_OVERLAP:.0%}")):
             share = row["chunks"] / max(1, everything["chunks"])
             head = f"{corpus or 'all'}, {what}: {row['chunks']:,} chunks ({share:.0%})"
-            figures = [f"{_label(n)} {_number(i)}" for n, i in row["bits_per_byte"].items()]
+            found_here = row["bits_per_byte"]
+            figures = [f"{_label(n)} {_number(found_here[n])}" for n in swept(found_here)]
             lines.append(f"{head}: {', '.join(figures)}")
             lines += [f"    {_label(n)}: {_signed(i)}" for n, i in row["differences"].items()]
     about = (
@@ -203,7 +198,7 @@ def format_overlap(found: Mapping[str, Any]) -> str:
 
 def _label(name: str) -> str:
     """A condition, or a difference of two, as it is shown."""
-    return " - ".join(CONDITION_NAMES[part] for part in name.split("-"))
+    return " - ".join(map(condition_name, name.split("-")))
 
 
 def _number(interval: Mapping[str, float | None]) -> str:

@@ -11,6 +11,7 @@ is there, so Ctrl-C at any point and the same command again goes on.
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 from launch import app, configurables
 from launch.shared_flags import MAX_TOKENS
@@ -27,8 +28,21 @@ def main() -> None:
     """Runs the steps one after the other; the first that fails ends it with that step's status."""
     workdir = app.required(app.WORKDIR, "the directory of the whole run")
     gin_file = configurables.GIN_FILE.value or _DEFAULT_GIN_FILE
+    seconds = run_steps(steps(workdir, gin_file, MAX_TOKENS.value))
+    minutes, seconds = divmod(round(seconds), 60)
+    print(f"\nDone in {minutes} min {seconds} s. Open {workdir}/report.html")
+
+
+def run_steps(commands: Sequence[tuple[str, list[str]]]) -> float:
+    """Runs commands one after the other; the first that fails ends this process with its status.
+
+    Args:
+      commands: what is said of each, and its module and arguments.
+
+    Returns:
+      The seconds that they took.
+    """
     started = time.monotonic()
-    commands = steps(workdir, gin_file, MAX_TOKENS.value)
     for number, (title, arguments) in enumerate(commands, start=1):
         print(f"\n[{number}/{len(commands)}] {title}", flush=True)
         print(f"    python -m {_shown(arguments)}", flush=True)
@@ -36,8 +50,7 @@ def main() -> None:
         if status:
             print(f"stopped in step {number}; the same command goes on from there", file=sys.stderr)
             sys.exit(status)
-    minutes, seconds = divmod(round(time.monotonic() - started), 60)
-    print(f"\nDone in {minutes} min {seconds} s. Open {workdir}/report.html")
+    return time.monotonic() - started
 
 
 def steps(workdir: str, gin_file: str, max_tokens: int) -> list[tuple[str, list[str]]]:

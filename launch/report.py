@@ -17,16 +17,25 @@ from absl import flags
 
 from data_pipelines import files
 from data_pipelines.tokenizer import Tokenizer
-from launch import app, runs
+from launch import app, charts, runs
+from launch.arrays import read_array
 from launch.evaluate import FOLDER as EVALUATION
-from launch.evaluate import table_scores
-from launch.overlap import curves, overlap_files, read_array
+from launch.overlap import curves, overlap_files
 from launch.sample import FOLDER as SAMPLES
 from launch.shared_flags import DATA, SPLIT
 from launch.splits import Split, open_split
+from launch.tables import table_scores
 from launch.views import Viewer, sample_chunk_from_json
 from retro_jax.errors import UserError
-from retro_jax.evaluate.report import ChunkView, Curve, OverlapPoint, Report, SampleView, render
+from retro_jax.evaluate.report import (
+    ChartView,
+    ChunkView,
+    Curve,
+    OverlapPoint,
+    Report,
+    SampleView,
+    render,
+)
 from retro_jax.train.metrics import METRICS_FILE, read_curve
 
 TITLE = flags.DEFINE_string("title", "RETRO: a report", "The page's heading.")
@@ -48,14 +57,16 @@ def main() -> None:
     results = files.read_json(path)
     run = runs.open_run(workdir / "retro")
     runs.check_data(run, data)
+    scored = _read_scores(workdir / EVALUATION, data, results)
     report = Report(
         title=TITLE.value,
         summary=_summary(run, results),
         facts=list(_facts(data, run, results)),
         scores=table_scores(results),
         curves=list(_curves(workdir)),
-        chunks=_chunk_views(workdir / EVALUATION, data, results),
+        chunks=_chunk_views(data, results, scored) if scored else [],
         samples=list(_samples(workdir / SAMPLES, run)),
+        charts=list(_charts(results, scored)),
         overlap=_overlap(workdir / EVALUATION, results),
     )
     files.write_atomically(workdir / FILE, render(report).encode())
@@ -118,21 +129,50 @@ class _Scored:
 
     Attributes:
       gains: [n, 64] bits that retrieval saved on each token; 0 for tokens without loss.
+      counted: [n, 64] bool, the tokens that are scored.
       bits: [n] of the chunk without retrieval. eligible: [n] whether the chunk can be shown.
     """
 
     split: Split
     gains: np.ndarray
+    counted: np.ndarray
     bits: np.ndarray
     eligible: np.ndarray
 
 
+def _charts(results: Mapping[str, Any], scored: _Scored | None) -> Iterator[ChartView]:
+    """What retrieval gains by what it may depend on."""
+    yield from charts.sweep_charts(results)
+    if scored:
+        yield charts.place_chart(scored.gains, scored.counted)
+        if scored.split.retrieval is not None:
+            tokens = scored.split.database.chunks(scored.split.ids)
+            gains, counted = scored.gains, scored.counted
+            yield charts.frequency_chart(gains, counted, tokens, scored.split.retrieval)
+
+
 def _chunk_views(
-    folder: pathlib.Path, data: pathlib.Path, results: Mapping[str, Any]
+    data: pathlib.Path, results: Mapping[str, Any], scored: _Scored
 ) -> list[ChunkView]:
     """For each of the largest corpora: the largest gain, the largest loss, and a random chunk."""
+    corpora = results["on"]["corpora"]
+    largest = sorted(corpora, key=lambda name: -corpora[name]["tokens"])[:_SHOWN_CORPORA]
+    assert scored.split.retrieval is not None
+    viewer = Viewer(Tokenizer.open(data / "tokenizer"), scored.split.retrieval)
+    k = results["on"]["settings"]["neighbours"]
+    return [
+        _view(f"{heading} · {corpus}", place, scored, viewer, k)
+        for corpus in sorted(largest)
+        for heading, place in _choose(scored, corpus)
+    ]
+
+
+def _read_scores(
+    folder: pathlib.Path, data: pathlib.Path, results: Mapping[str, Any]
+) -> _Scored | None:
+    """The gains of every token, from the arrays that launch.evaluate left of ON and OFF."""
     if not {"on", "off"} <= set(results):
-        return []
+        return None
     settings = results["on"]["settings"]
     split = open_split(
         data,
@@ -142,35 +182,19 @@ def _chunk_views(
     )
     if split.hashes(True) != results["on"]["manifests"]:
         raise UserError(f"{folder} is of other chunks: expected launch.evaluate again")
-    scored = _read_scores(folder, results, split)
-    corpora = results["on"]["corpora"]
-    largest = sorted(corpora, key=lambda name: -corpora[name]["tokens"])[:_SHOWN_CORPORA]
-    assert split.retrieval is not None
-    viewer = Viewer(Tokenizer.open(data / "tokenizer"), split.retrieval)
-    views = []
-    for corpus in sorted(largest):
-        for heading, place in _choose(scored, corpus):
-            views.append(
-                _view(f"{heading} · {corpus}", place, scored, viewer, settings["neighbours"])
-            )
-    return views
-
-
-def _read_scores(folder: pathlib.Path, results: Mapping[str, Any], split: Split) -> _Scored:
-    """The gains of every token, from the arrays that launch.evaluate left."""
     on, off = (read_array(folder / results[name]["nll"]) for name in ("on", "off"))
     if on.shape != off.shape or len(on) != len(split.ids):
         raise UserError(
             f"{folder}: losses of {len(on)} and {len(off)} chunks, expected {len(split.ids)}"
         )
-    tokens = split.database.chunks(split.ids)
-    counts = (tokens != split.database.pad_id) & (tokens != split.database.eos_id)
-    gains = np.where(counts, (off - on) / math.log(2), 0.0)
+    counted = split.text_mask(Tokenizer.open(data / "tokenizer").byte_lengths)
+    gains = np.where(counted, (off - on) / math.log(2), 0.0)
     owners = split.database.documents(split.ids)
-    eligible = counts.sum(axis=1) >= _LEAST_TOKENS
+    eligible = counted.sum(axis=1) >= _LEAST_TOKENS
     eligible[0] = False
     eligible[1:] &= owners[1:] == owners[:-1]  # a document's first chunk reads no neighbours
-    return _Scored(split, gains, np.where(counts, off, 0.0).sum(axis=1) / math.log(2), eligible)
+    bits = np.where(counted, off, 0.0).sum(axis=1) / math.log(2)
+    return _Scored(split, gains, counted, bits, eligible)
 
 
 def _overlap(folder: pathlib.Path, results: Mapping[str, Any]) -> dict[str, list[OverlapPoint]]:

@@ -20,6 +20,7 @@ from absl import flags
 from flax import nnx
 
 from data_pipelines import files
+from data_pipelines.batches import keep_part
 from data_pipelines.chunk_database import ChunkDatabase
 from data_pipelines.retriever import Retriever
 from data_pipelines.tokenizer import UNK_ID, Tokenizer
@@ -99,8 +100,8 @@ def _neighbours(run: runs.Run) -> int:
 class LiveRetrieval:
     """Retrieves neighbours for the generator, and remembers which they were."""
 
-    def __init__(self, retriever: Retriever, database: ChunkDatabase, k: int):
-        self._retriever, self._database, self._k = retriever, database, k
+    def __init__(self, retriever: Retriever, database: ChunkDatabase, k: int, part: str = "both"):
+        self._retriever, self._database, self._k, self._part = retriever, database, k, part
         self._found: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
 
     def __call__(self, chunks: np.ndarray) -> np.ndarray:
@@ -108,7 +109,7 @@ class LiveRetrieval:
         ids, distances = self._retriever.neighbours(chunks, self._k)
         for chunk, *found in zip(chunks, ids, distances, strict=True):
             self._found[_key(chunk)] = tuple(found)
-        return self._database.values(ids)
+        return keep_part(self._database.values(ids), self._part, self._database.pad_id)
 
     def found(self, chunk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ids and distances [k] of the neighbours of a chunk that was asked for."""
@@ -131,7 +132,9 @@ def make_samples(
     """Samples every prompt, with what was retrieved for each chunk, as JSON takes it."""
     tokenizer = Tokenizer.open(data / "tokenizer")
     database = ChunkDatabase.open(data / "chunks" / "train")
-    retrieve = LiveRetrieval(Retriever.open(data), database, k) if k else None
+    retrieve = (
+        LiveRetrieval(Retriever.open(data), database, k, run.batches.neighbour_part) if k else None
+    )
     special = (tokenizer.pad_id, tokenizer.bos_id, UNK_ID)
     generator = Generator(
         nnx.merge(*runs.load_model(run)),

@@ -7,7 +7,8 @@ SPLIT = flags.DEFINE_string("split", "test", "Which split of the documents.")
 RETRIEVAL = flags.DEFINE_list(
     "retrieval",
     None,
-    "With retrieval on or off; launch.evaluate scores both unless told otherwise.",
+    "With retrieval on or off; launch.evaluate scores both unless told otherwise, and knows random "
+    "and oracle too.",
 )
 NUM_NEIGHBOURS = flags.DEFINE_integer(
     "num_neighbours",

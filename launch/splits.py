@@ -7,8 +7,20 @@ import numpy as np
 
 from data_pipelines.chunk_database import ChunkDatabase
 from data_pipelines.neighbours import NeighbourTable
+from data_pipelines.slices import MEASURE_NAMES, read_measures
 from retro_jax.errors import UserError
+from retro_jax.evaluate import metrics
 from retro_jax.evaluate.score import ChunkText
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A document's corpus, and the denominators of what is scored of it."""
+
+    corpus: str
+    bytes: int
+    words: int
+    lines: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,13 +28,42 @@ class Split:
     """Some documents of a split; for retrieval, also its table and the database that it points into.
 
     Attributes:
+      name: of the split.
       ids: [n] int64, the chunks of the chosen documents, ascending.
+      measures: [documents, 4] of a slice (data_pipelines.slices), where they are not the text's own.
     """
 
+    name: str
     database: ChunkDatabase
     table: NeighbourTable | None
     retrieval: ChunkDatabase | None
     ids: np.ndarray
+    measures: np.ndarray | None = None
+
+    def records(self) -> dict[int, metrics.SizedDocument]:
+        """The chosen documents by number, with the denominators of what is scored."""
+        numbers = np.unique(self.database.documents(self.ids)).tolist()
+        records = {number: self.database.record(number) for number in numbers}
+        if self.measures is None:
+            return dict(records)
+        rows = {number: self.measures[number].tolist() for number in numbers}
+        return {n: Measured(records[n].corpus, *row[:3]) for n, row in rows.items()}
+
+    def text_mask(self, byte_lengths: np.ndarray) -> np.ndarray:
+        """[n, 64] bool: the tokens of ids that are scored; byte_lengths [V] are the tokenizer's.
+
+        A token that lies across the place where scoring begins counts.
+        """
+        database = self.database
+        tokens, owners = database.chunks(self.ids), database.documents(self.ids)
+        mask = metrics.text_mask(tokens, owners, eos_id=database.eos_id, pad_id=database.pad_id)
+        if self.measures is None:
+            return mask
+        ends = np.cumsum(np.where(mask, byte_lengths[tokens], 0)).reshape(tokens.shape)
+        first = np.searchsorted(owners, owners)  # of each chunk's document; numbers ascend
+        before = np.where(first > 0, ends[first - 1, -1], 0)
+        start = self.measures[owners, MEASURE_NAMES.index("scored_from")]
+        return mask & (ends - before[:, None] > start[:, None])
 
     def text(self, k: int) -> ChunkText:
         """What is scored, with k neighbours a chunk; 0 for retrieval off."""
@@ -38,7 +79,12 @@ class Split:
         """[n, k, R] int32: the neighbours of chunks `ids` [n]; padding for -1."""
         if self.table is None or self.retrieval is None:
             raise ValueError("the split was opened without neighbours")
-        found = self.table.ids(np.maximum(ids, 0), k)
+        return self.values(ids, self.table.ids(np.maximum(ids, 0), k))
+
+    def values(self, ids: np.ndarray, found: np.ndarray) -> np.ndarray:
+        """[n, k, R] int32: the retrieval database's chunks `found` [n, k]; padding where ids is -1."""
+        if self.retrieval is None:
+            raise ValueError("the split was opened without neighbours")
         return self.retrieval.values(np.where(ids[:, None] >= 0, found, -1))
 
     def hashes(self, with_neighbours: bool) -> dict[str, str]:
@@ -63,24 +109,51 @@ def open_split(
       UserError: an unknown or empty split, no table or too small a one, artefacts that do not
         belong together.
     """
-    folder = data / "chunks"
-    known = sorted(path.name for path in folder.glob("*") if path.is_dir())
-    if name not in known:
-        expected = f"one of {', '.join(known)}" if known else "what launch.prepare makes"
-        raise UserError(f"--split={name}: there is no {folder / name}, expected {expected}")
-    database = ChunkDatabase.open(folder / name)
+    places = places_of(data, name)
+    database = ChunkDatabase.open(places.chunks)
     ids = choose_chunks(database, max_documents)
     if not len(ids):
-        raise UserError(f"{folder / name} holds no document: expected some to score")
+        raise UserError(f"{places.chunks} holds no document: expected some to score")
+    measures = read_measures(places.measures) if places.measures else None
     if not neighbours:
-        return Split(database, None, None, ids)
+        return Split(name, database, None, None, ids, measures)
     retrieval = ChunkDatabase.open(data / "chunks" / "train")
-    table = NeighbourTable.open(data / "neighbours" / name, database, retrieval)
+    table = NeighbourTable.open(places.neighbours, database, retrieval)
     if neighbours > table.k:
         raise UserError(
             f"{table.directory} holds {table.k} neighbours a chunk: expected {neighbours} at least"
         )
-    return Split(database, table, retrieval, ids)
+    return Split(name, database, table, retrieval, ids, measures)
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """The directories of a split; of a slice also the one that holds its measures."""
+
+    chunks: pathlib.Path
+    keys: pathlib.Path
+    neighbours: pathlib.Path
+    measures: pathlib.Path | None
+
+
+def places_of(data: pathlib.Path, name: str) -> Places:
+    """Where a split of the prepared data is, or a slice that evaluation prepared.
+
+    Raises:
+      UserError: there is neither.
+    """
+    known = sorted(path.name for path in (data / "chunks").glob("*") if path.is_dir())
+    slices = sorted(path.parent.name for path in (data / "slices").glob("*/chunks"))
+    if name in known:
+        return Places(
+            data / "chunks" / name, data / "keys" / name, data / "neighbours" / name, None
+        )
+    if name in slices:
+        folder = data / "slices" / name
+        return Places(folder / "chunks", folder / "keys", folder / "neighbours", folder)
+    known += slices
+    expected = f"one of {', '.join(known)}" if known else "what launch.prepare makes"
+    raise UserError(f"--split={name}: there is no {data / 'chunks' / name}, expected {expected}")
 
 
 def choose_chunks(database: ChunkDatabase, max_documents: int | None) -> np.ndarray:

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from launch.configurables import parse_bindings
+from launch.configurables import default_of, parse_bindings
 from retro_jax.errors import UserError
 
 CONFIG_FILE, PARENTS_FILE, VERSIONS_FILE = "config.gin", "parents.json", "versions.json"
@@ -53,6 +53,8 @@ def claim(
     if begun and config.exists():
         old = parse_bindings(config.read_text(encoding="utf-8"))
         fixed = {n for n in old | new if n not in free and n.split(".")[0] not in free}
+        # A setting that came after the run began was its default then: it could not be otherwise.
+        fixed -= {n for n in new if n not in old and new[n] == default_of(n)}
         _refuse(directory, "settings", _only(old, fixed), _only(new, fixed))
     if begun and lineage.exists():
         short = {n: h[:_HASH_DIGITS] for n, h in parents.items()}

@@ -19,6 +19,12 @@ _BLOCK = 1 << 20
 
 def read_json_lines(config: CorpusConfig, reading: Reading) -> Iterator[tuple[str, str]]:
     """The documents of one file, or of all files of a folder."""
+    for name, document in read_objects(config, reading):
+        yield name, document[config.text_field]
+
+
+def read_objects(config: CorpusConfig, reading: Reading) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The same as ids and whole objects, each with a text."""
     for name, path in find_files(pathlib.Path(str(config.path)), config):
         offset = 0
         for number, line in enumerate(_lines(path), 1):
@@ -28,10 +34,7 @@ def read_json_lines(config: CorpusConfig, reading: Reading) -> Iterator[tuple[st
                 document = _parse(text, f"{path}:{number}", config, reading)
                 if document is not None:
                     id_field = config.id_field
-                    yield (
-                        str(document[id_field]) if id_field else f"{name}:{number}",
-                        document[config.text_field],
-                    )
+                    yield str(document[id_field]) if id_field else f"{name}:{number}", document
 
 
 def _parse(line: str, place: str, config: CorpusConfig, reading: Reading) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ paper. Figures among the chunks with r(C) <= alpha tell what a model gains beyon
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from retro_jax.evaluate.statistics import Interval, intervals, resampled_sums
 
 NEIGHBOURS = 10  # of each evaluation chunk that the paper looks at
 THRESHOLDS = tuple(i / 8 for i in range(1, 9))
-_BLOCK = 256  # chunks compared at once: their tables stay in the processor's cache
+_BLOCK = 256  # chunks compared at once
 
 
 def longest_shared_runs(
@@ -30,21 +30,52 @@ def longest_shared_runs(
     Returns:
       [n] int64, 0 to M.
     """
-    ignored = np.array(sorted(ignored))
     longest = np.zeros(len(chunks), np.int64)
-    for first in range(0, len(chunks), _BLOCK):
-        block, near = chunks[first : first + _BLOCK], neighbours[first : first + _BLOCK]
-        near = np.where(np.isin(near, ignored), -1, near)
-        # ends[..., j]: length of the run that ends at this token of the chunk and at near[..., j]
-        ends = np.zeros(near.shape, np.uint16)
+    for here, near in _blocks(neighbours, ignored):
         most = np.zeros(near.shape, np.uint16)
-        for token in block.T:
-            ends[..., 1:] = ends[..., :-1] + np.uint16(1)
-            ends[..., 0] = 1
-            ends *= near == token[:, None, None]
+        for ends in _run_ends(chunks[here], near):
             np.maximum(most, ends, out=most)
-        longest[first : first + _BLOCK] = most.max(axis=(1, 2), initial=0)
+        longest[here] = most.max(axis=(1, 2), initial=0)
     return longest
+
+
+def shared_ngrams(
+    texts: np.ndarray, neighbours: np.ndarray, ignored: Collection[int], size: int = 13
+) -> np.ndarray:
+    """The share of each text's n-grams that each of its neighbours holds too.
+
+    Args:
+      texts: [n, L] tokens, n-grams of which hold no ignored token.
+      neighbours: [n, K, R] tokens. ignored: as above. size: of the n-grams.
+
+    Returns:
+      [n, K] float64; 0 for a text without any n-gram.
+    """
+    held = np.zeros(neighbours.shape[:2], np.int64)
+    for here, near in _blocks(neighbours, ignored):
+        for ends in _run_ends(texts[here], near):
+            held[here] += (ends >= size).any(axis=2)
+    usual = np.lib.stride_tricks.sliding_window_view(~np.isin(texts, list(ignored)), size, axis=1)
+    count = usual.all(axis=2).sum(axis=1)
+    return held / np.maximum(count, 1)[:, None]
+
+
+def _blocks(neighbours: np.ndarray, ignored: Collection[int]) -> Iterator[tuple[slice, np.ndarray]]:
+    """Rows, and their neighbours with -1 for ignored tokens, few enough for the processor's cache."""
+    for first in range(0, len(neighbours), _BLOCK):
+        here = slice(first, first + _BLOCK)
+        yield here, np.where(np.isin(neighbours[here], list(ignored)), -1, neighbours[here])
+
+
+def _run_ends(texts: np.ndarray, near: np.ndarray) -> Iterator[np.ndarray]:
+    """For each token of texts [n, L] in turn, [n, K, R]: how long the common run is that ends at this
+    token of the text and that one of the neighbours; the same array each time."""
+    ends = np.zeros(near.shape, np.uint16)
+    for token in texts.T:
+        ends[..., 1:] = ends[..., :-1] + np.uint16(1)
+        ends[..., 0] = 1
+        ends *= near == token[:, None, None]
+        yield ends
 
 
 @dataclasses.dataclass(frozen=True)

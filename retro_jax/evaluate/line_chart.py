@@ -13,16 +13,18 @@ _WIDTH, _HEIGHT = 860, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 130, 14, 44
 
 
+# Classes of the style sheet that are colours, and these colours on white.
+STYLES = ("first", "second", "third", "fourth", "fifth", "sixth")
+_COLOURS = ("#1f5fd0", "#c2570c", "#6b7280", "#0f8a6b", "#8b3fc9", "#b8860b")
 _FILE_STYLE = """
 svg { background: #fff; font-family: system-ui, sans-serif; }
 .grid { stroke: #e3e5e8; } .axis { stroke: #667085; }
 .tick, .label { fill: #667085; font-size: 12px; } .name { font-size: 13px; font-weight: 600; }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
-.first { stroke: #1f5fd0; } .second { stroke: #c2570c; } .third { stroke: #6b7280; }
-.dot, .name { stroke: none; }
-.dot.first, .name.first { fill: #1f5fd0; } .dot.second, .name.second { fill: #c2570c; }
-.dot.third, .name.third { fill: #6b7280; }
-"""
+""" + "\n".join(
+    f".line.{style} {{ stroke: {colour}; }} .dot.{style}, .name.{style} {{ fill: {colour}; }}"
+    for style, colour in zip(STYLES, _COLOURS, strict=True)
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,6 +85,7 @@ def measure(
     records: Mapping[int, SizedDocument],
     eos_id: int,
     pad_id: int,
+    text: np.ndarray | None = None,
 ) -> dict[str, Score]:
     """Sums the loss of a text by corpus.
 
@@ -93,12 +94,13 @@ def measure(
       tokens: [n, M], the tokens themselves.
       documents: [n], the document number of each chunk; a document's chunks are consecutive.
       records: the documents by number; every one in `documents` is whole.
+      text: [n, M] bool, the tokens that are scored; all of the documents' text by default.
 
     Returns:
       A Score per corpus, in the order of their names.
     """
     is_eos = tokens == eos_id
-    is_text = text_mask(tokens, documents, eos_id=eos_id, pad_id=pad_id)
+    is_text = text_mask(tokens, documents, eos_id=eos_id, pad_id=pad_id) if text is None else text
     nats = nll.astype(np.float64)
     per_chunk = {
         "chunks": np.ones(len(documents)),
@@ -113,6 +115,18 @@ def measure(
     corpora = np.array([record.corpus for record in chosen])
     names = sorted(set(corpora.tolist()))
     return {name: _score(sums, chosen, corpora == name) for name in names}
+
+
+def share_of_documents(hits: np.ndarray, text: np.ndarray, documents: np.ndarray) -> float:
+    """The share of documents of which every scored token is hit; NaN without any document.
+
+    Args:
+      hits: [n, M] bool. text: [n, M] bool, the tokens that are scored. documents: [n].
+    """
+    missed = (text & ~hits).any(axis=1)
+    numbers, owner = np.unique(documents, return_inverse=True)
+    bad = np.bincount(owner, weights=missed, minlength=len(numbers)) > 0
+    return _ratio(float(len(numbers) - bad.sum()), len(numbers))
 
 
 def text_mask(tokens: np.ndarray, documents: np.ndarray, *, eos_id: int, pad_id: int) -> np.ndarray:

@@ -5,15 +5,28 @@ Every text of a document, prompt or sample goes through html.escape; whitespace 
 
 import dataclasses
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from retro_jax.evaluate.line_chart import Line, line_chart, smooth
+from retro_jax.evaluate.line_chart import STYLES, Line, line_chart, smooth
 from retro_jax.evaluate.page import page, table
 from retro_jax.evaluate.spans import Span
 
-CONDITION_NAMES = {"baseline": "baseline", "off": "RETRO[OFF]", "on": "RETRO[ON]"}
+CONDITION_NAMES = {
+    "baseline": "baseline",
+    "knn": "kNN-LM",
+    "off": "RETRO[OFF]",
+    "on": "RETRO[ON]",
+    "random": "random neighbours",
+    "oracle": "oracle",
+}
+# Conditions that vary RETRO[ON], by the first part of their names: what the second part is.
+SWEPT_NAMES = {
+    "k": "k = {:g}",
+    "database": "{:.4g} of the database",
+    "ngrams": "13-grams at most {:.0%}",
+}
 SHOWN_OVERLAP = 0.5  # the share of shared tokens whose figures stand beside those of all chunks
-_STYLES = {"baseline": "third", "off": "second", "on": "first"}
+_STYLES = dict(zip(("on", "off", "baseline", "knn", "random", "oracle"), STYLES, strict=True))
 _FULL_COLOUR_RANGE = (0.25, 4.0)  # bits a token
 
 
@@ -85,6 +98,15 @@ class OverlapPoint:
 
 
 @dataclasses.dataclass(frozen=True)
+class ChartView:
+    """A chart: its heading, what is to be said of it, and the SVG of line_chart."""
+
+    title: str
+    caption: str
+    svg: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """Everything the page shows; a section without content is left out.
 
@@ -93,6 +115,7 @@ class Report:
       scores: condition -> corpus -> Score.to_dict(), where the corpus "" is all of them.
       curves: training losses.
       chunks, samples: what retrieval did, and generated text.
+      charts: further ones, of what retrieval depends on.
       overlap: corpus ("" for all) -> the figures by overlap with the training data.
     """
 
@@ -103,6 +126,7 @@ class Report:
     curves: Sequence[Curve]
     chunks: Sequence[ChunkView]
     samples: Sequence[SampleView]
+    charts: Sequence[ChartView] = ()
     overlap: Mapping[str, Sequence[OverlapPoint]] = dataclasses.field(default_factory=dict)
 
 
@@ -115,6 +139,7 @@ def render(report: Report) -> str:
         f"<h1>{html.escape(report.title)}</h1><p class=dim>{html.escape(report.summary)}</p>",
         _scores_section(report.scores),
         _overlap_section(report.overlap),
+        *map(_chart_section, report.charts),
         _curves_section(report.curves),
         _chunks_section(report.chunks),
         _samples_section(report.samples),
@@ -123,13 +148,36 @@ def render(report: Report) -> str:
     return page(report.title, "\n".join(part for part in parts if part))
 
 
+def condition_name(name: str) -> str:
+    """A condition as it is shown: "off" is RETRO[OFF], "k_4" is 4 neighbours."""
+    kind, _, value = name.partition("_")
+    return SWEPT_NAMES[kind].format(float(value)) if value else CONDITION_NAMES[name]
+
+
+def condition_order(name: str) -> tuple[int, float]:
+    """Sorts conditions: as in CONDITION_NAMES, then the swept ones by kind and value."""
+    kind, _, value = name.partition("_")
+    order = [*CONDITION_NAMES, *SWEPT_NAMES]
+    return order.index(kind), float(value or 0)
+
+
+def swept(names: Iterable[str], kind: str = "") -> list[str]:
+    """Those of the names that vary RETRO[ON] in one way, by value; with "" those that do not at all."""
+    found = [
+        name
+        for name in names
+        if ("_" in name and name.partition("_")[0] == kind) or (not kind and "_" not in name)
+    ]
+    return sorted(found, key=condition_order)
+
+
 def score_rows(
     scores: Mapping[str, Mapping[str, Mapping[str, float]]], figure: str, digits: int
 ) -> tuple[list[str], list[list[str]], list[int | None]]:
     """A table of one figure: header, a row per corpus (the last is all), and each row's best column."""
-    conditions = [name for name in CONDITION_NAMES if name in scores]
+    conditions = sorted(scores, key=condition_order)
     corpora = sorted({corpus for by_corpus in scores.values() for corpus in by_corpus if corpus})
-    header = ["corpus", *(CONDITION_NAMES[name] for name in conditions)]
+    header = ["corpus", *map(condition_name, conditions)]
     pair = "on" in scores and "off" in scores
     header += ["ON vs OFF"] if pair else []
     rows, best = [], []
@@ -200,6 +248,16 @@ def _overlap_section(overlap: Mapping[str, Sequence[OverlapPoint]]) -> str:
         count = f"{few[''].chunks:,} chunks with r(C) at most {SHOWN_OVERLAP:.0%}"
         parts.append(f"<p class='dim small'>{count}:</p>{table(header, rows, best=best)}")
     return "".join(parts)
+
+
+def _chart_section(chart: ChartView) -> str:
+    """A further chart; nothing where it has no point."""
+    if not chart.svg:
+        return ""
+    return (
+        f'<h2>{html.escape(chart.title)}</h2><figure><div class="card">{chart.svg}</div>'
+        f"<figcaption class=small>{html.escape(chart.caption)}</figcaption></figure>"
+    )
 
 
 def _curves_section(curves: Sequence[Curve]) -> str:

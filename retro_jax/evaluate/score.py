@@ -19,14 +19,16 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from retro_jax.batch import RetroBatch
 from retro_jax.config import require
+from retro_jax.model import Retro
 
 T = TypeVar("T")
-TokenLosses = Callable[[RetroBatch], jax.Array | np.ndarray]
+TokenLosses = Callable[[RetroBatch], jax.Array | np.ndarray]  # [..., B, N]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,28 +127,31 @@ def score_chunks(
     """Scores every token of a text.
 
     Args:
-      token_losses: [B, N] nats of a batch, 0 where the target is pad_id.
+      token_losses: [..., B, N] nats of a batch, 0 where the target is pad_id; leading axes are of
+        several ways to predict it.
       text: the chunks, and their neighbours for retrieval on.
       config: windows, stride and batch size; every batch has the same shape (compiled once).
       on_windows: told the number of windows each time some are done.
 
     Returns:
-      [n, M] float32, the loss in nats of each token given what precedes it in its document; 0 for
-      padding and for a document's first token, which nothing predicts.
+      [..., n, M] float32, the loss in nats of each token given what precedes it in its document; 0
+      for padding and for a document's first token, which nothing predicts. Without any chunk [0, 0].
     """
     scores: np.ndarray | None = None
     for plan, losses in _one_behind(_losses(token_losses, text, config)):
-        rows = np.asarray(losses, np.float32).reshape(config.batch_size, config.chunks, -1)
+        rows = np.asarray(losses, np.float32)
+        rows = rows.reshape(*rows.shape[:-2], config.batch_size, config.chunks, -1)
         if scores is None:
-            scores = np.zeros((len(text.ids), rows.shape[2]), np.float32)
-        for (start, begin, end), row in zip(plan, rows, strict=False):
-            scores[begin:end] = row[begin - start : end - start]
+            scores = np.zeros((*rows.shape[:-3], len(text.ids), rows.shape[-1]), np.float32)
+        for number, (start, begin, end) in enumerate(plan):
+            scores[..., begin:end, :] = rows[..., number, begin - start : end - start, :]
         if on_windows is not None:
             on_windows(len(plan))
     if scores is None:
         return np.zeros((0, 0), np.float32)
-    by_position = scores.ravel()
-    return np.concatenate([np.zeros(1, np.float32), by_position[:-1]]).reshape(scores.shape)
+    by_position = scores.reshape(*scores.shape[:-2], -1)
+    first = np.zeros((*by_position.shape[:-1], 1), np.float32)
+    return np.concatenate([first, by_position[..., :-1]], axis=-1).reshape(scores.shape)
 
 
 def _losses(
@@ -174,16 +179,25 @@ def compiled_token_losses(
     graphdef: nnx.GraphDef,
     params: nnx.State,
     place: Callable[[RetroBatch], RetroBatch] = lambda batch: batch,
+    losses: Callable[[Any, RetroBatch], jax.Array] = Retro.token_losses,
 ) -> TokenLosses:
-    """A model's `token_losses` as one compiled function of the batch.
+    """A model's losses as one compiled function of the batch.
 
     Args:
       graphdef, params: of a Retro, as nnx.split gives them; the parameters stay where they lie.
       place: puts a batch of NumPy arrays where the model reads it (on a mesh).
+      losses: of a model and a batch, [..., B, N].
     """
 
     @jax.jit
-    def losses(params: nnx.State, batch: RetroBatch) -> jax.Array:
-        return nnx.merge(graphdef, params).token_losses(batch)
+    def compiled(params: nnx.State, batch: RetroBatch) -> jax.Array:
+        return losses(nnx.merge(graphdef, params), batch)
 
-    return lambda batch: losses(params, place(batch))
+    return lambda batch: compiled(params, place(batch))
+
+
+def token_hits(model: Retro, batch: RetroBatch) -> jax.Array:
+    """[B, N] float32: 1 where the target is the model's most likely token, 0 where not or no target."""
+    logits = model(batch.tokens, batch.neighbours, batch.documents)
+    best = jnp.argmax(logits, axis=-1)
+    return ((best == batch.targets) & (batch.targets != model.config.pad_id)).astype(jnp.float32)

@@ -133,10 +133,14 @@ class Retro(nnx.Module):
     def token_losses(self, batch: RetroBatch, dropout_key: jax.Array | None = None) -> jax.Array:
         """[B, N] float32 negative log-likelihoods in nats, 0 where the target is pad_id."""
         h = self.hidden_states(batch.tokens, batch.neighbours, batch.documents, dropout_key)
+        return self.losses(h, batch.targets)
+
+    def losses(self, h: jax.Array, targets: jax.Array) -> jax.Array:
+        """`token_losses` of final activations [B, N, D] and targets [B, N]."""
         return loss.token_losses(
             h,
             self._read_out_table(),
-            batch.targets,
+            targets,
             pad_id=self.config.pad_id,
             layout=self.layout,
         )

@@ -192,6 +192,19 @@ def test_epochs_differ_in_order_and_offset():
     assert len(orders) == 8
 
 
+@pytest.mark.parametrize(
+    ("part", "kept"), [("chunk", slice(0, M)), ("continuation", slice(M, None))]
+)
+def test_one_part_of_the_neighbours_is_the_rest_as_padding(mixed, part, kept):
+    database, table = mixed
+    whole = Batches(config(), database, table, database).rows(0, [0, 1, 2]).neighbours
+    some = Batches(config(neighbour_part=part), database, table, database).rows(0, [0, 1, 2])
+    expected = np.full_like(whole, database.pad_id)
+    expected[..., kept] = whole[..., kept]
+    assert (expected != whole).any()
+    np.testing.assert_array_equal(some.neighbours, expected)
+
+
 def test_seeds_differ_and_repeat(mixed):
     database, _ = mixed
     first, again, other = (
@@ -239,6 +252,7 @@ def test_fewer_chunks_than_a_sequence_is_one_padded_row():
         ("seed", -1, "an integer from 0"),
         ("prefetch", -1, "a number of batches"),
         ("mixture", {}, "positive weights"),
+        ("neighbour_part", "half", "one of"),
         ("mixture", {"a": 0.0}, "positive weights"),
         ("mixture", {"a": "1"}, "positive weights"),
     ],

@@ -13,10 +13,11 @@ from retro_jax.evaluate.leakage import (
     ScoredChunks,
     longest_shared_runs,
     overlap_curve,
+    shared_ngrams,
 )
 from retro_jax.evaluate.metrics import measure, text_mask
 from retro_jax.evaluate.score import WindowConfig, score_chunks
-from retro_jax.evaluate.statistics import intervals, resampled_sums
+from retro_jax.evaluate.statistics import intervals, paired_test, resampled_sums
 from tests.evaluate.texts import BOS, EOS, PAD, Document, chunked, documents_of
 
 IGNORED = (PAD, BOS, EOS)
@@ -53,6 +54,20 @@ def test_many_chunks_and_a_run_over_the_whole_chunk():
     runs = longest_shared_runs(chunks, neighbours, IGNORED)
     assert (runs[600], runs[601]) == (64, 32)
     assert np.delete(runs, [600, 601]).max() < 4
+
+
+def test_the_share_of_ngrams_is_the_obvious_one():
+    generator = np.random.default_rng(0)
+    texts = generator.integers(0, 5, (300, 12))
+    neighbours = generator.integers(0, 5, (300, 2, 16))
+    texts[299] = PAD
+    shares = shared_ngrams(texts, neighbours, IGNORED, size=3)
+    assert 0 < np.count_nonzero(shares) < shares.size
+    for text, near, found in zip(texts.tolist(), neighbours.tolist(), shares, strict=True):
+        grams = [tuple(text[i : i + 3]) for i in range(10) if not set(text[i : i + 3]) & {0, 1, 2}]
+        for value, share in zip(near, found, strict=True):
+            held = {tuple(value[i : i + 3]) for i in range(14)}
+            assert share == sum(gram in held for gram in grams) / max(1, len(grams))
 
 
 def _copying_losses(batch: RetroBatch) -> np.ndarray:
@@ -176,3 +191,13 @@ def test_the_bootstrap_is_as_wide_as_the_standard_error_says():
     again = resampled_sums(np.ones((400, 1)), samples=4000, seed=1)
     assert (again == sums[:, 1:]).all()
     assert resampled_sums(np.zeros((0, 2)), samples=3, seed=0).tolist() == [[0.0, 0.0]] * 3
+
+
+def test_the_paired_test_counts_signs():
+    # Of 2^5 signs of equal differences, two are as extreme as all alike: p = 1/16.
+    assert paired_test(np.ones(5), samples=20_000, seed=0) == pytest.approx(1 / 16, abs=0.006)
+    assert paired_test(np.array([1.0, -1.0]), samples=100, seed=0) == 1.0
+    assert paired_test(np.full(40, 0.1), samples=1000, seed=0) == 1 / 1001
+    noise = np.random.default_rng(0).normal(size=(200, 30))
+    values = [paired_test(row, samples=500, seed=0) for row in noise]
+    assert 0.01 < np.mean(np.array(values) < 0.05) < 0.11  # as often as it says

@@ -1,6 +1,9 @@
 """Every token is scored once, with the context it should have."""
 
 import dataclasses
+import itertools
+import math
+import pathlib
 
 import jax
 import numpy as np
@@ -18,7 +21,7 @@ from retro_jax.evaluate.score import (
     window_batch,
     windows,
 )
-from tests.evaluate.texts import BOS, PAD, chunked, documents_of
+from tests.evaluate.texts import BOS, EOS, PAD, chunked, documents_of
 from tests.model.tiny import TINY, make_model
 
 M = 4
@@ -160,3 +163,38 @@ def test_bad_window_settings_are_refused(wrong: dict[str, int]):
     (name,) = wrong
     with pytest.raises(UserError, match=rf"WindowConfig\.{name} is"):
         WindowConfig(**wrong)
+
+
+@pytest.mark.parametrize("overlap", [0, 0.5, 0.75, 0.875])
+def test_bits_per_byte_equal_a_slow_scorer_on_real_text_for_every_overlap(overlap: float):
+    """Bytes of this file as tokens, one window at a time in NumPy float64, against batches of them."""
+    model = make_model(dataclasses.replace(TINY, vocab_size=260))
+    data = pathlib.Path(__file__).read_bytes()[:1200]
+    lengths = [0, 700, 701, 960, 1200]
+    parts = [data[a:b] for a, b in itertools.pairwise(lengths)]
+    documents = [[BOS, *(byte + 4 for byte in part), EOS] for part in parts]
+    text, table = chunked(documents, M)
+    chunks = 8
+    stride = round(chunks * (1 - overlap))
+    config = WindowConfig(chunks=chunks, stride=stride, batch_size=16)
+    nll = score_chunks(compiled_token_losses(*nnx.split(model)), text, config)
+
+    forward = jax.jit(lambda tokens, owners: model(tokens, None, owners))
+    expected, counted = np.zeros(table.size), np.zeros(table.size, int)
+    for start, begin, end in windows(len(table), chunks, stride).tolist():
+        tokens, owners = np.zeros((chunks, M), np.int32), np.full(chunks, -1, np.int32)
+        tokens[: end - start], owners[: end - start] = table[start:end], text.documents[start:end]
+        logits = np.asarray(forward(tokens.reshape(1, -1), owners[None])[0], np.float64)
+        for place in range(begin * M, end * M):
+            target = place + 1
+            if target == table.size or text.documents[target // M] != text.documents[place // M]:
+                continue
+            if table.ravel()[target] != PAD:
+                row = logits[place - start * M]
+                expected[target] = np.logaddexp.reduce(row) - row[table.ravel()[target]]
+                counted[target] += 1
+    assert counted.sum() == len(data) + len(documents)  # each byte and each document's end
+    assert counted.max() == 1
+    bits = [scores.sum(dtype=np.float64) / math.log(2) / len(data) for scores in (nll, expected)]
+    assert bits[0] == pytest.approx(bits[1], rel=1e-6)
+    assert np.abs(nll.ravel() - expected).max() < 1e-5 * expected.max()

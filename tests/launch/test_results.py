@@ -12,59 +12,10 @@ import pytest
 from data_pipelines.chunk_database import ChunkDatabase
 from data_pipelines.retriever import Retriever
 from data_pipelines.tokenizer import Tokenizer
-from launch import app, evaluate, report, runs, sample, train
+from launch import compare, evaluate, report, runs, sample
 from launch.splits import open_split
 from retro_jax.evaluate import score
-
-TINY = """
-RetroConfig.d_model = 32
-RetroConfig.num_layers = 2
-RetroConfig.num_heads = 2
-RetroConfig.head_dim = 16
-RetroConfig.d_ff = 64
-RetroConfig.cca_layers = (1, 2)
-RetroConfig.encoder_d_model = 16
-RetroConfig.encoder_num_layers = 1
-RetroConfig.encoder_num_heads = 2
-RetroConfig.encoder_head_dim = 8
-RetroConfig.encoder_d_ff = 32
-BatchConfig.sequence_length = 256
-BatchConfig.batch_size = 8
-OptimizerConfig.warmup_steps = 2
-OptimizerConfig.max_learning_rate = 0.01
-TrainConfig.steps = 6
-TrainConfig.log_every = 1
-TrainConfig.checkpoint_every = 6
-"""
-
-
-def _call(main, *arguments: str) -> int:
-    """An entry point's exit status, run in this process."""
-    return app.execute(main, ["program", *arguments])
-
-
-@pytest.fixture(scope="module")
-def trained(prepared_workdir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The flags of a workdir with a RETRO and a baseline, trained on the slice."""
-    root = tmp_path_factory.mktemp("results")
-    (root / "tiny.gin").write_text(TINY)
-    where = [f"--workdir={root / 'W'}", f"--data={prepared_workdir}"]
-    for more in ([], ["--baseline"]):
-        assert _call(train.main, *where, f"--gin_file={root / 'tiny.gin'}", *more) == 0
-    return where
-
-
-@pytest.fixture(scope="module")
-def workdir(trained: list[str]) -> pathlib.Path:
-    """Where they are."""
-    return pathlib.Path(trained[0].partition("=")[2])
-
-
-@pytest.fixture(scope="module")
-def evaluated(trained: list[str], workdir: pathlib.Path) -> dict:
-    """What launch.evaluate wrote of the test split."""
-    assert _call(evaluate.main, *trained) == 0
-    return json.loads((workdir / "evaluation" / "test.json").read_text())
+from tests.launch.trained import call
 
 
 def test_every_condition_is_scored_with_the_documents_own_denominators(
@@ -130,7 +81,7 @@ def test_the_table_is_printed_and_what_is_there_is_reused(
     evaluated: dict, trained: list[str], monkeypatch, capsys
 ):
     monkeypatch.setattr(runs, "load_model", lambda *_: pytest.fail("scored again"))
-    assert _call(evaluate.main, *trained) == 0
+    assert call(evaluate.main, *trained) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == [
         "bits",
@@ -153,7 +104,7 @@ def test_the_table_is_printed_and_what_is_there_is_reused(
 def test_figures_by_overlap_are_printed_and_written(
     evaluated: dict, trained: list[str], workdir: pathlib.Path, prepared_workdir, capsys
 ):
-    assert _call(evaluate.main, *trained) == 0
+    assert call(evaluate.main, *trained) == 0
     shown = capsys.readouterr().out
     folder = workdir / "evaluation"
     found = json.loads((folder / "test-overlap.json").read_text())
@@ -192,13 +143,13 @@ def test_without_a_neighbour_table_there_are_no_figures_by_overlap(
     for kind in ("chunks", "tokenizer"):
         (tmp_path / kind).symlink_to(prepared_workdir / kind)
     more = [f"--data={tmp_path}", "--retrieval=off", "--split=validation"]
-    assert _call(evaluate.main, *trained, *more) == 0
+    assert call(evaluate.main, *trained, *more) == 0
     assert f"no figures by overlap: {tmp_path} has no neighbours" in capsys.readouterr().out
 
 
 def test_a_part_of_the_documents_and_one_condition(trained: list[str], tmp_path, capsys):
     more = ["--max_documents=2", "--retrieval=on", "--split=validation", "--stride_chunks=4"]
-    assert _call(evaluate.main, *trained, *more, "--num_neighbours=1") == 0
+    assert call(evaluate.main, *trained, *more, "--num_neighbours=1") == 0
     shown = capsys.readouterr().out
     assert "OFF" not in shown
     assert "(validation: 4 documents" in shown
@@ -207,12 +158,12 @@ def test_a_part_of_the_documents_and_one_condition(trained: list[str], tmp_path,
 def test_overlap_gives_context_and_so_changes_scores_but_not_what_is_counted(
     evaluated: dict, trained: list[str], workdir: pathlib.Path
 ):
-    assert _call(evaluate.main, *trained, "--stride_chunks=1", "--retrieval=off") == 0
+    assert call(evaluate.main, *trained, "--stride_chunks=1", "--retrieval=off") == 0
     finer = json.loads((workdir / "evaluation" / "test.json").read_text())["off"]
     assert finer["all"]["tokens"] == evaluated["off"]["all"]["tokens"]
     assert finer["all"]["nats"] != evaluated["off"]["all"]["nats"]
     assert finer["nll"] != evaluated["off"]["nll"]
-    assert _call(evaluate.main, *trained) == 0  # the summary again
+    assert call(evaluate.main, *trained) == 0  # the summary again
 
 
 def test_neighbours_of_a_split_are_what_the_retriever_finds(prepared_workdir: pathlib.Path):
@@ -228,9 +179,23 @@ def test_neighbours_of_a_split_are_what_the_retriever_finds(prepared_workdir: pa
     ("main", "arguments", "status", "message"),
     [
         (evaluate.main, ["--split=tset"], 1, "there is no"),
-        (evaluate.main, ["--retrieval=maybe"], 2, "--retrieval=maybe: expected on, off or on,off"),
-        (evaluate.main, ["--retrieval="], 2, "expected on, off or on,off"),
+        (evaluate.main, ["--retrieval=maybe"], 2, "--retrieval=maybe: expected some of on, off"),
+        (evaluate.main, ["--retrieval="], 2, "expected some of on, off, random, oracle"),
         (evaluate.main, ["--stride_chunks=5"], 2, "--stride_chunks=5: expected at most 4"),
+        (evaluate.main, ["--overlap=0.8"], 2, "--overlap=0.8: expected a share of 4 chunks"),
+        (evaluate.main, ["--overlap=1"], 2, "--overlap=1: expected a share of 4 chunks"),
+        (evaluate.main, ["--overlap=0.5", "--stride_chunks=2"], 2, "expected one of them"),
+        (evaluate.main, ["--sweep=1,x"], 2, "--sweep=x: expected whole numbers from 1"),
+        (evaluate.main, ["--sweep=1.5"], 2, "--sweep=1.5: expected whole numbers from 1"),
+        (evaluate.main, ["--database_shares=2"], 2, "--database_shares=2: expected numbers from 0"),
+        (
+            evaluate.main,
+            ["--split=train", "--database_shares=0.1"],
+            1,
+            "of the training split itself: expected validation, test",
+        ),
+        (evaluate.main, ["--slices=c4:x"], 2, "--slices=c4:x: expected a name, or pile: and a"),
+        (evaluate.main, ["--slice_paths=c4=x"], 2, "--slice_paths=c4=x: expected NAME=PATH"),
         (evaluate.main, ["--num_neighbours=99"], 1, "expected 99 at least"),
         (evaluate.main, ["--data=/nowhere"], 1, "/nowhere/chunks/train"),
         (evaluate.main, ["--workdir=/nowhere"], 1, "has no checkpoint: expected a trained model"),
@@ -243,7 +208,7 @@ def test_neighbours_of_a_split_are_what_the_retriever_finds(prepared_workdir: pa
     ],
 )
 def test_bad_input_is_one_line(trained: list[str], main, arguments, status, message, capsys):
-    assert _call(main, *trained, *arguments) == status
+    assert call(main, *trained, *arguments) == status
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
@@ -258,7 +223,7 @@ SETTINGS = ["--max_tokens=70", "--temperature=0.9", "--top_k=20", "--seed=5"]
 def sampled(trained: list[str], workdir: pathlib.Path) -> dict:
     """What launch.sample wrote."""
     before = set(workdir.glob("samples/*.json"))
-    assert _call(sample.main, *trained, *PROMPTS, *SETTINGS) == 0
+    assert call(sample.main, *trained, *PROMPTS, *SETTINGS) == 0
     (path,) = set(workdir.glob("samples/*.json")) - before
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -295,7 +260,7 @@ def test_the_same_request_is_read_and_shown_again(
     sampled: dict, trained: list[str], monkeypatch, capsys
 ):
     monkeypatch.setattr(runs, "load_model", lambda *_: pytest.fail("sampled again"))
-    assert _call(sample.main, *trained, *PROMPTS, *SETTINGS) == 0
+    assert call(sample.main, *trained, *PROMPTS, *SETTINGS) == 0
     shown = capsys.readouterr().out
     assert "sample 2 of 2" in shown
     assert "import json" in shown
@@ -304,19 +269,22 @@ def test_the_same_request_is_read_and_shown_again(
 
 def test_samples_without_retrieval(trained: list[str], workdir: pathlib.Path, capsys):
     more = ["--prompt=A", "--retrieval=off", "--max_tokens=3", "--num_samples=2"]
-    assert _call(sample.main, *trained, *more) == 0
+    assert call(sample.main, *trained, *more) == 0
     assert "●" not in capsys.readouterr().out
 
 
 def test_the_report_shows_all_of_it(
     evaluated: dict, sampled: dict, trained: list[str], workdir: pathlib.Path
 ):
-    assert _call(report.main, *trained, "--title=<My> report") == 0
+    assert call(report.main, *trained, "--title=<My> report") == 0
     page = (workdir / "report.html").read_text(encoding="utf-8")
     assert "&lt;My&gt; report" in page
     for name in ("baseline", "off", "on"):
         assert f"{evaluated[name]['all']['bits_per_byte']:.4f}" in page
-    assert page.count('class="line first"') == page.count('class="line second"') == 2
+    # Training and overlap have both lines, place in the chunk and frequency of the token one.
+    assert page.count('class="line first"') == 4
+    assert page.count('class="line second"') == 2
+    assert "By place in the chunk" in page
     assert page.count('class="line third"') == 1  # the baseline by overlap
     assert "with r(C) at most 50%" in page
     for heading in ("Largest gain", "Largest loss", "Chosen at random"):
@@ -327,6 +295,27 @@ def test_the_report_shows_all_of_it(
     assert document in page
 
 
+def test_two_models_are_compared_document_by_document(
+    evaluated: dict, trained: list[str], workdir: pathlib.Path, capsys
+):
+    other = [*trained, f"--other={workdir}", "--other_condition=baseline"]
+    assert call(compare.main, *other) == 0
+    shown = capsys.readouterr().out
+    (path,) = workdir.glob("evaluation/test-on-against-*-baseline.json")
+    found = json.loads(path.read_text())
+    figures = [evaluated[name]["all"]["bits_per_byte"] for name in ("on", "baseline")]
+    assert found["bits_per_byte"] == pytest.approx(figures)
+    difference = found["difference"]
+    assert difference["value"] == pytest.approx(figures[0] - figures[1])
+    assert difference["low"] <= difference["value"] <= difference["high"]
+    assert 0 < found["p_value"] <= 1
+    assert f"{difference['value']:+.4f} [" in shown
+    assert call(compare.main, *trained, f"--other={workdir}", "--condition=x") == 1
+    assert "has no condition 'x': expected baseline, off, on" in capsys.readouterr().err
+    assert call(compare.main, *trained) == 2
+    assert "--other is missing" in capsys.readouterr().err
+
+
 def test_a_damaged_array_is_one_line(
     evaluated: dict, trained: list[str], workdir: pathlib.Path, capsys
 ):
@@ -334,7 +323,7 @@ def test_a_damaged_array_is_one_line(
     whole = path.read_bytes()
     try:
         path.write_bytes(whole[:-100])
-        assert _call(report.main, *trained) == 1
+        assert call(report.main, *trained) == 1
     finally:
         path.write_bytes(whole)
     assert capsys.readouterr().err == (

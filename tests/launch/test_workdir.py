@@ -45,6 +45,16 @@ def test_other_settings_are_refused_old_to_new(tmp_path):
     assert (tmp_path / "config.gin").read_text() == _SETTINGS
 
 
+def test_a_setting_that_did_not_exist_yet_had_its_default(tmp_path):
+    _claim(tmp_path)
+    newer = f"{_SETTINGS}BatchConfig.neighbour_part = 'both'\n"
+    _claim(tmp_path, newer)
+    assert (tmp_path / "config.gin").read_text() == newer
+    _claim(other := tmp_path / "other")
+    with pytest.raises(UserError, match=r"neighbour_part \(absent\) -> 'chunk'"):
+        _claim(other, newer.replace("both", "chunk"))
+
+
 def test_free_settings_may_change_and_are_recorded(tmp_path):
     _claim(tmp_path)
     other = "A.steps = 100\nA.log_every = 7\nB.width = 9\n"

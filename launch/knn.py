@@ -1,0 +1,170 @@
+"""kNN-LM on a trained model and W's own training text, as a condition of launch.evaluate.
+
+The datastore is made of the first chunks of the training split, whose documents stand in random order
+within each corpus: W/evaluation/knn-*.npy. Weight and temperature are tuned on the validation split.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from launch import runs
+from launch.arrays import read_array, write_array
+from launch.progress import progress_bar
+from launch.scoring import Pass, Scorer
+from launch.splits import Split, open_split
+from retro_jax.batch import RetroBatch
+from retro_jax.errors import UserError
+from retro_jax.evaluate import knn_lm, metrics, score
+from retro_jax.model import Retro
+
+KNN = flags.DEFINE_bool("knn", False, "Also score kNN-LM: the baseline, where there is one.")
+KNN_TOKENS = flags.DEFINE_integer(
+    "knn_tokens", 2_000_000, "Tokens of the training split in its datastore.", lower_bound=64
+)
+KNN_NEIGHBOURS = flags.DEFINE_integer("knn_neighbours", 64, "Tokens it looks up.", lower_bound=1)
+
+_TUNING_CHUNKS = 512  # of the validation split
+
+
+@dataclasses.dataclass(frozen=True)
+class _Store:
+    """The datastore: keys [S, D] float16 and the tokens [S] that followed."""
+
+    keys: np.ndarray
+    values: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class KnnScoring:
+    """How kNN-LM is scored.
+
+    Attributes:
+      run: the model. windows: of texts. scorer: holds the model. data, folder: as everywhere.
+    """
+
+    run: runs.Run
+    windows: score.WindowConfig
+    scorer: Scorer
+    data: pathlib.Path
+    folder: pathlib.Path
+
+    def score(self, split: Split, text: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+        """[n, 64] nats of a split, and what was tuned.
+
+        Args:
+          split: what is scored. text: [n, 64] bool, the tokens that count.
+        """
+        store = self._store()
+        tuning = open_split(self.data, "validation", neighbours=0)
+        owners = tuning.database.documents(tuning.ids)
+        last = owners[min(_TUNING_CHUNKS, len(owners)) - 1]
+        tuning = dataclasses.replace(tuning, ids=tuning.ids[owners <= last])
+        few = metrics.text_mask(
+            tuning.database.chunks(tuning.ids),
+            tuning.database.documents(tuning.ids),
+            eos_id=tuning.database.eos_id,
+            pad_id=tuning.database.pad_id,
+        )
+        found, _ = self._find(tuning, few, store)
+        unit = float(np.median(found.distances.min(axis=1))) or 1.0
+        config = knn_lm.tune(found, unit, neighbours=found.distances.shape[1])
+        found, nll = self._find(split, text, store)
+        nll = nll.copy()
+        nll[text] = found.nll(config, unit)
+        facts = dataclasses.asdict(config) | {"unit": unit, "datastore_tokens": len(store.values)}
+        return nll.astype(np.float32), facts
+
+    def _find(
+        self, split: Split, text: np.ndarray, store: _Store
+    ) -> tuple[knn_lm.Found, np.ndarray]:
+        """What the datastore holds for each token that counts, and [n, 64] of the model alone."""
+        one = Pass(
+            self.run, Retro.token_losses, self.windows, "kNN-LM: model", self.folder / ".knn"
+        )
+        source = split.text(0)
+        nll = self.scorer.nll(one, source)
+        k = min(KNN_NEIGHBOURS.value, len(store.values))
+        distances = np.zeros((text.size, k), np.float32)
+        values = np.zeros((text.size, k), store.values.dtype)
+        with progress_bar(int(text.sum()), "kNN-LM: search", "token") as bar:
+            for places, states in knn_lm.activations(self._states(), source, self.windows):
+                inside = text.ravel()[places]
+                places = places[inside]
+                distances[places], found = knn_lm.nearest(states[inside], store.keys, k)
+                values[places] = store.values[found]
+                bar.update(len(places))
+        here = text.ravel()
+        targets = split.database.chunks(split.ids).ravel()[here]
+        return knn_lm.Found(nll[text], targets, distances[here], values[here]), nll
+
+    def _store(self) -> _Store:
+        """The datastore, read where it is there already."""
+        split = open_split(self.data, "train", neighbours=0)
+        split = dataclasses.replace(split, ids=_spread(split, KNN_TOKENS.value))
+        digest = f"{self.run.checkpoint[:12]}-{split.database.manifest.hash[:12]}-{len(split.ids)}"
+        paths = [self.folder / f"knn-{what}-{digest}.npy" for what in ("keys", "values")]
+        if all(path.is_file() for path in paths):
+            return _Store(*map(read_array, paths))
+        tokens = split.database.chunks(split.ids).ravel()
+        keys, values = [], []
+        with progress_bar(len(split.ids), "kNN-LM: datastore", "chunk") as bar:
+            source = split.text(0)
+            for places, states in knn_lm.activations(self._states(), source, self.windows):
+                keys.append(states.astype(np.float16))
+                values.append(tokens[places])
+                bar.update(len(places) // split.database.chunks(split.ids[:1]).shape[1])
+        if not keys:
+            raise UserError(f"{self.data}: the training split has no token to look up")
+        store = _Store(np.concatenate(keys), np.concatenate(values))
+        for path, array in zip(paths, (store.keys, store.values), strict=True):
+            write_array(path, array)
+        return store
+
+    def _states(self) -> Callable[[RetroBatch], np.ndarray]:
+        """The model's final activations of a batch."""
+        mesh, compiled, windows = self.scorer.compiled(self.run, _hidden_states, self.windows)
+        assert windows.batch_size == self.windows.batch_size
+
+        def states(batch: RetroBatch) -> np.ndarray:
+            with jax.set_mesh(mesh):
+                return np.asarray(compiled(batch))
+
+        return states
+
+
+def knn_scoring(
+    run: runs.Run,
+    windows: score.WindowConfig,
+    scorer: Scorer,
+    *,
+    data: pathlib.Path,
+    folder: pathlib.Path,
+) -> KnnScoring:
+    """A scoring whose batches every device has an equal part of."""
+    _, _, rounded = scorer.compiled(run, _hidden_states, windows)
+    return KnnScoring(run, rounded, scorer, data, folder)
+
+
+def knn_settings() -> dict[str, Any]:
+    """What a result of kNN-LM depends on besides the model and the text."""
+    return {"knn_tokens": KNN_TOKENS.value, "knn_neighbours": KNN_NEIGHBOURS.value}
+
+
+def _hidden_states(model: Retro, batch: RetroBatch) -> jax.Array:
+    """[B, N, D] with retrieval off."""
+    return model.hidden_states(batch.tokens, None, batch.documents)
+
+
+def _spread(split: Split, tokens: int) -> np.ndarray:
+    """Ids of the first chunks of each corpus, in proportion, of about so many tokens in all."""
+    share = min(1.0, tokens / max(1, split.database.manifest.fact("tokens")))
+    ranges = [part for parts in split.database.corpora.values() for part in parts]
+    chosen = [np.arange(part.start, part.start + round(share * len(part))) for part in ranges]
+    return functools.reduce(np.union1d, chosen, np.zeros(0, np.int64)).astype(np.int64)

@@ -1,0 +1,128 @@
+"""Scores a pass of conditions over a text, in segments that an interrupted run need not repeat."""
+
+import dataclasses
+import itertools
+import pathlib
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from launch import runs
+from launch.arrays import read_array, write_array
+from launch.progress import progress_bar
+from retro_jax.batch import RetroBatch
+from retro_jax.errors import UserError
+from retro_jax.evaluate import score
+from retro_jax.model import Retro
+from retro_jax.sharding import batch_sharding, make_mesh
+
+# Chunks of a segment; not a setting, as documents at its ends have windows of their own.
+SEGMENT = 1 << 16
+
+Losses = Callable[[Retro, RetroBatch], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """What is scored at once.
+
+    Attributes:
+      run: the model. losses: of it and a batch, [..., B, N].
+      windows: how the text is cut. what: for the progress bar.
+      partial: where finished segments are kept until all are done.
+    """
+
+    run: runs.Run
+    losses: Losses
+    windows: score.WindowConfig
+    what: str
+    partial: pathlib.Path
+
+
+class Scorer:
+    """Scores passes one after the other; a model is loaded and compiled once for all of its passes."""
+
+    def __init__(self) -> None:
+        self._compiled: dict[Any, tuple[Any, score.TokenLosses]] = {}
+
+    def nll(self, one: Pass, text: score.ChunkText) -> np.ndarray:
+        """[..., n, M] float32: the model over all windows, batches spread over all devices.
+
+        Raises:
+          UserError: a loss that is not finite.
+        """
+        parts = segments(text.documents)
+        paths = [one.partial / f"{i:05d}.npy" for i in range(len(parts))]
+        texts = [
+            dataclasses.replace(text, ids=text.ids[p], documents=text.documents[p]) for p in parts
+        ]
+        counts = [len(score.windows(len(t.ids), *_shape(one.windows))) for t in texts]
+        missing = [i for i, path in enumerate(paths) if not path.is_file()]
+        found: dict[int, np.ndarray] = {}
+        if missing:
+            mesh, losses, windows = self.compiled(one.run, one.losses, one.windows)
+            bar = progress_bar(sum(counts), one.what, "window")
+            bar.update(sum(counts) - sum(counts[i] for i in missing))
+            with jax.set_mesh(mesh), bar:
+                for i in missing:
+                    found[i] = score.score_chunks(losses, texts[i], windows, on_windows=bar.update)
+                    _refuse_infinite(found[i], one.run)
+                    if len(parts) > 1:
+                        write_array(paths[i], found.pop(i))
+        every = [found[i] if i in found else read_array(path) for i, path in enumerate(paths)]
+        return np.concatenate(every, axis=-2)
+
+    def compiled(
+        self, run: runs.Run, losses: Losses, windows: score.WindowConfig
+    ) -> tuple[Any, score.TokenLosses, score.WindowConfig]:
+        """The mesh of a model, its compiled losses, and windows of which every device gets its part."""
+        key = (run.directory, losses)
+        if key not in self._compiled:
+            mesh = make_mesh(run.mesh)
+            rows = batch_sharding(mesh)
+            with jax.set_mesh(mesh):
+                function = score.compiled_token_losses(
+                    *runs.load_model(run, mesh),
+                    place=lambda batch: jax.device_put(batch, rows),
+                    losses=losses,
+                )
+            self._compiled[key] = (mesh, function)
+        mesh, function = self._compiled[key]
+        return mesh, function, _rounded(windows, mesh)
+
+
+def _shape(windows: score.WindowConfig) -> tuple[int, int]:
+    """Chunks and stride."""
+    return windows.chunks, windows.stride
+
+
+def _rounded(windows: score.WindowConfig, mesh: Any) -> score.WindowConfig:
+    """The windows in batches that every device has an equal part of."""
+    divisor = mesh.size // batch_sharding(mesh).shard_shape((mesh.size,))[0]
+    size = -(-windows.batch_size // divisor) * divisor
+    return dataclasses.replace(windows, batch_size=size)
+
+
+def forget(one: Pass) -> None:
+    """Removes the finished segments of a pass whose result stands in its place."""
+    shutil.rmtree(one.partial, ignore_errors=True)
+
+
+def segments(documents: np.ndarray) -> Sequence[Any]:
+    """Slices of whole documents, each of SEGMENT chunks or, at its last document, more."""
+    ends = np.append(np.flatnonzero(documents[1:] != documents[:-1]) + 1, len(documents))
+    cuts = [0]
+    while cuts[-1] < len(documents):
+        at = np.searchsorted(ends, min(cuts[-1] + SEGMENT, len(documents)))
+        cuts.append(int(ends[at]))
+    return [slice(a, b) for a, b in itertools.pairwise(cuts)]
+
+
+def _refuse_infinite(nll: np.ndarray, run: runs.Run) -> None:
+    """Raises where a loss is not finite."""
+    bad = int(np.count_nonzero(~np.isfinite(nll)))
+    if bad:
+        raise UserError(f"{run.directory}: the loss of {bad} tokens is not finite")

@@ -1,0 +1,175 @@
+"""kNN-LM (Khandelwal et al., arXiv 1911.00172): retrieval by token, to compare retrieval by chunk with.
+
+A datastore holds, for every token of the training text, the model's final activation before it (key)
+and the token (value). Each predicted token looks up its k nearest keys, and
+
+    p(token) = weight * p_knn(token) + (1 - weight) * p_model(token)
+    p_knn(token) = sum of softmax(-distance / temperature) over the neighbours whose value is the token
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retro_jax.batch import RetroBatch
+from retro_jax.config import require
+from retro_jax.evaluate.score import ChunkText, WindowConfig, window_batch, windows
+
+States = Callable[[RetroBatch], jax.Array | np.ndarray]  # final activations [B, N, D] of a batch
+_QUERIES, _KEYS = 1024, 1 << 15  # compared at once
+
+
+@dataclasses.dataclass(frozen=True)
+class KnnConfig:
+    """How the neighbours become a distribution.
+
+    Attributes:
+      neighbours: k. weight: of p_knn, from 0 to 1. temperature: of the squared distances, over their
+        median in the datastore's tuning text, so that it does not depend on the model's width.
+    """
+
+    neighbours: int = 64
+    weight: float = 0.25
+    temperature: float = 0.1
+
+    def __post_init__(self) -> None:
+        require(self.neighbours > 0, self, "neighbours", "a positive integer")
+        require(0 <= self.weight < 1, self, "weight", "a share from 0 to 1")
+        require(self.temperature > 0, self, "temperature", "a positive number")
+
+
+def activations(
+    states: States, text: ChunkText, config: WindowConfig
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The activation that predicts each token, in windows as they are scored.
+
+    Args:
+      states: of a batch, [B, N, D].
+      text: the chunks. config: their windows.
+
+    Yields:
+      Positions [m] in the flattened text.ids x chunk of the tokens predicted, and [m, D] float32;
+      each token that has a prediction once, as score_chunks scores it.
+    """
+    plan = windows(len(text.ids), config.chunks, config.stride)
+    for first in range(0, len(plan), config.batch_size):
+        part = plan[first : first + config.batch_size]
+        starts = np.full(config.batch_size, len(text.ids), np.int64)
+        starts[: len(part)] = part[:, 0]
+        batch = window_batch(text, starts, config.chunks)
+        found = np.asarray(states(batch), np.float32)
+        length = batch.tokens.shape[1] // config.chunks
+        for (start, begin, end), row, targets in zip(part, found, batch.targets, strict=False):
+            inside = np.arange((begin - start) * length, (end - start) * length)
+            inside = inside[targets[inside] != text.pad_id]
+            yield start * length + inside + 1, row[inside]
+
+
+def nearest(queries: np.ndarray, keys: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest keys of each query by squared distance, in any order.
+
+    Args:
+      queries: [n, D]. keys: [S, D], float16 or float32; k at most S.
+
+    Returns:
+      Squared distances [n, k] float32 and places [n, k] int64.
+    """
+    distances = np.empty((len(queries), k), np.float32)
+    places = np.empty((len(queries), k), np.int64)
+    for first in range(0, len(queries), _QUERIES):
+        here = slice(first, first + _QUERIES)
+        block = jnp.asarray(queries[here], jnp.float32)
+        best = jnp.full((len(block), k), jnp.inf)
+        ids = jnp.zeros((len(block), k), jnp.int32)
+        for start in range(0, len(keys), _KEYS):
+            part = np.asarray(keys[start : start + _KEYS], np.float32)
+            rows = np.zeros((min(_KEYS, max(len(keys), k)), part.shape[1]), np.float32)
+            rows[: len(part)] = part  # one shape, compiled once
+            best, ids = _merge(block, jnp.asarray(rows), len(part), start, best, ids, k)
+        distances[here], places[here] = best, ids
+    return distances, places
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def _merge(
+    queries: jax.Array,
+    keys: jax.Array,
+    count: int,
+    start: int,
+    best: jax.Array,
+    ids: jax.Array,
+    k: int,
+) -> tuple[jax.Array, jax.Array]:
+    """The k best of those so far and of the first `count` keys, which stand from `start` on."""
+    squares = (queries**2).sum(1)[:, None] + (keys**2).sum(1)[None, :]
+    distances = jnp.maximum(squares - 2 * queries @ keys.T, 0)
+    numbers = jnp.arange(len(keys))
+    distances = jnp.where(numbers < count, distances, jnp.inf)
+    every = jnp.concatenate([best, distances], axis=1)
+    every_ids = jnp.concatenate(
+        [ids, jnp.broadcast_to(start + numbers, distances.shape).astype(ids.dtype)], axis=1
+    )
+    least, where = jax.lax.top_k(-every, k)
+    return -least, jnp.take_along_axis(every_ids, where, axis=1)
+
+
+def knn_nll(
+    distances: np.ndarray, values: np.ndarray, targets: np.ndarray, temperature: float
+) -> np.ndarray:
+    """-log p_knn(target) [n] float64, infinite where no neighbour has it.
+
+    Args:
+      distances: [n, k]. values: [n, k] tokens of the neighbours. targets: [n]. temperature: in the
+        distances' own unit.
+    """
+    logits = -distances.astype(np.float64) / temperature
+    logits -= logits.max(axis=1, keepdims=True)
+    weights = np.exp(logits)
+    with np.errstate(divide="ignore"):
+        hit = np.where(values == targets[:, None], weights, 0).sum(axis=1) / weights.sum(axis=1)
+        return -np.log(hit)
+
+
+def mixed_nll(model_nll: np.ndarray, knn: np.ndarray, weight: float) -> np.ndarray:
+    """-log of weight * p_knn + (1 - weight) * p_model, from the two [n] nlls."""
+    if not weight:
+        return model_nll
+    return -np.logaddexp(np.log(weight) - knn, np.log1p(-weight) - model_nll)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Tokens of a text with what was found for them: model_nll [n], targets [n], distances [n, k] and
+    the neighbours' values [n, k]."""
+
+    model_nll: np.ndarray
+    targets: np.ndarray
+    distances: np.ndarray
+    values: np.ndarray
+
+    def nll(self, config: KnnConfig, unit: float) -> np.ndarray:
+        """[n] of the mixture; `unit` is what distances are measured in."""
+        k = config.neighbours
+        order = np.argsort(self.distances, axis=1, kind="stable")[:, :k]
+        distances = np.take_along_axis(self.distances, order, axis=1)
+        values = np.take_along_axis(self.values, order, axis=1)
+        knn = knn_nll(distances, values, self.targets, config.temperature * unit)
+        return mixed_nll(self.model_nll, knn, config.weight)
+
+
+def tune(
+    found: Found,
+    unit: float,
+    *,
+    neighbours: int,
+    weights: Sequence[float] = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+    temperatures: Sequence[float] = (0.01, 0.03, 0.1, 0.3, 1.0),
+) -> KnnConfig:
+    """The weight and temperature of the least mean loss on a text, which is not the one reported."""
+    configs = [KnnConfig(neighbours, w, t) for w, t in itertools.product(weights, temperatures)]
+    return min(configs, key=lambda config: float(found.nll(config, unit).mean()))

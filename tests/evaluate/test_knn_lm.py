@@ -1,0 +1,73 @@
+"""kNN-LM: every prediction has its activation, the nearest are the nearest, mixtures are sums."""
+
+import numpy as np
+import pytest
+
+from retro_jax.batch import RetroBatch
+from retro_jax.errors import UserError
+from retro_jax.evaluate import knn_lm
+from retro_jax.evaluate.score import WindowConfig, score_chunks
+from tests.evaluate.texts import PAD, chunked, documents_of
+
+M = 4
+
+
+def _states(batch: RetroBatch) -> np.ndarray:
+    """A fake model whose activation is the token that it reads and the target."""
+    return np.stack([batch.tokens, batch.targets], axis=-1).astype(np.float32)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_each_predicted_token_has_the_activation_before_it_once(stride: int):
+    documents = documents_of([9, 3, 0, 21], vocab_size=50)
+    text, table = chunked(documents, M)
+    config = WindowConfig(chunks=3, stride=stride, batch_size=2)
+    places, states = map(np.concatenate, zip(*knn_lm.activations(_states, text, config)))
+    flat = table.ravel()
+    assert (states[:, 1] == flat[places]).all()
+    assert (states[:, 0] == flat[places - 1]).all()
+    scored = score_chunks(lambda b: (b.targets != PAD).astype(np.float32), text, config)
+    assert sorted(places) == np.flatnonzero(scored.ravel()).tolist()
+
+
+@pytest.mark.parametrize("keys", [7, 40, 100])
+def test_the_nearest_are_the_nearest(keys: int, monkeypatch):
+    monkeypatch.setattr(knn_lm, "_KEYS", 40)
+    monkeypatch.setattr(knn_lm, "_QUERIES", 8)
+    rng = np.random.default_rng(0)
+    store, queries = rng.normal(size=(keys, 5)), rng.normal(size=(20, 5))
+    distances, places = knn_lm.nearest(queries, store.astype(np.float32), k=5)
+    every = ((queries[:, None] - store) ** 2).sum(-1)
+    expected = np.argsort(every, axis=1)[:, :5]
+    assert [sorted(row) for row in places.tolist()] == [sorted(row) for row in expected.tolist()]
+    assert np.sort(distances, 1) == pytest.approx(np.sort(every, 1)[:, :5], rel=1e-4, abs=1e-5)
+
+
+def test_the_mixture_is_the_weighted_sum():
+    rng = np.random.default_rng(0)
+    distances, values = rng.uniform(0, 3, (6, 4)), rng.integers(0, 3, (6, 4))
+    targets, model = np.array([0, 1, 2, 0, 1, 9]), rng.uniform(0.1, 3, 6)
+    found = knn_lm.Found(model, targets, distances, values)
+    nll = found.nll(knn_lm.KnnConfig(neighbours=4, weight=0.3, temperature=0.5), unit=2.0)
+    for i in range(6):
+        weights = np.exp(-distances[i])
+        knn = weights[values[i] == targets[i]].sum() / weights.sum()
+        assert nll[i] == pytest.approx(-np.log(0.3 * knn + 0.7 * np.exp(-model[i])))
+    assert nll[5] == pytest.approx(model[5] - np.log(0.7))  # no neighbour has it
+    nearest_two = found.nll(knn_lm.KnnConfig(neighbours=2, weight=0.3, temperature=0.5), unit=2.0)
+    assert not np.allclose(nll, nearest_two)
+
+
+def test_tuning_takes_what_serves_the_text():
+    targets = np.array([4, 5, 6])
+    right = knn_lm.Found(np.full(3, 3.0), targets, np.zeros((3, 1)), targets[:, None])
+    wrong = knn_lm.Found(np.full(3, 3.0), targets, np.zeros((3, 1)), targets[:, None] + 1)
+    assert knn_lm.tune(right, 1.0, neighbours=1).weight == 0.9
+    assert knn_lm.tune(wrong, 1.0, neighbours=1).weight == 0.0
+
+
+@pytest.mark.parametrize("wrong", [{"neighbours": 0}, {"weight": 1.0}, {"temperature": 0.0}])
+def test_bad_settings_are_refused(wrong: dict):
+    (name,) = wrong
+    with pytest.raises(UserError, match=rf"KnnConfig\.{name} is"):
+        knn_lm.KnnConfig(**wrong)
