@@ -46,7 +46,8 @@ def main() -> None:
     devices, slice_ = topology.devices(name)
     report = check(work, make_mesh(mesh_config, devices), slice_)
     if JSON.value:
-        figures = {"topology": name, **as_json(report, slice_)}
+        figures = {"topology": name, "remat": work.execution.remat}
+        figures |= as_json(report, slice_)
         pathlib.Path(JSON.value).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     print("\n".join(lines(work, report, slice_)))
 
@@ -80,7 +81,8 @@ def lines(work: Work, report: Report, slice_: Slice | None) -> list[str]:
         f"{kind} of {work.retro.num_parameters():,} parameters on {where}: mesh {mesh}, "
         f"remat {work.execution.remat}",
         f"{work.batch_size} x {work.sequence_length} = {tokens:,} tokens a step; compiled in "
-        f"{report.compile_seconds:.0f} s from {report.lowered_bytes / 1e6:.1f} MB of program",
+        f"{report.compile_seconds:.0f} s, {report.lowered_bytes / 1e6:.1f} MB of program to "
+        f"{report.compiled_bytes / 1e6:.1f} MB",
         "",
         *_memory_lines(report, slice_),
         "",
@@ -103,6 +105,7 @@ def as_json(report: Report, slice_: Slice | None) -> dict:
         "collectives": [dataclasses.asdict(exchange) for exchange in report.exchanges],
         "compile_seconds": report.compile_seconds,
         "lowered_bytes": report.lowered_bytes,
+        "compiled_bytes": report.compiled_bytes,
     }
     bound = report.bound
     if bound is not None:

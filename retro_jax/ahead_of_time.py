@@ -28,7 +28,7 @@ from retro_jax.train.optimizer import OptimizerConfig, make_optimizer
 from retro_jax.train.step import StepConfig, TrainState, abstract_state, compile_train_step
 
 _HBM_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
-_STEPS = 1_000_000  # of the schedule, which is a number in the program
+STEPS = 1_000_000  # of the schedule, which is a number in the program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +97,8 @@ class Report:
     Attributes:
       mesh: devices by axis. memory: per device. model_flops: the algorithm's own, a device's share.
       costs: of the compiled program on a device. exchanges: its collectives, the largest first.
-      bound: of the step's time; None off TPU. compile_seconds: on this machine. lowered_bytes: of
-        the program's text before compilation.
+      bound: of the step's time; None off TPU. compile_seconds: on this machine. lowered_bytes,
+        compiled_bytes: of the program's text before and after compilation.
     """
 
     mesh: dict[str, int]
@@ -109,6 +109,7 @@ class Report:
     bound: Bound | None
     compile_seconds: float
     lowered_bytes: int
+    compiled_bytes: int
 
 
 def abstract_batch(work: Work, mesh: Mesh) -> RetroBatch:
@@ -149,7 +150,7 @@ def lower(work: Work, mesh: Mesh) -> tuple[TrainState, RetroBatch, Any]:
       UserError: the mesh does not divide the model or the batch.
     """
     check_mesh(work.retro, mesh, work.batch_size)
-    optimizer = make_optimizer(work.optimizer, _STEPS)
+    optimizer = make_optimizer(work.optimizer, STEPS)
 
     def make() -> Retro:
         return Retro(work.retro, work.execution, shardings=MESH_SHARDINGS, rngs=nnx.Rngs(0))
@@ -181,7 +182,8 @@ def check(work: Work, mesh: Mesh, slice_: Slice | None) -> Report:
     except jax.errors.JaxRuntimeError as error:
         raise _out_of_memory(error, slice_) from error
     seconds = time.perf_counter() - start
-    costs = program_costs(hlo.parse(compiled.as_text()), mesh.size)
+    text = compiled.as_text()
+    costs = program_costs(hlo.parse(text), mesh.size)
     exchanges = tuple(group_exchanges(costs.collectives, mesh, slice_))
     sequence = training_flops(
         work.retro, work.sequence_length, work.neighbours if work.retro.has_retrieval else 0
@@ -196,6 +198,7 @@ def check(work: Work, mesh: Mesh, slice_: Slice | None) -> Report:
         bound=None if slice_ is None else _bound(costs, exchanges, slice_, model_flops),
         compile_seconds=seconds,
         lowered_bytes=len(lowered.as_text()),
+        compiled_bytes=len(text),
     )
 
 

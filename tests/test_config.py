@@ -120,6 +120,17 @@ def test_the_papers_parameter_counts(name):
     assert without == pytest.approx(baseline * 1e6, rel=5e-3)
 
 
+def test_the_wikitext103_model_is_the_papers():
+    """Section 4.1 and appendix C: 18 layers of width 1024, one embedding for both, dropout 0.25."""
+    config = PRESETS["wikitext103"]
+    sizes = (config.num_layers, config.d_model, config.d_ff, config.num_heads, config.head_dim)
+    assert sizes == (18, 1024, 4096, 16, 64)
+    assert config.dropout == 0.25
+    assert config.share_embeddings
+    embeddings = config.num_parameters() - config.num_parameters(embeddings=False)
+    assert embeddings == config.vocab_size * config.d_model
+
+
 def test_baseline_differs_in_retrieval_only():
     baseline = TINY.baseline()
     assert not baseline.has_retrieval

@@ -101,6 +101,7 @@ def test_a_slice_of_chips_has_memory_and_a_roofline(settings, capsys, monkeypatc
         bound=bound,
         compile_seconds=3.0,
         lowered_bytes=2_000_000,
+        compiled_bytes=3_000_000,
     )
     monkeypatch.setattr(topology, "devices", lambda name: (jax.devices()[:4], slice_))
     monkeypatch.setattr(compile_check, "check", lambda work, mesh, slice_: report)

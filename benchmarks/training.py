@@ -1,0 +1,190 @@
+"""A training step to be timed: the one that launch.train runs, on random tokens."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from flax import nnx
+
+from benchmarks.timing import Turn, peak_rate, timed
+from retro_jax.ahead_of_time import STEPS, Work, lower
+from retro_jax.batch import RetroBatch
+from retro_jax.config import PRESETS, ExecutionConfig, RetroConfig
+from retro_jax.errors import UserError
+from retro_jax.flops import training_flops
+from retro_jax.model import Retro
+from retro_jax.sharding import MESH_SHARDINGS, MeshConfig, batch_sharding, make_mesh
+from retro_jax.train.optimizer import OptimizerConfig, make_optimizer
+from retro_jax.train.step import initial_state
+
+PRESET = flags.DEFINE_string("preset", "peer", "tiny, peer (retro-pytorch's), or a published size.")
+POSITIONS = flags.DEFINE_string(
+    "positions", None, "relative or rotary. Default: rotary for peer, else relative."
+)
+DTYPE = flags.DEFINE_string(
+    "dtype", None, "Of activations. Default: float32 on CPU, else bfloat16."
+)
+ROWS = flags.DEFINE_integer(
+    "rows", None, "Sequences a step. Default: 4 for peer, else 8.", lower_bound=1
+)
+LENGTH = flags.DEFINE_integer(
+    "length", None, "Tokens a sequence. Default: 512 for peer, else 2048.", lower_bound=64
+)
+NEIGHBOURS = flags.DEFINE_integer("slots", 2, "Neighbours a chunk.", lower_bound=1)
+TURNS = flags.DEFINE_integer("turns", 10, "Turns of each side; the best counts.", lower_bound=1)
+STEPS_A_TURN = flags.DEFINE_integer(
+    "steps", None, "Steps a turn. Default: 1 on CPU, else 5.", lower_bound=1
+)
+OUTPUT = flags.DEFINE_string("output", None, "Also write everything to this file, as JSON.")
+
+_SMALL = RetroConfig(
+    vocab_size=512,
+    d_model=32,
+    num_layers=2,
+    num_heads=8,
+    head_dim=32,
+    d_ff=128,
+    cca_layers=(2,),
+    encoder_d_model=32,
+    encoder_num_layers=1,
+    encoder_num_heads=8,
+    encoder_head_dim=32,
+    encoder_d_ff=128,
+    positions="rotary",
+)
+# name: configuration, rows, tokens a sequence
+OWN = {
+    "tiny": (_SMALL, 2, 128),
+    "peer": (
+        dataclasses.replace(
+            _SMALL,
+            vocab_size=16384,
+            d_model=512,
+            num_layers=6,
+            head_dim=64,
+            d_ff=2048,
+            cca_layers=(3, 6),
+            encoder_d_model=256,
+            encoder_num_layers=2,
+            encoder_head_dim=64,
+            encoder_d_ff=1024,
+        ),
+        4,
+        512,
+    ),
+}
+
+
+def work_from_flags(**execution: Any) -> Work:
+    """The step that the flags ask for.
+
+    Args:
+      **execution: fields of ExecutionConfig besides the dtype.
+
+    Raises:
+      UserError: no such preset, or settings that do not fit.
+    """
+    known = {name: (config, 8, 2048) for name, config in PRESETS.items()} | OWN
+    if PRESET.value not in known:
+        raise UserError(f"--preset={PRESET.value}: expected one of {', '.join(known)}")
+    retro, rows, length = known[PRESET.value]
+    if POSITIONS.value:
+        retro = dataclasses.replace(retro, positions=POSITIONS.value)
+    dtype = DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return Work(
+        retro,
+        ExecutionConfig(activation_dtype=dtype, **execution),
+        OptimizerConfig(),
+        batch_size=ROWS.value or rows,
+        sequence_length=LENGTH.value or length,
+        neighbours=NEIGHBOURS.value,
+    )
+
+
+def baseline_of(work: Work) -> Work:
+    """The same work for the transformer of equal decoder."""
+    return dataclasses.replace(work, retro=work.retro.baseline(), neighbours=0)
+
+
+class Step:
+    """A compiled training step with its state and a batch, on all devices (rows over them).
+
+    Attributes:
+      work: what it does. tokens, flops: of a step, the latter by retro_jax.flops. temporaries: bytes
+        that the program needs on a device besides state and batch. parameters: how many.
+    """
+
+    def __init__(self, work: Work):
+        self.work = work
+        mesh = make_mesh(MeshConfig())
+        self.devices = mesh.size
+        abstract, shapes, lowered = lower(work, mesh)
+        self._program = lowered.compile()
+        self.temporaries = self._program.memory_analysis().temp_size_in_bytes
+        self.parameters = work.retro.num_parameters()
+        self.tokens = work.batch_size * work.sequence_length
+        sequence = training_flops(work.retro, work.sequence_length, work.neighbours)
+        self.flops = work.batch_size * sequence
+        self._state = initial_state(_maker(work), make_optimizer(work.optimizer, STEPS), abstract)
+        self._batch = jax.device_put(random_batch(work, shapes), batch_sharding(mesh))
+        self.turn(1)
+
+    def turn(self, steps: int) -> Turn:
+        """Makes steps; the time of one."""
+
+        def run() -> jax.Array:
+            for _ in range(steps):
+                self._state, metrics = self._program(self._state, self._batch)
+            return metrics.loss
+
+        turn = timed(run)
+        return Turn(turn.wall / steps, turn.processor / steps)
+
+
+def random_batch(work: Work, shapes: RetroBatch) -> RetroBatch:
+    """Random tokens and neighbours; every row holds two or three documents."""
+    draw = np.random.default_rng(0)
+
+    def tokens(leaf: Any) -> np.ndarray:
+        return draw.integers(1, work.retro.vocab_size, leaf.shape).astype(np.int32)
+
+    batch = jax.tree.map(tokens, shapes)
+    rows, chunks = shapes.documents.shape
+    ends = draw.integers(1, chunks + 1, (rows, 2, 1))
+    documents = (np.arange(chunks) >= ends).sum(axis=1).astype(np.int32)
+    return dataclasses.replace(batch, documents=documents, corpus=np.zeros(rows, np.int32))
+
+
+def steps_a_turn() -> int:
+    """As the flag says, or enough to hide the dispatch."""
+    return STEPS_A_TURN.value or (1 if jax.default_backend() == "cpu" else 5)
+
+
+def figures(name: str, step: Step, turn: Turn, product_rate: float) -> dict[str, Any]:
+    """A row of the table.
+
+    Args:
+      name: of the row. step: what was timed. turn: its best turn.
+      product_rate: operations a second of the measured matrix product, on one device.
+    """
+    rate = step.flops / turn.wall / step.devices
+    peak = peak_rate()
+    return {
+        "what": name,
+        "parameters": step.parameters,
+        "step s": turn.wall,
+        "tokens/s": step.tokens / turn.wall,
+        "GFLOP/token": step.flops / step.tokens / 1e9,
+        "TFLOP/s/device": rate / 1e12,
+        "of product": rate / product_rate,
+        "of peak": None if peak is None else rate / peak,
+        "temporaries GB": step.temporaries / 1e9,
+    }
+
+
+def _maker(work: Work) -> Callable[[], Retro]:
+    """Builds the module on a mesh."""
+    return lambda: Retro(work.retro, work.execution, shardings=MESH_SHARDINGS, rngs=nnx.Rngs(0))
