@@ -5,7 +5,9 @@
     else   none: self_attention.py goes by blocks of queries
 
 Neither kernel has relative positions: cuDNN takes a bias, but it would have to be made for all
-[B, H, N, N] pairs. Kernels know nothing of meshes: they run inside shard_map, each device on its own
+[B, H, N, N] pairs. Documents cost cuDNN a bias of [B, 1, N, N]; jax 0.10 has the backward pass make
+its gradient too, of [B, H, N, N] bfloat16, one layer at a time (jax-ml/jax pull request 39512 ends
+that). Kernels know nothing of meshes: they run inside shard_map, each device on its own
 rows and heads.
 """
 
