@@ -187,6 +187,16 @@ class Batches:
             )
         return self._assemble(ids, past_seam, corpus)
 
+    def document_ids(self, step: int) -> list[str]:
+        """The ids of the documents that a global batch has chunks of, in their order in it.
+
+        Args:
+          step: t, which global batch.
+        """
+        numbers = self.rows(step).documents.ravel()
+        distinct = dict.fromkeys((numbers[numbers >= 0] % _SEAM).tolist())
+        return [self._database.record(d).id for d in distinct]
+
     def iterate(
         self, start_step: int = 0, rows: Sequence[int] | None = None
     ) -> Generator[RetroBatch, None, None]:

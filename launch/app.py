@@ -125,7 +125,7 @@ def _guarded(main: Callable[[], None], argv: list[str]) -> int:
         if "--debug" in argv:
             raise
         status, message = _status_and_message(error)
-        print(f"{''.join(_who)}error: {' '.join(message.split())}", file=sys.stderr)
+        tell(message)
         if _who and not isinstance(error, SharedError):
             leave(status)
         return status
@@ -135,6 +135,11 @@ def _guarded(main: Callable[[], None], argv: list[str]) -> int:
         print(f"{_who[0]}{traceback.format_exc()}", file=sys.stderr)
         leave(1)
     return 0
+
+
+def tell(message: str) -> None:
+    """Prints an error as one line on standard error."""
+    print(f"{''.join(_who)}error: {' '.join(message.split())}", file=sys.stderr)
 
 
 def leave(status: int) -> None:

@@ -183,6 +183,9 @@ def _on_kubernetes(environment: Mapping[str, str]) -> Place | None:
         address += f":{environment.get('JAX_COORDINATOR_PORT', _KUBERNETES_PORT)}"
     rank = "NODE_RANK" if "NODE_RANK" in environment else "JOB_COMPLETION_INDEX"
     index = _number(environment, rank, source)
+    if rank == "JOB_COMPLETION_INDEX":  # it counts the hosts of one slice
+        hosts = _number(environment, "HOSTS_A_SLICE", source, default=0)
+        index += hosts * _number(environment, "SLICE_INDEX", source, default=0)
     return Place(address, _number(environment, "NNODES", source), index, source=source)
 
 

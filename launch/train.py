@@ -14,6 +14,10 @@ GKE or the TPU's metadata (launch.cluster prepares that), or are told where they
     python -m launch.train ... --coordinator_address=HOST:PORT --num_processes=2 --process_id=0
 
 Each reads only the rows of its devices; process 0 writes the curves. W is a directory that all see.
+
+    python -m launch.train --replay=W --workdir=W2
+
+makes the run of W once more from what it recorded, and says whether the losses are the same bits.
 """
 
 import contextlib
@@ -32,12 +36,14 @@ from jax.sharding import Mesh
 from data_pipelines.batches import BatchConfig, Batches
 from data_pipelines.chunk_database import CHUNK_LENGTH, ChunkDatabase
 from data_pipelines.neighbours import NeighbourTable
-from launch import app, configurables, workdir
+from launch import app, configurables, replay, workdir
+from launch.autopsy import Autopsy
 from launch.processes import join
+from launch.runs import CHECKPOINTS
 from launch.shared_flags import DATA
 from retro_jax.batch import RetroBatch
 from retro_jax.config import ExecutionConfig, RetroConfig
-from retro_jax.errors import LostPeerError, UserError
+from retro_jax.errors import SharedError, UserError
 from retro_jax.model import Retro
 from retro_jax.model.copying import begin_with_copying
 from retro_jax.model.fused_attention import check_attention
@@ -46,18 +52,16 @@ from retro_jax.train import loop, processes, step
 from retro_jax.train.checkpoint import Checkpoints, find_damage, latest_step
 from retro_jax.train.inputs import global_batches, local_rows
 from retro_jax.train.loop import TrainConfig
-from retro_jax.train.metrics import Observer
+from retro_jax.train.metrics import BadBatches, Observer
 from retro_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from retro_jax.train.phases import Watchdog
 
 BASELINE = flags.DEFINE_bool(
     "baseline", False, "Train the transformer of equal decoder, without retrieval, in W/baseline."
 )
 
-HELP_ALSO = ("launch.processes",)
+HELP_ALSO = ("launch.processes", "launch.replay")
 RETRO_RUN, BASELINE_RUN = "retro", "baseline"
-CHECKPOINTS = "checkpoints"
-# Words in the runtime's errors when a process is lost: of CPU, GPU and the coordination service.
-_SIGNS_OF_LOSS = ("gloo", "nccl", "connection", "heartbeat", "barrier", "unavailable", "aborted")
 # What may differ when a run goes on: the numbers do not depend on it.
 FREE = (
     "ExecutionConfig",
@@ -72,9 +76,11 @@ class Data:
     """The training split.
 
     Attributes:
-      database: its chunks. batches: made of them. parents: hashes of the artefacts that were opened.
+      directory: what launch.prepare has filled. database: its chunks. batches: made of them.
+      parents: hashes of the artefacts that were opened.
     """
 
+    directory: pathlib.Path
     database: ChunkDatabase
     batches: Batches
     parents: dict[str, str]
@@ -111,45 +117,59 @@ def main() -> None:
     """Trains, or says that there is nothing left to train."""
     directory = pathlib.Path(app.required(app.WORKDIR, "the directory of the run"))
     join()
-    run = directory / (BASELINE_RUN if BASELINE.value else RETRO_RUN)
     prepared = processes.together(lambda: prepare(directory))
     if prepared is None:
         return
-    data, plan = prepared
+    data, plan, run, recorded = prepared
     steps = plan.settings.training.steps
     if processes.from_first(lambda: _claim(run, data, steps)):
         _say(f"{run}: trained already, {steps} steps")
-        return
-    stop = loop.StopRequest()
-    with stop.listening():
-        last = train(run, plan, data.batches, stop)
-    if last < steps:
-        message = f"{run}: stopped and saved at step {last} of {steps}; run it again to go on"
-        _say(message, file=sys.stderr)
-        sys.exit(app.SAVED)
-    _say(f"{run}: trained {steps} steps")
+    else:
+        stop = loop.StopRequest()
+        with stop.listening():
+            last = train(run, plan, data.batches, stop)
+        if last < steps:
+            message = f"{run}: stopped and saved at step {last} of {steps}; run it again to go on"
+            _say(message, file=sys.stderr)
+            sys.exit(app.SAVED)
+        _say(f"{run}: trained {steps} steps")
+    if recorded is not None:
+        _say(processes.from_first(lambda: replay.compare(recorded, run)))
 
 
-def prepare(directory: pathlib.Path) -> tuple[Data, Plan] | None:
+def prepare(
+    directory: pathlib.Path,
+) -> tuple[Data, Plan, pathlib.Path, pathlib.Path | None] | None:
     """Reads the settings and opens the data; writes nothing. None after --print_config.
 
     Args:
       directory: W.
 
+    Returns:
+      The data, the plan, where the run goes, and the run that it replays.
+
     Raises:
       UserError: a setting or an artefact is wrong.
     """
-    configurables.load_from_flags()
+    recorded = replay.find_run(BASELINE_RUN, RETRO_RUN, BASELINE.value)
+    source, run = directory, directory / (BASELINE_RUN if BASELINE.value else RETRO_RUN)
+    if recorded is not None:
+        configurables.load(str(recorded / workdir.CONFIG_FILE), configurables.GIN_BINDINGS.value)
+        source, run = replay.data_directory(recorded), directory / recorded.name
+    else:
+        configurables.load_from_flags()
     if BASELINE.value:
         configurables.override("RetroConfig.cca_layers", ())
         configurables.override("BatchConfig.neighbours", 0)
         configurables.override("TrainConfig.neighbour_dropout", 0.0)
-    data = open_data(pathlib.Path(DATA.value or directory))
+    data = open_data(pathlib.Path(DATA.value or source))
     settings = make_settings(data)
     if configurables.PRINT_CONFIG.value:
         _say(configurables.operative_config(), end="")
         return None
-    return data, make_plan(settings, data.batches)
+    if recorded is not None:
+        replay.check(recorded, data.parents, FREE)
+    return data, make_plan(settings, data.batches), run, recorded
 
 
 def _claim(run: pathlib.Path, data: Data, steps: int) -> str:
@@ -161,6 +181,7 @@ def _claim(run: pathlib.Path, data: Data, steps: int) -> str:
         parents=data.parents,
         free=FREE,
         begun=reached is not None,
+        data=str(data.directory.absolute()),
     )
     done = reached == steps and not find_damage(run / CHECKPOINTS / str(steps))
     return "done" if done else ""
@@ -185,10 +206,10 @@ def open_data(directory: pathlib.Path) -> Data:
     chunks = ChunkDatabase.open(directory / "chunks" / "train")
     parents = {"chunks/train": chunks.manifest.hash}
     if not config.neighbours:
-        return Data(chunks, Batches(config, chunks), parents)
+        return Data(directory, chunks, Batches(config, chunks), parents)
     table = NeighbourTable.open(directory / "neighbours" / "train", chunks, chunks)
     parents["neighbours/train"] = table.manifest.hash
-    return Data(chunks, Batches(config, chunks, table, chunks), parents)
+    return Data(directory, chunks, Batches(config, chunks, table, chunks), parents)
 
 
 def make_settings(data: Data) -> Settings:
@@ -225,8 +246,13 @@ def make_plan(settings: Settings, batches: Batches) -> Plan:
     Raises:
       UserError: the mesh, the model, the batch and the schedule do not fit together.
     """
-    mesh = make_mesh(settings.mesh)
-    check_mesh(settings.retro, mesh, batches.config.batch_size)
+    mesh, parts = make_mesh(settings.mesh), settings.training.accumulate
+    if batches.config.batch_size % parts:
+        raise UserError(
+            f"TrainConfig.accumulate is {parts}: expected a divisor of the batch size "
+            f"{batches.config.batch_size}"
+        )
+    check_mesh(settings.retro, mesh, batches.config.batch_size // parts)
     check_attention(
         settings.retro,
         settings.execution,
@@ -234,13 +260,18 @@ def make_plan(settings: Settings, batches: Batches) -> Plan:
         length=batches.config.sequence_length,
     )
     optimizer = make_optimizer(settings.optimizer, settings.training.steps)
-    graphdef, abstract = step.abstract_state(_model_maker(settings), optimizer, mesh)
+    training = settings.training
     config = step.StepConfig(
         pad_id=settings.retro.pad_id,
         num_corpora=len(batches.corpora),
-        seed=settings.training.seed,
-        neighbour_dropout=settings.training.neighbour_dropout,
+        seed=training.seed,
+        neighbour_dropout=training.neighbour_dropout,
+        accumulate=training.accumulate,
+        loss_jump=training.loss_jump,
+        skip_bad_batches=training.skip_bad_batches,
+        average_decay=training.average_decay,
     )
+    graphdef, abstract = step.abstract_state(_model_maker(settings), optimizer, mesh, config)
     compiled = step.compile_train_step(graphdef=graphdef, optimizer=optimizer, config=config)
     return Plan(settings, mesh, optimizer, abstract, compiled)
 
@@ -255,16 +286,9 @@ def train(run: pathlib.Path, plan: Plan, batches: Batches, stop: loop.StopReques
     Returns:
       The step that was reached and saved.
     """
-    try:
-        with contextlib.ExitStack() as stack:
-            return _train(run, plan, batches, stop=stop, stack=stack)
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or not _of_another_process(str(error)):
-            raise
-        raise LostPeerError(
-            f"a collective failed ({str(error).splitlines()[0]}): another process was lost; start all "
-            f"of them again, and the run goes on from step {latest_step(run / CHECKPOINTS) or 0}"
-        ) from error
+    with processes.noticing_loss(), contextlib.ExitStack() as stack:
+        processes.connect(plan.mesh)
+        return _train(run, plan, batches, stop=stop, stack=stack)
 
 
 def _train(
@@ -280,8 +304,8 @@ def _train(
     checkpoints = Checkpoints(run / CHECKPOINTS, keep=training.keep, keep_every=training.keep_every)
 
     def close(kind: type[BaseException] | None, *_: Any) -> None:
-        # After an error the others may be gone, and closing would wait for them.
-        if kind is None or jax.process_count() == 1:
+        # After an error of its own the others may be gone, and closing would wait for them.
+        if kind is None or issubclass(kind, SharedError) or jax.process_count() == 1:
             checkpoints.close()
 
     stack.push(close)
@@ -293,6 +317,7 @@ def _train(
         _print_summary(plan, batches, start)
     observer = _observer(run, plan.settings, batches, start)
     stack.callback(observer.close)
+    stack.enter_context(Watchdog(observer.phases, training.hang_seconds, _give_up))
     stack.enter_context(jax.set_mesh(plan.mesh))
     state = loop.train(
         state,
@@ -306,11 +331,6 @@ def _train(
     return int(state.step)
 
 
-def _of_another_process(message: str) -> bool:
-    """Whether an error of the runtime is that another process has gone."""
-    return any(word in message.lower() for word in _SIGNS_OF_LOSS)
-
-
 def _observer(run: pathlib.Path, settings: Settings, batches: Batches, start: int) -> Observer:
     """The run's curves, from a step on."""
     training = settings.training
@@ -321,8 +341,15 @@ def _observer(run: pathlib.Path, settings: Settings, batches: Batches, start: in
         start_step=start,
         steps=training.steps,
         log_every=training.log_every,
-        main_process=jax.process_index() == 0,
+        main_process=processes.is_first(),
+        bad_batches=BadBatches(training.skip_bad_batches, Autopsy(run, batches)),
     )
+
+
+def _give_up(reason: str) -> None:
+    """Ends a process that hangs, or waits for one that does."""
+    app.tell(f"{reason}; start all processes again, and the run goes on")
+    app.leave(app.LOST)
 
 
 def _model_maker(settings: Settings) -> Callable[[], Retro]:

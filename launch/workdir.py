@@ -3,7 +3,7 @@
 config.gin      every setting in force, defaults included, sorted; can be given as --gin_file
 parents.json    hashes of the artefacts that the run reads
 versions.json   for each start that differs from the one before: Python, packages, git revision
-                (and whether the working tree differed from it), hardware
+                (and whether the working tree differed from it), hardware, where the data lies
 """
 
 import importlib.metadata
@@ -21,6 +21,8 @@ from launch.configurables import default_of, parse_bindings
 from retro_jax.errors import UserError
 
 CONFIG_FILE, PARENTS_FILE, VERSIONS_FILE = "config.gin", "parents.json", "versions.json"
+# Variables that change what is computed, or how.
+_ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE", "JAX_ENABLE_X64")
 _SHOWN = 5  # differences in an error
 _HASH_DIGITS = 12
 
@@ -32,6 +34,7 @@ def claim(
     parents: Mapping[str, str],
     free: Collection[str] = (),
     begun: bool = True,
+    data: str = "",
 ) -> None:
     """Records a run's settings in its directory, or checks them against those recorded.
 
@@ -42,6 +45,7 @@ def claim(
       free: settings ("Class.field", or "Class" for all of it) that may differ from those recorded;
         the new values are then recorded.
       begun: whether the directory holds results; where not, what is recorded is replaced.
+      data: where the artefacts lie.
 
     Raises:
       UserError: the directory belongs to a run of other settings or data; says which, old -> new.
@@ -62,20 +66,20 @@ def claim(
         _refuse(directory, "data", recorded, short)
     _write(config, settings)
     _write(lineage, json.dumps(dict(parents), indent=1, sort_keys=True) + "\n")
-    record_versions(directory)
+    record_versions(directory, data)
 
 
-def record_versions(directory: str | os.PathLike) -> None:
+def record_versions(directory: str | os.PathLike, data: str = "") -> None:
     """Appends this start to versions.json, unless it is like the one before it."""
     path = pathlib.Path(directory) / VERSIONS_FILE
     starts = _read_json(path)["starts"] if path.exists() else []
-    now = versions()
+    now = versions() | ({"data": data} if data else {})
     if not starts or starts[-1] != now:
         _write(path, json.dumps({"starts": [*starts, now]}, indent=1, sort_keys=True) + "\n")
 
 
 def versions() -> dict[str, Any]:
-    """Python, packages, git revision and hardware of this process."""
+    """Python, packages, git revision, XLA's flags and hardware of this process."""
     devices = jax.devices()
     return {
         "python": platform.python_version(),
@@ -83,6 +87,7 @@ def versions() -> dict[str, Any]:
             dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()
         },
         "git": git_revision(),
+        "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
         "hardware": {
             "machine": platform.machine(),
             "cores": os.cpu_count(),

@@ -11,6 +11,7 @@ disk, a copy cut short) is found by the seal before anything is read; the one be
 """
 
 import concurrent.futures
+import dataclasses
 import hashlib
 import json
 import logging
@@ -20,6 +21,7 @@ import shutil
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from retro_jax.errors import UserError
@@ -31,6 +33,7 @@ FORMAT_VERSION = 1
 _SEAL, _ITEM = "sealed.json", "default"
 _COMMITTED = "commit_success.txt"  # Orbax writes it after the seal
 _PARAMS = "params."
+_RECENT_LOSS = "recent_loss"  # the one array that a checkpoint may lack or hold too much
 
 _logger = logging.getLogger(__name__)
 
@@ -122,7 +125,7 @@ class Checkpoints:
         """
         step = from_first(self._newest_undamaged)
         self._manager.reload()
-        return _restore(self._directory / step, abstract) if step else None
+        return _restore_state(self._directory / step, abstract) if step else None
 
     def _newest_undamaged(self) -> str:
         """The newest checkpoint that is as it was sealed, or nothing; sets damaged ones aside."""
@@ -231,6 +234,22 @@ def _hashes(path: pathlib.Path) -> dict[str, list[Any]]:
         }
 
 
+def _restore_state(path: pathlib.Path, abstract: TrainState) -> TrainState:
+    """Reads a state; recent losses are begun anew where the checkpoint was written without."""
+    begun = abstract.recent_loss
+    if begun is None or _RECENT_LOSS in _read_arrays(path):
+        return _restore(path, abstract)
+    state = _restore(path, dataclasses.replace(abstract, recent_loss=None))
+    zeros = np.zeros(begun.shape, begun.dtype)
+    spread = jax.make_array_from_callback(begun.shape, begun.sharding, lambda i: zeros[i])
+    return dataclasses.replace(state, recent_loss=spread)
+
+
+def _read_arrays(path: pathlib.Path) -> dict[str, list[Any]]:
+    """{name: [shape, dtype]} of a checkpoint."""
+    return json.loads((path / _SEAL).read_text(encoding="utf-8"))["arrays"]
+
+
 def _restore(path: pathlib.Path, abstract: Any, partial: bool = False) -> Any:
     """Reads the arrays of a tree from an undamaged checkpoint."""
     wanted = named_leaves(abstract)
@@ -238,7 +257,7 @@ def _restore(path: pathlib.Path, abstract: Any, partial: bool = False) -> Any:
     args = ocp.args.PyTreeRestore(
         item=wanted,
         restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-        partial_restore=partial,
+        partial_restore=partial or _RECENT_LOSS not in wanted,
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         found = checkpointer.restore(path / _ITEM, args=args)
@@ -247,7 +266,7 @@ def _restore(path: pathlib.Path, abstract: Any, partial: bool = False) -> Any:
 
 def _check_arrays(path: pathlib.Path, expected: dict[str, list[Any]], partial: bool) -> None:
     """Refuses a checkpoint whose arrays are not those of the model and optimiser."""
-    found = json.loads((path / _SEAL).read_text(encoding="utf-8"))["arrays"]
+    found = _read_arrays(path)
     for name, (shape, dtype) in expected.items():
         if name not in found:
             raise UserError(f"checkpoint {path} lacks {name}: expected {dtype}{shape}")
@@ -255,7 +274,7 @@ def _check_arrays(path: pathlib.Path, expected: dict[str, list[Any]], partial: b
             held = f"{found[name][1]}{found[name][0]}"
             raise UserError(f"checkpoint {path}: {name} is {held}, expected {dtype}{shape}")
     for name in found:
-        wanted = not partial or name.startswith(_PARAMS)
+        wanted = name != _RECENT_LOSS and (not partial or name.startswith(_PARAMS))
         if wanted and name not in expected:
             raise UserError(f"checkpoint {path} holds {name}, which this model does not have")
 

@@ -24,7 +24,7 @@ from retro_jax.batch import RetroBatch
 from retro_jax.config import require
 from retro_jax.train.checkpoint import Checkpoints
 from retro_jax.train.metrics import Observer
-from retro_jax.train.step import TrainState, TrainStep
+from retro_jax.train.step import StepMetrics, TrainState, TrainStep
 
 INITIAL_RETRIEVAL = ("random", "copying")
 
@@ -43,6 +43,14 @@ class TrainConfig:
       checkpoint_every: steps between checkpoints, a multiple of log_every, so that a resumed curve
         has the same lines; the last step always has one.
       keep: newest checkpoints kept. keep_every: those at its multiples stay for ever; 0 for none.
+      accumulate: parts that a batch is computed in, one after the other, for less memory.
+      average_decay: of the moving average of the parameters that checkpoints hold beside them, as
+        in 0.9999; 0 keeps none.
+      loss_jump: nats by which a step's loss may exceed the mean of the last 100 or so before the run
+        stops; 0 for any.
+      skip_bad_batches: go on after a batch whose loss jumps or is not finite, without its update;
+        ten of them in a row stop the run even so.
+      hang_seconds: how long one of several processes may wait before it gives up; 0 for ever.
     """
 
     steps: int
@@ -53,10 +61,19 @@ class TrainConfig:
     checkpoint_every: int = 1000
     keep: int = 3
     keep_every: int = 0
+    accumulate: int = 1
+    average_decay: float = 0.0
+    loss_jump: float = 0.0
+    skip_bad_batches: bool = False
+    hang_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
         for field in ("steps", "log_every", "checkpoint_every", "keep"):
             require(getattr(self, field) > 0, self, field, "a positive integer")
+        require(self.accumulate > 0, self, "accumulate", "a positive number of parts")
+        require(0 <= self.average_decay < 1, self, "average_decay", "a number from 0 to below 1")
+        require(self.loss_jump >= 0, self, "loss_jump", "a number of nats, or 0 for any")
+        require(self.hang_seconds >= 0, self, "hang_seconds", "a number of seconds, or 0 for ever")
         require(self.keep_every >= 0, self, "keep_every", "a number of steps, or 0 for none")
         require(0 <= self.seed < 2**32, self, "seed", "an integer from 0 to 2**32 - 1")
         known = self.initial_retrieval in INITIAL_RETRIEVAL
@@ -67,8 +84,17 @@ class TrainConfig:
         require(whole, self, "checkpoint_every", f"a multiple of log_every = {self.log_every}")
 
 
-# Settings that may differ when a run goes on: the parameters do not depend on them.
-FREE_SETTINGS = ("log_every", "checkpoint_every", "keep", "keep_every")
+# Settings that may differ when a run goes on: the parameters do not depend on them, or only where the
+# run would not go on without.
+FREE_SETTINGS = (
+    "log_every",
+    "checkpoint_every",
+    "keep",
+    "keep_every",
+    "loss_jump",
+    "skip_bad_batches",
+    "hang_seconds",
+)
 
 
 class StopRequest:
@@ -125,24 +151,35 @@ def train(
       The last state, which is saved.
 
     Raises:
-      UserError: the loss is not finite; nothing after the last finite step is saved.
+      UserError: a batch is bad (StepMetrics.bad), and is not to be skipped; nothing after it is
+        saved.
       OSError: a checkpoint cannot be written.
     """
     pending = None
+    during = observer.phases.during
+
+    def observe(number: int, metrics: StepMetrics) -> None:
+        with during("device", number):
+            measured = jax.device_get(metrics)
+        observer.observe(number, measured)
+
     for number in range(int(state.step) + 1, config.steps + 1):
-        batch = next(batches)
+        with during("input", number):
+            batch = next(batches)
         with jax.transfer_guard("disallow"):
             state, metrics = step(state, batch)
         # Metrics of the step before are read while this one runs: nothing waits for the device.
         if pending is not None:
-            observer.observe(number - 1, jax.device_get(pending))
+            observe(number - 1, pending)
         pending = metrics
         stopping = checkpoints.must_stop(number, stop.signal is not None)
         if stopping or number == config.steps or number % config.checkpoint_every == 0:
-            observer.observe(number, jax.device_get(pending))  # first: a bad state is not saved
+            observe(number, pending)  # first: a bad state is not saved
             pending = None
-            checkpoints.save(state)
+            with during("checkpoint", number):
+                checkpoints.save(state)
         if stopping:
             break
-    checkpoints.wait()
+    with during("checkpoint", int(state.step)):
+        checkpoints.wait()
     return state

@@ -6,31 +6,40 @@ A line of metrics.jsonl describes the updates since the line before it:
     loss              nats a token, over them      loss/CORPUS       the same of one corpus
     tokens            targets they had             tokens_per_second, over the last 30 seconds
     grad_norm         their mean, before clipping  param_norm, learning_rate: of the last one
+    skipped           bad batches among the steps; their losses count nowhere; absent without any
+    seconds           of a step, by the clock      seconds/PHASE     of it, as phases.py has them
 
 The files are opened at the step that a run resumes from: later lines are dropped, as those updates
 are made again. A curve therefore never doubles back.
 """
 
 import collections
+import dataclasses
 import json
+import logging
 import math
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorboardX
 import tqdm
 
-from retro_jax.errors import UserError
+from retro_jax.errors import SharedError, UserError
+from retro_jax.train.phases import Phases
 from retro_jax.train.step import StepMetrics
 
 METRICS_FILE = "metrics.jsonl"
 _TERMINAL_SECONDS, _LOG_SECONDS = 0.2, 10.0  # between refreshes of the progress bar
 _RATE_SECONDS = 30.0  # that tokens_per_second is a mean over
+_MOST_SKIPPED = 10  # bad batches one after the other that end a run even where they are skipped
+_CLOCKED = ("tokens_per_second", "seconds")
+
+_logger = logging.getLogger(__name__)
 
 
 class Averager:
@@ -40,6 +49,11 @@ class Averager:
         self._corpora = corpora
         self._times: collections.deque[tuple[float, int]] = collections.deque()
         self._reset()
+
+    def skip(self) -> None:
+        """Counts a step whose batch was bad."""
+        self._steps += 1
+        self._skipped += 1
 
     def add(self, metrics: StepMetrics) -> None:
         """Adds one step's metrics, NumPy on the host."""
@@ -72,10 +86,12 @@ class Averager:
             if tokens:
                 means[f"loss/{name}"] = float(loss) / float(tokens)
         means |= {
-            "grad_norm": self._grad_norm / max(self._steps, 1),
+            "grad_norm": self._grad_norm / max(self._steps - self._skipped, 1),
             "param_norm": self._param_norm,
         }
         means |= {"steps": self._steps, "tokens": self._tokens}
+        if self._skipped:
+            means["skipped"] = self._skipped
         if self.rate is not None:
             means["tokens_per_second"] = self.rate
         self._reset()
@@ -83,7 +99,7 @@ class Averager:
 
     def _reset(self) -> None:
         """Empties the window."""
-        self._steps, self._tokens = 0, 0
+        self._steps, self._tokens, self._skipped = 0, 0, 0
         self._loss, self._grad_norm, self._param_norm = 0.0, 0.0, 0.0
         self._corpus_losses: np.ndarray = np.zeros(len(self._corpora), np.float64)
         self._corpus_tokens: np.ndarray = np.zeros(len(self._corpora), np.int64)
@@ -148,6 +164,11 @@ def truncate_curve(path: str | os.PathLike, step: int) -> None:
     temporary.replace(path)
 
 
+def without_clock(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of a curve without what depends on the clock, for comparing runs."""
+    return {name: value for name, value in line.items() if name.split("/")[0] not in _CLOCKED}
+
+
 class Progress:
     """A bar on standard error with steps, loss, tokens a second and the time left."""
 
@@ -174,8 +195,25 @@ class Progress:
         self._bar.close()
 
 
+@dataclasses.dataclass(frozen=True)
+class BadBatches:
+    """What happens at a bad batch.
+
+    Attributes:
+      skip: whether the run goes on. describe: says of a step's batch, counted from 1, what it was
+        made of, and what is saved.
+    """
+
+    skip: bool = False
+    describe: Callable[[int], str] = lambda step: ""
+
+
 class Observer:
-    """Receives every step's metrics and keeps the curves; the loop's only way to the outside."""
+    """Receives every step's metrics and keeps the curves; the loop's only way to the outside.
+
+    Attributes:
+      phases: counts where the time goes.
+    """
 
     def __init__(
         self,
@@ -187,6 +225,7 @@ class Observer:
         steps: int,
         log_every: int,
         main_process: bool = True,
+        bad_batches: BadBatches | None = None,
     ):
         """Opens the run's curves.
 
@@ -194,30 +233,33 @@ class Observer:
           directory: of the run. corpora: names, in the order of StepMetrics.corpus_losses.
           learning_rate: the schedule. start_step: updates made already. steps: of the whole run.
           log_every: steps a line. main_process: whether this one writes and shows anything.
+          bad_batches: what happens at one; by default the run stops.
         """
+        self.phases = Phases()
         self._averager = Averager(corpora)
         self._learning_rate, self._log_every, self._steps = learning_rate, log_every, steps
         self._writer = CurveWriter(directory, start_step) if main_process else None
         self._progress = Progress(start_step, steps, shown=main_process)
+        self._bad_batches, self._skipped_in_a_row = bad_batches or BadBatches(), 0
 
     def observe(self, step: int, metrics: StepMetrics) -> None:
         """Takes the metrics of update number `step`, counted from 1.
 
         Raises:
-          UserError: the loss or the gradient is not finite.
+          SharedError: its batch is bad, and is not skipped, or is one of too many.
         """
-        for name in ("loss", "grad_norm"):
-            value = float(getattr(metrics, name))
-            if not math.isfinite(value):
-                raise UserError(
-                    f"{name} is {value} at step {step}: expected a finite number; its update was "
-                    "not saved (a lower OptimizerConfig.max_learning_rate may help)"
-                )
-        self._averager.add(metrics)
+        problem = _problem(step, metrics)
+        if problem:
+            self._skip_or_stop(step, problem)
+        else:
+            self._averager.add(metrics)
+            self._skipped_in_a_row = 0
         self._progress.update(float(metrics.loss), self._averager.rate)
         if step % self._log_every == 0 or step == self._steps:
-            rate = {"learning_rate": float(self._learning_rate(step - 1))}
-            values = self._averager.flush() | rate
+            values = self._averager.flush() | {
+                "learning_rate": float(self._learning_rate(step - 1))
+            }
+            values |= self.phases.flush(int(values["steps"]))
             if self._writer is not None:
                 self._writer.write(step, values)
 
@@ -226,3 +268,31 @@ class Observer:
         self._progress.close()
         if self._writer is not None:
             self._writer.close()
+
+    def _skip_or_stop(self, step: int, problem: str) -> None:
+        """Tells of a bad batch; raises unless the run goes on without it."""
+        told = f"{problem}{self._bad_batches.describe(step)}"
+        self._skipped_in_a_row += 1
+        if not self._bad_batches.skip:
+            raise SharedError(
+                f"{told}; nothing was saved after it (TrainConfig.skip_bad_batches = True leaves such "
+                "batches out, a lower OptimizerConfig.max_learning_rate may help)"
+            )
+        if self._skipped_in_a_row >= _MOST_SKIPPED:
+            raise SharedError(f"{told}; the last {_MOST_SKIPPED} batches were all bad")
+        if self._writer is not None:
+            _logger.warning("%s: its update is left out", told)
+        self._averager.skip()
+
+
+def _problem(step: int, metrics: StepMetrics) -> str:
+    """What is wrong with a step, if anything is."""
+    for name in ("loss", "grad_norm"):
+        value = float(getattr(metrics, name))
+        if not math.isfinite(value):
+            return f"{name} is {value} at step {step}: expected a finite number"
+    if metrics.bad:
+        mean = float(metrics.recent_loss)
+        loss = float(metrics.loss)
+        return f"loss is {loss:.4f} at step {step}: expected no jump from a mean of {mean:.4f}"
+    return ""

@@ -17,6 +17,9 @@ from retro_jax.sharding import parameter_shardings
 from retro_jax.train.optimizer import Trainable
 from retro_jax.train.trees import map_named
 
+_RECENT = 0.99  # decay of the mean that a loss is compared with
+_WEIGHT_TO_JUDGE = 1 - _RECENT**20  # none is compared before 20 good ones
+
 
 class Model(Protocol):
     """What training needs of a model."""
@@ -33,11 +36,16 @@ class TrainState:
     Attributes:
       step: int32 scalar, updates made so far; step t makes update number t, from 0.
       params: the model's parameters, an nnx.State. opt_state: the optimiser's state.
+      recent_loss: [2] float32, what `recent_mean` makes the mean of the last good losses from; None
+        unless StepConfig.loss_jump asks for it.
+      average: the moving average of the parameters; None unless StepConfig.average_decay asks for it.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
+    recent_loss: Any = None
+    average: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -49,6 +57,8 @@ class StepMetrics:
       loss: mean nats a token over the targets of the whole batch that are not padding.
       tokens: int32, how many those are. grad_norm: before clipping. param_norm: global norms.
       corpus_losses: [G] summed nats of each corpus. corpus_tokens: [G] int32.
+      bad: bool, whether loss or gradient is not finite, or the loss jumps by more than
+        StepConfig.loss_jump. recent_loss: mean of the losses before it; 0 where none is kept.
     """
 
     loss: jax.Array
@@ -57,6 +67,8 @@ class StepMetrics:
     param_norm: jax.Array
     corpus_losses: jax.Array
     corpus_tokens: jax.Array
+    bad: jax.Array
+    recent_loss: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,17 +78,30 @@ class StepConfig:
     Attributes:
       pad_id: RetroConfig.pad_id. num_corpora: G, corpora in the mixture.
       seed: of dropout. neighbour_dropout: part of the sequences trained without neighbours.
+      accumulate: parts that a batch is computed in, one after the other; B is a multiple of it.
+      loss_jump: nats by which a loss may exceed the mean of the last 100 or so; 0 for any.
+      skip_bad_batches: whether a bad batch (StepMetrics.bad) leaves parameters and moments as they
+        are; it counts as a step, in the schedule too.
+      average_decay: of the moving average of the parameters, below 1; 0 keeps none.
     """
 
     pad_id: int
     num_corpora: int
     seed: int = 0
     neighbour_dropout: float = 0.0
+    accumulate: int = 1
+    loss_jump: float = 0.0
+    skip_bad_batches: bool = False
+    average_decay: float = 0.0
 
     def __post_init__(self) -> None:
         require(self.num_corpora > 0, self, "num_corpora", "a positive number")
         valid = 0 <= self.neighbour_dropout <= 1
         require(valid, self, "neighbour_dropout", "a number from 0 to 1")
+        require(self.accumulate > 0, self, "accumulate", "a positive number of parts")
+        require(self.loss_jump >= 0, self, "loss_jump", "a number of nats, or 0 for any")
+        valid = 0 <= self.average_decay < 1
+        require(valid, self, "average_decay", "a number from 0 to below 1")
 
 
 TrainStep = Callable[[TrainState, RetroBatch], tuple[TrainState, StepMetrics]]
@@ -109,32 +134,131 @@ def train_step(
         batch = drop_neighbours(
             batch, neighbour_key, rate=config.neighbour_dropout, pad_id=config.pad_id
         )
-    present_BxN = batch.targets != config.pad_id
-    tokens = jnp.sum(present_BxN, dtype=jnp.int32)
+    tokens = jnp.sum(batch.targets != config.pad_id, dtype=jnp.int32)
 
-    def mean_loss(params: Any) -> tuple[jax.Array, jax.Array]:
-        if trainable is not None:  # frozen parameters' gradients are never computed
-            params = map_named(
-                lambda name, leaf: leaf if trainable(name) else jax.lax.stop_gradient(leaf), params
-            )
-        model: Model = nnx.merge(graphdef, params)
-        losses_BxN = model.token_losses(batch, dropout_key=dropout_key)
-        losses_BxN = jnp.where(present_BxN, losses_BxN.astype(jnp.float32), 0.0)
-        return jnp.sum(losses_BxN) / jnp.maximum(tokens, 1), losses_BxN
+    def part(batch: RetroBatch, key: jax.Array) -> tuple[_Sums, Any]:
+        def objective(params: Any) -> tuple[jax.Array, _Sums]:
+            if trainable is not None:  # frozen parameters' gradients are never computed
+                params = map_named(
+                    lambda name, leaf: leaf if trainable(name) else jax.lax.stop_gradient(leaf),
+                    params,
+                )
+            sums = _sums(nnx.merge(graphdef, params), batch, key, config)
+            return sums.loss / jnp.maximum(tokens, 1), sums
 
-    (loss, losses_BxN), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        return jax.grad(objective, has_aux=True)(state.params)[::-1]
+
+    corpora = jnp.zeros(config.num_corpora)
+    zero = _Sums(jnp.zeros(()), corpora, corpora.astype(jnp.int32))
+    none = jax.tree.map(jnp.zeros_like, state.params)
+    parts = config.accumulate
+    sums, grads = _accumulated(part, batch, dropout_key, parts=parts, zero=(zero, none))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    of_corpus_BxG = batch.corpus[:, None] == jnp.arange(config.num_corpora)
+    params = optax.apply_updates(state.params, updates)
+    loss, grad_norm = sums.loss / jnp.maximum(tokens, 1), optax.tree.norm(grads)
+    bad, recent, recent_loss = _judge(loss, grad_norm, state.recent_loss, config)
     metrics = StepMetrics(
         loss=loss,
         tokens=tokens,
-        grad_norm=optax.tree.norm(grads),
+        grad_norm=grad_norm,
         param_norm=optax.tree.norm(state.params),
-        corpus_losses=_sum_by_corpus(jnp.sum(losses_BxN, axis=1), of_corpus_BxG),
-        corpus_tokens=_sum_by_corpus(jnp.sum(present_BxN, axis=1, dtype=jnp.int32), of_corpus_BxG),
+        corpus_losses=sums.corpus_losses,
+        corpus_tokens=sums.corpus_tokens,
+        bad=bad,
+        recent_loss=recent,
     )
-    params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state), metrics
+    after = TrainState(
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        recent_loss=recent_loss,
+        average=_averaged(state, params, config.average_decay),
+    )
+    return (_unless(bad, after, state) if config.skip_bad_batches else after), metrics
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Sums:
+    """Summed nats of a batch, [] and by corpus [G], and the tokens of each corpus [G] int32."""
+
+    loss: jax.Array
+    corpus_losses: jax.Array
+    corpus_tokens: jax.Array
+
+
+def _sums(model: Model, batch: RetroBatch, key: jax.Array, config: StepConfig) -> _Sums:
+    """Runs the model on a batch, or on a part of one."""
+    present_BxN = batch.targets != config.pad_id
+    losses_BxN = model.token_losses(batch, dropout_key=key)
+    losses_BxN = jnp.where(present_BxN, losses_BxN.astype(jnp.float32), 0.0)
+    of_corpus_BxG = batch.corpus[:, None] == jnp.arange(config.num_corpora)
+    count_B = jnp.sum(present_BxN, axis=1, dtype=jnp.int32)
+    return _Sums(
+        loss=jnp.sum(losses_BxN),
+        corpus_losses=_sum_by_corpus(jnp.sum(losses_BxN, axis=1), of_corpus_BxG),
+        corpus_tokens=_sum_by_corpus(count_B, of_corpus_BxG),
+    )
+
+
+def _accumulated(
+    part: Callable[[RetroBatch, jax.Array], tuple[_Sums, Any]],
+    batch: RetroBatch,
+    key: jax.Array,
+    *,
+    parts: int,
+    zero: tuple[_Sums, Any],
+) -> tuple[_Sums, Any]:
+    """Sums and gradients of a batch, in one go or in parts one after the other.
+
+    Part a has the rows r with r % parts == a, so that each device keeps its own rows.
+    """
+    if parts == 1:
+        return part(batch, key)
+
+    def split(x: jax.Array) -> jax.Array:
+        rows, *inner = jax.typeof(x).sharding.spec
+        laid_out = PartitionSpec(rows, None, *inner)
+        spec = None if jax.sharding.get_abstract_mesh().empty else laid_out
+        shape = (len(x) // parts, parts, *x.shape[1:])
+        return jnp.moveaxis(jnp.reshape(x, shape, out_sharding=spec), 1, 0)
+
+    def add(total: Any, item: tuple[jax.Array, RetroBatch]) -> tuple[Any, None]:
+        number, rows = item
+        return jax.tree.map(jnp.add, total, part(rows, jax.random.fold_in(key, number))), None
+
+    return jax.lax.scan(add, zero, (jnp.arange(parts), jax.tree.map(split, batch)))[0]
+
+
+def _judge(
+    loss: jax.Array, grad_norm: jax.Array, recent_loss: Any, config: StepConfig
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Whether a step is bad, the mean of the good losses before it, and what to keep of this one."""
+    bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
+    if recent_loss is None:
+        return bad, jnp.zeros(()), None
+    mean = recent_loss[0] / jnp.maximum(recent_loss[1], 1e-9)
+    bad = bad | ((recent_loss[1] > _WEIGHT_TO_JUDGE) & (loss > mean + config.loss_jump))
+    kept = recent_loss + (1 - _RECENT) * (jnp.stack([loss, jnp.ones(())]) - recent_loss)
+    return bad, mean, jnp.where(bad, recent_loss, kept)
+
+
+def _averaged(state: TrainState, params: Any, decay: float) -> Any:
+    """The moving average with the new parameters; it follows them faster in the first steps."""
+    if state.average is None:
+        return None
+    step = state.step.astype(jnp.float32)
+    weight = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda mean, new: mean + weight * (new - mean), state.average, params)
+
+
+def _unless(bad: jax.Array, after: TrainState, before: TrainState) -> TrainState:
+    """The state before a bad batch, with its counts moved on."""
+
+    def choose(new: jax.Array, old: jax.Array) -> jax.Array:
+        return new if jnp.issubdtype(new.dtype, jnp.integer) else jnp.where(bad, old, new)
+
+    return jax.tree.map(choose, after, before)
 
 
 def compile_train_step(
@@ -172,12 +296,16 @@ def drop_neighbours(batch: RetroBatch, key: jax.Array, *, rate: float, pad_id: i
 
 
 def abstract_state(
-    make_model: Callable[[], Any], optimizer: optax.GradientTransformation, mesh: Mesh
+    make_model: Callable[[], Any],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    config: StepConfig | None = None,
 ) -> tuple[nnx.GraphDef, TrainState]:
     """The shapes, dtypes and shardings of a run's state; nothing is allocated.
 
     Args:
       make_model: builds the module. optimizer: of the run. mesh: where the state will lie.
+      config: of the step: whether the state holds recent losses and averaged parameters.
 
     Returns:
       The module's graph definition and a TrainState of jax.ShapeDtypeStruct.
@@ -189,7 +317,9 @@ def abstract_state(
 
     params = jax.tree.map(struct, params, parameter_shardings(params, mesh))
     with jax.set_mesh(mesh):
-        state = jax.eval_shape(lambda p: _first_state(p, optimizer), params)
+        judged = config is not None and config.loss_jump > 0
+        averaged = config is not None and config.average_decay > 0
+        state = jax.eval_shape(lambda p: _first_state(p, optimizer, judged, averaged), params)
 
     def on_mesh(leaf: Any) -> jax.ShapeDtypeStruct:
         # eval_shape's shardings are on an abstract mesh, which Orbax cannot restore to.
@@ -205,7 +335,8 @@ def initial_state(
     """The state before the first step, made in place on the devices where it will lie."""
 
     def make() -> TrainState:
-        return _first_state(nnx.split(make_model())[1], optimizer)
+        judged, averaged = abstract.recent_loss is not None, abstract.average is not None
+        return _first_state(nnx.split(make_model())[1], optimizer, judged, averaged)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     mesh = shardings.step.mesh
@@ -218,9 +349,17 @@ def initial_state(
         return jax.jit(make, out_shardings=shardings, compiler_options=quick)()
 
 
-def _first_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+def _first_state(
+    params: Any, optimizer: optax.GradientTransformation, judged: bool, averaged: bool
+) -> TrainState:
     """Step 0 of given parameters."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        recent_loss=jnp.zeros(2) if judged else None,
+        average=jax.tree.map(jnp.copy, params) if averaged else None,
+    )
 
 
 def _sum_by_corpus(values_B: jax.Array, of_corpus_BxG: jax.Array) -> jax.Array:

@@ -48,6 +48,10 @@ _KUBERNETES = {
         ({**_GKE, **_SLICES}, ("run-slice-0-0.run:8476", 6, 5, None)),
         (_KUBERNETES, ("run-workers-0-0.run:55527", 16, 5, None)),
         (
+            {**_KUBERNETES, "HOSTS_A_SLICE": "8", "SLICE_INDEX": "1"},
+            ("run-workers-0-0.run:55527", 16, 13, None),
+        ),
+        (
             {**_KUBERNETES, "JAX_COORDINATOR_PORT": "99", "NODE_RANK": "7"},
             ("run-workers-0-0.run:99", 16, 7, None),
         ),

@@ -12,12 +12,14 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
-from launch import app, runs, train
+from launch import app, configurables, runs, train
+from launch.autopsy import Autopsy
 from retro_jax.train.checkpoint import latest_step
-from retro_jax.train.metrics import read_curve
+from retro_jax.train.metrics import read_curve, without_clock
 from retro_jax.train.trees import named_leaves
 from tests.launch.prepared import prepare_workdir
 
@@ -155,9 +157,7 @@ def test_killed_damaged_and_stopped_runs_end_with_the_same_bits(workdir, whole, 
     for name, leaf in expected.items():
         assert leaf.tobytes() == resumed[name].tobytes(), name
     curves = [read_curve(path / "retro" / "metrics.jsonl") for path in (whole[0], cut)]
-    for line in curves[0] + curves[1]:
-        line.pop("tokens_per_second", None)
-    assert curves[0] == curves[1]
+    assert list(map(without_clock, curves[0])) == list(map(without_clock, curves[1]))
 
 
 @pytest.mark.parametrize(
@@ -218,6 +218,61 @@ def test_a_directory_of_another_run_is_refused(workdir, whole, capsys):
     assert _run(workdir, out, *free) == 0
     assert "TrainConfig.keep = 9" in (out / "retro" / "config.gin").read_text()
     assert _run(workdir, out) == 0
+
+
+def test_a_run_is_replayed_from_its_directory_to_the_same_bits(whole, tmp_path, capsys, caplog):
+    recorded, again = whole[0] / "retro", tmp_path / "again"
+    command = ["launch.train", f"--replay={whole[0]}", f"--workdir={again}"]
+    assert app.execute(train.main, command) == 0
+    assert f"the same as {recorded} bit for bit, in all 60 lines" in capsys.readouterr().out
+    assert not caplog.records  # nothing differs here
+    # Another day: other versions, and losses that are not the same.
+    versions, curve = again / "retro" / "versions.json", again / "retro" / "metrics.jsonl"
+    versions.write_text(
+        versions.read_text().replace(f'"jax": "{jax.__version__}"', '"jax": "0.0.1"')
+    )
+    lines = curve.read_text().splitlines()
+    lines[6] = lines[6].replace('"loss": ', '"loss": 1')
+    curve.write_text("\n".join(lines) + "\n")
+    third = ["launch.train", f"--replay={again / 'retro'}", f"--workdir={tmp_path / 'third'}"]
+    assert app.execute(train.main, [*third, "--gin_bindings=TrainConfig.steps = 50"]) == 1
+    assert "TrainConfig.steps = 60: expected the same, found 50" in capsys.readouterr().err
+    assert app.execute(train.main, third) == 1
+    error = capsys.readouterr().err
+    assert f"packages.jax 0.0.1 -> {jax.__version__}" in caplog.text
+    assert f"is not as {again / 'retro'}: at step 7 loss was 1" in error
+
+
+def test_a_bad_batch_is_told_by_its_documents(workdir, tmp_path):
+    configurables.load(str(workdir.parent / "tiny.gin"))
+    data = train.open_data(workdir)
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    told = Autopsy(tmp_path, data.batches)(7)
+    (line,) = (tmp_path / "bad_batches.jsonl").read_text().splitlines()
+    entry = json.loads(line)
+    batch = data.batches.rows(6)
+    present = batch.documents[batch.documents >= 0] % 2**30
+    expected = {data.database.record(int(number)).id for number in present}
+    assert (entry["step"], set(entry["documents"])) == (7, expected)
+    assert len(entry["documents"]) == len(expected) > 3
+    assert f"documents {entry['documents'][0]!r}, " in told
+    assert f"and {len(expected) - 3} more: {tmp_path}/bad_batches.jsonl" in told
+    assert told.endswith(f"the last good checkpoint is {tmp_path}/checkpoints/4")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--replay={whole}", "--gin_file=x.gin"], "expected no --gin_file beside it"),
+        (["--replay={whole}", "--workdir={whole}"], "holds the run to replay: expected another"),
+        (["--replay={whole}/none"], "there is no {whole}/none/retro/config.gin"),
+        (["--replay={whole}", "--baseline"], "there is no {whole}/baseline/config.gin"),
+    ],
+)
+def test_a_replay_that_cannot_be_is_one_line(whole, tmp_path, capsys, flags, message):
+    flags = [flag.format(whole=whole[0]) for flag in flags]
+    assert app.execute(train.main, ["launch.train", f"--workdir={tmp_path}", *flags]) in (1, 2)
+    assert message.format(whole=whole[0]) in capsys.readouterr().err
 
 
 def test_no_tensorflow_before_it_is_used():

@@ -1,6 +1,7 @@
 """A stand-in for the model, small enough to train in milliseconds, and batches for it."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,6 +102,7 @@ class Trainer:
         seed: int = 0,
         trainable: Trainable | None = None,
         optimizer: OptimizerConfig = _OPTIMIZER,
+        **options: Any,
     ):
         self.mesh = mesh
         self.optimizer = make_optimizer(optimizer, 50, trainable)
@@ -108,9 +110,9 @@ class Trainer:
         def make() -> Bigram:
             return Bigram(nnx.Rngs(seed), dropout)
 
-        self.graphdef, self.abstract = abstract_state(make, self.optimizer, mesh)
+        config = StepConfig(PAD, 2, seed=seed, neighbour_dropout=neighbour_dropout, **options)
+        self.graphdef, self.abstract = abstract_state(make, self.optimizer, mesh, config)
         self.state = initial_state(make, self.optimizer, self.abstract)
-        config = StepConfig(PAD, 2, seed=seed, neighbour_dropout=neighbour_dropout)
         self.step = compile_train_step(
             graphdef=self.graphdef, optimizer=self.optimizer, config=config, trainable=trainable
         )

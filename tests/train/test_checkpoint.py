@@ -182,6 +182,35 @@ def test_a_checkpoint_moves_between_meshes(saved):
     assert "fsdp" in str(named_leaves(state)["params.widen"].sharding.spec)
 
 
+def test_a_state_of_4_by_2_devices_goes_to_2_by_2_and_to_1(tmp_path):
+    first = Trainer(make_mesh(MeshConfig(data=4, fsdp=2), jax.devices()))
+    checkpoints = Checkpoints(tmp_path)
+    first.run(range(2))
+    checkpoints.save(first.state)
+    expected = jax.device_get(named_leaves(first.state))
+    checkpoints.close()
+    for config, devices in ((MeshConfig(fsdp=2), 4), (MeshConfig(), 1)):
+        trainer = Trainer(make_mesh(config, jax.devices()[:devices]))
+        trainer.state = Checkpoints(tmp_path).restore(trainer.abstract)
+        _assert_equal(trainer.state, expected)
+        (metrics,) = trainer.run(range(2, 3))
+        assert np.isfinite(metrics.loss)
+
+
+def test_recent_losses_may_be_begun_or_dropped_when_a_run_goes_on(trainer, saved):
+    directory, _ = saved
+    judged = Trainer(trainer.mesh, loss_jump=1.0)
+    state = Checkpoints(directory).restore(judged.abstract)
+    np.testing.assert_array_equal(state.recent_loss, [0, 0])
+    checkpoints = Checkpoints(directory)
+    checkpoints.save(dataclasses.replace(state, step=jnp.int32(50), recent_loss=jnp.ones(2)))
+    checkpoints.close()
+    assert Checkpoints(directory).restore(trainer.abstract).recent_loss is None
+    np.testing.assert_array_equal(
+        Checkpoints(directory).restore(judged.abstract).recent_loss, [1, 1]
+    )
+
+
 def test_a_write_that_fails_is_an_os_error(trainer, tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
 

@@ -15,7 +15,7 @@ from retro_jax.sharding import MeshConfig, batch_sharding, make_mesh
 from retro_jax.train.checkpoint import Checkpoints, latest_step
 from retro_jax.train.inputs import global_batch, global_batches, local_rows
 from retro_jax.train.loop import StopRequest, TrainConfig, train
-from retro_jax.train.metrics import Observer, read_curve
+from retro_jax.train.metrics import BadBatches, Observer, read_curve, without_clock
 from retro_jax.train.trees import named_leaves
 from tests.train.small import Trainer, host_batch
 
@@ -30,7 +30,7 @@ def _trainer():
     return trainer
 
 
-def _train(trainer, directory, *, batches=None, stop=None, config=_CONFIG):
+def _train(trainer, directory, *, batches=None, stop=None, config=_CONFIG, bad=None):
     """Starts or resumes a run in a directory; the state it ends with."""
     checkpoints = Checkpoints(directory / "checkpoints", keep=config.keep)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, trainer.abstract)
@@ -44,6 +44,7 @@ def _train(trainer, directory, *, batches=None, stop=None, config=_CONFIG):
         start_step=start,
         steps=config.steps,
         log_every=config.log_every,
+        bad_batches=bad,
     )
     if batches is None:
         batches = (host_batch(step) for step in itertools.count(start))
@@ -71,7 +72,7 @@ def _closing(*things):
 def _curve(directory):
     """The lines of a run without their timing."""
     lines = read_curve(directory / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+    return [without_clock(line) for line in lines]
 
 
 def _bits(state):
@@ -146,6 +147,38 @@ def test_a_loss_that_is_not_finite_is_not_saved(trainer, tmp_path):
     assert latest_step(tmp_path / "checkpoints") == 4
 
 
+def _poisoned(trainer, when):
+    """The trainer's step with a loss that is not finite at some steps, counted from 1."""
+    sane = trainer.step
+
+    def step(state, batch):
+        number = int(state.step) + 1
+        state, metrics = sane(state, batch)
+        loss = metrics.loss * np.nan if number in when else metrics.loss
+        return state, dataclasses.replace(metrics, loss=loss)
+
+    return step
+
+
+def test_bad_batches_may_be_left_out_and_are_told(trainer, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(trainer, "step", _poisoned(trainer, {5, 6}))
+    bad = BadBatches(skip=True, describe=lambda step: f" (documents of {step})")
+    monkeypatch.setattr(jax, "transfer_guard", lambda _: contextlib.nullcontext())
+    state = _train(trainer, tmp_path, bad=bad)
+    assert state.step == 12
+    assert "loss is nan at step 5: expected a finite number (documents of 5): its" in caplog.text
+    lines = _curve(tmp_path)
+    assert [(line["step"], line["skipped"]) for line in lines if "skipped" in line] == [(6, 2)]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+
+
+def test_too_many_bad_batches_in_a_row_stop_the_run(trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "step", _poisoned(trainer, range(2, 13)))
+    monkeypatch.setattr(jax, "transfer_guard", lambda _: contextlib.nullcontext())
+    with pytest.raises(UserError, match=r"nan at step 11: .*the last 10 batches were all bad"):
+        _train(trainer, tmp_path, bad=BadBatches(skip=True))
+
+
 def test_a_finished_run_makes_no_step(trainer, tmp_path):
     state = _train(trainer, tmp_path)
     again = _train(trainer, tmp_path, batches=iter(()))
@@ -173,6 +206,10 @@ def test_hosts_make_only_the_rows_of_their_devices():
         ("checkpoint_every", 15),
         ("keep", 0),
         ("keep_every", -1),
+        ("accumulate", 0),
+        ("average_decay", 1.0),
+        ("loss_jump", -0.5),
+        ("hang_seconds", -1.0),
     ],
 )
 def test_every_validation(field, value):

@@ -19,6 +19,8 @@ def _step(loss: float, tokens: list[int], grad_norm: float = 1.0) -> StepMetrics
         param_norm=np.float32(7.0),
         corpus_losses=np.float32(loss) * np.array(tokens, np.float32),
         corpus_tokens=np.array(tokens, np.int32),
+        bad=np.bool_(False),
+        recent_loss=np.float32(0),
     )
 
 

@@ -133,9 +133,70 @@ def test_frozen_parameters_stay_bitwise():
         assert np.array_equal(leaf, before[name]) == (not trainable(name)), name
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_batch_in_parts_is_the_batch(devices):
+    whole, parts = (Trainer(_mesh(devices), accumulate=count) for count in (1, 4))
+    for a, b in zip(*(trainer.run(range(5)) for trainer in (whole, parts)), strict=True):
+        np.testing.assert_allclose(a.loss, b.loss, rtol=1e-6)
+        np.testing.assert_allclose(a.grad_norm, b.grad_norm, rtol=1e-5)
+        np.testing.assert_allclose(a.corpus_losses, b.corpus_losses, rtol=1e-5)
+        np.testing.assert_array_equal(a.corpus_tokens, b.corpus_tokens)
+
+
+def test_the_average_follows_the_parameters():
+    trainer = Trainer(_mesh(), average_decay=0.5)
+    expected = np.float64(trainer.state.params["table"][...])
+    for step, decay in enumerate(
+        [1 / 10, 2 / 11, 3 / 12, 4 / 13, 5 / 14, 6 / 15, 7 / 16, 8 / 17, 0.5]
+    ):
+        trainer.run(range(step, step + 1))
+        expected = decay * expected + (1 - decay) * np.asarray(trainer.state.params["table"][...])
+        average = trainer.state.average["table"][...]
+        np.testing.assert_allclose(average, expected, rtol=1e-6 * (step + 2), atol=1e-7)
+    assert trainer.step._cache_size() == 1
+
+
+def test_a_bad_batch_leaves_everything_but_the_counts():
+    trainer = Trainer(_mesh(), skip_bad_batches=True, loss_jump=0.5, average_decay=0.9)
+    trainer.run(range(30))
+    before = jax.device_get(named_leaves(trainer.state))
+    table = before["params.table"]
+    poisoned = dataclasses.replace(
+        trainer.state,
+        params=jax.tree.map(lambda leaf: leaf * np.float32(40), trainer.state.params),
+    )
+    kept = jax.device_get(named_leaves(poisoned))
+    trainer.state = jax.tree.map(jnp.copy, poisoned)
+    (metrics,) = trainer.run(range(30, 31))  # its loss is far above the mean of those before it
+    assert metrics.bad
+    assert metrics.loss > metrics.recent_loss + 0.5 > 0.5
+    for name, leaf in named_leaves(trainer.state).items():
+        counts = np.issubdtype(leaf.dtype, np.integer)
+        assert np.array_equal(leaf, kept[name] + 1 if counts else kept[name]), name
+    assert not np.array_equal(table, kept["params.table"])
+
+
+def test_a_loss_is_not_judged_before_there_are_others():
+    trainer = Trainer(_mesh(), loss_jump=1e-6)
+    metrics = trainer.run(range(25))
+    assert not any(step.bad for step in metrics[:20])
+    losses = np.array([step.loss for step in metrics[:10]], np.float64)
+    weights = 0.99 ** np.arange(9, -1, -1)
+    np.testing.assert_allclose(
+        metrics[10].recent_loss, (losses * weights).sum() / weights.sum(), rtol=1e-5
+    )
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("num_corpora", 0), ("neighbour_dropout", 1.5), ("neighbour_dropout", -0.1)],
+    [
+        ("num_corpora", 0),
+        ("neighbour_dropout", 1.5),
+        ("neighbour_dropout", -0.1),
+        ("accumulate", 0),
+        ("loss_jump", -1.0),
+        ("average_decay", 1.0),
+    ],
 )
 def test_every_validation(field, value):
     with pytest.raises(UserError, match=rf"StepConfig\.{field} is {value}: expected"):
