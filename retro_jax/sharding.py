@@ -11,7 +11,9 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -56,7 +58,44 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             f"{len(devices)} devices: expected axes whose product is {len(devices)}"
         )
     explicit = (AxisType.Explicit,) * len(AXES)
-    return jax.make_mesh((data, config.fsdp, config.tensor), AXES, explicit, devices=devices)
+    shape = (data, config.fsdp, config.tensor)
+    if len(_by_slice(devices)) > 1:
+        return Mesh(arrange_slices(devices, shape), AXES, axis_types=explicit)
+    return jax.make_mesh(shape, AXES, explicit, devices=devices)
+
+
+def arrange_slices(devices: list[Any], shape: tuple[int, int, int]) -> np.ndarray:
+    """TPU slices one after the other along the data axis: the network between them is slower.
+
+    Args:
+      devices: of several slices of one size. shape: (data, fsdp, tensor) of the whole mesh.
+
+    Raises:
+      UserError: the data axis does not divide among the slices.
+    """
+    data, fsdp, tensor = shape
+    slices = _by_slice(devices)
+    if data % len(slices):
+        raise UserError(
+            f"mesh axis data={data} cannot be split over {len(slices)} slices: expected a multiple of "
+            f"{len(slices)}"
+        )
+    part = (data // len(slices), fsdp, tensor)
+    # As jax.make_mesh does: a mesh axis may be a part of a torus's.
+    arranged = [
+        mesh_utils.create_device_mesh(part, group, allow_split_physical_axes=True)
+        for group in slices
+    ]
+    return np.concatenate(arranged)
+
+
+def _by_slice(devices: list[Any]) -> list[list[Any]]:
+    """Devices of each TPU slice; all of them in one list elsewhere."""
+    slices: dict[int, list[Any]] = {}
+    for device in devices:
+        number = getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
+        slices.setdefault(number, []).append(device)
+    return [slices[number] for number in sorted(slices)]
 
 
 @dataclasses.dataclass(frozen=True)

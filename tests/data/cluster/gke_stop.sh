@@ -1,0 +1,2 @@
+set -e
+kubectl delete jobset retro --namespace=default --ignore-not-found

@@ -1,0 +1,3 @@
+set -e
+touch retro.stop
+scancel --name=retro --me --signal=TERM
