@@ -17,6 +17,7 @@ import numpy as np
 
 from data_pipelines import files
 from data_pipelines.documents import read_shard
+from data_pipelines.gather import bounds_of, gather
 from data_pipelines.manifest import Manifest, Path, Stage, shard_name
 from data_pipelines.runner import InProcess, Runner, run_counted, silent
 from data_pipelines.tokenizer import Tokenizer
@@ -162,8 +163,11 @@ class ChunkDatabase:
     Attributes:
       directory, manifest: where it is from.
       shards: the range of chunk ids of each shard.
-      corpora: name -> ranges of its chunk ids, one for each revision of the database.
+      corpora: name -> ranges of its chunk ids: one, or several where documents were appended to the
+        database or removed from it.
       pad_id, bos_id, eos_id, vocab_size: of the tokens.
+      removed: [n] int64 numbers of the documents that were removed, ascending: their chunks keep their
+        ids, but are in no corpus and are nobody's neighbours.
     """
 
     def __init__(self, directory: Path, manifest: Manifest):
@@ -176,7 +180,7 @@ class ChunkDatabase:
         self.vocab_size: int = settings["vocab_size"]
         self._chunks = [self._map(name) for name in manifest.shard_names(f"{CHUNKS}-", ".npy")]
         self._owners = [self._map(name) for name in manifest.shard_names(f"{DOCUMENTS}-", ".npy")]
-        self._bounds = np.cumsum([0] + [len(rows) for rows in self._chunks])
+        self._bounds = bounds_of(self._chunks)
         held = manifest.fact("shards")
         for rows, owners, expected in zip(self._chunks, self._owners, held, strict=True):
             if rows.shape != (expected, CHUNK_LENGTH) or owners.shape != (expected,):
@@ -184,6 +188,7 @@ class ChunkDatabase:
                     f"{self.directory} has a shard of {rows.shape} chunks and {owners.shape} document"
                     f" numbers: expected {expected} of {CHUNK_LENGTH} tokens"
                 )
+        self.removed = np.zeros(0, np.int64)
         bounds = self._bounds.tolist()
         self.shards = [range(a, b) for a, b in itertools.pairwise(bounds)]
         facts = manifest.fact("corpora")
@@ -232,6 +237,23 @@ class ChunkDatabase:
     def documents(self, ids: np.ndarray) -> np.ndarray:
         """[...] int64: the document numbers of chunks `ids` [...]; -1 for -1."""
         return self._gather(self._owners, ids, -1, (), np.int64)
+
+    def corpus_of(self, ids: np.ndarray) -> np.ndarray:
+        """[...] names of the corpora that chunks `ids` [...] are of; empty for -1 and removed ones."""
+        ranges = sorted(
+            (r.start, r.stop, name) for name, held in self.corpora.items() for r in held if r
+        )
+        if not ranges:
+            return np.full(np.shape(ids), "")
+        starts, stops, names = (np.array(column) for column in zip(*ranges))
+        place = np.maximum(np.searchsorted(starts, ids, side="right") - 1, 0)
+        return np.where((ids >= starts[place]) & (ids < stops[place]), names[place], "")
+
+    def is_removed(self, documents: np.ndarray) -> np.ndarray:
+        """[...] bool: which of the documents [...] were removed; -1 was not."""
+        places = np.searchsorted(self.removed, documents)
+        found = np.append(self.removed, -2)[places]
+        return found == documents
 
     def values(self, ids: np.ndarray) -> np.ndarray:
         """[..., 128] int32: chunks `ids` [...] and their continuations; all padding for -1."""
@@ -284,10 +306,7 @@ class ChunkDatabase:
                 f"chunk {bad} of {len(self)} in {self.directory}: expected it there, or -1"
             )
         rows = np.full((flat.size, *inner), fill, dtype)
-        where = np.searchsorted(self._bounds, flat, side="right") - 1
-        for shard in np.unique(where[flat >= 0]).tolist():
-            chosen = np.flatnonzero((where == shard) & (flat >= 0))
-            rows[chosen] = shards[shard][flat[chosen] - self._bounds[shard]]
+        gather(shards, self._bounds, flat, rows)
         return rows.reshape(*ids.shape, *inner)
 
 

@@ -13,14 +13,15 @@ import hashlib
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
+import numpy as np
 from absl import logging
 
 from data_pipelines import files
 from data_pipelines.corpora import SPLITS, CorpusConfig, Document, Reading, read_corpus
-from data_pipelines.manifest import Manifest, Path, Stage, shard_name
+from data_pipelines.manifest import Manifest, Parents, Path, Stage, shard_name
 from data_pipelines.spill import HASH_BYTES, Spill
 from retro_jax.config import require
 from retro_jax.errors import UserError
@@ -92,8 +93,15 @@ def split_of(document_id: str, *, validation: float, test: float) -> str:
     return "validation" if place >= 1 - validation else "train"
 
 
-def prepare_documents(directory: Path, config: DocumentsConfig) -> dict[str, Manifest]:
+def prepare_documents(
+    directory: Path, config: DocumentsConfig, *, known: "KnownDocuments | None" = None
+) -> dict[str, Manifest]:
     """Writes DIRECTORY/{train,validation,test}, or what is missing of them.
+
+    Args:
+      directory: where they go.
+      config: the corpora.
+      known: documents of an earlier database, which are left out; there may be no others.
 
     Returns:
       The manifest of each split. Facts: documents, bytes, per corpus documents and bytes, what each
@@ -104,17 +112,22 @@ def prepare_documents(directory: Path, config: DocumentsConfig) -> dict[str, Man
         document, or a directory made with other settings.
     """
     folder = pathlib.Path(directory)
+    parents = {} if known is None else known.parents
     stages = {
-        split: Stage(folder / split, KIND, config.settings(split), claim=False) for split in SPLITS
+        split: Stage(folder / split, KIND, config.settings(split), parents, claim=False)
+        for split in SPLITS
     }
     if not all(stage.done for stage in stages.values()):
-        _write_splits(folder, stages, config)
+        _write_splits(folder, stages, config, known)
     shutil.rmtree(folder / _SPILL, ignore_errors=True)
     return {split: stage.manifest() for split, stage in stages.items()}
 
 
 def _write_splits(
-    folder: pathlib.Path, stages: Mapping[str, Stage], config: DocumentsConfig
+    folder: pathlib.Path,
+    stages: Mapping[str, Stage],
+    config: DocumentsConfig,
+    known: "KnownDocuments | None",
 ) -> None:
     """Reads all corpora and writes what the stages have not got yet."""
     corpora = sorted(config.corpora, key=lambda corpus: corpus.name)
@@ -124,15 +137,41 @@ def _write_splits(
         stage.claim()  # not before every corpus has proved good: a typing error claims nothing
     writers = {split: _Writer(stage, config.shard_bytes) for split, stage in stages.items()}
     for corpus in corpora:
-        for split, line in _select(spills[corpus.name], corpus, reading[corpus.name]):
+        selected = _select(spills[corpus.name], corpus, reading[corpus.name], known)
+        for split, line in selected:
             writers[split].add(corpus.name, line)
         for writer in writers.values():
             writer.cut()  # a shard holds one corpus
-    if not writers["train"].shards:
+    if not writers["train"].shards and known is None:
         names = ", ".join(reading)
         raise UserError(f"{folder}: no document of {names} is in the training split: expected some")
     for writer in writers.values():
         writer.finish(reading)
+
+
+class KnownDocuments:
+    """Documents that need not be taken again, by corpus and id.
+
+    Attributes:
+      parents: the database that holds them, for `Stage`.
+    """
+
+    def __init__(self, names: Iterable[tuple[str, str]], parents: Parents) -> None:
+        """Takes (corpus, id) of each; keeps 8 bytes of it."""
+        hashes = (_name_hash(corpus, name) for corpus, name in names)
+        self._hashes = np.sort(np.fromiter(hashes, np.uint64))
+        self.parents = parents
+
+    def __contains__(self, name: tuple[str, str]) -> bool:
+        """Whether (corpus, id) is one of them."""
+        wanted = np.uint64(_name_hash(*name))
+        place = np.searchsorted(self._hashes, wanted)
+        return bool(place < len(self._hashes) and self._hashes[place] == wanted)
+
+
+def _name_hash(corpus: str, name: str) -> int:
+    """64 bits of a document's corpus and id."""
+    return int.from_bytes(stable_hash(f"{corpus}\0{name}", "known")[:8], "big")
 
 
 def read_shard(path: Path) -> Iterator[Document]:
@@ -249,7 +288,9 @@ def _payload(document: Document, corpus: CorpusConfig, config: DocumentsConfig) 
     return f"{split} {len(document.text.encode())} {line}".encode()
 
 
-def _select(spill: Spill, corpus: CorpusConfig, counts: Counts) -> Iterator[tuple[str, bytes]]:
+def _select(
+    spill: Spill, corpus: CorpusConfig, counts: Counts, known: KnownDocuments | None
+) -> Iterator[tuple[str, bytes]]:
     """Split and JSON line of each document that is kept, in order; completes the counts."""
     kept = size = 0
     for _, payload, duplicate in spill.records():
@@ -262,6 +303,9 @@ def _select(spill: Spill, corpus: CorpusConfig, counts: Counts) -> Iterator[tupl
             counts["beyond_limit"] = counts["documents"] - counts["duplicates"] - kept
             return
         kept += 1
+        if known is not None and (corpus.name, json.loads(line)["id"]) in known:
+            counts["known"] = counts.get("known", 0) + 1
+            continue
         yield split.decode(), line + b"\n"
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from data_pipelines import files
 from data_pipelines.chunk_database import ChunkDatabase
 from data_pipelines.embedder import PACKAGED_MODELS, BertFolder, Embedder, WordPieces
+from data_pipelines.gather import bounds_of, gather
 from data_pipelines.manifest import Manifest, Path, Stage, shard_name
 from data_pipelines.runner import InProcess, Runner, run_counted, silent
 from data_pipelines.tokenizer import Tokenizer
@@ -172,7 +173,7 @@ class Keys:
         self.dimension: int = manifest.fact("dimension")
         names = manifest.shard_names(f"{KIND}-", ".npy")
         self._shards = [np.load(self.directory / name, mmap_mode="r") for name in names]
-        self._bounds = np.cumsum([0] + [len(shard) for shard in self._shards])
+        self._bounds = bounds_of(self._shards)
         dtype = _STORED[manifest.settings["dtype"]]
         lengths = [len(ids) for ids in database.shards]
         for name, shard in zip(names, self._shards, strict=True):
@@ -208,17 +209,19 @@ class Keys:
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """[n, d] float32 keys of chunks `ids` [n]; NaN for a chunk without text."""
         ids = np.asarray(ids, np.int64)
+        if len(ids) and not (ids.min() >= 0 and ids.max() < len(self)):
+            raise IndexError(f"chunk {ids.min()} or {ids.max()} of {len(self)} in {self.directory}")
         rows = np.empty((len(ids), self.dimension), np.float32)
-        where = np.searchsorted(self._bounds, ids, side="right") - 1
-        for shard in np.unique(where).tolist():
-            chosen = np.flatnonzero(where == shard)
-            rows[chosen] = as_float32(self._shards[shard][ids[chosen] - self._bounds[shard]])
+        gather(self._shards, self._bounds, ids, rows, convert=as_float32)
         return rows
 
-    def blocks(self, size: int = BLOCK) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Ids [n] and keys [n, d] float32 of all chunks with text, some thousand at a time."""
-        for start in range(0, len(self), size):
-            ids = np.arange(start, min(start + size, len(self)))
+    def blocks(
+        self, size: int = BLOCK, within: range | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Ids [n] and keys [n, d] float32 of all chunks with text, or of those within a range."""
+        every = range(len(self)) if within is None else within
+        for start in range(every.start, every.stop, size):
+            ids = np.arange(start, min(start + size, every.stop))
             rows = self.rows(ids)
             has_text = ~np.isnan(rows[:, 0])
             yield ids[has_text], rows[has_text]
@@ -272,7 +275,17 @@ class KeyShard:
 
     def __call__(self, index: int, report: Callable[[int], object] = silent) -> int:
         """Writes shard `index`, each block to the disk before the next; returns its number of rows."""
-        stage = Stage.attach(self.directory)
+        stage, name = Stage.attach(self.directory), shard_name(KIND, index)
+        try:
+            return self._make(stage, index, report)
+        except (UserError, OSError):
+            # A worker that was taken for dead may finish a shard, and clear up, while another is at it.
+            if stage.missing([name]):
+                raise
+            return len(np.load(stage.directory / name, mmap_mode="r"))
+
+    def _make(self, stage: Stage, index: int, report: Callable[[int], object]) -> int:
+        """Makes what is missing of a shard."""
         database = ChunkDatabase.open(self.chunks_directory)
         name = shard_name(KIND, index)
         parts = _Parts(stage.directory / f"{files.TEMPORARY}{name}")

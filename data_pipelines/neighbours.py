@@ -2,26 +2,39 @@
 
 The retrieval database is made of training documents. A chunk is never given a neighbour of its own
 document: documents are told apart by corpus and id, so that this holds for every split.
+
+Where the index has several shards, one of them is held at a time:
+
+    query shard q, index shard s --search--> .tmp-found-s-q      for every q, then the next s
+    .tmp-found-0-q, .tmp-found-1-q, ... --merge--> shard q of the table
+
+The table of a database that was updated is made from the one before: of its rows, neighbours that were
+removed go, what the new index shards find comes in, and only rows that lost a neighbour are searched
+for anew.
 """
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
 from data_pipelines import files
 from data_pipelines.chunk_database import ChunkDatabase
+from data_pipelines.gather import bounds_of, gather
+from data_pipelines.index import IndexShard, merge
 from data_pipelines.keys import BlockSource, Keys
 from data_pipelines.manifest import Manifest, Path, Stage, shard_name
 from data_pipelines.retriever import Retriever
+from data_pipelines.revisions import folder_of
 from data_pipelines.runner import InProcess, Runner, run_counted, silent
 from retro_jax.config import require
 from retro_jax.errors import UserError
 
 KIND = "neighbours"
 IDS, SCORES = "neighbours", "scores"
+_SOURCE_ROWS = 20_000  # that say how many neighbours are of their query's corpus
 _QUANTILE_ROWS = 10_000_000  # of a larger table every so many-th row
 
 
@@ -53,6 +66,7 @@ def prepare_neighbours(
     *,
     k: int,
     recall_queries: int,
+    base: "NeighbourTable | None" = None,
     runner: Runner = InProcess(),
 ) -> Manifest:
     """Makes the table of one split, or the shards that are missing of it.
@@ -63,21 +77,26 @@ def prepare_neighbours(
       retriever: the retrieval database.
       k: neighbours a chunk.
       recall_queries: sample size of the measured recall.
+      base: the split's table against the database's previous revision, of the same k.
       runner: where shards are made; given the index, the bytes do not depend on it.
 
     Returns:
       The manifest. Facts: chunks; queries (chunks with text); filled, for each slot the share of
-      queries that have a neighbour in it; nearest, quantiles of the first slot's score; recall, with its k
-      and its number of queries: the share of the true neighbours that the table holds.
+      queries that have a neighbour in it; nearest, quantiles of the first slot's score; same_corpus, the
+      share of neighbours of their query's own corpus; recall, with its k and its number of queries: the
+      share of the true neighbours that the table holds; database, the chunk ids that it points into.
     """
     chunks = queries.database
     parents = {
         "chunks": (chunks.manifest, chunks.directory),
-        "queries": (queries.manifest, queries.directory),
         "database": (retriever.database.manifest, retriever.database.directory),
         "keys": (retriever.keys.manifest, retriever.keys.directory),
         "index": (retriever.index.manifest, retriever.index.directory),
     }
+    if queries.manifest.hash != retriever.keys.manifest.hash:
+        parents["queries"] = (queries.manifest, queries.directory)
+    if base is not None:
+        parents["base"] = (base.manifest, base.directory)
     settings = {"k": k, "recall_queries": recall_queries, "score": "squared_l2"}
     stage = Stage(directory, KIND, settings, parents)
     if stage.done:
@@ -86,11 +105,18 @@ def prepare_neighbours(
     names = [_shard_names(i) for i in range(len(chunks.shards))]
     missing = [i for i, pair in enumerate(names) if stage.missing(pair)]
     own = OwnDocuments(chunks, retriever.database)
-    work = NeighbourShard(files.absolute(directory), queries, retriever, k, own)
+    work = NeighbourShard(files.absolute(directory), queries, retriever, k, own, base)
     sizes = [len(ids) for ids in chunks.shards]
+    if len(retriever.index.shards) > 1:
+        pairs = [(s, q) for s in range(len(retriever.index.shards)) for q in work.asks(s, missing)]
+        found = [i for i, pair in enumerate(pairs) if not work.found_path(*pair).is_file()]
+        search = FindShard(work, tuple(pairs))
+        of_pairs = [sizes[q] for _, q in pairs]
+        run_counted(runner, search, found, of_pairs, what="candidates", unit="chunk")
     run_counted(runner, work, missing, sizes, what="neighbours", unit="chunk")
     ordered = [ids for ids, _ in names] + [scores for _, scores in names]
-    return stage.finish(_facts(stage, names, work, recall_queries), ordered)
+    facts = _facts(stage, names, work, recall_queries)
+    return stage.finish(facts, ordered, revision=retriever.database.manifest.revision)
 
 
 class NeighbourTable:
@@ -99,15 +125,17 @@ class NeighbourTable:
     Attributes:
       directory, manifest: where it is from.
       k: neighbours a chunk, at most.
+      database: chunks of the retrieval database that its ids point into; 0 in a table that does not say.
     """
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         """Use `open`."""
         self.directory, self.manifest = pathlib.Path(directory), manifest
         self.k: int = manifest.settings["k"]
+        self.database: int = manifest.facts.get("database", 0)
         self._ids = [self._map(name) for name in manifest.shard_names(f"{IDS}-")]
         self._scores = [self._map(name) for name in manifest.shard_names(f"{SCORES}-")]
-        self._bounds = np.cumsum([0] + [len(rows) for rows in self._ids])
+        self._bounds = bounds_of(self._ids)
 
     @classmethod
     def open(
@@ -132,6 +160,22 @@ class NeighbourTable:
         given = {"chunks": queries, "database": retrieval}
         parents = {role: (db.manifest, db.directory) for role, db in given.items() if db}
         return cls(directory, Manifest.open(directory, KIND, parents, verify))
+
+    @classmethod
+    def of(
+        cls, workdir: Path, split: str, queries: ChunkDatabase, database: ChunkDatabase
+    ) -> "NeighbourTable":
+        """Opens the table of a split of a workdir against a database, whatever its revision is.
+
+        Raises:
+          UserError: none there, damaged, or one of other databases; it names the directories.
+        """
+        place = folder_of(workdir, database.manifest.revision) / KIND / split
+        return cls.open(place, queries, database)
+
+    def __reduce__(self) -> tuple[Callable[..., "NeighbourTable"], tuple[str, Manifest]]:
+        """Pickles by its place, so that worker processes map the files themselves."""
+        return NeighbourTable, (files.absolute(self.directory), self.manifest)
 
     def __len__(self) -> int:
         """Chunks."""
@@ -169,12 +213,12 @@ class NeighbourTable:
             raise IndexError(
                 f"chunk {flat.min()} or {flat.max()} of {len(self)} in {self.directory}"
             )
-        where = np.searchsorted(self._bounds, flat, side="right") - 1
         rows = np.empty((flat.size, k), shards[0].dtype if shards else np.int64)
-        for shard in np.unique(where).tolist():
-            chosen = np.flatnonzero(where == shard)
-            rows[chosen] = shards[shard][flat[chosen] - self._bounds[shard], :k]
+        gather(shards, self._bounds, flat, rows)
         return rows.reshape(*chunk_ids.shape, k)
+
+
+Found = tuple[np.ndarray, np.ndarray]  # ids and scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +227,7 @@ class NeighbourShard:
 
     Attributes:
       directory: the table's.
-      queries, retriever, k: as for `prepare_neighbours`.
+      queries, retriever, k, base: as for `prepare_neighbours`.
       own: which documents the queries are of.
     """
 
@@ -192,26 +236,83 @@ class NeighbourShard:
     retriever: Retriever
     k: int
     own: "OwnDocuments"
+    base: "NeighbourTable | None" = None
 
     wants_accelerator: ClassVar[bool] = True
 
     def __call__(self, index: int, report: Callable[[int], object] = silent) -> int:
         """Writes shard `index`; returns its number of rows."""
         stage = Stage.attach(self.directory)
-        shard = self.queries.database.shards[index]
-        ids = np.empty((len(shard), self.k), np.int64)
-        scores = np.empty(ids.shape, np.float32)
-        count, blocks = 0, BlockSource(shard)
-        for block in (blocks[i] for i in range(len(blocks))):
-            queries, rows = self.queries.rows(block), block - shard.start
-            ids[rows], scores[rows] = self.retriever.search(queries, self.k, self.own.of(block))
-            count += int((~np.isnan(queries[:, 0])).sum())
-            report(len(block))
+        shards = self.retriever.index.shards
+        asked = [s for s in range(len(shards)) if self.asks(s, [index])]
+        if len(shards) > 1:
+            parts = [read_found(self.found_path(s, index)) for s in asked]
+        else:
+            parts = [self.find(shards[s], index, report) for s in asked]
+        if self._is_old(index):
+            parts.append(self._kept(index))
+        rows = len(self.queries.database.shards[index])
+        empty = (np.full((rows, self.k), -1), np.full((rows, self.k), np.inf, np.float32))
+        ids, scores = merge([*parts, empty], self.k)
+        count = int(sum((~np.isnan(keys[:, 0])).sum() for _, keys in self._blocks(index)))
         names = _shard_names(index)
         facts = {"queries": count, "filled": (ids >= 0).sum(0).tolist()}
         stage.write_array(names[1], scores)
         stage.write_array(names[0], ids, facts)
-        return len(ids)
+        if len(shards) > 1 or not asked:
+            report(rows)
+        return rows
+
+    def asks(self, shard: int, queries: Sequence[int]) -> list[int]:
+        """Those of some query shards that index shard `shard` is searched for."""
+        if self.base is None or self.retriever.index.shards[shard].ids.start >= self.base.database:
+            return list(queries)
+        return [q for q in queries if not self._is_old(q)]
+
+    def find(self, shard: IndexShard, index: int, report: Callable[[int], object]) -> Found:
+        """What one index shard finds for the chunks of query shard `index`."""
+        rows = len(self.queries.database.shards[index])
+        ids, scores = np.empty((rows, self.k), np.int64), np.empty((rows, self.k), np.float32)
+        place = 0
+        for block, keys in self._blocks(index):
+            part = slice(place, place + len(block))
+            ids[part], scores[part] = self.retriever.search_shard(
+                shard, keys, self.k, self.own.of(block)
+            )
+            place += len(block)
+            report(len(block))
+        return ids, scores
+
+    def found_path(self, shard: int, index: int) -> pathlib.Path:
+        """Where the candidates of a query shard from an index shard wait."""
+        return pathlib.Path(self.directory, f"{files.TEMPORARY}found-{shard:05d}-{index:05d}.npy")
+
+    def _is_old(self, index: int) -> bool:
+        """Whether the table of the previous revision has the rows of query shard `index`."""
+        return self.base is not None and self.queries.database.shards[index].stop <= len(self.base)
+
+    def _kept(self, index: int) -> Found:
+        """What stays of the previous table's rows; those that lost a neighbour are found anew."""
+        assert self.base is not None
+        chunks = np.array(self.queries.database.shards[index])
+        ids, scores = self.base.ids(chunks), self.base.scores(chunks)
+        database = self.retriever.database
+        lost = database.is_removed(database.documents(ids)) & (ids >= 0)
+        ids, scores = np.where(lost, -1, ids), np.where(lost, np.inf, scores).astype(np.float32)
+        rows = np.flatnonzero(lost.any(1))
+        if len(rows):
+            own, keys, found = self.own.of(chunks[rows]), self.queries.rows(chunks[rows]), []
+            for shard in self.retriever.index.shards:
+                found.append(self.retriever.search_shard(shard, keys, self.k, own))
+                shard.release()
+            ids[rows], scores[rows] = merge(found, self.k)
+        return ids, scores
+
+    def _blocks(self, index: int) -> Iterator[Found]:
+        """Chunk ids and keys of a query shard."""
+        blocks = BlockSource(self.queries.database.shards[index])
+        for i in range(len(blocks)):
+            yield blocks[i], self.queries.rows(blocks[i])
 
     def recall(self, table: list[np.ndarray], sample: int) -> dict[str, Any]:
         """How many of the true neighbours of some queries the table's scores hold."""
@@ -226,6 +327,40 @@ class NeighbourShard:
         held = [table[shard][i - bounds[shard]] for shard, i in zip(shards, ids, strict=True)]
         share = recall(np.reshape(held, truth.shape), truth)
         return {"k": self.k, "queries": len(ids), "recall": share}
+
+
+@dataclasses.dataclass(frozen=True)
+class FindShard:
+    """Searches one index shard for one query shard, (s, q), and leaves the candidates in a file."""
+
+    work: NeighbourShard
+    pairs: tuple[tuple[int, int], ...]
+
+    wants_accelerator: ClassVar[bool] = True
+
+    def __call__(self, index: int, report: Callable[[int], object] = silent) -> int:
+        """Searches pair `index`; pairs of one index shard follow each other, so one is held."""
+        s, q = self.pairs[index]
+        shards = self.work.retriever.index.shards
+        for other in shards[:s]:
+            other.release()
+        found = self.work.find(shards[s], q, report)
+        path = self.work.found_path(s, q)
+
+        def write(file: BinaryIO) -> None:
+            for array in found:
+                np.lib.format.write_array(file, array, allow_pickle=False)
+
+        with files.temporary_name(path) as temporary:
+            files.write_hashed(temporary, write)
+            temporary.rename(path)
+        return len(found[0])
+
+
+def read_found(path: pathlib.Path) -> Found:
+    """The candidates that `FindShard` left."""
+    with open(path, "rb") as file:
+        return np.load(file), np.load(file)
 
 
 def sample_ids(total: int, sample: int, seed: int = 0) -> np.ndarray:
@@ -299,11 +434,25 @@ def _facts(
     quantiles = np.quantile(nearest, steps) if len(nearest) else []
     return {
         "chunks": len(work.queries),
+        "database": len(work.retriever.database),
         "queries": count,
         "filled": [slot / count if count else 0.0 for slot in filled],
         "nearest": {f"{step:g}": float(value) for step, value in zip(steps, quantiles)},
+        "same_corpus": _same_corpus(stage, [ids for ids, _ in names], work),
         "recall": work.recall(scores, recall_queries),
     }
+
+
+def _same_corpus(stage: Stage, names: list[str], work: NeighbourShard) -> float:
+    """The share of neighbours, of all slots of some rows, that are of their query's corpus."""
+    queries, database = work.queries.database, work.retriever.database
+    tables = [np.load(stage.directory / name, mmap_mode="r") for name in names]
+    rows = sample_ids(len(queries), _SOURCE_ROWS)
+    found = np.empty((len(rows), work.k), np.int64)
+    gather(tables, bounds_of(tables), rows, found)
+    same = database.corpus_of(found) == queries.corpus_of(rows)[:, None]
+    there = found >= 0
+    return float(same[there].mean()) if there.any() else 0.0
 
 
 def _shard_names(index: int) -> tuple[str, str]:

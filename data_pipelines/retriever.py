@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines import files
+from data_pipelines import files, revisions
 from data_pipelines.chunk_database import CHUNK_LENGTH, ChunkDatabase
 from data_pipelines.embedder import PACKAGED_MODELS, BertFolder, Embedder
-from data_pipelines.index import Index
+from data_pipelines.index import Index, IndexShard, merge, repeated
 from data_pipelines.keys import ChunkEncoder, Keys
 from data_pipelines.manifest import Path
 from data_pipelines.tokenizer import Tokenizer
@@ -50,25 +50,33 @@ class Retriever:
         self._tokenizer, self._model = tokenizer, model
 
     @classmethod
-    def open(cls, workdir: Path, *, model: str | None = None, verify: bool = False) -> "Retriever":
-        """Opens tokenizer/, chunks/train/, keys/train/ and index/ of a workdir.
+    def open(
+        cls,
+        workdir: Path,
+        *,
+        model: str | None = None,
+        revision: int | None = None,
+        verify: bool = False,
+    ) -> "Retriever":
+        """Opens the retrieval database of a workdir: tokenizer/, chunks/train/, keys/train/ and index/.
 
         BERT and ScaNN are loaded when they are first needed.
 
         Args:
           workdir: where `prepare` put them.
           model: the folder of the BERT that made the keys, where it is not a packaged one.
+          revision: of the database; None for the newest.
           verify: hash every file again.
 
         Raises:
           UserError: something is missing, damaged, or does not belong to the rest.
         """
-        folder = pathlib.Path(workdir)
-        tokenizer = Tokenizer.open(folder / "tokenizer", verify=verify)
-        database = ChunkDatabase.open(folder / "chunks" / "train", verify=verify)
-        _check_tokenizer(database, tokenizer)
-        keys = Keys.open(folder / "keys" / "train", database, verify=verify)
-        index = Index.open(folder / "index", keys, verify=verify)
+        tokenizer = Tokenizer.open(pathlib.Path(workdir) / "tokenizer", verify=verify)
+        database = revisions.open_database(workdir, revision, verify=verify)
+        for part in getattr(database, "parts", [database]):
+            _check_tokenizer(part, tokenizer)
+        keys = revisions.open_keys(database, workdir, verify=verify)
+        index = revisions.open_index(keys, workdir, verify=verify)
         return cls(database, keys, index=index, tokenizer=tokenizer, model=model)
 
     def __reduce__(self) -> tuple[Callable[..., "Retriever"], tuple[Any, ...]]:
@@ -134,21 +142,35 @@ class Retriever:
         """
         if k < 1:
             raise UserError(f"k is {k}: expected at least one neighbour")
+        found = [
+            self.search_shard(shard, queries, k, exclude_documents) for shard in self.index.shards
+        ]
+        return merge(found, k)
+
+    def search_shard(
+        self,
+        shard: IndexShard,
+        queries: np.ndarray,
+        k: int,
+        exclude_documents: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `search`, among the chunks of one of the index's shards."""
         ids = np.full((len(queries), k), -1, np.int64)
         pending = np.flatnonzero(~np.isnan(queries[:, 0]))
-        count, widen = (k if exclude_documents is None else 2 * k + 16), 1
+        filtered = exclude_documents is not None or len(self.database.removed)
+        count, widen = (2 * k + 16 if filtered else k), 1
         while len(pending) and count <= max(_WIDEST, k):
-            found, _ = self.index.search(queries[pending], count, widen=widen)
+            found, _ = shard.search(queries[pending], count, widen=widen)
             chosen = self._select(found, k, _at(exclude_documents, pending))
             enough = chosen[:, -1] >= 0
-            if self.index.is_exact and count >= len(self.index):
+            if shard.is_exact and count >= len(shard):
                 enough[:] = True
             ids[pending[enough]] = chosen[enough]
             pending = pending[~enough]
             count, widen = count * _WIDEN, widen * _WIDEN
         for start in range(0, len(pending), _QUERIES):
             rows = pending[start : start + _QUERIES]
-            ids[rows] = self._exact_ids(queries[rows], k, _at(exclude_documents, rows))
+            ids[rows] = self._exact_ids(queries[rows], k, _at(exclude_documents, rows), shard.ids)
         return self._scored(queries, ids)
 
     def exact(
@@ -164,23 +186,33 @@ class Retriever:
 
     def _select(self, ids: np.ndarray, k: int, exclude: np.ndarray | None) -> np.ndarray:
         """The first k of candidates [n, m] that are there, not excluded and not repeated: [n, k]."""
-        wanted = (ids >= 0) & ~_repeated(ids)
+        wanted = (ids >= 0) & ~repeated(ids)
+        documents = self.database.documents(ids)
+        wanted &= ~self.database.is_removed(documents)
         if exclude is not None:
-            wanted &= self.database.documents(ids) != exclude[:, None]
+            wanted &= documents != exclude[:, None]
         order = np.argsort(~wanted, axis=1, kind="stable")[:, :k]
         chosen = np.where(wanted, ids, -1)
         chosen = np.take_along_axis(chosen, order, axis=1)
         return np.pad(chosen, ((0, 0), (0, k - chosen.shape[1])), constant_values=-1)
 
-    def _exact_ids(self, queries: np.ndarray, k: int, exclude: np.ndarray | None) -> np.ndarray:
+    def _exact_ids(
+        self,
+        queries: np.ndarray,
+        k: int,
+        exclude: np.ndarray | None,
+        within: range | None = None,
+    ) -> np.ndarray:
         """[n, k] ids of the nearest keys by comparing all, not excluded; -1 where there are no more."""
         best_ids = np.full((len(queries), k + _SPARE), -1, np.int64)
         best = np.full(best_ids.shape, np.inf, np.float32)
-        for ids, keys in self.keys.blocks():
+        for ids, keys in self.keys.blocks(within=within):
             # |q|^2 is the same for all keys of a query, and so left out of the comparison.
             distances = (keys * keys).sum(1)[None, :] - 2 * (queries @ keys.T)
+            documents = self.database.documents(ids)
+            distances[:, self.database.is_removed(documents)] = np.inf
             if exclude is not None:
-                distances[self.database.documents(ids)[None, :] == exclude[:, None]] = np.inf
+                distances[documents[None, :] == exclude[:, None]] = np.inf
             every = np.concatenate([best, distances], axis=1)
             every_ids = np.concatenate([best_ids, np.broadcast_to(ids, distances.shape)], axis=1)
             order = np.argsort(every, axis=1, kind="stable")[:, : k + _SPARE]
@@ -222,15 +254,6 @@ def _encoder(keys: Keys, tokenizer: Tokenizer, model: str | None) -> ChunkEncode
 def _searching(database: ChunkDatabase, keys: Keys, index: Index) -> Retriever:
     """A retriever that can search, but not embed."""
     return Retriever(database, keys, index=index)
-
-
-def _repeated(ids: np.ndarray) -> np.ndarray:
-    """[n, m] bool: whether an id stands further left in its row too."""
-    order = np.argsort(ids, axis=1, kind="stable")
-    ordered = np.take_along_axis(ids, order, axis=1)
-    repeated = np.zeros(ids.shape, bool)
-    np.put_along_axis(repeated, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
-    return repeated
 
 
 def _at(exclude: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:

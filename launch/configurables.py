@@ -51,6 +51,7 @@ TABLE = {
     "KeysConfig": "data_pipelines.keys",
     "IndexConfig": "data_pipelines.index",
     "NeighboursConfig": "data_pipelines.neighbours",
+    "TuneConfig": "data_pipelines.tune",
     "BatchConfig": "data_pipelines.batches",
 }
 # What gin appends to the errors of configurables, nested ones included.
@@ -115,20 +116,23 @@ def load_from_flags() -> None:
     load(GIN_FILE.value, GIN_BINDINGS.value)
 
 
-def load(gin_file: str | None, bindings: typing.Sequence[str] = ()) -> None:
+def load(
+    gin_file: str | None, bindings: typing.Sequence[str] = (), *, base: str | None = None
+) -> None:
     """Replaces the configuration by that of a file and of bindings that override it.
 
     Args:
       gin_file: path of a gin file, or None for no file.
       bindings: statements such as "RetroConfig.d_model = 64"; a later one wins.
+      base: path of a gin file that both of these override.
 
     Raises:
       UserError: a missing file, bad syntax, an unknown name or a value of the wrong type.
     """
     gin.clear_config()
     reading = _Reading()
-    if gin_file is not None:
-        _read_file(gin_file, "--gin_file", reading)
+    for path in filter(None, (base, gin_file)):
+        _read_file(path, "--gin_file", reading)
     for binding in bindings:
         _read(binding, f"--gin_bindings={binding!r}", reading, directory=os.getcwd())
     for (scope, name, field), (value, where) in reading.bindings.items():

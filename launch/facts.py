@@ -3,11 +3,13 @@
 import pathlib
 from collections.abc import Sequence
 
+from data_pipelines import revisions
 from data_pipelines.corpora import SPLITS
 from data_pipelines.manifest import MANIFEST_FILE, Manifest
 from retro_jax.errors import UserError
 
 _NOTHING = "-"
+_QUANTILES = {"0.05": "5 %", "0.5": "median", "0.95": "95 %"}
 _MEASURES = ("documents", "chunks", "tokens", "bytes")
 
 
@@ -25,7 +27,9 @@ def table(directory: pathlib.Path) -> str:
         raise UserError(f"{directory} holds no chunk database: expected what launch.prepare makes")
     rows = _chunk_rows(list(chunks.values()))
     rows += _key_rows(directory)
-    rows += _neighbour_rows(list(_manifests(directory, "neighbours").values()))
+    rows += _revision_rows(directory)
+    tables = revisions.folder_of(directory, revisions.latest(directory))
+    rows += _neighbour_rows(list(_manifests(tables, "neighbours").values()))
     return _aligned([["", *SPLITS], *rows])
 
 
@@ -68,17 +72,36 @@ def _key_rows(directory: pathlib.Path) -> list[list[str]]:
     return rows
 
 
+def _revision_rows(directory: pathlib.Path) -> list[list[str]]:
+    """What the newest revision of the retrieval database has more, and less."""
+    newest = revisions.latest(directory)
+    if not newest:
+        return []
+    manifest = Manifest.open(
+        revisions.folder_of(directory, newest) / revisions.KIND, revisions.KIND
+    )
+    none = [_NOTHING] * (len(SPLITS) - 1)
+    counts = {"revision": newest, "chunk ids of all revisions": manifest.fact("chunks")}
+    counts["removed documents"] = manifest.fact("removed")
+    return [[name, _count(count), *none] for name, count in counts.items()]
+
+
 def _neighbour_rows(splits: Sequence[Manifest | None]) -> list[list[str]]:
     """Slots, how many of them are filled, and the recall."""
     if not any(splits):
         return []
     # A split without documents has no shard, and so no slots.
     shares = [m.fact("filled") if m else [] for m in splits]
-    medians = [m.fact("nearest").get("0.5") if m else None for m in splits]
+    nearest = [m.fact("nearest") if m else {} for m in splits]
+    same = [m.facts.get("same_corpus") if m else None for m in splits]
     return [
         ["neighbours a chunk", *(_count(m.settings["k"] if m else None) for m in splits)],
         ["slots filled", *(_share(sum(s) / len(s) if s else None) for s in shares)],
-        ["median distance", *(_share(median, "{:.3f}") for median in medians)],
+        *(
+            [f"nearest: {name} distance", *(_share(q.get(step), "{:.3f}") for q in nearest)]
+            for step, name in _QUANTILES.items()
+        ),
+        ["of the same corpus", *map(_share, same)],
         ["recall", *(_share(m.fact("recall")["recall"] if m else None) for m in splits)],
     ]
 

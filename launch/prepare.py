@@ -3,6 +3,8 @@
     python -m launch.prepare --gin_file=experiments/quickstart.gin --workdir=W
     python -m launch.prepare --gin_file=experiments/quickstart.gin --workdir=W --stages=documents,chunks
     python -m launch.prepare --gin_file=experiments/quickstart.gin --workdir=W --runner=ray --ray_address=HOST:6379
+    python -m launch.prepare --gin_file=more.gin --workdir=W --append
+    python -m launch.prepare --workdir=W --remove=wikipedia/Lobster
     python -m launch.prepare --workdir=W --stats
     python -m launch.prepare --workdir=W --verify
 
@@ -22,18 +24,19 @@ from collections.abc import Callable, Iterator, Sequence
 from absl import flags
 
 from data_pipelines import files
-from data_pipelines.chunk_database import ChunkDatabase, prepare_chunks
+from data_pipelines.chunk_database import prepare_chunks
 from data_pipelines.corpora import SPLITS
 from data_pipelines.documents import DocumentsConfig, prepare_documents
 from data_pipelines.index import IndexConfig, prepare_index
-from data_pipelines.keys import Keys, KeysConfig, prepare_keys
+from data_pipelines.keys import KeysConfig, prepare_keys
 from data_pipelines.manifest import MANIFEST_FILE, Manifest
-from data_pipelines.neighbours import NeighboursConfig, prepare_neighbours
+from data_pipelines.neighbours import NeighboursConfig
 from data_pipelines.ray_runner import RayCluster
 from data_pipelines.retriever import Retriever
 from data_pipelines.runner import InProcess, LocalProcesses, Runner
 from data_pipelines.tokenizer import TokenizerConfig, train_tokenizer
-from launch import app, configurables, facts, verify, workdir
+from launch import app, configurables, facts, update, verify, workdir
+from launch.preparation import Preparation, open_keys, prepare_table
 from retro_jax.errors import UserError
 
 STAGES = flags.DEFINE_list("stages", None, "Only these stages, in their own order. Default: all.")
@@ -69,26 +72,15 @@ RAY_ACCELERATORS = flags.DEFINE_string(
     "What Ray tasks that embed and search ask for: GPU, TPU:4. Default: none.",
 )
 
+APPEND = flags.DEFINE_bool(
+    "append", False, "Add the gin file's documents that W lacks, as a new revision of the database."
+)
+REMOVE = flags.DEFINE_multi_string(
+    "remove", [], "Withdraw the document CORPUS/ID from the database, or each of @FILE's lines."
+)
+
 CONFIG_FILE = "prepare.gin"
 _LOCK_FILE = ".prepare.lock"
-
-
-@dataclasses.dataclass(frozen=True)
-class Preparation:
-    """Where, and every setting.
-
-    Attributes:
-      directory: W.
-      runner: where shards are made.
-    """
-
-    directory: pathlib.Path
-    documents: DocumentsConfig
-    tokenizer: TokenizerConfig
-    keys: KeysConfig
-    index: IndexConfig
-    neighbours: NeighboursConfig
-    runner: Runner
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,13 +104,14 @@ def main() -> None:
         print(facts.table(directory))
         return
     if VERIFY.value:
-        sample, seed = VERIFY_SAMPLE.value, VERIFY_SEED.value
-        verify.verify(
-            directory, sample=sample, seed=seed, report=functools.partial(print, flush=True)
-        )
+        _verify(directory)
         return
     chosen = _chosen(STAGES.value)
-    configurables.load_from_flags()
+    updating = APPEND.value or bool(REMOVE.value)
+    if updating:
+        _load_over(directory)
+    else:
+        configurables.load_from_flags()
     if SKIP_BAD.value:
         configurables.override("DocumentsConfig.skip_bad_documents", True)
     preparation = make_preparation(directory)
@@ -126,6 +119,9 @@ def main() -> None:
         print(configurables.operative_config(), end="")
         return
     with only_one(directory):
+        if updating:
+            update.update(preparation, append=APPEND.value, remove=REMOVE.value)
+            return
         made = [name for name in chosen if run_stage(name, preparation)]
         if made:
             settings = configurables.operative_config()
@@ -133,11 +129,16 @@ def main() -> None:
             workdir.record_versions(directory)
 
 
+def _load_over(directory: pathlib.Path) -> None:
+    """Loads the flags' settings over those that W was prepared with."""
+    recorded = directory / CONFIG_FILE
+    base = str(recorded) if recorded.is_file() else None
+    configurables.load(configurables.GIN_FILE.value, configurables.GIN_BINDINGS.value, base=base)
+
+
 def _verify(directory: pathlib.Path) -> None:
     """Checks W, with the BERT that it was prepared with."""
-    recorded = directory / CONFIG_FILE
-    given = configurables.GIN_FILE.value or (str(recorded) if recorded.is_file() else None)
-    configurables.load(given, configurables.GIN_BINDINGS.value)
+    _load_over(directory)
     verify.verify(
         directory,
         sample=VERIFY_SAMPLE.value,
@@ -281,34 +282,22 @@ def _keys(p: Preparation) -> tuple[str, int, str]:
 
 def _index(p: Preparation) -> tuple[str, int, str]:
     """Builds the index over the keys."""
-    manifest = prepare_index(p.directory / "index", open_keys(p.directory, "train"), p.index)
+    keys = open_keys(p.directory, "train")
+    manifest = prepare_index(p.directory / "index", keys, p.index, runner=p.runner)
     count, plan = manifest.fact("keys"), manifest.fact("plan")
     return f"{count:,} keys, {plan['kind'].replace('_', ' ')}", count, "keys"
 
 
 def _neighbours(p: Preparation) -> tuple[str, int, str]:
     """Finds the neighbours of every split's chunks."""
-    retriever = Retriever.open(p.directory)
+    retriever = Retriever.open(p.directory, revision=0)
     told, total = [], 0
     for split in SPLITS:
-        manifest = prepare_neighbours(
-            p.directory / "neighbours" / split,
-            open_keys(p.directory, split),
-            retriever,
-            k=getattr(p.neighbours, split),
-            recall_queries=p.neighbours.recall_queries,
-            runner=p.runner,
-        )
+        manifest = prepare_table(p, split, retriever)
         total += manifest.fact("chunks")
         recall = manifest.fact("recall")
         told.append(f"{split} {recall['k']} a chunk, recall {recall['recall']:.3f}")
     return "; ".join(told), total, "chunks"
-
-
-def open_keys(directory: pathlib.Path, split: str) -> Keys:
-    """The keys of a split's chunks."""
-    chunks = ChunkDatabase.open(directory / "chunks" / split)
-    return Keys.open(directory / "keys" / split, chunks)
 
 
 def _splits(folder: str) -> tuple[str, ...]:

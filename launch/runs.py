@@ -104,6 +104,9 @@ def open_run(directory: pathlib.Path, bindings: Sequence[str] = ()) -> Run:
 def check_data(run: Run, data: pathlib.Path) -> None:
     """Refuses prepared data that a run was not trained on.
 
+    What was appended to them or removed from them since is no other data: a trained model reads the
+    newest revision of its database at once.
+
     Raises:
       UserError: naming both directories.
     """

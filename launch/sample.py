@@ -23,6 +23,7 @@ from data_pipelines import files
 from data_pipelines.batches import keep_part
 from data_pipelines.chunk_database import ChunkDatabase
 from data_pipelines.retriever import Retriever
+from data_pipelines.revisions import latest, open_database
 from data_pipelines.tokenizer import UNK_ID, Tokenizer
 from launch import app, configurables, runs
 from launch.progress import progress_bar
@@ -70,6 +71,8 @@ def main() -> None:
         "model": run.identity(),
         "execution": dataclasses.asdict(run.execution),
     }
+    if k and latest(data):  # a database that has changed since is asked again
+        request["database"] = open_database(data).manifest.hash
     digest = hashlib.sha256(files.to_json(request)).hexdigest()[:_ID_DIGITS]
     path = workdir / FOLDER / f"{digest}.json"
     if path.is_file():
@@ -131,7 +134,7 @@ def make_samples(
 ) -> list[dict[str, Any]]:
     """Samples every prompt, with what was retrieved for each chunk, as JSON takes it."""
     tokenizer = Tokenizer.open(data / "tokenizer")
-    database = ChunkDatabase.open(data / "chunks" / "train")
+    database = open_database(data)
     retrieve = (
         LiveRetrieval(Retriever.open(data), database, k, run.batches.neighbour_part) if k else None
     )

@@ -7,6 +7,7 @@ import numpy as np
 
 from data_pipelines.chunk_database import ChunkDatabase
 from data_pipelines.neighbours import NeighbourTable
+from data_pipelines.revisions import open_database
 from data_pipelines.slices import MEASURE_NAMES, read_measures
 from retro_jax.errors import UserError
 from retro_jax.evaluate import metrics
@@ -110,15 +111,18 @@ def open_split(
         belong together.
     """
     places = places_of(data, name)
-    database = ChunkDatabase.open(places.chunks)
+    database = open_database(data) if name == "train" else ChunkDatabase.open(places.chunks)
     ids = choose_chunks(database, max_documents)
     if not len(ids):
         raise UserError(f"{places.chunks} holds no document: expected some to score")
     measures = read_measures(places.measures) if places.measures else None
     if not neighbours:
         return Split(name, database, None, None, ids, measures)
-    retrieval = ChunkDatabase.open(data / "chunks" / "train")
-    table = NeighbourTable.open(places.neighbours, database, retrieval)
+    retrieval = open_database(data)
+    if places.measures:
+        table = NeighbourTable.open(places.neighbours, database, retrieval)
+    else:
+        table = NeighbourTable.of(data, name, database, retrieval)
     if neighbours > table.k:
         raise UserError(
             f"{table.directory} holds {table.k} neighbours a chunk: expected {neighbours} at least"

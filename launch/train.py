@@ -33,8 +33,10 @@ from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
 
+from data_pipelines import files, revisions
 from data_pipelines.batches import BatchConfig, Batches
 from data_pipelines.chunk_database import CHUNK_LENGTH, ChunkDatabase
+from data_pipelines.manifest import Manifest
 from data_pipelines.neighbours import NeighbourTable
 from launch import app, configurables, replay, workdir
 from launch.autopsy import Autopsy
@@ -162,7 +164,8 @@ def prepare(
         configurables.override("RetroConfig.cca_layers", ())
         configurables.override("BatchConfig.neighbours", 0)
         configurables.override("TrainConfig.neighbour_dropout", 0.0)
-    data = open_data(pathlib.Path(DATA.value or source))
+    prepared = pathlib.Path(DATA.value or source)
+    data = open_data(prepared, recorded_revision(recorded or run, prepared))
     settings = make_settings(data)
     if configurables.PRINT_CONFIG.value:
         _say(configurables.operative_config(), end="")
@@ -193,21 +196,33 @@ def _say(text: str, **options: Any) -> None:
         print(text, **options)
 
 
-def open_data(directory: pathlib.Path) -> Data:
+def recorded_revision(run: pathlib.Path, prepared: pathlib.Path) -> int | None:
+    """The revision of the database that a run began with; None where there is no such run yet."""
+    path = run / workdir.PARENTS_FILE
+    if latest_step(run / CHECKPOINTS) is None or not path.is_file():
+        return None
+    digest = files.read_json(path).get("database")
+    return 0 if digest is None else revisions.find(prepared, digest)
+
+
+def open_data(directory: pathlib.Path, revision: int | None = None) -> Data:
     """Opens the training split as BatchConfig asks for it.
 
     Args:
       directory: what launch.prepare has filled.
+      revision: of the database; None for the newest.
 
     Raises:
       UserError: an artefact is missing, damaged or of other parents.
     """
     config = configurables.make(BatchConfig)
-    chunks = ChunkDatabase.open(directory / "chunks" / "train")
-    parents = {"chunks/train": chunks.manifest.hash}
+    chunks = revisions.open_database(directory, revision)
+    parents = {"chunks/train": Manifest.read(directory / "chunks" / "train").hash}
+    if chunks.manifest.revision:
+        parents["database"] = chunks.manifest.hash
     if not config.neighbours:
         return Data(directory, chunks, Batches(config, chunks), parents)
-    table = NeighbourTable.open(directory / "neighbours" / "train", chunks, chunks)
+    table = NeighbourTable.of(directory, "train", chunks, chunks)
     parents["neighbours/train"] = table.manifest.hash
     return Data(directory, chunks, Batches(config, chunks, table, chunks), parents)
 

@@ -14,12 +14,16 @@ from data_pipelines.keys import Keys
 from data_pipelines.manifest import MANIFEST_FILE, Manifest
 from data_pipelines.neighbours import NeighbourTable, OwnDocuments, recall, sample_ids
 from data_pipelines.retriever import Retriever
+from data_pipelines.revisions import folder_of, latest
 from data_pipelines.tokenizer import Tokenizer
 from retro_jax.errors import UserError
 
 # Keys of chunks that were embedded in other company differ by rounding, and bfloat16 rounds again.
 _KEY_TOLERANCE = {"float32": 1e-4, "bfloat16": 2**-6}
 _SCORE_TOLERANCE = 1e-4
+
+# Parents that not every artefact of its kind has: a training table's queries are the database's keys.
+_OPTIONAL = ("queries", "chunks", "keys", "base")
 
 Check = tuple[str, Callable[[], str]]
 
@@ -37,8 +41,12 @@ class Places:
     parents: Mapping[str, str]
 
 
-def places() -> dict[str, Places]:
-    """Every directory of a workdir, each after those that it was made from."""
+def places(revisions: int = 0) -> dict[str, Places]:
+    """Every directory of a workdir, each after those that it was made from.
+
+    Args:
+      revisions: how many the retrieval database has after the first.
+    """
     train, tokenizer = "documents/train", {"tokenizer": "tokenizer"}
     found = {f"documents/{split}": Places("documents", {}) for split in SPLITS}
     found["tokenizer"] = Places("tokenizer", {"documents": train})
@@ -52,6 +60,29 @@ def places() -> dict[str, Places]:
     for split in SPLITS:
         own = {"chunks": f"chunks/{split}", "queries": f"keys/{split}"}
         found[f"neighbours/{split}"] = Places("neighbours", own | database)
+    for revision in range(1, revisions + 1):
+        found |= _places_of(revision)
+    return found
+
+
+def _places_of(revision: int) -> dict[str, Places]:
+    """The directories of a revision of the database."""
+    here = f"{folder_of('', revision)}/"
+    before = f"{folder_of('', revision - 1)}/" if revision > 1 else ""
+    previous = f"{before}database" if revision > 1 else "chunks/train"
+    chunks, keys = f"{here}chunks/train", f"{here}keys/train"
+    added = {"documents": f"{here}documents/train", "tokenizer": "tokenizer"}
+    published = {"previous": previous, "chunks": chunks, "keys": keys}
+    found = {
+        f"{here}documents/{split}": Places("documents", {"database": previous}) for split in SPLITS
+    }
+    found[chunks] = Places("chunks", added)
+    found[keys] = Places("keys", {"chunks": chunks})
+    found[f"{here}index"] = Places("index", {"keys": keys})
+    found[f"{here}database"] = Places("database", published)
+    for split in SPLITS:
+        parents = {"database": f"{here}database", "base": f"{before}neighbours/{split}"}
+        found[f"{here}neighbours/{split}"] = Places("neighbours", parents)
     return found
 
 
@@ -75,11 +106,12 @@ def verify(
     Raises:
       UserError: nothing is there, or some check failed; it is the first one's message.
     """
-    there = [name for name in places() if (directory / name / MANIFEST_FILE).is_file()]
+    known = places(latest(directory))
+    there = [name for name in known if (directory / name / MANIFEST_FILE).is_file()]
     if not there:
         raise UserError(f"{directory} holds no finished stage: expected what launch.prepare makes")
     failures: list[str] = []
-    for name, check in _checks(directory, there, sample, seed, model=model):
+    for name, check in _checks(directory, there, known, sample, seed, model=model):
         try:
             report(f"{name}: {check()}")
         except UserError as error:
@@ -91,11 +123,17 @@ def verify(
 
 
 def _checks(
-    directory: pathlib.Path, there: Sequence[str], sample: int, seed: int, *, model: str | None
+    directory: pathlib.Path,
+    there: Sequence[str],
+    known: Mapping[str, Places],
+    sample: int,
+    seed: int,
+    *,
+    model: str | None,
 ) -> Iterator[Check]:
     """The checks of what is there, with their names."""
     for name in there:
-        yield name, functools.partial(check_files, directory, name)
+        yield name, functools.partial(check_files, directory, name, known[name])
     for split in SPLITS:
         computed: dict[str, Callable[..., str]] = {
             f"chunks/{split}": check_chunks,
@@ -108,19 +146,28 @@ def _checks(
                 yield f"{name} again", functools.partial(check, directory, split, sample, seed)
 
 
-def check_files(directory: pathlib.Path, name: str) -> str:
+def check_files(directory: pathlib.Path, name: str, place: Places) -> str:
     """Presence, size, header and hash of every file, and that the parents are those beside it."""
-    place = places()[name]
     recorded = Manifest.read(directory / name).parents
     parents = {
         role: (Manifest.read(directory / parent), directory / parent)
         for role, parent in place.parents.items()
-        if role in recorded or role != "queries"  # tables of before queries had keys of their own
+        if role in recorded or role not in _OPTIONAL
     }
-    manifest = Manifest.open(directory / name, place.kind, parents, verify=True)
-    size = sum(shard.size for shard in manifest.shards)
-    of = f", made from {' and '.join(place.parents.values())}" if parents else ""
-    return f"{len(manifest.shards)} files, {size / 1e6:,.1f} MB{of}"
+    manifests = [Manifest.open(directory / name, place.kind, parents, verify=True)]
+    for i, digest in enumerate(
+        manifests[0].facts.get("shards", []) if name.endswith("index") else []
+    ):
+        part = directory / name / f"{i:05d}"
+        manifests.append(Manifest.open(part, place.kind, parents, verify=True))
+        if manifests[-1].hash != digest:
+            raise UserError(
+                f"{directory / name} and {part} do not belong together: expected its shard"
+            )
+    shards = [shard for manifest in manifests for shard in manifest.shards]
+    made_from = " and ".join(place.parents[role] for role in parents)
+    of = f", made from {made_from}" if parents else ""
+    return f"{len(shards)} files, {sum(shard.size for shard in shards) / 1e6:,.1f} MB{of}"
 
 
 def check_chunks(directory: pathlib.Path, split: str, sample: int, seed: int) -> str:
@@ -171,7 +218,7 @@ def check_keys(
 
 def check_neighbours(directory: pathlib.Path, split: str, sample: int, seed: int) -> str:
     """Searches for some chunks' neighbours again, by the index and by comparing every key."""
-    retriever = Retriever.open(directory)
+    retriever = Retriever.open(directory, revision=0)
     queries = _open_keys(directory, split)
     table = NeighbourTable.open(
         directory / "neighbours" / split, queries.database, retriever.database

@@ -49,7 +49,8 @@ def write_keys(folder: pathlib.Path, database: ChunkDatabase, vectors: np.ndarra
 
 
 def retriever(folder: pathlib.Path, chunks: list[int], vectors: np.ndarray, **index) -> Retriever:
-    """A retriever over given keys; it can search, but not embed."""
+    """A retriever over given keys; it can search, but not embed. Exact without ScaNN by default."""
+    index = {"kind": "exact"} | index
     database = write_database(folder / "chunks" / "train", chunks, shards=index.pop("shards", 1))
     keys = write_keys(folder / "keys" / "train", database, vectors)
     prepare_index(folder / "index", keys, IndexConfig(**index))

@@ -45,6 +45,9 @@ def test_the_tree_of_the_plan():
     ("settings", "least"),
     [
         ({"kind": "brute_force"}, 1.0),
+        ({"kind": "exact"}, 1.0),
+        ({"kind": "exact", "shard_keys": 600}, 1.0),
+        ({"kind": "hashing", "shard_keys": 1000}, 0.99),
         ({"kind": "hashing"}, 0.99),
         ({"kind": "tree", "num_leaves": 40, "leaves_to_search": 10}, 0.9),
     ],
@@ -118,7 +121,7 @@ def test_is_published_once_and_whole(tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
-    build = module._build
+    build = module.build_searcher
 
     def killed(*arguments):
         searcher = build(*arguments)
@@ -131,16 +134,16 @@ def test_is_published_once_and_whole(tmp_path, monkeypatch):
         searcher.serialize = serialize
         return searcher
 
-    monkeypatch.setattr(module, "_build", killed)
+    monkeypatch.setattr(module, "build_searcher", killed)
     with pytest.raises(Killed):
         prepare_index(tmp_path / "index", keys, config)
     with pytest.raises(UserError, match="is unfinished"):
         Index.open(tmp_path / "index", keys)
-    monkeypatch.setattr(module, "_build", build)
+    monkeypatch.setattr(module, "build_searcher", build)
     manifest = prepare_index(tmp_path / "index", keys, config)
     on_disk = {path.name for path in (tmp_path / "index").iterdir()} - {"manifest.json"}
     assert on_disk == {shard.name for shard in manifest.shards}
-    monkeypatch.setattr(module, "_build", killed)
+    monkeypatch.setattr(module, "build_searcher", killed)
     assert prepare_index(tmp_path / "index", keys, config).hash == manifest.hash
 
 
@@ -179,6 +182,8 @@ def test_refuses_what_few_keys_cannot_give(tmp_path):
         ("dimensions_per_block", -2),
         ("reorder", 0),
         ("training_sample", 0),
+        ("shard_keys", -1),
+        ("recall_target", 0.0),
     ],
 )
 def test_refuses_a_setting(field, value):

@@ -7,7 +7,12 @@ from data_pipelines.chunk_database import ChunkDatabase
 from data_pipelines.index import IndexConfig, prepare_index
 from data_pipelines.keys import BlockSource, Keys, KeysConfig, prepare_keys
 from data_pipelines.manifest import Manifest
-from data_pipelines.neighbours import NeighboursConfig, NeighbourTable, prepare_neighbours
+from data_pipelines.neighbours import (
+    NeighboursConfig,
+    NeighbourShard,
+    NeighbourTable,
+    prepare_neighbours,
+)
 from data_pipelines.retriever import Retriever
 from retro_jax.errors import UserError
 from tests.data_pipelines.small import documents_config, prepare, tree, write_texts
@@ -192,7 +197,7 @@ def test_is_the_same_bytes_given_the_index_and_after_an_interruption(tmp_path, m
     monkeypatch.setattr(BlockSource.__init__, "__defaults__", (16,))
     found = retriever(tmp_path, [6] * 30, clustered(180), shards=3, kind="tree", num_leaves=9)
     make(tmp_path / "once", found.keys, found)
-    search, calls = found.search, []
+    search, calls = found.search_shard, []
 
     def killed(*arguments):
         calls.append(1)
@@ -200,7 +205,7 @@ def test_is_the_same_bytes_given_the_index_and_after_an_interruption(tmp_path, m
             raise Killed
         return search(*arguments)
 
-    found.search = killed
+    found.search_shard = killed
     with pytest.raises(Killed):
         make(tmp_path / "twice", found.keys, found)
     assert (tmp_path / "twice" / "neighbours-00000.npy").exists()
@@ -211,9 +216,32 @@ def test_is_the_same_bytes_given_the_index_and_after_an_interruption(tmp_path, m
     assert tree(tmp_path / "twice") == tree(tmp_path / "once")
 
 
+def test_one_index_shard_is_held_at_a_time_and_the_table_is_the_same(tmp_path, monkeypatch):
+    vectors = clustered(180)
+    whole = retriever(tmp_path / "a", [6] * 30, vectors, shards=3)
+    found = retriever(tmp_path / "b", [6] * 30, vectors, shards=3, shard_keys=50)
+    assert [len(shard) for shard in found.index.shards] == [45] * 4
+    find, held = NeighbourShard.find, []
+
+    def watched(self, shard, *rest):
+        result = find(self, shard, *rest)
+        held.append((shard.ids.start, sum("_loaded" in vars(s) for s in found.index.shards)))
+        return result
+
+    make(tmp_path / "once", whole.keys, whole)
+    monkeypatch.setattr(NeighbourShard, "find", watched)
+    make(tmp_path / "cut", found.keys, found)
+    assert held == [(start, 1) for start in (0, 45, 90, 135) for _ in range(3)]
+    once, cut = (NeighbourTable.open(tmp_path / name) for name in ("once", "cut"))
+    ids = np.arange(180)
+    np.testing.assert_array_equal(cut.ids(ids), once.ids(ids))
+    np.testing.assert_array_equal(cut.scores(ids), once.scores(ids))
+    assert not list((tmp_path / "cut").glob(".tmp-*"))
+
+
 def test_a_second_run_searches_nothing(workdir):
     _, table, found = open_split(workdir, "train")
-    found.search = found.exact = None
+    found.search_shard = found.exact = None
     assert make(table.directory, found.keys, found).hash == table.manifest.hash
     with pytest.raises(UserError, match="k: 3 -> 4"):
         make(table.directory, found.keys, found, k=4)

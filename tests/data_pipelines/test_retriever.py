@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipelines import index
 from data_pipelines import retriever as module
 from data_pipelines.chunk_database import ChunkDatabase
 from data_pipelines.index import IndexConfig, prepare_index
@@ -146,9 +147,10 @@ def test_a_query_finds_the_same_bits_alone_and_among_others(tmp_path, kind):
 
 def test_repeated_candidates_are_dropped():
     ids = np.array([[4, 2, 4, -1, 2], [1, 2, 3, -1, -1]])
-    repeated = module._repeated(ids)
+    repeated = index.repeated(ids)
     assert repeated[:, :3].tolist() == [[False, False, True], [False, False, False]]
     assert repeated[0, 4]
+    assert not repeated[ids < 0].any()
 
 
 def test_retrieve_gives_neighbours_and_their_continuations(opened):

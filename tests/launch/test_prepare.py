@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +16,8 @@ from data_pipelines.chunk_database import ChunkDatabase
 from data_pipelines.corpora import SPLITS
 from data_pipelines.manifest import MANIFEST_FILE
 from data_pipelines.neighbours import NeighbourTable
+from data_pipelines.retriever import Retriever
+from launch import configurables, train
 from launch.prepare import ALL_STAGES, only_one
 from tests.conftest_prepared import run_prepare, write_slice
 
@@ -116,6 +119,8 @@ def test_stats(prepared_workdir, capsys):
     assert [rows["python: chunks"][0], rows["wikipedia: chunks"][0]] == [f"{n:,}" for n in counts]
     assert rows["neighbours a chunk"] == ["4", "10", "10"]
     assert rows["slots filled"] == ["100.0%"] * 3
+    assert rows["nearest: median distance"][0] > rows["nearest: 5 % distance"][0]
+    assert all(50 < float(share[:-1]) <= 100 for share in rows["of the same corpus"])
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +174,68 @@ def test_other_settings_are_refused(tiny, tmp_path, capsys):
     )
     assert "tokenizer was made with other settings: vocab_size: 400 -> 500" in error
     assert artefacts(workdir) == before
+
+
+def test_documents_are_appended_and_removed(tiny, tmp_path, capsys):
+    settings, expected = tiny
+    workdir = shutil.copytree(settings.parent / "W", tmp_path / "W")
+    before = ChunkDatabase.open(workdir / "chunks" / "train")
+    kept, *_, gone = before.records()
+    more = tmp_path / "more.gin"  # over the settings that W was prepared with
+    more.write_text("wikipedia/CorpusConfig.max_documents = 18\n")
+    withdraw = f"--remove={gone.corpus}/{gone.id}"
+    unknown = refused(capsys, workdir, None, "--remove=wikipedia/Nobody")
+    assert "holds no document 'Nobody' of the corpus 'wikipedia': expected one" in unknown
+    assert "--remove=Nobody: expected CORPUS/ID" in refused(
+        capsys, workdir, None, "--remove=Nobody"
+    )
+    assert run_prepare(workdir, more, "--append", withdraw) == 0
+    assert "documents added, 1 removed" in capsys.readouterr().out
+    assert artefacts(workdir) == expected, "what earlier runs read stays as it is"
+    retriever = Retriever.open(workdir)
+    database = retriever.database
+    names = [(record.corpus, record.id) for record in database.records()]
+    assert names[0] == (kept.corpus, kept.id)
+    assert database.removed.tolist() == [before.num_documents - 1]
+    assert names.count((gone.corpus, gone.id)) == 2, "its corpus holds it still: it was replaced"
+    assert len(set(names)) == len(names) - 1 > before.num_documents
+    for split in SPLITS:
+        queries = database if split == "train" else ChunkDatabase.open(workdir / "chunks" / split)
+        table = NeighbourTable.of(workdir, split, queries, database)
+        assert table.manifest.revision == 1
+        ids = table.ids(np.arange(len(queries)))
+        assert not database.is_removed(database.documents(ids)).any()
+        assert (ids >= len(before)).any(), "what is new is found"
+    found, _ = retriever.neighbours(database.chunks(np.array([len(before)])), 1)
+    assert found.tolist() == [[len(before)]]
+    for again in (["--append"], [f"--gin_file={more}", "--append"]):
+        assert run_prepare(workdir, None, *again) == 0
+        assert "revision 1: nothing to change" in capsys.readouterr().out
+    assert not (workdir / "revisions" / "00002").exists()
+    assert run_prepare(workdir, None, "--verify", "--verify_sample=5") == 0
+    lines = capsys.readouterr().out
+    assert "revisions/00001/database: 1 files" in lines
+    assert "revisions/00001/neighbours/test: " in lines
+
+
+def test_training_begins_with_the_newest_revision_and_stays_with_its_own(tiny, tmp_path):
+    workdir = shutil.copytree(tiny[0].parent / "W", tmp_path / "W")
+    first = next(ChunkDatabase.open(workdir / "chunks" / "train").records())
+    configurables.load(None, ["BatchConfig.sequence_length = 64", "BatchConfig.batch_size = 2"])
+    before = train.open_data(workdir)
+    assert run_prepare(workdir, None, f"--remove={first.corpus}/{first.id}") == 0
+    configurables.load(None, ["BatchConfig.sequence_length = 64", "BatchConfig.batch_size = 2"])
+    after = train.open_data(workdir)
+    assert after.database.removed.tolist() == [0]
+    assert after.parents["chunks/train"] == before.parents["chunks/train"]
+    assert after.parents["neighbours/train"] != before.parents["neighbours/train"]
+    assert train.open_data(workdir, 0).parents == before.parents
+    run = tmp_path / "run"
+    assert train.recorded_revision(run, workdir) is None
+    for revision, parents in enumerate((before.parents, after.parents)):
+        (run / "checkpoints" / "1").mkdir(parents=True, exist_ok=True)
+        (run / "parents.json").write_text(json.dumps(parents))
+        assert train.recorded_revision(run, workdir) == revision
 
 
 def test_one_preparation_at_a_time(tiny, tmp_path, capsys):

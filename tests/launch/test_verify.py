@@ -71,10 +71,10 @@ def test_prints_every_check_of_a_whole_workdir(prepared_workdir, capsys):
 )
 def test_a_flipped_byte_is_named(workdir, name):
     place = name.rpartition("/")[0]
-    module.check_files(workdir, place)
+    module.check_files(workdir, place, module.places()[place])
     flip(workdir / name)
     with pytest.raises(UserError, match=f"{workdir / name} has SHA-256 .*: expected") as caught:
-        module.check_files(workdir, place)
+        module.check_files(workdir, place, module.places()[place])
     assert "\n" not in str(caught.value)
 
 

@@ -1,0 +1,184 @@
+"""SIGKILLs at random moments of a preparation: does it end with the bytes of an undisturbed one?
+
+    python benchmarks/kills.py [--kills=20] [--runner=local] [--seed=0]
+    python benchmarks/kills.py --runner=ray
+
+Prepares a small slice undisturbed, then again while processes are killed: the one that was started, or
+one of its workers (on Ray, workers of a cluster of three nodes on this machine). After each kill of the
+first kind the same command is run again. Half of the kills fall into the stages up to the keys and half
+into the neighbour tables, which get the undisturbed run's index, as building one is not reproducible.
+Ends with status 1 if any byte of chunks, keys or tables differs.
+"""
+
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+
+from absl import app, flags
+
+_KILLS = flags.DEFINE_integer("kills", 20, "SIGKILLs altogether.", lower_bound=0)
+_RUNNER = flags.DEFINE_enum("runner", "local", ["local", "ray"], "As for launch.prepare.")
+_PROCESSES = flags.DEFINE_integer("processes", 2, "Of the local runner.", lower_bound=1)
+_DOCUMENTS = flags.DEFINE_integer("documents", 300, "Introductions of Wikipedia articles.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the moments and the victims.")
+_MINUTES = flags.DEFINE_integer("minutes", 60, "Give up after so long.", lower_bound=1)
+
+_BEFORE = "documents,tokenizer,chunks,keys"
+_COMPARED = ("chunks", "keys", "neighbours")
+_SETTINGS = """
+wikipedia/CorpusConfig.name = 'wikipedia'
+wikipedia/CorpusConfig.kind = 'wikipedia'
+wikipedia/CorpusConfig.max_documents = {documents}
+DocumentsConfig.corpora = (@wikipedia/CorpusConfig(),)
+DocumentsConfig.shard_bytes = 20_000
+TokenizerConfig.vocab_size = 1000
+IndexConfig.shard_keys = 400
+NeighboursConfig.recall_queries = 50
+"""
+
+
+class Preparation:
+    """launch.prepare into a workdir, again and again until it is done."""
+
+    def __init__(self, workdir: pathlib.Path, settings: pathlib.Path, flags_: list[str]) -> None:
+        self._command = [sys.executable, "-m", "launch.prepare", f"--workdir={workdir}"]
+        self._command += [f"--gin_file={settings}", *flags_]
+
+    def start(self, stages: str) -> subprocess.Popen[str]:
+        """Starts some stages."""
+        command = [*self._command, f"--stages={stages}"]
+        return subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+
+    def finish(self, stages: str) -> float:
+        """Runs some stages to their end; returns the seconds."""
+        start = time.monotonic()
+        process = self.start(stages)
+        _, error = process.communicate()
+        if process.returncode:
+            raise SystemExit(f"launch.prepare ended with {process.returncode}: {error[-2000:]}")
+        return time.monotonic() - start
+
+
+def descendants(parent: int) -> Iterator[int]:
+    """Processes that a process started, and they in turn."""
+    for entry in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == parent:
+            yield int(entry.name)
+            yield from descendants(int(entry.name))
+
+
+def workers(process: subprocess.Popen[str], roots: list[int]) -> list[int]:
+    """Worker processes of a run: its own descendants, or Ray's workers."""
+    found = list(descendants(process.pid))
+    for root in roots:
+        for pid in (root, *descendants(root)):
+            try:
+                name = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+            except OSError:
+                continue
+            if name.startswith(b"ray::_call"):
+                found.append(pid)
+    return found
+
+
+def disturb(
+    preparation: Preparation, stages: str, kills: int, seconds: float, roots: list[int]
+) -> int:
+    """Kills while the stages run, each time after a random part of `seconds`; returns the number."""
+    done, process = 0, preparation.start(stages)
+    deadline = time.monotonic() + 60 * _MINUTES.value
+    while done < kills and time.monotonic() < deadline:
+        time.sleep(random.random() * seconds)
+        if process.poll() is not None:
+            if process.returncode:
+                raise SystemExit(f"launch.prepare failed: {process.communicate()[1][-2000:]}")
+            break
+        victims = workers(process, roots)
+        victim = random.choice(victims) if victims and random.random() < 0.5 else process.pid
+        try:
+            os.kill(victim, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+        done += 1
+        print(f"killed {'the run' if victim == process.pid else 'a worker'}", flush=True)
+        if victim == process.pid:
+            process.communicate()
+            process = preparation.start(stages)
+    _, error = process.communicate()
+    if process.returncode and process.returncode != -signal.SIGKILL:
+        raise SystemExit(f"launch.prepare ended with {process.returncode}: {error[-2000:]}")
+    preparation.finish(stages)
+    return done
+
+
+def compare(one: pathlib.Path, other: pathlib.Path) -> list[str]:
+    """Files that differ."""
+    names = set()
+    for workdir in (one, other):
+        for folder in _COMPARED:
+            paths = (path for path in (workdir / folder).rglob("*") if path.is_file())
+            names |= {path.relative_to(workdir).as_posix() for path in paths}
+
+    def same(name: str) -> bool:
+        files = (one / name, other / name)
+        return all(f.is_file() for f in files) and files[0].read_bytes() == files[1].read_bytes()
+
+    return sorted(name for name in names if not same(name))
+
+
+def _cluster() -> tuple[list[str], list[int], object]:
+    """Flags for a Ray cluster of this machine, its processes, and what keeps it alive."""
+    from ray.cluster_utils import Cluster
+
+    memory = {"object_store_memory": 80 << 20}
+    cluster = Cluster(True, head_node_args={"num_cpus": 0, "include_dashboard": False, **memory})
+    for _ in range(2):
+        cluster.add_node(num_cpus=1, **memory)
+    roots = list(descendants(os.getpid()))
+    return ["--runner=ray", f"--ray_address={cluster.address}"], roots, cluster
+
+
+def main(_: list[str]) -> None:
+    """Prepares twice and compares."""
+    random.seed(_SEED.value)
+    roots: list[int] = []
+    flags_, cluster = [f"--processes={_PROCESSES.value}"], None
+    if _RUNNER.value == "ray":
+        flags_, roots, cluster = _cluster()
+    with tempfile.TemporaryDirectory() as place:
+        root = pathlib.Path(place)
+        settings = root / "kills.gin"
+        settings.write_text(_SETTINGS.format(documents=_DOCUMENTS.value))
+        whole = Preparation(root / "whole", settings, [])
+        seconds = whole.finish(_BEFORE) + whole.finish("index,neighbours")
+        print(f"undisturbed: {seconds:.0f} s", flush=True)
+        killed = Preparation(root / "killed", settings, flags_)
+        first = _KILLS.value // 2
+        done = disturb(killed, _BEFORE, first, seconds, roots)
+        shutil.copytree(root / "whole" / "index", root / "killed" / "index")
+        done += disturb(killed, "neighbours", _KILLS.value - first, seconds / 2, roots)
+        different = compare(root / "whole", root / "killed")
+    if cluster is not None:
+        cluster.shutdown()  # type: ignore[attr-defined]
+    print(f"{done} kills, runner {_RUNNER.value}: {len(different)} files differ")
+    for name in different:
+        print(f"  {name}")
+    if different:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,113 @@
+"""`prepare --append` and `--remove`: a new revision of the retrieval database on top of the newest."""
+
+import pathlib
+import shutil
+from collections.abc import Sequence
+
+from data_pipelines import revisions
+from data_pipelines.chunk_database import ChunkDatabase, prepare_chunks
+from data_pipelines.corpora import SPLITS
+from data_pipelines.documents import KnownDocuments, prepare_documents
+from data_pipelines.index import prepare_index
+from data_pipelines.keys import Keys, prepare_keys
+from data_pipelines.neighbours import NeighbourTable
+from data_pipelines.retriever import Retriever
+from launch.preparation import Preparation, prepare_table
+from retro_jax.errors import UserError
+
+
+def update(p: Preparation, *, append: bool, remove: Sequence[str]) -> None:
+    """Publishes the next revision, then makes its tables; what a killed run left is taken up.
+
+    Removing comes first, so that a document can be replaced: the removed one, and the text that its
+    corpus has for it now.
+
+    Args:
+      p: W and every setting; with `append`, p.documents are what the database should hold too.
+      append: whether to add them.
+      remove: CORPUS/ID of documents of the database, or @FILE of such lines.
+
+    Raises:
+      UserError: W is not prepared, a document is not there, or another update was begun.
+    """
+    current = revisions.latest(p.directory)
+    database = revisions.open_database(p.directory, current)
+    place = revisions.folder_of(p.directory, current + 1)
+    if not append and place.exists():
+        raise UserError(f"{place} is unfinished: expected --append, which began it, first")
+    removed = revisions.numbers_of(database, _names(remove))
+    added = _append(p, place, database, removed) if append else None
+    if added is None and not removed:
+        print(f"revision {current}: nothing to change", flush=True)
+    else:
+        current += 1
+        manifest = revisions.publish(p.directory, current, removed, added)
+        count = manifest.fact("documents") - manifest.fact("removed")
+        print(
+            f"revision {current}: {manifest.fact('added'):,} documents added, {len(removed):,} removed;"
+            f" {count:,} documents, {manifest.fact('chunks'):,} chunk ids",
+            flush=True,
+        )
+    make_tables(p, current)
+
+
+def make_tables(p: Preparation, revision: int) -> None:
+    """Makes what is missing of the tables of all revisions up to one, each from the one before."""
+    for r in range(1, revision + 1):
+        retriever = Retriever.open(p.directory, revision=r)
+        before = revisions.open_database(p.directory, r - 1)
+        for split in SPLITS:
+            queries = before if split == "train" else _chunks(p.directory, split)
+            base = NeighbourTable.of(p.directory, split, queries, before)
+            manifest = prepare_table(p, split, retriever, base)
+            recall = manifest.fact("recall")
+            print(
+                f"revision {r}, neighbours/{split}: {manifest.fact('chunks'):,} chunks,"
+                f" {recall['k']} a chunk, recall {recall['recall']:.3f}",
+                flush=True,
+            )
+
+
+def _append(
+    p: Preparation, place: pathlib.Path, database: ChunkDatabase, removed: Sequence[int]
+) -> Keys | None:
+    """Makes chunks, keys and index of the documents that are new; None if there are none."""
+    gone = set(removed) | set(database.removed.tolist())
+    names = ((r.corpus, r.id) for number, r in enumerate(database.records()) if number not in gone)
+    parent = (database.manifest, database.directory)
+    known = KnownDocuments(names, {"database": parent})
+    manifests = prepare_documents(place / "documents", p.documents, known=known)
+    if not manifests["train"].fact("documents"):
+        shutil.rmtree(place)  # nothing but three empty splits
+        return None
+    held_out = sum(manifests[split].fact("documents") for split in SPLITS if split != "train")
+    if held_out:
+        print(f"{held_out:,} documents are of held-out splits: left out", flush=True)
+    tokenizer, chunks = p.directory / "tokenizer", place / "chunks" / "train"
+    prepare_chunks(chunks, place / "documents" / "train", tokenizer, runner=p.runner)
+    prepare_keys(place / "keys" / "train", chunks, tokenizer, p.keys, runner=p.runner)
+    keys = Keys.open(place / "keys" / "train", ChunkDatabase.open(chunks))
+    prepare_index(place / "index", keys, p.index, runner=p.runner)
+    return keys
+
+
+def _names(given: Sequence[str]) -> list[tuple[str, str]]:
+    """(corpus, id) of what --remove names."""
+    lines: list[str] = []
+    for value in given:
+        if value.startswith("@"):
+            lines += pathlib.Path(value[1:]).read_text(encoding="utf-8").splitlines()
+        else:
+            lines.append(value)
+    names = []
+    for line in filter(None, lines):
+        corpus, slash, name = line.partition("/")
+        if not (corpus and slash and name):
+            raise UserError(f"--remove={line}: expected CORPUS/ID of a document, or @FILE of them")
+        names.append((corpus, name))
+    return names
+
+
+def _chunks(directory: pathlib.Path, split: str) -> ChunkDatabase:
+    """The chunks of a held-out split, which no revision changes."""
+    return ChunkDatabase.open(directory / "chunks" / split)
