@@ -246,17 +246,19 @@ def publish(
 
 
 def numbers_of(database: ChunkDatabase, names: Iterable[tuple[str, str]]) -> list[int]:
-    """The numbers of documents, by corpus and id.
+    """The numbers of documents, by corpus and id; those that were removed before are left out.
 
     Raises:
-      UserError: the database has no such document, or it was removed.
+      UserError: the database never had such a document.
     """
-    left, numbers = set(names), []
+    wanted, numbers = set(names), []
+    left = set(wanted)
     for number, record in enumerate(database.records()):
         name = (record.corpus, record.id)
-        if name in left and not database.is_removed(np.array(number)):
-            numbers.append(number)
-            left.remove(name)
+        if name in wanted:
+            left.discard(name)
+            if not database.is_removed(np.array(number)):
+                numbers.append(number)
     if left:
         corpus, missing = min(left)
         raise UserError(

@@ -4,11 +4,13 @@ import dataclasses
 import pathlib
 
 from data_pipelines import revisions
+from data_pipelines.batches import BatchConfig
 from data_pipelines.chunk_database import ChunkDatabase
 from data_pipelines.documents import DocumentsConfig
 from data_pipelines.index import IndexConfig
 from data_pipelines.keys import Keys, KeysConfig
 from data_pipelines.manifest import Manifest
+from data_pipelines.materialise import RETRIEVED, prepare_batches
 from data_pipelines.neighbours import NeighboursConfig, NeighbourTable, prepare_neighbours
 from data_pipelines.retriever import Retriever
 from data_pipelines.runner import Runner
@@ -50,6 +52,36 @@ def prepare_table(
         base=base if base is not None and base.k == k else None,
         runner=p.runner,
     )
+
+
+def parents_of(
+    directory: pathlib.Path, database: ChunkDatabase, table: NeighbourTable | None = None
+) -> dict[str, str]:
+    """The hashes that a training run records of the data it reads."""
+    parents = {"chunks/train": Manifest.read(directory / "chunks" / "train").hash}
+    if database.manifest.revision:
+        parents["database"] = database.manifest.hash
+    if table is not None:
+        parents[RETRIEVED] = table.manifest.hash
+    return parents
+
+
+def materialise(directory: pathlib.Path, config: BatchConfig, steps: int, runner: Runner) -> str:
+    """Writes W/materialised, or what is missing of it; returns a line about it."""
+    database, table = revisions.open_database(directory), None
+    if config.neighbours:
+        table = NeighbourTable.of(directory, "train", database, database)
+    manifest = prepare_batches(
+        directory / "materialised",
+        config,
+        database,
+        table,
+        steps=steps,
+        lineage=parents_of(directory, database, table),
+        runner=runner,
+    )
+    size = sum(shard.size for shard in manifest.shards)
+    return f"{manifest.fact('rows'):,} sequences of {steps:,} steps, {size / 1e6:,.1f} MB"
 
 
 def open_keys(directory: pathlib.Path, split: str) -> Keys:

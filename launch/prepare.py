@@ -5,6 +5,7 @@
     python -m launch.prepare --gin_file=experiments/quickstart.gin --workdir=W --runner=ray --ray_address=HOST:6379
     python -m launch.prepare --gin_file=more.gin --workdir=W --append
     python -m launch.prepare --workdir=W --remove=wikipedia/Lobster
+    python -m launch.prepare --gin_file=experiments/quickstart.gin --workdir=W --materialise=1000
     python -m launch.prepare --workdir=W --stats
     python -m launch.prepare --workdir=W --verify
 
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from absl import flags
 
 from data_pipelines import files
+from data_pipelines.batches import BatchConfig
 from data_pipelines.chunk_database import prepare_chunks
 from data_pipelines.corpora import SPLITS
 from data_pipelines.documents import DocumentsConfig, prepare_documents
@@ -36,7 +38,7 @@ from data_pipelines.retriever import Retriever
 from data_pipelines.runner import InProcess, LocalProcesses, Runner
 from data_pipelines.tokenizer import TokenizerConfig, train_tokenizer
 from launch import app, configurables, facts, update, verify, workdir
-from launch.preparation import Preparation, open_keys, prepare_table
+from launch.preparation import Preparation, materialise, open_keys, prepare_table
 from retro_jax.errors import UserError
 
 STAGES = flags.DEFINE_list("stages", None, "Only these stages, in their own order. Default: all.")
@@ -77,6 +79,13 @@ APPEND = flags.DEFINE_bool(
 )
 REMOVE = flags.DEFINE_multi_string(
     "remove", [], "Withdraw the document CORPUS/ID from the database, or each of @FILE's lines."
+)
+
+MATERIALISE = flags.DEFINE_integer(
+    "materialise",
+    None,
+    "Also write the batches of so many training steps, neighbours included, to W/materialised.",
+    lower_bound=1,
 )
 
 CONFIG_FILE = "prepare.gin"
@@ -122,11 +131,16 @@ def main() -> None:
         if updating:
             update.update(preparation, append=APPEND.value, remove=REMOVE.value)
             return
+        steps = MATERIALISE.value or 0
+        batches = configurables.make(BatchConfig) if steps else None
         made = [name for name in chosen if run_stage(name, preparation)]
         if made:
             settings = configurables.operative_config()
             files.write_atomically(directory / CONFIG_FILE, settings.encode())
             workdir.record_versions(directory)
+        if batches is not None:
+            line = materialise(directory, batches, steps, preparation.runner)
+            print(f"materialised: {line}", flush=True)
 
 
 def _load_over(directory: pathlib.Path) -> None:

@@ -36,10 +36,12 @@ from jax.sharding import Mesh
 from data_pipelines import files, revisions
 from data_pipelines.batches import BatchConfig, Batches
 from data_pipelines.chunk_database import CHUNK_LENGTH, ChunkDatabase
-from data_pipelines.manifest import Manifest
+from data_pipelines.manifest import MANIFEST_FILE
+from data_pipelines.materialise import MaterialisedBatches
 from data_pipelines.neighbours import NeighbourTable
 from launch import app, configurables, replay, workdir
 from launch.autopsy import Autopsy
+from launch.preparation import parents_of
 from launch.processes import join
 from launch.runs import CHECKPOINTS
 from launch.shared_flags import DATA
@@ -83,7 +85,7 @@ class Data:
     """
 
     directory: pathlib.Path
-    database: ChunkDatabase
+    database: ChunkDatabase | MaterialisedBatches
     batches: Batches
     parents: dict[str, str]
 
@@ -201,6 +203,8 @@ def recorded_revision(run: pathlib.Path, prepared: pathlib.Path) -> int | None:
     path = run / workdir.PARENTS_FILE
     if latest_step(run / CHECKPOINTS) is None or not path.is_file():
         return None
+    if (prepared / MANIFEST_FILE).is_file():  # batches that were written are of one revision
+        return None
     digest = files.read_json(path).get("database")
     return 0 if digest is None else revisions.find(prepared, digest)
 
@@ -209,21 +213,22 @@ def open_data(directory: pathlib.Path, revision: int | None = None) -> Data:
     """Opens the training split as BatchConfig asks for it.
 
     Args:
-      directory: what launch.prepare has filled.
+      directory: what launch.prepare has filled, or its batches, W/materialised.
       revision: of the database; None for the newest.
 
     Raises:
       UserError: an artefact is missing, damaged or of other parents.
     """
     config = configurables.make(BatchConfig)
+    if (directory / MANIFEST_FILE).is_file():  # W/materialised, and not W
+        written = MaterialisedBatches.read(directory, config)
+        return Data(directory, written, written, written.lineage)
     chunks = revisions.open_database(directory, revision)
-    parents = {"chunks/train": Manifest.read(directory / "chunks" / "train").hash}
-    if chunks.manifest.revision:
-        parents["database"] = chunks.manifest.hash
+    parents = parents_of(directory, chunks)
     if not config.neighbours:
         return Data(directory, chunks, Batches(config, chunks), parents)
     table = NeighbourTable.of(directory, "train", chunks, chunks)
-    parents["neighbours/train"] = table.manifest.hash
+    parents = parents_of(directory, chunks, table)
     return Data(directory, chunks, Batches(config, chunks, table, chunks), parents)
 
 

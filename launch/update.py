@@ -10,6 +10,7 @@ from data_pipelines.corpora import SPLITS
 from data_pipelines.documents import KnownDocuments, prepare_documents
 from data_pipelines.index import prepare_index
 from data_pipelines.keys import Keys, prepare_keys
+from data_pipelines.manifest import Manifest
 from data_pipelines.neighbours import NeighbourTable
 from data_pipelines.retriever import Retriever
 from launch.preparation import Preparation, prepare_table
@@ -32,6 +33,8 @@ def update(p: Preparation, *, append: bool, remove: Sequence[str]) -> None:
     """
     current = revisions.latest(p.directory)
     database = revisions.open_database(p.directory, current)
+    for split in SPLITS:  # tables are made from those before: refuse before anything is written
+        Manifest.read(p.directory / "neighbours" / split)
     place = revisions.folder_of(p.directory, current + 1)
     if not append and place.exists():
         raise UserError(f"{place} is unfinished: expected --append, which began it, first")

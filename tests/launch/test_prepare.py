@@ -238,6 +238,23 @@ def test_training_begins_with_the_newest_revision_and_stays_with_its_own(tiny, t
         assert train.recorded_revision(run, workdir) == revision
 
 
+def test_training_reads_materialised_batches_as_it_reads_the_tables(tiny, tmp_path, capsys):
+    workdir = shutil.copytree(tiny[0].parent / "W", tmp_path / "W")
+    settings = "BatchConfig.sequence_length = 128", "BatchConfig.batch_size = 2"
+    flags = [f"--gin_bindings={binding}" for binding in settings]
+    assert run_prepare(workdir, tiny[0], "--materialise=5", *flags) == 0
+    assert "materialised: 10 sequences of 5 steps" in capsys.readouterr().out
+    for neighbours in (2, 0):
+        configurables.load(None, [*settings, f"BatchConfig.neighbours = {neighbours}"])
+        tables, written = (train.open_data(place) for place in (workdir, workdir / "materialised"))
+        assert written.parents == tables.parents
+        assert train.recorded_revision(tmp_path / "none", workdir / "materialised") is None
+        for step in range(5):
+            one, other = (data.batches.rows(step) for data in (tables, written))
+            np.testing.assert_array_equal(one.tokens, other.tokens)
+            np.testing.assert_array_equal(one.neighbours, other.neighbours)
+
+
 def test_one_preparation_at_a_time(tiny, tmp_path, capsys):
     with only_one(tmp_path):
         error = refused(capsys, tmp_path, tiny[0])
