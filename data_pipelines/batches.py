@@ -193,9 +193,16 @@ class Batches:
         Args:
           step: t, which global batch.
         """
+        return [self._document_id(number) for number in self._document_numbers(step)]
+
+    def _document_numbers(self, step: int) -> list[int]:
+        """The distinct numbers of a global batch's documents in their chunk database."""
         numbers = self.rows(step).documents.ravel()
-        distinct = dict.fromkeys((numbers[numbers >= 0] % _SEAM).tolist())
-        return [self._database.record(d).id for d in distinct]
+        return list(dict.fromkeys((numbers[numbers >= 0] % _SEAM).tolist()))
+
+    def _document_id(self, number: int) -> str:
+        """The id of a document of the chunk database."""
+        return self._database.record(number).id
 
     def iterate(
         self, start_step: int = 0, rows: Sequence[int] | None = None

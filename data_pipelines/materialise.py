@@ -240,6 +240,10 @@ class MaterialisedBatches(Batches):
             return batch.without_neighbours()
         return dataclasses.replace(batch, neighbours=batch.neighbours[:, :, :k])
 
+    def _document_id(self, number: int) -> str:
+        """Records hold numbers only."""
+        return f"number {number} of the chunk database"
+
     def _reader(self, index: int) -> Any:
         """The open file of some records."""
         if index not in self._readers:

@@ -53,6 +53,14 @@ def test_every_batch_is_that_of_the_table(made):
         same(batch, batches.rows(step))
 
 
+def test_the_documents_of_a_batch_are_named_by_their_numbers(made):
+    database, table, folder = made
+    named = Batches(CONFIG, database, table, database).document_ids(2)
+    numbers = {database.record(d).id: d for d in range(database.num_documents)}
+    expected = [f"number {numbers[name]} of the chunk database" for name in named]
+    assert MaterialisedBatches.read(folder, CONFIG).document_ids(2) == expected
+
+
 def test_without_neighbours(made, tmp_path):
     database, _, _ = made
     config = dataclasses.replace(CONFIG, neighbours=0)
