@@ -30,6 +30,7 @@ KNN_TOKENS = flags.DEFINE_integer(
 )
 KNN_NEIGHBOURS = flags.DEFINE_integer("knn_neighbours", 64, "Tokens it looks up.", lower_bound=1)
 
+_SEARCHED = 1 << 14  # tokens that pass over the datastore together
 _TUNING_CHUNKS = 512  # of the validation split
 
 
@@ -94,7 +95,8 @@ class KnnScoring:
         distances = np.zeros((text.size, k), np.float32)
         values = np.zeros((text.size, k), store.values.dtype)
         with progress_bar(int(text.sum()), "kNN-LM: search", "token") as bar:
-            for places, states in knn_lm.activations(self._states(), source, self.windows):
+            states_of = knn_lm.activations(self._states(), source, self.windows)
+            for places, states in knn_lm.batched(states_of, _SEARCHED):
                 inside = text.ravel()[places]
                 places = places[inside]
                 distances[places], found = knn_lm.nearest(states[inside], store.keys, k)

@@ -84,8 +84,12 @@ def _intervals(overlap: Mapping[str, Any]) -> Iterator[str]:
         f"r(C): the longest run of tokens shared with one of the {overlap['neighbours']} nearest "
         f"training neighbours, over {overlap['chunk_length']}. In brackets: {overlap['interval']}."
     )
+    words = overlap["word_perplexity"]
+    names = sorted(words, key=condition_order)
+    yield "Perplexity by word, all chunks: " + ", ".join(
+        f"{condition_name(name)} {_interval(words[name], '', 2)}" for name in names
+    )
     rows = [row for row in overlap["rows"] if row["at_most"] in (SHOWN_OVERLAP, 1.0)]
-    names = sorted(rows[0]["bits_per_byte"], key=condition_order)
     pairs = list(rows[0]["differences"])
     header = ["corpus", "r(C)", "chunks", *map(condition_name, names)]
     header += [" - ".join(map(condition_name, pair.split("-"))) for pair in pairs]
@@ -104,12 +108,12 @@ def _intervals(overlap: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-def _interval(figure: Mapping[str, float | None], sign: str) -> str:
+def _interval(figure: Mapping[str, float | None], sign: str, digits: int = 4) -> str:
     """A figure with its interval."""
     value, low, high = (figure[name] for name in ("value", "low", "high"))
     if value is None or low is None or high is None:
         return "none"
-    return f"{value:{sign}.4f} [{low:{sign}.4f}, {high:{sign}.4f}]"
+    return f"{value:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
 
 
 def _settings(results: Mapping[str, Any]) -> Iterator[str]:

@@ -25,6 +25,7 @@ from retro_jax.evaluate.report import (
     overlap_chart,
     swept,
 )
+from retro_jax.evaluate.statistics import intervals, resampled_sums
 
 _PAIRS = (("on", "off"), ("on", "baseline"), ("on", "random"), ("on", "knn"))
 _BLOCK = 4096  # chunks whose neighbours are in memory at once
@@ -77,12 +78,28 @@ def write_overlap(scored: Scored) -> dict[str, Any]:
         "interval": "95%, percentiles of 1,000 bootstrap resamples of the documents",
         "manifests": scored.split.hashes(True),
         "models": {name: result["model"] for name, result in scored.results.items()},
+        "word_perplexity": _word_perplexity(scored.split, chunks),
         "rows": rows,
     }
     files.write_atomically(paths.json, files.to_json(found))
     files.write_atomically(paths.csv, _csv(rows).encode())
     files.write_atomically(paths.svg, as_file(overlap_chart(curves(rows).get("", []))).encode())
     return found
+
+
+def _word_perplexity(split: Split, chunks: leakage.ScoredChunks) -> dict[str, Any]:
+    """Each condition's perplexity by word over all corpora, with its interval over documents."""
+    records = split.records()
+    numbers, owner = np.unique(chunks.documents, return_inverse=True)
+    words = [records[n].words + records[n].lines for n in numbers.tolist()]
+    nats = [np.bincount(owner, bits) * math.log(2) for bits in chunks.bits.values()]
+    columns = np.stack([np.array(words, np.float64), *nats], axis=1)
+    drawn = resampled_sums(columns, samples=1000, seed=0)
+    total = columns.sum(axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rates, sampled = total[1:] / total[0], drawn[:, 1:] / drawn[:, :1]
+    found = intervals(np.exp(np.minimum(rates, 700)), np.exp(np.minimum(sampled, 700)))
+    return {name: _plain(each) for name, each in zip(chunks.bits, found, strict=True)}
 
 
 def _chunks(scored: Scored) -> tuple[leakage.ScoredChunks, int]:

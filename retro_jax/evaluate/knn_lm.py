@@ -70,6 +70,20 @@ def activations(
             yield start * length + inside + 1, row[inside]
 
 
+def batched(
+    found: Iterator[tuple[np.ndarray, np.ndarray]], size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The same pairs of places and activations, at least `size` rows at a time but for the last."""
+    held: list[tuple[np.ndarray, np.ndarray]] = []
+    for pair in found:
+        held.append(pair)
+        if sum(len(places) for places, _ in held) >= size:
+            yield np.concatenate([p for p, _ in held]), np.concatenate([s for _, s in held])
+            held = []
+    if held:
+        yield np.concatenate([p for p, _ in held]), np.concatenate([s for _, s in held])
+
+
 def nearest(queries: np.ndarray, keys: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest keys of each query by squared distance, in any order.
 
@@ -79,19 +93,18 @@ def nearest(queries: np.ndarray, keys: np.ndarray, k: int) -> tuple[np.ndarray, 
     Returns:
       Squared distances [n, k] float32 and places [n, k] int64.
     """
-    distances = np.empty((len(queries), k), np.float32)
-    places = np.empty((len(queries), k), np.int64)
-    for first in range(0, len(queries), _QUERIES):
-        here = slice(first, first + _QUERIES)
-        block = jnp.asarray(queries[here], jnp.float32)
-        best = jnp.full((len(block), k), jnp.inf)
-        ids = jnp.zeros((len(block), k), jnp.int32)
-        for start in range(0, len(keys), _KEYS):
-            part = np.asarray(keys[start : start + _KEYS], np.float32)
-            rows = np.zeros((min(_KEYS, max(len(keys), k)), part.shape[1]), np.float32)
-            rows[: len(part)] = part  # one shape, compiled once
-            best, ids = _merge(block, jnp.asarray(rows), len(part), start, best, ids, k)
-        distances[here], places[here] = best, ids
+    distances = np.full((len(queries), k), np.inf, np.float32)
+    places = np.zeros((len(queries), k), np.int64)
+    for start in range(0, len(keys), _KEYS):
+        part = keys[start : start + _KEYS]
+        rows = np.zeros((min(_KEYS, max(len(keys), k)), part.shape[1]), np.float32)
+        rows[: len(part)] = part  # one shape, compiled once; float32 once for all queries
+        block = jnp.asarray(rows)
+        for first in range(0, len(queries), _QUERIES):
+            here = slice(first, first + _QUERIES)
+            best = jnp.asarray(distances[here]), jnp.asarray(places[here], jnp.int32)
+            few = jnp.asarray(queries[here], jnp.float32)
+            distances[here], places[here] = _merge(few, block, len(part), start, *best, k)
     return distances, places
 
 

@@ -30,6 +30,16 @@ def test_each_predicted_token_has_the_activation_before_it_once(stride: int):
     assert sorted(places) == np.flatnonzero(scored.ravel()).tolist()
 
 
+def test_rows_are_gathered_and_none_is_lost():
+    parts = [
+        (np.arange(a, b), np.arange(a, b)[:, None]) for a, b in ((0, 3), (3, 4), (4, 9), (9, 10))
+    ]
+    found = list(knn_lm.batched(iter(parts), 4))
+    assert [len(places) for places, _ in found] == [4, 5, 1]
+    assert np.concatenate([p for p, _ in found]).tolist() == list(range(10))
+    assert np.concatenate([s for _, s in found])[:, 0].tolist() == list(range(10))
+
+
 @pytest.mark.parametrize("keys", [7, 40, 100])
 def test_the_nearest_are_the_nearest(keys: int, monkeypatch):
     monkeypatch.setattr(knn_lm, "_KEYS", 40)

@@ -109,6 +109,9 @@ def test_figures_by_overlap_are_printed_and_written(
     folder = workdir / "evaluation"
     found = json.loads((folder / "test-overlap.json").read_text())
     assert found["neighbours"] == 10
+    for name, figure in found["word_perplexity"].items():
+        assert figure["value"] == pytest.approx(evaluated[name]["all"]["word_perplexity"])
+        assert figure["low"] < figure["value"] < figure["high"]
     by_place = {(row["corpus"], row["at_most"]): row for row in found["rows"]}
     assert len(by_place) == 3 * 8
     for name, result in evaluated.items():
