@@ -34,7 +34,7 @@ _FAISS = flags.DEFINE_string("faiss_python", None, "An interpreter that has fais
 _QUERIES = flags.DEFINE_integer("queries", 2000, "How many keys ask.", lower_bound=1)
 _TARGET = flags.DEFINE_float("target_recall", 0.95, "For the last lines.")
 _MOST = flags.DEFINE_integer("most_keys", 0, "Take so many keys only; 0 for all.")
-_K = 10
+_K, _ROUNDS = 10, 3  # the best of so many rounds counts, on both sides
 _SHARES = (0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2)  # of the leaves
 
 
@@ -77,9 +77,11 @@ for name in names:
         if lists:
             base.nprobe = searched
         index.search(queries[:64], 11)
-        start = time.perf_counter()
-        _, rows = index.search(queries, 11)
-        seconds = time.perf_counter() - start
+        seconds = math.inf
+        for _ in range(3):
+            start = time.perf_counter()
+            _, rows = index.search(queries, 11)
+            seconds = min(seconds, time.perf_counter() - start)
         faiss.omp_set_num_threads(1)
         start = time.perf_counter()
         for query in queries[:100]:
@@ -153,9 +155,11 @@ def _run_scann(keys: np.ndarray, queries: np.ndarray, judge: Callable[[Any], flo
                 return searcher.search_batched_parallel(some, _K + 1, batch_size=batch, **more)[0]
 
             search(queries[:64], **options)
-            start = time.perf_counter()
-            found = search(queries, **options)
-            seconds = time.perf_counter() - start
+            seconds = math.inf
+            for _round in range(_ROUNDS):
+                start = time.perf_counter()
+                found = search(queries, **options)
+                seconds = min(seconds, time.perf_counter() - start)
             start = time.perf_counter()
             for query in queries[:100]:
                 searcher.search(query, _K + 1, **options)
