@@ -45,6 +45,7 @@ TABLE = {
     "MeshConfig": "retro_jax.sharding",
     "OptimizerConfig": "retro_jax.train.optimizer",
     "TrainConfig": "retro_jax.train.loop",
+    "StartConfig": "retro_jax.train.start",
     "CorpusConfig": "data_pipelines.corpora.config",
     "DocumentsConfig": "data_pipelines.documents",
     "TokenizerConfig": "data_pipelines.tokenizer",

@@ -44,7 +44,7 @@ from launch.knn import KNN, KNN_NEIGHBOURS, KNN_TOKENS, knn_scoring, knn_setting
 from launch.markdown import markdown
 from launch.overlap import Scored, format_overlap, write_overlap
 from launch.scoring import Pass, Scorer, forget
-from launch.shared_flags import DATA, NUM_NEIGHBOURS, RETRIEVAL, SPLIT
+from launch.shared_flags import AVERAGED, DATA, NUM_NEIGHBOURS, RETRIEVAL, SPLIT
 from launch.slices import BERT, PATHS, SLICES, prepare_slice, wanted_slices
 from launch.splits import Split, open_split, places_of
 from launch.tables import format_table
@@ -151,7 +151,7 @@ def _wanted(names: Sequence[str] | None) -> list[str]:
 def _conditions(workdir: pathlib.Path, wanted: Sequence[str]) -> list[Condition]:
     """The columns, each with the run that it is of."""
     bindings = configurables.GIN_BINDINGS.value
-    retro = runs.open_run(workdir / "retro", bindings)
+    retro = runs.open_run(workdir / "retro", bindings, averaged=AVERAGED.value)
     k = NUM_NEIGHBOURS.value or retro.batches.neighbours
     swept = swept_conditions(retro, k)
     needing = [name for name in [*wanted, *(c.name for c in swept)] if name != "off"]
@@ -160,7 +160,7 @@ def _conditions(workdir: pathlib.Path, wanted: Sequence[str]) -> list[Condition]
         raise UserError(f"--retrieval={name}: {retro.directory} was trained without, expected off")
     conditions = [Condition(name, retro, k if name != "off" else 0, name) for name in wanted]
     if runs.is_trained(workdir / _BASELINE):
-        baseline = runs.open_run(workdir / _BASELINE, bindings)
+        baseline = runs.open_run(workdir / _BASELINE, bindings, averaged=AVERAGED.value)
         conditions.append(Condition(_BASELINE, baseline, 0, _BASELINE))
     if KNN.value:
         model = conditions[-1].run if conditions[-1].name == _BASELINE else retro

@@ -34,6 +34,7 @@ class Run:
       directory: W/retro or W/baseline.
       model, execution, batches, mesh: the run's settings, from its config.gin.
       step: of the newest checkpoint. checkpoint: what identifies it, a hash.
+      averaged: whether the moving average of the parameters is meant.
     """
 
     directory: pathlib.Path
@@ -43,6 +44,7 @@ class Run:
     mesh: MeshConfig
     step: int
     checkpoint: str
+    averaged: bool = False
 
     @property
     def chunks(self) -> int:
@@ -51,7 +53,8 @@ class Run:
 
     def identity(self) -> dict[str, Any]:
         """What a result says of the run it is of."""
-        return {"run": self.directory.name, "step": self.step, "checkpoint": self.checkpoint}
+        found = {"run": self.directory.name, "step": self.step, "checkpoint": self.checkpoint}
+        return found | ({"averaged": True} if self.averaged else {})
 
 
 def refuse_gin_file() -> None:
@@ -72,12 +75,15 @@ def is_trained(directory: pathlib.Path) -> bool:
     return latest_step(directory / CHECKPOINTS) is not None
 
 
-def open_run(directory: pathlib.Path, bindings: Sequence[str] = ()) -> Run:
+def open_run(
+    directory: pathlib.Path, bindings: Sequence[str] = (), *, averaged: bool = False
+) -> Run:
     """Reads a run's settings and finds its newest checkpoint; loads no parameters.
 
     Args:
       directory: of the run.
       bindings: gin bindings that override its config.gin (how it is computed, not what).
+      averaged: whether the moving average of its parameters is meant.
 
     Raises:
       UserError: there is no run or no checkpoint, or a setting is bad.
@@ -98,6 +104,7 @@ def open_run(directory: pathlib.Path, bindings: Sequence[str] = ()) -> Run:
         mesh=configurables.make(MeshConfig),
         step=step,
         checkpoint=digest,
+        averaged=averaged,
     )
 
 
@@ -138,7 +145,9 @@ def load_model(run: Run, mesh: Mesh | None = None) -> tuple[nnx.GraphDef, nnx.St
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
     step, restored = restore_params(
-        run.directory / CHECKPOINTS, jax.tree.map(struct, params, places)
+        run.directory / CHECKPOINTS,
+        jax.tree.map(struct, params, places),
+        part="average" if run.averaged else "params",
     )
     if step != run.step:
         raise UserError(

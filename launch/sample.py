@@ -27,7 +27,7 @@ from data_pipelines.revisions import latest, open_database
 from data_pipelines.tokenizer import UNK_ID, Tokenizer
 from launch import app, configurables, runs
 from launch.progress import progress_bar
-from launch.shared_flags import DATA, MAX_TOKENS, NUM_NEIGHBOURS, RETRIEVAL
+from launch.shared_flags import AVERAGED, DATA, MAX_TOKENS, NUM_NEIGHBOURS, RETRIEVAL
 from launch.side_by_side import side_by_side
 from launch.views import Viewer, sample_chunk_from_json
 from retro_jax.errors import UserError
@@ -60,7 +60,9 @@ def main() -> None:
         top_p=TOP_P.value,
         seed=SEED.value,
     )
-    run = runs.open_run(workdir / "retro", configurables.GIN_BINDINGS.value)
+    run = runs.open_run(
+        workdir / "retro", configurables.GIN_BINDINGS.value, averaged=AVERAGED.value
+    )
     runs.check_data(run, data)
     k = _neighbours(run)
     request = {

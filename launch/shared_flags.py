@@ -19,3 +19,6 @@ NUM_NEIGHBOURS = flags.DEFINE_integer(
 MAX_TOKENS = flags.DEFINE_integer(
     "max_tokens", 128, "Tokens of each sample at most.", lower_bound=1
 )
+AVERAGED = flags.DEFINE_bool(
+    "averaged", False, "Use the moving average of the parameters (TrainConfig.average_decay)."
+)

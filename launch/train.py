@@ -41,6 +41,7 @@ from data_pipelines.materialise import MaterialisedBatches
 from data_pipelines.neighbours import NeighbourTable
 from launch import app, configurables, replay, workdir
 from launch.autopsy import Autopsy
+from launch.held_out import held_out_evaluation, open_held_out
 from launch.preparation import parents_of
 from launch.processes import join
 from launch.runs import CHECKPOINTS
@@ -48,23 +49,37 @@ from launch.shared_flags import DATA
 from retro_jax.batch import RetroBatch
 from retro_jax.config import ExecutionConfig, RetroConfig
 from retro_jax.errors import SharedError, UserError
+from retro_jax.flops import training_flops
 from retro_jax.model import Retro
 from retro_jax.model.copying import begin_with_copying
 from retro_jax.model.fused_attention import check_attention
-from retro_jax.sharding import MESH_SHARDINGS, MeshConfig, check_mesh, make_mesh
+from retro_jax.sharding import (
+    MESH_SHARDINGS,
+    MeshConfig,
+    abstract_parameters,
+    check_mesh,
+    make_mesh,
+)
 from retro_jax.train import loop, processes, step
 from retro_jax.train.checkpoint import Checkpoints, find_damage, latest_step
+from retro_jax.train.evaluation import Evaluate
 from retro_jax.train.inputs import global_batches, local_rows
 from retro_jax.train.loop import TrainConfig
-from retro_jax.train.metrics import BadBatches, Observer
+from retro_jax.train.metrics import BadBatches, Observer, Watched
 from retro_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from retro_jax.train.phases import Watchdog
+from retro_jax.train.start import StartConfig, begin, trainable
+from retro_jax.train.utilisation import Machine, Profile, parse_steps, peak_flops
 
 BASELINE = flags.DEFINE_bool(
     "baseline", False, "Train the transformer of equal decoder, without retrieval, in W/baseline."
 )
 
 HELP_ALSO = ("launch.processes", "launch.replay")
+PROFILE_STEPS = flags.DEFINE_string(
+    "profile_steps", None, "Trace these steps, as in 100:102, into the run's folder `profile`."
+)
+
 RETRO_RUN, BASELINE_RUN = "retro", "baseline"
 # What may differ when a run goes on: the numbers do not depend on it.
 FREE = (
@@ -89,6 +104,10 @@ class Data:
     batches: Batches
     parents: dict[str, str]
 
+    def held_out(self) -> Batches:
+        """The validation split, with sequences and neighbours as here."""
+        return open_held_out(self.directory, self.batches.config, self.database)
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -98,6 +117,7 @@ class Settings:
     execution: ExecutionConfig
     optimizer: OptimizerConfig
     training: TrainConfig
+    start: StartConfig
     mesh: MeshConfig
 
 
@@ -108,6 +128,7 @@ class Plan:
     Attributes:
       settings: its configurations. mesh: of its devices. optimizer: of all its steps.
       abstract: its state's shapes and shardings. step: the compiled train_step.
+      evaluate: what is run now and then, if anything.
     """
 
     settings: Settings
@@ -115,6 +136,7 @@ class Plan:
     optimizer: optax.GradientTransformation
     abstract: step.TrainState
     step: step.TrainStep
+    evaluate: Evaluate | None = None
 
 
 def main() -> None:
@@ -174,7 +196,9 @@ def prepare(
         return None
     if recorded is not None:
         replay.check(recorded, data.parents, FREE)
-    return data, make_plan(settings, data.batches), run, recorded
+    if PROFILE_STEPS.value is not None:
+        parse_steps(PROFILE_STEPS.value)
+    return data, make_plan(settings, data), run, recorded
 
 
 def _claim(run: pathlib.Path, data: Data, steps: int) -> str:
@@ -256,17 +280,18 @@ def make_settings(data: Data) -> Settings:
         execution=configurables.make(ExecutionConfig),
         optimizer=configurables.make(OptimizerConfig),
         training=configurables.make(TrainConfig),
+        start=configurables.make(StartConfig),
         mesh=configurables.make(MeshConfig),
     )
 
 
-def make_plan(settings: Settings, batches: Batches) -> Plan:
+def make_plan(settings: Settings, data: Data) -> Plan:
     """Everything that can be known, and refused, before anything is written or allocated.
 
     Raises:
       UserError: the mesh, the model, the batch and the schedule do not fit together.
     """
-    mesh, parts = make_mesh(settings.mesh), settings.training.accumulate
+    batches, mesh, parts = data.batches, make_mesh(settings.mesh), settings.training.accumulate
     if batches.config.batch_size % parts:
         raise UserError(
             f"TrainConfig.accumulate is {parts}: expected a divisor of the batch size "
@@ -279,8 +304,9 @@ def make_plan(settings: Settings, batches: Batches) -> Plan:
         platform=mesh.devices.flat[0].platform,
         length=batches.config.sequence_length,
     )
-    optimizer = make_optimizer(settings.optimizer, settings.training.steps)
-    training = settings.training
+    make_model, training = _model_maker(settings), settings.training
+    trained = trainable(settings.start, abstract_parameters(make_model)[1])
+    optimizer = make_optimizer(settings.optimizer, training.steps, trained)
     config = step.StepConfig(
         pad_id=settings.retro.pad_id,
         num_corpora=len(batches.corpora),
@@ -291,9 +317,16 @@ def make_plan(settings: Settings, batches: Batches) -> Plan:
         skip_bad_batches=training.skip_bad_batches,
         average_decay=training.average_decay,
     )
-    graphdef, abstract = step.abstract_state(_model_maker(settings), optimizer, mesh, config)
-    compiled = step.compile_train_step(graphdef=graphdef, optimizer=optimizer, config=config)
-    return Plan(settings, mesh, optimizer, abstract, compiled)
+    graphdef, abstract = step.abstract_state(make_model, optimizer, mesh, config)
+    compiled = step.compile_train_step(
+        graphdef=graphdef, optimizer=optimizer, config=config, trainable=trained
+    )
+    plan = Plan(settings, mesh, optimizer, abstract, compiled)
+    if not training.evaluate_every:
+        return plan
+    count, pad_id = training.evaluate_batches, settings.retro.pad_id
+    evaluate = held_out_evaluation(graphdef, data.held_out(), mesh, count=count, pad_id=pad_id)
+    return dataclasses.replace(plan, evaluate=evaluate)
 
 
 def train(run: pathlib.Path, plan: Plan, batches: Batches, stop: loop.StopRequest) -> int:
@@ -332,6 +365,9 @@ def _train(
     state = checkpoints.restore(plan.abstract)
     if state is None:
         state = step.initial_state(_model_maker(plan.settings), plan.optimizer, plan.abstract)
+        if plan.settings.start.run:
+            source = pathlib.Path(plan.settings.start.run)
+            state = begin(plan.settings.start, state, source / CHECKPOINTS)
     start = int(state.step)
     if processes.is_first():
         _print_summary(plan, batches, start)
@@ -347,13 +383,14 @@ def _train(
         checkpoints=checkpoints,
         observer=observer,
         stop=stop,
+        evaluate=plan.evaluate,
     )
     return int(state.step)
 
 
 def _observer(run: pathlib.Path, settings: Settings, batches: Batches, start: int) -> Observer:
     """The run's curves, from a step on."""
-    training = settings.training
+    training, steps = settings.training, PROFILE_STEPS.value
     return Observer(
         run,
         corpora=batches.corpora,
@@ -361,9 +398,20 @@ def _observer(run: pathlib.Path, settings: Settings, batches: Batches, start: in
         start_step=start,
         steps=training.steps,
         log_every=training.log_every,
-        main_process=processes.is_first(),
-        bad_batches=BadBatches(training.skip_bad_batches, Autopsy(run, batches)),
+        watched=Watched(
+            BadBatches(training.skip_bad_batches, Autopsy(run, batches)),
+            _machine(settings, batches.config),
+            Profile(run / "profile", *parse_steps(steps)) if steps else None,
+        ),
     )
+
+
+def _machine(settings: Settings, batches: BatchConfig) -> Machine:
+    """What a step costs, and what the devices can do."""
+    flops = training_flops(settings.retro, batches.sequence_length, batches.neighbours)
+    devices = jax.devices()
+    peak = peak_flops(devices[0].device_kind)
+    return Machine(flops * batches.batch_size, len(devices), peak)
 
 
 def _give_up(reason: str) -> None:

@@ -32,14 +32,17 @@ from retro_jax.train.trees import named_leaves
 FORMAT_VERSION = 1
 _SEAL, _ITEM = "sealed.json", "default"
 _COMMITTED = "commit_success.txt"  # Orbax writes it after the seal
-_PARAMS = "params."
 _RECENT_LOSS = "recent_loss"  # the one array that a checkpoint may lack or hold too much
 
 _logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints of one training run."""
+    """The checkpoints of one training run.
+
+    Attributes:
+      directory: where they lie.
+    """
 
     def __init__(self, directory: str | os.PathLike, *, keep: int = 3, keep_every: int = 0):
         """Opens the directory, making it when it is not there.
@@ -49,7 +52,7 @@ class Checkpoints:
           keep: how many of the newest stay. keep_every: those at multiples of it stay for ever; 0
             for none.
         """
-        self._directory = pathlib.Path(directory).absolute()
+        self.directory = pathlib.Path(directory).absolute()
         self._arrays: dict[str, list[Any]] = {}
         self._saving = -1
         options = ocp.CheckpointManagerOptions(
@@ -58,7 +61,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, oldest first."""
@@ -103,7 +106,7 @@ class Checkpoints:
                 raise
             # TensorStore tells a full disk as a ValueError.
             reason = "No space left on device" if "o space left" in str(error) else str(error)
-            raise OSError(f"{self._directory / str(self._saving)}: {reason}") from error
+            raise OSError(f"{self.directory / str(self._saving)}: {reason}") from error
 
     def close(self) -> None:
         """Waits for the last write and frees Orbax's threads."""
@@ -125,12 +128,12 @@ class Checkpoints:
         """
         step = from_first(self._newest_undamaged)
         self._manager.reload()
-        return _restore_state(self._directory / step, abstract) if step else None
+        return _restore_state(self.directory / step, abstract) if step else None
 
     def _newest_undamaged(self) -> str:
         """The newest checkpoint that is as it was sealed, or nothing; sets damaged ones aside."""
         for step in reversed(self.steps()):
-            path = self._directory / str(step)
+            path = self.directory / str(step)
             problem = find_damage(path)
             if problem is None:
                 return str(step)
@@ -140,7 +143,7 @@ class Checkpoints:
 
     def _temporary(self) -> list[pathlib.Path]:
         """Where Orbax is writing, if it is."""
-        return list(self._directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
+        return list(self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
 
     def _seal(self) -> None:
         """Adds the seal to the checkpoint that is about to be renamed to its final name."""
@@ -162,7 +165,12 @@ def latest_step(directory: str | os.PathLike) -> int | None:
 
 
 def restore_params(
-    directory: str | os.PathLike, abstract_params: Any, step: int | None = None
+    directory: str | os.PathLike,
+    abstract_params: Any,
+    step: int | None = None,
+    *,
+    part: str = "params",
+    all_of_it: bool = True,
 ) -> tuple[int, Any]:
     """The parameters alone of a run's newest undamaged checkpoint; writes and renames nothing.
 
@@ -170,6 +178,8 @@ def restore_params(
       directory: the run's checkpoints.
       abstract_params: a tree of jax.ShapeDtypeStruct with shardings; other shapes are refused.
       step: of which step, or None for the newest.
+      part: "params", or "average" for the moving average of them.
+      all_of_it: whether parameters that the tree does not have are refused.
 
     Returns:
       The step, and a tree like `abstract_params` of arrays.
@@ -186,8 +196,10 @@ def restore_params(
         path = directory / str(candidate)
         problem = find_damage(path)
         if problem is None:
-            wrapped = {_PARAMS[:-1]: abstract_params}
-            return candidate, _restore(path, wrapped, partial=True)[_PARAMS[:-1]]
+            if not any(name.startswith(f"{part}.") for name in _read_arrays(path)):
+                raise UserError(f"{path} holds no {part}: expected TrainConfig.average_decay there")
+            whole = f"{part}." if all_of_it else None
+            return candidate, _restore(path, {part: abstract_params}, whole=whole)[part]
         _warn_damaged(path, problem)
     raise UserError(f"{directory}: no undamaged checkpoint, expected that of a training run")
 
@@ -250,21 +262,24 @@ def _read_arrays(path: pathlib.Path) -> dict[str, list[Any]]:
     return json.loads((path / _SEAL).read_text(encoding="utf-8"))["arrays"]
 
 
-def _restore(path: pathlib.Path, abstract: Any, partial: bool = False) -> Any:
-    """Reads the arrays of a tree from an undamaged checkpoint."""
+def _restore(path: pathlib.Path, abstract: Any, whole: str | None = "") -> Any:
+    """Reads the arrays of a tree from an undamaged checkpoint.
+
+    All those whose names begin with `whole` have to be in the tree; none has to for None.
+    """
     wanted = named_leaves(abstract)
-    together(lambda: _check_arrays(path, _describe(wanted), partial))
+    together(lambda: _check_arrays(path, _describe(wanted), whole))
     args = ocp.args.PyTreeRestore(
         item=wanted,
         restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-        partial_restore=partial or _RECENT_LOSS not in wanted,
+        partial_restore=whole != "" or _RECENT_LOSS not in wanted,
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         found = checkpointer.restore(path / _ITEM, args=args)
     return jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in wanted])
 
 
-def _check_arrays(path: pathlib.Path, expected: dict[str, list[Any]], partial: bool) -> None:
+def _check_arrays(path: pathlib.Path, expected: dict[str, list[Any]], whole: str | None) -> None:
     """Refuses a checkpoint whose arrays are not those of the model and optimiser."""
     found = _read_arrays(path)
     for name, (shape, dtype) in expected.items():
@@ -274,7 +289,7 @@ def _check_arrays(path: pathlib.Path, expected: dict[str, list[Any]], partial: b
             held = f"{found[name][1]}{found[name][0]}"
             raise UserError(f"checkpoint {path}: {name} is {held}, expected {dtype}{shape}")
     for name in found:
-        wanted = name != _RECENT_LOSS and (not partial or name.startswith(_PARAMS))
+        wanted = whole is not None and name.startswith(whole) and name != _RECENT_LOSS
         if wanted and name not in expected:
             raise UserError(f"checkpoint {path} holds {name}, which this model does not have")
 

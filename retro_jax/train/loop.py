@@ -23,6 +23,7 @@ import jax
 from retro_jax.batch import RetroBatch
 from retro_jax.config import require
 from retro_jax.train.checkpoint import Checkpoints
+from retro_jax.train.evaluation import Evaluate
 from retro_jax.train.metrics import Observer
 from retro_jax.train.step import StepMetrics, TrainState, TrainStep
 
@@ -50,6 +51,8 @@ class TrainConfig:
         stops; 0 for any.
       skip_bad_batches: go on after a batch whose loss jumps or is not finite, without its update;
         ten of them in a row stop the run even so.
+      evaluate_every: steps between evaluations on the validation split, a multiple of log_every; 0
+        for none. evaluate_batches: batches of it that are scored.
       hang_seconds: how long one of several processes may wait before it gives up; 0 for ever.
     """
 
@@ -65,6 +68,8 @@ class TrainConfig:
     average_decay: float = 0.0
     loss_jump: float = 0.0
     skip_bad_batches: bool = False
+    evaluate_every: int = 0
+    evaluate_batches: int = 8
     hang_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
@@ -73,6 +78,10 @@ class TrainConfig:
         require(self.accumulate > 0, self, "accumulate", "a positive number of parts")
         require(0 <= self.average_decay < 1, self, "average_decay", "a number from 0 to below 1")
         require(self.loss_jump >= 0, self, "loss_jump", "a number of nats, or 0 for any")
+        whole = self.evaluate_every >= 0 and self.evaluate_every % self.log_every == 0
+        rule = f"a multiple of log_every = {self.log_every}, or 0 for none"
+        require(whole, self, "evaluate_every", rule)
+        require(self.evaluate_batches > 0, self, "evaluate_batches", "a positive number")
         require(self.hang_seconds >= 0, self, "hang_seconds", "a number of seconds, or 0 for ever")
         require(self.keep_every >= 0, self, "keep_every", "a number of steps, or 0 for none")
         require(0 <= self.seed < 2**32, self, "seed", "an integer from 0 to 2**32 - 1")
@@ -93,6 +102,8 @@ FREE_SETTINGS = (
     "keep_every",
     "loss_jump",
     "skip_bad_batches",
+    "evaluate_every",
+    "evaluate_batches",
     "hang_seconds",
 )
 
@@ -139,6 +150,7 @@ def train(
     checkpoints: Checkpoints,
     observer: Observer,
     stop: StopRequest,
+    evaluate: Evaluate | None = None,
 ) -> TrainState:
     """Trains from a state to config.steps, or until it is asked to stop.
 
@@ -146,6 +158,7 @@ def train(
       state: where to start. batches: global batches, the first of them number state.step.
       step: the compiled train_step. config: steps and intervals.
       checkpoints: where states are saved. observer: where metrics go. stop: asks to stop.
+      evaluate: run every config.evaluate_every steps, on the state after them.
 
     Returns:
       The last state, which is saved.
@@ -164,6 +177,7 @@ def train(
         observer.observe(number, measured)
 
     for number in range(int(state.step) + 1, config.steps + 1):
+        observer.begin(number)
         with during("input", number):
             batch = next(batches)
         with jax.transfer_guard("disallow"):
@@ -172,6 +186,9 @@ def train(
         if pending is not None:
             observe(number - 1, pending)
         pending = metrics
+        if evaluate is not None and number % config.evaluate_every == 0:
+            with during("evaluation", number):
+                observer.note(evaluate(state))
         stopping = checkpoints.must_stop(number, stop.signal is not None)
         if stopping or number == config.steps or number % config.checkpoint_every == 0:
             observe(number, pending)  # first: a bad state is not saved

@@ -8,6 +8,8 @@ A line of metrics.jsonl describes the updates since the line before it:
     grad_norm         their mean, before clipping  param_norm, learning_rate: of the last one
     skipped           bad batches among the steps; their losses count nowhere; absent without any
     seconds           of a step, by the clock      seconds/PHASE     of it, as phases.py has them
+    mfu               part of the devices' peak    memory/device, memory/host: the most so far, GiB
+    validation/on, validation/off     nats a token of held-out batches, at steps that evaluate
 
 The files are opened at the step that a run resumes from: later lines are dropped, as those updates
 are made again. A curve therefore never doubles back.
@@ -30,14 +32,16 @@ import tensorboardX
 import tqdm
 
 from retro_jax.errors import SharedError, UserError
+from retro_jax.train import processes
 from retro_jax.train.phases import Phases
 from retro_jax.train.step import StepMetrics
+from retro_jax.train.utilisation import Machine, Profile, memory
 
 METRICS_FILE = "metrics.jsonl"
 _TERMINAL_SECONDS, _LOG_SECONDS = 0.2, 10.0  # between refreshes of the progress bar
 _RATE_SECONDS = 30.0  # that tokens_per_second is a mean over
 _MOST_SKIPPED = 10  # bad batches one after the other that end a run even where they are skipped
-_CLOCKED = ("tokens_per_second", "seconds")
+_CLOCKED = ("tokens_per_second", "seconds", "mfu", "memory")
 
 _logger = logging.getLogger(__name__)
 
@@ -116,7 +120,10 @@ class CurveWriter:
         """
         self._path = pathlib.Path(directory) / METRICS_FILE
         truncate_curve(self._path, start_step)
-        self._events = tensorboardX.SummaryWriter(str(directory), purge_step=start_step + 1)
+        # A file's name has its second only: a start within the same one would replace the other's.
+        self._events = tensorboardX.SummaryWriter(
+            str(directory), purge_step=start_step + 1, filename_suffix=f".{start_step}"
+        )
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Adds one line: `values` after `step` updates."""
@@ -208,6 +215,20 @@ class BadBatches:
     describe: Callable[[int], str] = lambda step: ""
 
 
+@dataclasses.dataclass(frozen=True)
+class Watched:
+    """What is watched beside the losses.
+
+    Attributes:
+      bad_batches: what happens at one; by default the run stops.
+      machine: what speed is related to. profile: steps that are traced.
+    """
+
+    bad_batches: BadBatches = BadBatches()
+    machine: Machine | None = None
+    profile: Profile | None = None
+
+
 class Observer:
     """Receives every step's metrics and keeps the curves; the loop's only way to the outside.
 
@@ -224,23 +245,33 @@ class Observer:
         start_step: int,
         steps: int,
         log_every: int,
-        main_process: bool = True,
-        bad_batches: BadBatches | None = None,
+        watched: Watched | None = None,
     ):
         """Opens the run's curves.
 
         Args:
           directory: of the run. corpora: names, in the order of StepMetrics.corpus_losses.
           learning_rate: the schedule. start_step: updates made already. steps: of the whole run.
-          log_every: steps a line. main_process: whether this one writes and shows anything.
-          bad_batches: what happens at one; by default the run stops.
+          log_every: steps a line. watched: what else is done. Only the first process writes and shows
+            anything.
         """
         self.phases = Phases()
         self._averager = Averager(corpora)
         self._learning_rate, self._log_every, self._steps = learning_rate, log_every, steps
-        self._writer = CurveWriter(directory, start_step) if main_process else None
-        self._progress = Progress(start_step, steps, shown=main_process)
-        self._bad_batches, self._skipped_in_a_row = bad_batches or BadBatches(), 0
+        first = processes.is_first()
+        self._writer = CurveWriter(directory, start_step) if first else None
+        self._progress = Progress(start_step, steps, shown=first)
+        self._watched, self._skipped_in_a_row = watched or Watched(), 0
+        self._noted: dict[str, float] = {}
+
+    def begin(self, step: int) -> None:
+        """Update number `step` is about to be made."""
+        if self._watched.profile is not None:
+            self._watched.profile.begin_step(step)
+
+    def note(self, values: Mapping[str, float]) -> None:
+        """Adds values to the line that is written next."""
+        self._noted |= values
 
     def observe(self, step: int, metrics: StepMetrics) -> None:
         """Takes the metrics of update number `step`, counted from 1.
@@ -259,21 +290,31 @@ class Observer:
             values = self._averager.flush() | {
                 "learning_rate": float(self._learning_rate(step - 1))
             }
-            values |= self.phases.flush(int(values["steps"]))
+            values |= self._measured(int(values["steps"])) | self._noted
+            self._noted = {}
             if self._writer is not None:
                 self._writer.write(step, values)
 
     def close(self) -> None:
-        """Closes files and bar."""
+        """Closes files, bar and trace."""
+        if self._watched.profile is not None:
+            self._watched.profile.close()
         self._progress.close()
         if self._writer is not None:
             self._writer.close()
 
+    def _measured(self, steps: int) -> dict[str, float]:
+        """Where the time of a line's steps went, and what of the machine they used."""
+        values, machine = self.phases.flush(steps), self._watched.machine
+        if machine is not None:
+            values |= machine.mfu(values["seconds"])
+        return values | memory()
+
     def _skip_or_stop(self, step: int, problem: str) -> None:
         """Tells of a bad batch; raises unless the run goes on without it."""
-        told = f"{problem}{self._bad_batches.describe(step)}"
+        told = f"{problem}{self._watched.bad_batches.describe(step)}"
         self._skipped_in_a_row += 1
-        if not self._bad_batches.skip:
+        if not self._watched.bad_batches.skip:
             raise SharedError(
                 f"{told}; nothing was saved after it (TrainConfig.skip_bad_batches = True leaves such "
                 "batches out, a lower OptimizerConfig.max_learning_rate may help)"

@@ -1,6 +1,7 @@
 """A stand-in for the model, small enough to train in milliseconds, and batches for it."""
 
 import functools
+import os
 from typing import Any
 
 import jax
@@ -10,9 +11,16 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from retro_jax.batch import RetroBatch
-from retro_jax.sharding import batch_sharding
+from retro_jax.sharding import MeshConfig, batch_sharding, make_mesh
+from retro_jax.train.checkpoint import Checkpoints
 from retro_jax.train.optimizer import OptimizerConfig, Trainable, make_optimizer
-from retro_jax.train.step import StepConfig, abstract_state, compile_train_step, initial_state
+from retro_jax.train.step import (
+    StepConfig,
+    TrainState,
+    abstract_state,
+    compile_train_step,
+    initial_state,
+)
 
 ROWS = 8
 VOCABULARY, WIDTH, CHUNKS, CHUNK, SLOTS, NEIGHBOUR = 24, 8, 2, 4, 2, 8
@@ -126,3 +134,11 @@ class Trainer:
                 self.state, measured = self.step(self.state, batch)
             metrics.append(jax.device_get(measured))
         return metrics
+
+
+def one_device_state(checkpoints: str | os.PathLike) -> TrainState:
+    """The state that a run of Bigrams ended with, on one device."""
+    trainer = Trainer(make_mesh(MeshConfig(), jax.devices()[:1]))
+    state = Checkpoints(checkpoints).restore(trainer.abstract)
+    assert state is not None
+    return state

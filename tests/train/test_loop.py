@@ -9,15 +9,18 @@ import signal
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from retro_jax.errors import UserError
 from retro_jax.sharding import MeshConfig, batch_sharding, make_mesh
 from retro_jax.train.checkpoint import Checkpoints, latest_step
+from retro_jax.train.evaluation import OFF, ON, make_evaluation
 from retro_jax.train.inputs import global_batch, global_batches, local_rows
 from retro_jax.train.loop import StopRequest, TrainConfig, train
-from retro_jax.train.metrics import BadBatches, Observer, read_curve, without_clock
+from retro_jax.train.metrics import BadBatches, Observer, Watched, read_curve, without_clock
 from retro_jax.train.trees import named_leaves
-from tests.train.small import Trainer, host_batch
+from retro_jax.train.utilisation import Profile
+from tests.train.small import PAD, Trainer, host_batch
 
 _CONFIG = TrainConfig(steps=12, log_every=2, checkpoint_every=4)
 
@@ -30,8 +33,9 @@ def _trainer():
     return trainer
 
 
-def _train(trainer, directory, *, batches=None, stop=None, config=_CONFIG, bad=None):
+def _train(trainer, directory, *, batches=None, stop=None, config=_CONFIG, bad=None, **more):
     """Starts or resumes a run in a directory; the state it ends with."""
+    profile = more.pop("profile", None)
     checkpoints = Checkpoints(directory / "checkpoints", keep=config.keep)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, trainer.abstract)
     first = jax.device_put(trainer.first, shardings)
@@ -44,7 +48,7 @@ def _train(trainer, directory, *, batches=None, stop=None, config=_CONFIG, bad=N
         start_step=start,
         steps=config.steps,
         log_every=config.log_every,
-        bad_batches=bad,
+        watched=Watched(bad or BadBatches(), profile=profile),
     )
     if batches is None:
         batches = (host_batch(step) for step in itertools.count(start))
@@ -57,6 +61,7 @@ def _train(trainer, directory, *, batches=None, stop=None, config=_CONFIG, bad=N
             checkpoints=checkpoints,
             observer=observer,
             stop=stop or StopRequest(),
+            **more,
         )
 
 
@@ -179,6 +184,51 @@ def test_too_many_bad_batches_in_a_row_stop_the_run(trainer, tmp_path, monkeypat
         _train(trainer, tmp_path, bad=BadBatches(skip=True))
 
 
+def test_held_out_losses_stand_in_the_lines_of_their_steps(trainer, tmp_path):
+    batches = [host_batch(100 + i) for i in range(2)]
+
+    def spread():
+        for batch in batches:
+            yield global_batch(batch, trainer.mesh, 8, local_rows(trainer.mesh, 8))
+
+    evaluate = make_evaluation(trainer.graphdef, spread, PAD)
+    config = dataclasses.replace(_CONFIG, evaluate_every=4)
+    plain = _train(trainer, tmp_path / "plain")
+    state = _train(trainer, tmp_path / "evaluated", config=config, evaluate=evaluate)
+    assert _bits(state) == _bits(plain)  # looking does not change what is seen
+    lines = _curve(tmp_path / "evaluated")
+    assert [line["step"] for line in lines if ON in line] == [4, 8, 12]
+    params = jax.device_get(state.params)
+    for name, change in ((ON, lambda b: b), (OFF, lambda b: b.without_neighbours())):
+        model = nnx.merge(trainer.graphdef, params)
+        losses = [np.asarray(model.token_losses(change(batch))) for batch in batches]
+        present = [batch.targets != PAD for batch in batches]
+        expected = sum(x[p].sum() for x, p in zip(losses, present, strict=True)) / sum(
+            p.sum() for p in present
+        )
+        assert lines[-1][name] == pytest.approx(expected, rel=1e-5)
+    names = {name for line in read_curve(tmp_path / "evaluated" / "metrics.jsonl") for name in line}
+    assert {"seconds", "seconds/evaluation", "seconds/checkpoint", "memory/host"} <= names
+
+
+def test_chosen_steps_are_traced(trainer, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda path: calls.append(("start", path)))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(("stop", at[0])))
+    at = [0]
+
+    class Watching(Profile):
+        def begin_step(self, number):
+            at[0] = number
+            super().begin_step(number)
+
+    _train(trainer, tmp_path / "a", profile=Watching("folder", 5, 6))
+    assert calls == [("start", "folder"), ("stop", 8)]  # once step 6 is known to have ended
+    calls.clear()
+    _train(trainer, tmp_path / "b", profile=Watching("folder", 11, 40))
+    assert calls == [("start", "folder"), ("stop", 12)]  # the run ends first
+
+
 def test_a_finished_run_makes_no_step(trainer, tmp_path):
     state = _train(trainer, tmp_path)
     again = _train(trainer, tmp_path, batches=iter(()))
@@ -210,6 +260,8 @@ def test_hosts_make_only_the_rows_of_their_devices():
         ("average_decay", 1.0),
         ("loss_jump", -0.5),
         ("hang_seconds", -1.0),
+        ("evaluate_every", 15),
+        ("evaluate_batches", 0),
     ],
 )
 def test_every_validation(field, value):

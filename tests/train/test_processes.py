@@ -12,12 +12,12 @@ import jax
 import numpy as np
 import pytest
 
-from retro_jax.sharding import MeshConfig, make_mesh
-from retro_jax.train.checkpoint import Checkpoints, find_damage, latest_step
+from retro_jax.sharding import make_mesh
+from retro_jax.train.checkpoint import find_damage, latest_step
 from retro_jax.train.metrics import read_curve, without_clock
 from retro_jax.train.trees import named_leaves
 from tests.train import worker
-from tests.train.small import Trainer
+from tests.train.small import one_device_state
 
 
 def _free_port() -> int:
@@ -78,8 +78,7 @@ def test_two_processes_equal_one(two, tmp_path):
 
 def _leaves(directory):
     """The state that a run ended with, by name, on one device."""
-    trainer = Trainer(make_mesh(MeshConfig(), jax.devices()[:1]))
-    return named_leaves(Checkpoints(directory / "checkpoints").restore(trainer.abstract))
+    return named_leaves(one_device_state(directory / "checkpoints"))
 
 
 def test_a_process_that_is_killed_stops_the_other_and_both_go_on_to_the_same_bits(two, tmp_path):
@@ -87,10 +86,12 @@ def test_a_process_that_is_killed_stops_the_other_and_both_go_on_to_the_same_bit
     processes = _start(tmp_path, 8, "kill", victim, step)
     printed = [process.communicate(timeout=300) for process in processes]
     assert processes[victim].returncode == -signal.SIGKILL
-    # Either its collective fails, or the coordination service ends it first.
+    # Its collective fails, or it has waited too long, or the coordination service ends it first.
     assert processes[1 - victim].returncode in (76, -signal.SIGABRT), printed
     if processes[1 - victim].returncode == 76:
-        assert f"process {1 - victim} of 2: a collective failed (" in printed[1 - victim][1]
+        error = printed[1 - victim][1]
+        failed = f"process {1 - victim} of 2: a collective failed ("
+        assert failed in error or f"process {victim} gave no sign of life" in error
     reached = latest_step(tmp_path / "checkpoints") or 0
     assert reached in (step - step % 2, step - step % 2 - 2)  # or the write was cut short
 

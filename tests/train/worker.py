@@ -44,7 +44,6 @@ def main(directory: pathlib.Path, steps: int, accident: tuple[str, ...] = ()) ->
         start_step=start,
         steps=steps,
         log_every=1,
-        main_process=jax.process_index() == 0,
     )
     hosts = (_make_rows(step, rows, accident) for step in itertools.count(start))
     watchdog = Watchdog(observer.phases, _HANG_SECONDS if accident else 0.0, _give_up)
@@ -63,6 +62,11 @@ def main(directory: pathlib.Path, steps: int, accident: tuple[str, ...] = ()) ->
     checkpoints.close()
     observer.close()
     return rows
+
+
+def _interval(steps: int) -> int:
+    """Steps between checkpoints: some in short runs, none in those that are stopped."""
+    return 2 if steps < 100 else max(1, min(steps // 100, 1000))
 
 
 def _make_rows(step: int, rows: list[int], accident: tuple[str, ...]) -> RetroBatch:
