@@ -2,13 +2,13 @@
 
     python -m launch.cluster tpu --name=retro --accelerator=v5p-128 --project=P --zone=Z --code=gs://B \
         --gin_file=experiments/retro_7_5b.gin --workdir=/mnt/shared/retro --dry_run
-    python -m launch.cluster gke --name=retro --image=I --accelerator=v5p --tpu_topology=4x4x4 --slices=2 ...
+    python -m launch.cluster gke --name=retro --image=I --accelerator=v5p --tpu_topology=4x4x4 --num_slices=2 ...
     python -m launch.cluster slurm --name=retro --hosts=8 --gpus=8 --python=/shared/venv/bin/python ...
     python -m launch.cluster gke ... --action=logs
 
 --dry_run prints the commands and manifests, and runs nothing. What is shipped is the last commit of
 this repository (tpu), an image made of the Dockerfile (gke), or an environment that all hosts see
-(slurm). The workdir is a directory that all hosts see. --slices > 1 puts the data axis across slices.
+(slurm). The workdir is a directory that all hosts see. --num_slices > 1 puts the data axis across slices.
 --action=stop lets the run save first; starting it again goes on. A run that saved because a host is
 taken away, or that lost one, is started again by the cluster.
 """
@@ -31,7 +31,7 @@ KIND = flags.DEFINE_enum("kind", None, KINDS, "Where; may stand alone as the fir
 ACTION = flags.DEFINE_enum("action", "start", ACTIONS, "What to do.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands, and run none.")
 NAME = flags.DEFINE_string("name", None, "Of the run, for the cluster.")
-SLICES = flags.DEFINE_integer("slices", 1, "TPU slices, or groups of hosts.", lower_bound=1)
+SLICES = flags.DEFINE_integer("num_slices", 1, "TPU slices, or groups of hosts.", lower_bound=1)
 MORE = flags.DEFINE_multi_string(
     "train_flag", [], "Another flag of launch.train, as in --baseline."
 )

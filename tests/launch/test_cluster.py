@@ -25,16 +25,16 @@ CASES = {
     "tpu_slices_start": [
         *_TPU,
         "--code=gs://b/code",
-        "--slices=2",
+        "--num_slices=2",
         "--spot",
         *_TRAIN,
         "--gin_bindings=BatchConfig.mixture = {'wiki': 1.0, \"it's\": 2.0}",
         "--train_flag=--baseline",
     ],
-    "tpu_slices_logs": [*_TPU, "--code=gs://b/code", "--slices=2", "--action=logs"],
+    "tpu_slices_logs": [*_TPU, "--code=gs://b/code", "--num_slices=2", "--action=logs"],
     "tpu_stop": [*_TPU, "--code=gs://b/code", "--action=stop"],
     "gke_tpu_start": [
-        *(*_GKE, "--accelerator=v5p", "--tpu_topology=4x4x4", "--slices=2", "--spot"),
+        *(*_GKE, "--accelerator=v5p", "--tpu_topology=4x4x4", "--num_slices=2", "--spot"),
         *("--claim=filestore", *_TRAIN),
     ],
     "gke_gpu_start": [
