@@ -7,7 +7,8 @@ Prepares a small slice undisturbed, then again while processes are killed: the o
 one of its workers (on Ray, workers of a cluster of three nodes on this machine). After each kill of the
 first kind the same command is run again. Half of the kills fall into the stages up to the keys and half
 into the neighbour tables, which get the undisturbed run's index, as building one is not reproducible.
-Ends with status 1 if any byte of chunks, keys or tables differs.
+Preparations follow each other until there were as many kills. Ends with status 1 if any byte of
+chunks, keys or tables differs.
 """
 
 import os
@@ -31,6 +32,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the moments and the victims.")
 _MINUTES = flags.DEFINE_integer("minutes", 60, "Give up after so long.", lower_bound=1)
 
 _BEFORE = "documents,tokenizer,chunks,keys"
+_AFTER = "index,neighbours"
 _COMPARED = ("chunks", "keys", "neighbours")
 _SETTINGS = """
 wikipedia/CorpusConfig.name = 'wikipedia'
@@ -163,17 +165,24 @@ def main(_: list[str]) -> None:
         settings = root / "kills.gin"
         settings.write_text(_SETTINGS.format(documents=_DOCUMENTS.value))
         whole = Preparation(root / "whole", settings, [])
-        seconds = whole.finish(_BEFORE) + whole.finish("index,neighbours")
-        print(f"undisturbed: {seconds:.0f} s", flush=True)
-        killed = Preparation(root / "killed", settings, flags_)
-        first = _KILLS.value // 2
-        done = disturb(killed, _BEFORE, first, seconds, roots)
-        shutil.copytree(root / "whole" / "index", root / "killed" / "index")
-        done += disturb(killed, "neighbours", _KILLS.value - first, seconds / 2, roots)
-        different = compare(root / "whole", root / "killed")
+        seconds = [whole.finish(stages) for stages in (_BEFORE, _AFTER)]
+        print(f"undisturbed: {sum(seconds):.0f} s", flush=True)
+        done, rounds = 0, 0
+        different: list[str] = []
+        deadline = time.monotonic() + 60 * _MINUTES.value
+        while done < _KILLS.value and time.monotonic() < deadline:
+            workdir = root / f"killed-{rounds}"
+            rounds += 1
+            killed = Preparation(workdir, settings, flags_)
+            half = (_KILLS.value - done + 1) // 2
+            done += disturb(killed, _BEFORE, half, seconds[0] / 2, roots)
+            shutil.copytree(root / "whole" / "index", workdir / "index")
+            done += disturb(killed, "neighbours", _KILLS.value - done, seconds[1] / 2, roots)
+            different += [f"{workdir.name}/{name}" for name in compare(root / "whole", workdir)]
     if cluster is not None:
         cluster.shutdown()  # type: ignore[attr-defined]
-    print(f"{done} kills, runner {_RUNNER.value}: {len(different)} files differ")
+    told = f"{done} kills in {rounds} preparations, runner {_RUNNER.value}"
+    print(f"{told}: {len(different)} files differ")
     for name in different:
         print(f"  {name}")
     if different:
