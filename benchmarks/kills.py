@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from absl import app, flags
 
@@ -141,7 +142,7 @@ def compare(one: pathlib.Path, other: pathlib.Path) -> list[str]:
     return sorted(name for name in names if not same(name))
 
 
-def _cluster() -> tuple[list[str], list[int], object]:
+def _cluster() -> tuple[list[str], list[int], Any]:
     """Flags for a Ray cluster of this machine, its processes, and what keeps it alive."""
     from ray.cluster_utils import Cluster
 
@@ -180,7 +181,7 @@ def main(_: list[str]) -> None:
             done += disturb(killed, "neighbours", _KILLS.value - done, seconds[1] / 2, roots)
             different += [f"{workdir.name}/{name}" for name in compare(root / "whole", workdir)]
     if cluster is not None:
-        cluster.shutdown()  # type: ignore[attr-defined]
+        cluster.shutdown()
     told = f"{done} kills in {rounds} preparations, runner {_RUNNER.value}"
     print(f"{told}: {len(different)} files differ")
     for name in different:

@@ -129,7 +129,7 @@ def _guarded(main: Callable[[], None], argv: list[str]) -> int:
         if _who and not isinstance(error, SharedError):
             leave(status)
         return status
-    except Exception:
+    except Exception:  # a defect: by the usual end this process would wait for the others
         if not _who:
             raise
         print(f"{_who[0]}{traceback.format_exc()}", file=sys.stderr)

@@ -29,10 +29,7 @@ from data_pipelines.tokenizer import Tokenizer
 from launch import app, configurables, runs
 from launch.arrays import write_array
 from launch.conditions import (
-    DATABASES,
     KINDS,
-    NGRAMS,
-    SWEEP,
     Condition,
     check_split,
     condition_settings,
@@ -40,12 +37,12 @@ from launch.conditions import (
     passes,
     swept_conditions,
 )
-from launch.knn import KNN, KNN_NEIGHBOURS, KNN_TOKENS, knn_scoring, knn_settings
+from launch.knn import KNN, knn_scoring, knn_settings
 from launch.markdown import markdown
 from launch.overlap import Scored, format_overlap, write_overlap
 from launch.scoring import Pass, Scorer, forget
 from launch.shared_flags import AVERAGED, DATA, NUM_NEIGHBOURS, RETRIEVAL, SPLIT
-from launch.slices import BERT, PATHS, SLICES, prepare_slice, wanted_slices
+from launch.slices import prepare_slice, wanted_slices
 from launch.splits import Split, open_split, places_of
 from launch.tables import format_table
 from retro_jax.errors import UserError
@@ -73,8 +70,7 @@ BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 8, "Windows at once, rounded up to a multiple of the devices.", lower_bound=1
 )
 
-# Flags of this entry point that stand where they are read; --help shows what this module holds.
-_ELSEWHERE = (SWEEP, DATABASES, NGRAMS, SLICES, PATHS, BERT, KNN_TOKENS, KNN_NEIGHBOURS)
+HELP_ALSO = ("launch.conditions", "launch.knn", "launch.slices")
 
 FOLDER = "evaluation"
 _BASELINE = "baseline"

@@ -158,10 +158,14 @@ class Attention(nnx.Module):
         )
 
 
+def frequencies(width: int) -> jax.Array:
+    """[width / 2] float32: radians a token, 10000^(-2t / width), the fastest first."""
+    return 10000.0 ** (-2.0 * jnp.arange(width // 2, dtype=jnp.float32) / width)
+
+
 def sinusoids(distances: jax.Array, width: int) -> jax.Array:
     """[n] distances -> [n, width] float32: sines, then cosines, of distance / 10000^(2t / width)."""
-    frequencies = 10000.0 ** (-2.0 * jnp.arange(width // 2, dtype=jnp.float32) / width)
-    angles = distances.astype(jnp.float32)[:, None] * frequencies
+    angles = distances.astype(jnp.float32)[:, None] * frequencies(width)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
@@ -183,8 +187,7 @@ def shift(logits: jax.Array, num_keys: int) -> jax.Array:
 def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
     """Rotary positions: turns the pairs (x[t], x[t + head_dim/2]) of [..., T, H, head_dim]."""
     half = x.shape[-1] // 2
-    frequencies = 10000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions.astype(jnp.float32)[:, None, None] * frequencies
+    angles = positions.astype(jnp.float32)[:, None, None] * frequencies(x.shape[-1])
     sine, cosine = jnp.sin(angles), jnp.cos(angles)
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     turned = [first * cosine - second * sine, second * cosine + first * sine]

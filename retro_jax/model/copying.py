@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from retro_jax.config import RetroConfig
 from retro_jax.errors import UserError
-from retro_jax.model.attention import Attention, sinusoids
+from retro_jax.model.attention import Attention, frequencies, sinusoids
 from retro_jax.model.retro import Retro
 
 # Logits that the token before has over its own neighbours in the encoder are about 2 * _SHARPNESS.
@@ -86,8 +86,7 @@ def _read_token_before(attention: Attention) -> tuple[jax.Array, jax.Array]:
 
     # v.R(d) is largest at distance 1: the sum of cos(w (d - 1)) over the fast frequencies w.
     at_one_D = sinusoids(jnp.ones(1), width)[0]
-    frequencies = 10000.0 ** (-2.0 * jnp.arange(width // 2) / width)
-    fast_D = jnp.tile(frequencies > _SLOWEST, 2)
+    fast_D = jnp.tile(frequencies(width) > _SLOWEST, 2)
     column_D = _SHARPNESS / math.sqrt(head_dim) * jnp.where(fast_D, at_one_D, 0.0)
     relative_DxH = jnp.broadcast_to(column_D[:, None], (width, head_dim))
     attention.relative[...] = attention.relative[...].at[0, :, 0].set(relative_DxH)

@@ -134,27 +134,11 @@ def train_step(
         batch = drop_neighbours(
             batch, neighbour_key, rate=config.neighbour_dropout, pad_id=config.pad_id
         )
-    tokens = jnp.sum(batch.targets != config.pad_id, dtype=jnp.int32)
-
-    def part(batch: RetroBatch, key: jax.Array) -> tuple[_Sums, Any]:
-        def objective(params: Any) -> tuple[jax.Array, _Sums]:
-            if trainable is not None:  # frozen parameters' gradients are never computed
-                params = map_named(
-                    lambda name, leaf: leaf if trainable(name) else jax.lax.stop_gradient(leaf),
-                    params,
-                )
-            sums = _sums(nnx.merge(graphdef, params), batch, key, config)
-            return sums.loss / jnp.maximum(tokens, 1), sums
-
-        return jax.grad(objective, has_aux=True)(state.params)[::-1]
-
-    corpora = jnp.zeros(config.num_corpora)
-    zero = _Sums(jnp.zeros(()), corpora, corpora.astype(jnp.int32))
-    none = jax.tree.map(jnp.zeros_like, state.params)
-    parts = config.accumulate
-    sums, grads = _accumulated(part, batch, dropout_key, parts=parts, zero=(zero, none))
+    model = functools.partial(_model, graphdef=graphdef, trainable=trainable)
+    sums, grads = _gradients(state.params, batch, dropout_key, model=model, config=config)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    tokens = _count(batch, config)
     loss, grad_norm = sums.loss / jnp.maximum(tokens, 1), optax.tree.norm(grads)
     bad, recent, recent_loss = _judge(loss, grad_norm, state.recent_loss, config)
     metrics = StepMetrics(
@@ -175,6 +159,44 @@ def train_step(
         average=_averaged(state, params, config.average_decay),
     )
     return (_unless(bad, after, state) if config.skip_bad_batches else after), metrics
+
+
+def _model(params: Any, *, graphdef: nnx.GraphDef, trainable: Trainable | None) -> Model:
+    """The model of some parameters; gradients of those that are not trained are never computed."""
+    if trainable is not None:
+        params = map_named(
+            lambda name, leaf: leaf if trainable(name) else jax.lax.stop_gradient(leaf), params
+        )
+    return nnx.merge(graphdef, params)
+
+
+def _gradients(
+    params: Any,
+    batch: RetroBatch,
+    key: jax.Array,
+    *,
+    model: Callable[[Any], Model],
+    config: StepConfig,
+) -> tuple["_Sums", Any]:
+    """The sums of a batch, and the gradients of its mean loss, made in config.accumulate parts."""
+    tokens = _count(batch, config)
+
+    def part(batch: RetroBatch, key: jax.Array) -> tuple[_Sums, Any]:
+        def objective(params: Any) -> tuple[jax.Array, _Sums]:
+            sums = _sums(model(params), batch, key, config)
+            return sums.loss / jnp.maximum(tokens, 1), sums
+
+        return jax.grad(objective, has_aux=True)(params)[::-1]
+
+    corpora = jnp.zeros(config.num_corpora)
+    zero = _Sums(jnp.zeros(()), corpora, corpora.astype(jnp.int32))
+    none = jax.tree.map(jnp.zeros_like, params)
+    return _accumulated(part, batch, key, parts=config.accumulate, zero=(zero, none))
+
+
+def _count(batch: RetroBatch, config: StepConfig) -> jax.Array:
+    """int32: the targets of a batch that are not padding."""
+    return jnp.sum(batch.targets != config.pad_id, dtype=jnp.int32)
 
 
 @jax.tree_util.register_dataclass
