@@ -119,6 +119,7 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self._active:
+            self._report(*self._phases.now)  # so that the others know of it, however soon it ends
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
