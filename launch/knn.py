@@ -2,6 +2,8 @@
 
 The datastore is made of the first chunks of the training split, whose documents stand in random order
 within each corpus: W/evaluation/knn-*.npy. Weight and temperature are tuned on the validation split.
+A large datastore is searched by ScaNN, with the index that a retrieval database of as many keys would
+have; --knn_exact compares every key instead, which takes a hundred times as long for a million.
 """
 
 import dataclasses
@@ -14,6 +16,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from data_pipelines import index
 from launch import runs
 from launch.arrays import read_array, write_array
 from launch.progress import progress_bar
@@ -29,9 +32,14 @@ KNN_TOKENS = flags.DEFINE_integer(
     "knn_tokens", 2_000_000, "Tokens of the training split in its datastore.", lower_bound=64
 )
 KNN_NEIGHBOURS = flags.DEFINE_integer("knn_neighbours", 64, "Tokens it looks up.", lower_bound=1)
+KNN_EXACT = flags.DEFINE_bool("knn_exact", False, "Compares every token of a large datastore too.")
 
-_SEARCHED = 1 << 14  # tokens that pass over the datastore together
+_SEARCHED = 1 << 12  # tokens that pass over the datastore together
+_RECALL_QUERIES = 128  # of which the neighbours are compared with the true ones
+_REORDERED = 4  # candidates that ScaNN compares again exactly, for each neighbour
 _TUNING_CHUNKS = 512  # of the validation split
+
+_LookUp = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +71,7 @@ class KnnScoring:
           split: what is scored. text: [n, 64] bool, the tokens that count.
         """
         store = self._store()
+        look_up, how = search(store.keys)
         tuning = open_split(self.data, "validation", neighbours=0)
         owners = tuning.database.documents(tuning.ids)
         last = owners[min(_TUNING_CHUNKS, len(owners)) - 1]
@@ -73,17 +82,21 @@ class KnnScoring:
             eos_id=tuning.database.eos_id,
             pad_id=tuning.database.pad_id,
         )
-        found, _ = self._find(tuning, few, store)
+        found, _ = self._find(tuning, few, store.values, look_up)
         unit = float(np.median(found.distances.min(axis=1))) or 1.0
         config = knn_lm.tune(found, unit, neighbours=found.distances.shape[1])
-        found, nll = self._find(split, text, store)
+        found, nll = self._find(split, text, store.values, look_up)
         nll = nll.copy()
         nll[text] = found.nll(config, unit)
-        facts = dataclasses.asdict(config) | {"unit": unit, "datastore_tokens": len(store.values)}
+        sample = next(knn_lm.activations(self._states(), tuning.text(0), self.windows))[1]
+        k = found.distances.shape[1]
+        facts = dataclasses.asdict(config) | {"unit": unit, "search": how}
+        facts |= {"recall": _recall(look_up, sample[:_RECALL_QUERIES], store.keys, k)}
+        facts |= {"datastore_tokens": len(store.values)}
         return nll.astype(np.float32), facts
 
     def _find(
-        self, split: Split, text: np.ndarray, store: _Store
+        self, split: Split, text: np.ndarray, values_of: np.ndarray, look_up: _LookUp
     ) -> tuple[knn_lm.Found, np.ndarray]:
         """What the datastore holds for each token that counts, and [n, 64] of the model alone."""
         one = Pass(
@@ -91,16 +104,16 @@ class KnnScoring:
         )
         source = split.text(0)
         nll = self.scorer.nll(one, source)
-        k = min(KNN_NEIGHBOURS.value, len(store.values))
+        k = min(KNN_NEIGHBOURS.value, len(values_of))
         distances = np.zeros((text.size, k), np.float32)
-        values = np.zeros((text.size, k), store.values.dtype)
+        values = np.zeros((text.size, k), values_of.dtype)
         with progress_bar(int(text.sum()), "kNN-LM: search", "token") as bar:
             states_of = knn_lm.activations(self._states(), source, self.windows)
             for places, states in knn_lm.batched(states_of, _SEARCHED):
                 inside = text.ravel()[places]
                 places = places[inside]
-                distances[places], found = knn_lm.nearest(states[inside], store.keys, k)
-                values[places] = store.values[found]
+                distances[places], found = look_up(states[inside], k)
+                values[places] = values_of[found]
                 bar.update(len(places))
         here = text.ravel()
         targets = split.database.chunks(split.ids).ravel()[here]
@@ -156,7 +169,35 @@ def knn_scoring(
 
 def knn_settings() -> dict[str, Any]:
     """What a result of kNN-LM depends on besides the model and the text."""
-    return {"knn_tokens": KNN_TOKENS.value, "knn_neighbours": KNN_NEIGHBOURS.value}
+    return {
+        "knn_tokens": KNN_TOKENS.value,
+        "knn_neighbours": KNN_NEIGHBOURS.value,
+        "knn_exact": KNN_EXACT.value,
+    }
+
+
+def search(keys: np.ndarray) -> tuple[_LookUp, str]:
+    """Finds the k nearest keys of queries: squared distances and places [n, k]; and its name."""
+    plan = index.plan_index(len(keys), keys.shape[1], index.IndexConfig())
+    if KNN_EXACT.value or plan.kind == "brute_force":
+        return lambda queries, k: knn_lm.nearest(queries, keys, k), "exact"
+    plan = dataclasses.replace(plan, reorder=_REORDERED * KNN_NEIGHBOURS.value)
+    searcher = index.build_searcher(
+        keys.astype(np.float32), plan, index.IndexConfig.training_sample
+    )
+
+    def look_up(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        places, distances = index.search_searcher(searcher, plan, queries, k, limit=len(keys))
+        found = np.isfinite(distances)  # fewer in the leaves that were looked into
+        return np.where(found, distances, np.inf), np.where(found, places, 0).astype(np.int64)
+
+    return look_up, f"ScaNN ({plan.kind})"
+
+
+def _recall(look_up: _LookUp, queries: np.ndarray, keys: np.ndarray, k: int) -> float:
+    """The share of the k nearest keys that are found."""
+    found, true = look_up(queries, k)[1], knn_lm.nearest(queries, keys, k)[1]
+    return float(np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(found, true, strict=True)]))
 
 
 def _hidden_states(model: Retro, batch: RetroBatch) -> jax.Array:

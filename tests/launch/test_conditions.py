@@ -3,14 +3,16 @@
 import json
 import pathlib
 import shutil
+import types
 
 import numpy as np
 import pytest
 
+from data_pipelines import index
 from data_pipelines.neighbours import NeighbourTable
 from data_pipelines.retriever import Retriever
 from data_pipelines.tokenizer import Tokenizer
-from launch import evaluate, report, scoring
+from launch import evaluate, knn, report, scoring
 from launch.databases import kept_chunks
 from launch.splits import open_split
 from retro_jax.evaluate import score
@@ -71,19 +73,38 @@ def test_knn_lm_looks_up_the_training_text(
     assert call(evaluate.main, *trained, *more) == 0
     found = json.loads((workdir / "evaluation" / "test.json").read_text())
     assert call(evaluate.main, *trained) == 0  # the summary again
-    knn, baseline = found["knn"], found["baseline"]
-    assert knn["model"] == baseline["model"]
-    assert 3000 < knn["knn"]["datastore_tokens"] < 4500
+    by_token, baseline = found["knn"], found["baseline"]
+    assert by_token["model"] == baseline["model"]
+    assert 3000 < by_token["knn"]["datastore_tokens"] < 4500
+    assert by_token["knn"]["recall"] == 1.0  # so few are all compared
     keys, values = (
         np.load(next(workdir.glob(f"evaluation/knn-{what}-*.npy"))) for what in ("keys", "values")
     )
     assert keys.shape == (len(values), 32)
-    assert knn["all"]["tokens"] == baseline["all"]["tokens"]
-    if knn["knn"]["weight"]:
+    assert by_token["all"]["tokens"] == baseline["all"]["tokens"]
+    if by_token["knn"]["weight"]:
         # A model of six steps knows next to nothing: what stands in the training text serves it.
-        assert knn["all"]["nats"] < baseline["all"]["nats"]
+        assert by_token["all"]["nats"] < baseline["all"]["nats"]
     else:
-        assert knn["all"]["nats"] == pytest.approx(baseline["all"]["nats"])
+        assert by_token["all"]["nats"] == pytest.approx(baseline["all"]["nats"])
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_large_datastore_is_searched_by_scann_unless_every_key_is_asked_for(exact, monkeypatch):
+    monkeypatch.setattr(index, "_HASHING_FROM", 1000)
+    monkeypatch.setattr(knn, "KNN_EXACT", types.SimpleNamespace(value=exact))
+    monkeypatch.setattr(knn, "KNN_NEIGHBOURS", types.SimpleNamespace(value=8))
+    rng = np.random.default_rng(0)
+    keys = rng.normal(size=(2000, 32)).astype(np.float16)
+    queries = rng.normal(size=(50, 32)).astype(np.float32)
+    look_up, how = knn.search(keys)
+    assert how == ("exact" if exact else "ScaNN (hashing)")
+    distances, places = look_up(queries, 8)
+    every = ((queries[:, None] - keys.astype(np.float32)) ** 2).sum(-1)
+    assert distances == pytest.approx(np.take_along_axis(every, places, 1), rel=1e-3, abs=1e-4)
+    nearest = np.argsort(every, axis=1)[:, :8]
+    hits = sum(len(set(a) & set(b)) for a, b in zip(places.tolist(), nearest.tolist()))
+    assert hits == 400 if exact else hits > 100  # of normal keys, the hardest for codes
 
 
 def test_slices_are_prepared_scored_and_found_again(
