@@ -85,7 +85,6 @@ def _metrics(mesh_config: MeshConfig, devices: int) -> np.ndarray:
     ("mesh", "devices"),
     [
         (MeshConfig(), 1),
-        (MeshConfig(data=8), 8),
         (MeshConfig(data=2, fsdp=2, tensor=2), 8),
     ],
 )
