@@ -7,6 +7,7 @@ import numpy as np
 
 from data_pipelines import files
 from retro_jax.errors import UserError
+from retro_jax.train import processes
 
 
 def read_array(path: pathlib.Path) -> np.ndarray:
@@ -18,7 +19,9 @@ def read_array(path: pathlib.Path) -> np.ndarray:
 
 
 def write_array(path: pathlib.Path, values: np.ndarray) -> None:
-    """A .npy file, whole or not at all; its folder is made."""
+    """A .npy file, whole or not at all; its folder is made. Of several processes the first writes."""
+    if not processes.is_first():
+        return
     with files.writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
     with files.temporary_name(path) as temporary:

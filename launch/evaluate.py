@@ -12,9 +12,16 @@ condition and figure is. Writes, in W/evaluation:
     SPLIT-overlap.json .csv .svg   the same figures by overlap with the training data, r(C) <= alpha
     SPLIT-CONDITION-STEP-ID.json   one condition of one checkpoint; found again, it is reused
     SPLIT-CONDITION-STEP-ID.npy    [chunks, 64] float32, the loss in nats of each token
+
+On many hosts the same command is started on each of them, as for launch.train:
+
+    python -m launch.evaluate ... --coordinator_address=HOST:PORT --num_processes=2 --process_id=0
+
+Each makes the rows of its own devices; process 0 prepares slices, writes and prints.
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 import pathlib
@@ -25,6 +32,7 @@ import numpy as np
 from absl import flags
 
 from data_pipelines import files
+from data_pipelines.slices import SliceConfig
 from data_pipelines.tokenizer import Tokenizer
 from launch import app, configurables, runs
 from launch.arrays import write_array
@@ -40,6 +48,7 @@ from launch.conditions import (
 from launch.knn import KNN, knn_scoring, knn_settings
 from launch.markdown import markdown
 from launch.overlap import Scored, format_overlap, write_overlap
+from launch.processes import join
 from launch.scoring import Pass, Scorer, forget
 from launch.shared_flags import AVERAGED, DATA, NUM_NEIGHBOURS, RETRIEVAL, SPLIT
 from launch.slices import prepare_slice, wanted_slices
@@ -50,6 +59,7 @@ from retro_jax.evaluate import metrics, score
 from retro_jax.evaluate.report import condition_name
 from retro_jax.evaluate.sweep import sweep_losses
 from retro_jax.model import Retro
+from retro_jax.train import processes
 
 MAX_DOCUMENTS = flags.DEFINE_integer(
     "max_documents", None, "Score only the first so many documents of each corpus.", lower_bound=1
@@ -70,7 +80,7 @@ BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 8, "Windows at once, rounded up to a multiple of the devices.", lower_bound=1
 )
 
-HELP_ALSO = ("launch.conditions", "launch.knn", "launch.slices")
+HELP_ALSO = ("launch.conditions", "launch.knn", "launch.slices", "launch.processes")
 
 FOLDER = "evaluation"
 _BASELINE = "baseline"
@@ -83,14 +93,16 @@ class Work:
 
     Attributes:
       folder: W/evaluation. data: the directory of the prepared data. split: of it, or a slice.
-      text: [n, 64] bool, the tokens of the split that count. scorer: what scores them.
+      text: [n, 64] bool, the tokens of the split that count. lengths: [V] bytes of each token.
+      scorer: what scores them.
     """
 
     folder: pathlib.Path
     data: pathlib.Path
     split: Split
     text: np.ndarray
-    scorer: Scorer
+    lengths: np.ndarray
+    scorer: Scorer = dataclasses.field(default_factory=Scorer)
 
 
 def main() -> None:
@@ -98,29 +110,61 @@ def main() -> None:
     workdir = pathlib.Path(app.required(app.WORKDIR, "the directory of a run"))
     data = pathlib.Path(DATA.value or workdir)
     runs.refuse_gin_file()
+    join()
+    conditions = processes.together(lambda: _checked_conditions(workdir, data))
+    scorer = Scorer()
+    with processes.noticing_loss():
+        names = [_prepared(data, config) for config in wanted_slices(MAX_DOCUMENTS.value)]
+        for number, name in enumerate(names or [SPLIT.value]):
+            opening = functools.partial(_open, workdir, data, name, conditions)
+            work = processes.together(opening)
+            if number:
+                _say("")
+            _evaluate_all(dataclasses.replace(work, scorer=scorer), conditions)
+
+
+def _checked_conditions(workdir: pathlib.Path, data: pathlib.Path) -> list[Condition]:
+    """What the flags ask for, of runs that belong to the data."""
     conditions = _conditions(workdir, _wanted(RETRIEVAL.value))
     for condition in conditions:
         runs.check_data(condition.run, data)
-    scorer = Scorer()
-    names = [prepare_slice(data, config) for config in wanted_slices(MAX_DOCUMENTS.value)]
-    for number, name in enumerate(names or [SPLIT.value]):
-        most = max(condition.neighbours for condition in conditions)
-        if places_of(data, name).neighbours.is_dir():
-            most = max(most, 1)  # the table is wanted for r(C) also where no condition reads it
-        split = open_split(data, name, neighbours=most, max_documents=MAX_DOCUMENTS.value)
-        check_split(split, conditions)
-        lengths = Tokenizer.open(data / "tokenizer").byte_lengths
-        work = Work(workdir / FOLDER, data, split, split.text_mask(lengths), scorer)
-        if number:
-            print()
-        _evaluate_all(work, conditions, lengths)
+    return conditions
 
 
-def _evaluate_all(work: Work, conditions: Sequence[Condition], lengths: np.ndarray) -> None:
-    """Scores a split under all conditions, writes every form of the result and prints it."""
+def _prepared(data: pathlib.Path, config: SliceConfig) -> str:
+    """The name of a slice, which the first process has prepared at need."""
+    return processes.from_first(lambda: prepare_slice(data, config))
+
+
+def _open(
+    workdir: pathlib.Path, data: pathlib.Path, name: str, conditions: Sequence[Condition]
+) -> Work:
+    """A split or slice with what the conditions read of it."""
+    most = max(condition.neighbours for condition in conditions)
+    if places_of(data, name).neighbours.is_dir():
+        most = max(most, 1)  # the table is wanted for r(C) also where no condition reads it
+    split = open_split(data, name, neighbours=most, max_documents=MAX_DOCUMENTS.value)
+    check_split(split, conditions)
+    lengths = Tokenizer.open(data / "tokenizer").byte_lengths
+    return Work(workdir / FOLDER, data, split, split.text_mask(lengths), lengths)
+
+
+def _say(text: str) -> None:
+    """Prints a line, in the first process only."""
+    if processes.is_first():
+        print(text)
+
+
+def _evaluate_all(work: Work, conditions: Sequence[Condition]) -> None:
+    """Scores a split under all conditions; the first process writes and prints every form of it."""
     results: dict[str, Any] = {}
     for together in passes(conditions):
         results |= evaluate(work, together)
+    processes.together(lambda: _publish(work, results) if processes.is_first() else None)
+
+
+def _publish(work: Work, results: Mapping[str, Any]) -> None:
+    """Writes every form of the results and prints them."""
     name = work.split.name
     files.write_atomically(work.folder / f"{name}.json", files.to_json(results))
     print(format_table(results))
@@ -128,7 +172,7 @@ def _evaluate_all(work: Work, conditions: Sequence[Condition], lengths: np.ndarr
     if work.split.table is None:
         print(f"no figures by overlap: {work.data} has no neighbours of the {name} split")
     else:
-        scored = Scored(work.folder, work.split, work.text, lengths, results)
+        scored = Scored(work.folder, work.split, work.text, work.lengths, results)
         overlap = write_overlap(scored)
         print(f"\n{format_overlap(overlap)}")
     text = markdown(results, overlap)
@@ -165,14 +209,18 @@ def _conditions(workdir: pathlib.Path, wanted: Sequence[str]) -> list[Condition]
 
 
 def evaluate(work: Work, conditions: Sequence[Condition]) -> dict[str, dict[str, Any]]:
-    """The results of one pass by name: read where they are there already, else computed and written."""
+    """The results of one pass by name: read where they are there already, else computed and written.
+
+    Several processes compute together; the first one alone writes, and has what is returned.
+    """
     folder, split = work.folder, work.split
     heads = {c.name: _head(split, c) for c in conditions}
     names = {
         c.name: f"{split.name}-{c.name}-{c.run.step:08d}-{_digest(heads[c.name])}"
         for c in conditions
     }
-    missing = [c for c in conditions if not _is_there(folder, names[c.name])]
+    there = processes.as_first([_is_there(folder, names[c.name]) for c in conditions])
+    missing = [c for c, is_there in zip(conditions, there, strict=True) if not is_there]
     if missing:
         found, more = _score(work, missing)
         for condition, nll in zip(missing, found, strict=True):
@@ -180,8 +228,11 @@ def evaluate(work: Work, conditions: Sequence[Condition]) -> dict[str, dict[str,
             result = heads[condition.name] | {"nll": f"{name}.npy", **figures(work, nll), **more}
             if split.name.startswith("lambada") and condition.kind not in ("knn", "k"):
                 result["last_word_accuracy"] = _accuracy(work, condition)
-            write_array(folder / f"{name}.npy", nll)
-            files.write_atomically(folder / f"{name}.json", files.to_json(result))
+            if processes.is_first():
+                write_array(folder / f"{name}.npy", nll)
+                files.write_atomically(folder / f"{name}.json", files.to_json(result))
+    if not processes.is_first():
+        return {}
     return {c.name: files.read_json(folder / f"{names[c.name]}.json") for c in conditions}
 
 

@@ -8,24 +8,26 @@ have; --knn_exact compares every key instead, which takes a hundred times as lon
 
 import dataclasses
 import functools
+import hashlib
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
 
-from data_pipelines import index
+from data_pipelines import files, index
 from launch import runs
 from launch.arrays import read_array, write_array
 from launch.progress import progress_bar
-from launch.scoring import Pass, Scorer
+from launch.scoring import Pass, Scorer, forget
 from launch.splits import Split, open_split
 from retro_jax.batch import RetroBatch
 from retro_jax.errors import UserError
 from retro_jax.evaluate import knn_lm, metrics, score
 from retro_jax.model import Retro
+from retro_jax.train import processes
 
 KNN = flags.DEFINE_bool("knn", False, "Also score kNN-LM: the baseline, where there is one.")
 KNN_TOKENS = flags.DEFINE_integer(
@@ -88,7 +90,9 @@ class KnnScoring:
         found, nll = self._find(split, text, store.values, look_up)
         nll = nll.copy()
         nll[text] = found.nll(config, unit)
-        sample = next(knn_lm.activations(self._states(), tuning.text(0), self.windows))[1]
+        states_of, rows = self._states()
+        queries = knn_lm.activations(states_of, tuning.text(0), self.windows, rows=rows)
+        sample = next(queries)[1]
         k = found.distances.shape[1]
         facts = dataclasses.asdict(config) | {"unit": unit, "search": how}
         facts |= {"recall": _recall(look_up, sample[:_RECALL_QUERIES], store.keys, k)}
@@ -99,17 +103,18 @@ class KnnScoring:
         self, split: Split, text: np.ndarray, values_of: np.ndarray, look_up: _LookUp
     ) -> tuple[knn_lm.Found, np.ndarray]:
         """What the datastore holds for each token that counts, and [n, 64] of the model alone."""
-        one = Pass(
-            self.run, Retro.token_losses, self.windows, "kNN-LM: model", self.folder / ".knn"
-        )
         source = split.text(0)
+        partial = self.folder / f".partial-knn-{self._digest(split)}"
+        one = Pass(self.run, Retro.token_losses, self.windows, "kNN-LM: model", partial)
         nll = self.scorer.nll(one, source)
+        forget(one)
         k = min(KNN_NEIGHBOURS.value, len(values_of))
         distances = np.zeros((text.size, k), np.float32)
         values = np.zeros((text.size, k), values_of.dtype)
         with progress_bar(int(text.sum()), "kNN-LM: search", "token") as bar:
-            states_of = knn_lm.activations(self._states(), source, self.windows)
-            for places, states in knn_lm.batched(states_of, _SEARCHED):
+            states_of, rows = self._states()
+            queries = knn_lm.activations(states_of, source, self.windows, rows=rows)
+            for places, states in knn_lm.batched(queries, _SEARCHED):
                 inside = text.ravel()[places]
                 places = places[inside]
                 distances[places], found = look_up(states[inside], k)
@@ -119,19 +124,27 @@ class KnnScoring:
         targets = split.database.chunks(split.ids).ravel()[here]
         return knn_lm.Found(nll[text], targets, distances[here], values[here]), nll
 
+    def _digest(self, split: Split) -> str:
+        """Names the model's losses on a split: other ones have another name."""
+        told = [self.run.identity(), split.database.manifest.hash, dataclasses.asdict(self.windows)]
+        digest = hashlib.sha256(files.to_json(told) + split.ids.tobytes())
+        return digest.hexdigest()[:12]
+
     def _store(self) -> _Store:
         """The datastore, read where it is there already."""
         split = open_split(self.data, "train", neighbours=0)
         split = dataclasses.replace(split, ids=_spread(split, KNN_TOKENS.value))
         digest = f"{self.run.checkpoint[:12]}-{split.database.manifest.hash[:12]}-{len(split.ids)}"
         paths = [self.folder / f"knn-{what}-{digest}.npy" for what in ("keys", "values")]
-        if all(path.is_file() for path in paths):
+        if all(processes.as_first([path.is_file() for path in paths])):
             return _Store(*map(read_array, paths))
         tokens = split.database.chunks(split.ids).ravel()
         keys, values = [], []
         with progress_bar(len(split.ids), "kNN-LM: datastore", "chunk") as bar:
             source = split.text(0)
-            for places, states in knn_lm.activations(self._states(), source, self.windows):
+            states_of, rows = self._states()
+            found = knn_lm.activations(states_of, source, self.windows, rows=rows)
+            for places, states in found:
                 keys.append(states.astype(np.float16))
                 values.append(tokens[places])
                 bar.update(len(places) // split.database.chunks(split.ids[:1]).shape[1])
@@ -142,16 +155,16 @@ class KnnScoring:
             write_array(path, array)
         return store
 
-    def _states(self) -> Callable[[RetroBatch], np.ndarray]:
-        """The model's final activations of a batch."""
-        mesh, compiled, windows = self.scorer.compiled(self.run, _hidden_states, self.windows)
-        assert windows.batch_size == self.windows.batch_size
+    def _states(self) -> tuple[Callable[[RetroBatch], np.ndarray], Sequence[int] | None]:
+        """The model's final activations of a batch, and the rows of it that it is given."""
+        compiled = self.scorer.compiled(self.run, _hidden_states, self.windows)
+        assert compiled.windows == self.windows
 
         def states(batch: RetroBatch) -> np.ndarray:
-            with jax.set_mesh(mesh):
-                return np.asarray(compiled(batch))
+            with jax.set_mesh(compiled.mesh):
+                return np.asarray(compiled.losses(batch))
 
-        return states
+        return states, compiled.rows
 
 
 def knn_scoring(
@@ -163,7 +176,7 @@ def knn_scoring(
     folder: pathlib.Path,
 ) -> KnnScoring:
     """A scoring whose batches every device has an equal part of."""
-    _, _, rounded = scorer.compiled(run, _hidden_states, windows)
+    rounded = scorer.compiled(run, _hidden_states, windows).windows
     return KnnScoring(run, rounded, scorer, data, folder)
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
 
 from launch import runs
 from launch.arrays import read_array, write_array
@@ -17,7 +19,9 @@ from retro_jax.batch import RetroBatch
 from retro_jax.errors import UserError
 from retro_jax.evaluate import score
 from retro_jax.model import Retro
-from retro_jax.sharding import batch_sharding, make_mesh
+from retro_jax.sharding import batch_sharding, make_mesh, replicated
+from retro_jax.train import processes
+from retro_jax.train.inputs import global_batch, local_rows
 
 # Chunks of a segment; not a setting, as documents at its ends have windows of their own.
 SEGMENT = 1 << 16
@@ -42,11 +46,30 @@ class Pass:
     partial: pathlib.Path
 
 
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What runs batches.
+
+    Attributes:
+      mesh: of all devices of all processes. losses: of the rows of a batch that are this process's;
+        every process gets those of the whole batch.
+      windows: with batches of which every device has an equal part. rows: see losses; None for all.
+    """
+
+    mesh: Mesh
+    losses: score.TokenLosses
+    windows: score.WindowConfig
+    rows: Sequence[int] | None
+
+
 class Scorer:
-    """Scores passes one after the other; a model is loaded and compiled once for all of its passes."""
+    """Scores passes one after the other; a model is loaded and compiled once for all of its passes.
+
+    Several processes call it together, each with the whole text.
+    """
 
     def __init__(self) -> None:
-        self._compiled: dict[Any, tuple[Any, score.TokenLosses]] = {}
+        self._compiled: dict[Any, Compiled] = {}
 
     def nll(self, one: Pass, text: score.ChunkText) -> np.ndarray:
         """[..., n, M] float32: the model over all windows, batches spread over all devices.
@@ -60,38 +83,58 @@ class Scorer:
             dataclasses.replace(text, ids=text.ids[p], documents=text.documents[p]) for p in parts
         ]
         counts = [len(score.windows(len(t.ids), *_shape(one.windows))) for t in texts]
-        missing = [i for i, path in enumerate(paths) if not path.is_file()]
+        there = processes.as_first([path.is_file() for path in paths])
+        missing = [i for i in range(len(parts)) if not there[i]]
         found: dict[int, np.ndarray] = {}
         if missing:
-            mesh, losses, windows = self.compiled(one.run, one.losses, one.windows)
+            with_what = self.compiled(one.run, one.losses, one.windows)
             bar = progress_bar(sum(counts), one.what, "window")
             bar.update(sum(counts) - sum(counts[i] for i in missing))
-            with jax.set_mesh(mesh), bar:
+            with jax.set_mesh(with_what.mesh), bar:
                 for i in missing:
-                    found[i] = score.score_chunks(losses, texts[i], windows, on_windows=bar.update)
+                    found[i] = score.score_chunks(
+                        with_what.losses,
+                        texts[i],
+                        with_what.windows,
+                        rows=with_what.rows,
+                        on_windows=bar.update,
+                    )
                     _refuse_infinite(found[i], one.run)
                     if len(parts) > 1:
-                        write_array(paths[i], found.pop(i))
+                        write_array(paths[i], found[i])
         every = [found[i] if i in found else read_array(path) for i, path in enumerate(paths)]
         return np.concatenate(every, axis=-2)
 
-    def compiled(
-        self, run: runs.Run, losses: Losses, windows: score.WindowConfig
-    ) -> tuple[Any, score.TokenLosses, score.WindowConfig]:
-        """The mesh of a model, its compiled losses, and windows of which every device gets its part."""
-        key = (run.directory, losses)
+    def compiled(self, run: runs.Run, losses: Losses, windows: score.WindowConfig) -> Compiled:
+        """A model's losses as a program for all devices, and how it takes its batches."""
+        mesh = make_mesh(run.mesh)
+        rounded = _rounded(windows, mesh)
+        key = (run.directory, losses, rounded)
         if key not in self._compiled:
-            mesh = make_mesh(run.mesh)
-            rows = batch_sharding(mesh)
+            processes.connect(mesh)
             with jax.set_mesh(mesh):
-                function = score.compiled_token_losses(
-                    *runs.load_model(run, mesh),
-                    place=lambda batch: jax.device_put(batch, rows),
-                    losses=losses,
-                )
-            self._compiled[key] = (mesh, function)
-        mesh, function = self._compiled[key]
-        return mesh, function, _rounded(windows, mesh)
+                model = runs.load_model(run, mesh)
+                self._compiled[key] = _compile(model, losses, mesh, rounded)
+        return self._compiled[key]
+
+
+def _compile(
+    model: tuple[nnx.GraphDef, nnx.State], losses: Losses, mesh: Mesh, windows: score.WindowConfig
+) -> Compiled:
+    """A program for the devices of this process, or for those of several, which share its answers."""
+    if jax.process_count() == 1:
+        whole = batch_sharding(mesh)
+        function = score.compiled_token_losses(
+            *model, place=lambda batch: jax.device_put(batch, whole), losses=losses
+        )
+        return Compiled(mesh, function, windows, None)
+    size, rows = windows.batch_size, local_rows(mesh, windows.batch_size)
+    function = score.compiled_token_losses(
+        *model,
+        place=lambda batch: global_batch(batch, mesh, size, rows),
+        losses=lambda *arguments: replicated(losses(*arguments)),
+    )
+    return Compiled(mesh, function, windows, rows)
 
 
 def _shape(windows: score.WindowConfig) -> tuple[int, int]:
@@ -108,7 +151,8 @@ def _rounded(windows: score.WindowConfig, mesh: Any) -> score.WindowConfig:
 
 def forget(one: Pass) -> None:
     """Removes the finished segments of a pass whose result stands in its place."""
-    shutil.rmtree(one.partial, ignore_errors=True)
+    if processes.is_first():
+        shutil.rmtree(one.partial, ignore_errors=True)
 
 
 def segments(documents: np.ndarray) -> Sequence[Any]:

@@ -158,6 +158,11 @@ def lay_out(x: jax.Array, spec: P | None) -> jax.Array:
     return x if spec is None else jax.sharding.reshard(x, spec)
 
 
+def replicated(x: jax.Array) -> jax.Array:
+    """Copies an array to every device of the current mesh."""
+    return jax.sharding.reshard(x, P())
+
+
 def target_platform() -> str:
     """What the program being traced is for: the mesh's devices, described or present; else ours."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)

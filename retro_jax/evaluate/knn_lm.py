@@ -19,7 +19,7 @@ import numpy as np
 
 from retro_jax.batch import RetroBatch
 from retro_jax.config import require
-from retro_jax.evaluate.score import ChunkText, WindowConfig, window_batch, windows
+from retro_jax.evaluate.score import ChunkText, WindowConfig, batches
 
 States = Callable[[RetroBatch], jax.Array | np.ndarray]  # final activations [B, N, D] of a batch
 _QUERIES, _KEYS = 1024, 1 << 15  # compared at once
@@ -46,30 +46,35 @@ class KnnConfig:
 
 
 def activations(
-    states: States, text: ChunkText, config: WindowConfig
+    states: States,
+    text: ChunkText,
+    config: WindowConfig,
+    *,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The activation that predicts each token, in windows as they are scored.
 
     Args:
       states: of a batch, [B, N, D].
-      text: the chunks. config: their windows.
+      text: the chunks. config: their windows. rows: of each batch that states is given, as for
+        score_chunks.
 
     Yields:
       Positions [m] in the flattened text.ids x chunk of the tokens predicted, and [m, D] float32;
       each token that has a prediction once, as score_chunks scores it.
     """
-    plan = windows(len(text.ids), config.chunks, config.stride)
-    for first in range(0, len(plan), config.batch_size):
-        part = plan[first : first + config.batch_size]
-        starts = np.full(config.batch_size, len(text.ids), np.int64)
-        starts[: len(part)] = part[:, 0]
-        batch = window_batch(text, starts, config.chunks)
+    tokens = text.chunks(text.ids)
+    length = tokens.shape[1]
+    # The last position of a chunk predicts the first token of the next, where that is of its document.
+    follows = text.documents[1:] == text.documents[:-1]
+    after = np.where(np.append(follows, False), np.append(tokens[1:, 0], text.pad_id), text.pad_id)
+    predicts = np.concatenate([tokens[:, 1:], after[:, None]], axis=1).ravel() != text.pad_id
+    for part, batch in batches(text, config, rows):
         found = np.asarray(states(batch), np.float32)
-        length = batch.tokens.shape[1] // config.chunks
-        for (start, begin, end), row, targets in zip(part, found, batch.targets, strict=False):
-            inside = np.arange((begin - start) * length, (end - start) * length)
-            inside = inside[targets[inside] != text.pad_id]
-            yield start * length + inside + 1, row[inside]
+        for (start, begin, end), row in zip(part, found, strict=False):
+            places = np.arange(begin * length, end * length)
+            places = places[predicts[places]]
+            yield places + 1, row[places - start * length]
 
 
 def batched(

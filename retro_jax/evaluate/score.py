@@ -15,7 +15,7 @@ window. What is returned is indexed by the token predicted.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -122,6 +122,7 @@ def score_chunks(
     text: ChunkText,
     config: WindowConfig,
     *,
+    rows: Sequence[int] | None = None,
     on_windows: Callable[[int], object] | None = None,
 ) -> np.ndarray:
     """Scores every token of a text.
@@ -131,6 +132,8 @@ def score_chunks(
         several ways to predict it.
       text: the chunks, and their neighbours for retrieval on.
       config: windows, stride and batch size; every batch has the same shape (compiled once).
+      rows: of each batch that token_losses is given, where several processes make it together (it
+        returns the losses of all); None for all.
       on_windows: told the number of windows each time some are done.
 
     Returns:
@@ -138,13 +141,13 @@ def score_chunks(
       for padding and for a document's first token, which nothing predicts. Without any chunk [0, 0].
     """
     scores: np.ndarray | None = None
-    for plan, losses in _one_behind(_losses(token_losses, text, config)):
-        rows = np.asarray(losses, np.float32)
-        rows = rows.reshape(*rows.shape[:-2], config.batch_size, config.chunks, -1)
+    for plan, losses in _one_behind(_losses(token_losses, text, config, rows)):
+        found = np.asarray(losses, np.float32)
+        found = found.reshape(*found.shape[:-2], config.batch_size, config.chunks, -1)
         if scores is None:
-            scores = np.zeros((*rows.shape[:-3], len(text.ids), rows.shape[-1]), np.float32)
+            scores = np.zeros((*found.shape[:-3], len(text.ids), found.shape[-1]), np.float32)
         for number, (start, begin, end) in enumerate(plan):
-            scores[..., begin:end, :] = rows[..., number, begin - start : end - start, :]
+            scores[..., begin:end, :] = found[..., number, begin - start : end - start, :]
         if on_windows is not None:
             on_windows(len(plan))
     if scores is None:
@@ -155,15 +158,28 @@ def score_chunks(
 
 
 def _losses(
-    token_losses: TokenLosses, text: ChunkText, config: WindowConfig
+    token_losses: TokenLosses, text: ChunkText, config: WindowConfig, rows: Sequence[int] | None
 ) -> Iterator[tuple[np.ndarray, jax.Array | np.ndarray]]:
     """Batches of equal shape: rows of the plan, and the losses [batch_size, N] of their windows."""
+    for part, batch in batches(text, config, rows):
+        yield part, token_losses(batch)
+
+
+def batches(
+    text: ChunkText, config: WindowConfig, rows: Sequence[int] | None = None
+) -> Iterator[tuple[np.ndarray, RetroBatch]]:
+    """The windows of a text, `batch_size` at once; they may be of any documents.
+
+    Yields:
+      Rows of the plan, as `windows` gives them, and their batch: whole, or the given rows of it.
+    """
     plan = windows(len(text.ids), config.chunks, config.stride)
     for first in range(0, len(plan), config.batch_size):
         part = plan[first : first + config.batch_size]
         starts = np.full(config.batch_size, len(text.ids), np.int64)
         starts[: len(part)] = part[:, 0]
-        yield part, token_losses(window_batch(text, starts, config.chunks))
+        here = starts if rows is None else starts[np.asarray(rows, np.int64)]
+        yield part, window_batch(text, here, config.chunks)
 
 
 def _one_behind(items: Iterator[T]) -> Iterator[T]:

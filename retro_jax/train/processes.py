@@ -6,7 +6,7 @@ one process only (a disk, a file, a setting of one host) is therefore done under
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import jax
@@ -74,6 +74,14 @@ def from_first(action: Callable[[], str]) -> str:
         return action()
     answer = together(lambda: action() if is_first() else "")
     return _exchange(answer)[0]
+
+
+def as_first(answers: Sequence[bool]) -> list[bool]:
+    """The first process's answers, where all of them asked (which files are there)."""
+    if jax.process_count() == 1 or not answers:
+        return list(answers)
+    told = multihost_utils.broadcast_one_to_all(np.array(answers, np.int32))
+    return [bool(answer) for answer in np.asarray(told)]
 
 
 def connect(mesh: Mesh) -> None:
