@@ -4,7 +4,8 @@ from setuptools import find_packages, setup
 
 DATA = ["tensorflow~=2.20.0", "tensorflow-text~=2.20.0", "scann==1.4.2"]
 CLUSTER = ["ray"]
-TEST = [*CLUSTER, "pytest", "pytest-xdist", "hypothesis"]
+PARQUET = ["pyarrow"]
+TEST = [*CLUSTER, *PARQUET, "pytest", "pytest-xdist", "hypothesis"]
 DEV = ["ruff", "mypy"]
 
 setup(
@@ -19,6 +20,7 @@ setup(
     install_requires=[
         "absl-py",
         "flax",
+        "fsspec",
         "gin-config",
         "grain",
         "jax",
@@ -36,6 +38,9 @@ setup(
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "cluster": CLUSTER,
+        "parquet": PARQUET,
+        "gcs": ["gcsfs"],
+        "s3": ["s3fs"],
         "test": DATA + TEST,
         "dev": DATA + TEST + DEV,
     },

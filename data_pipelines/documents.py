@@ -1,36 +1,46 @@
 """The documents stage: corpora in, one directory of sorted JSON lines for each split out.
 
-    corpus --read once--> .spill/CORPUS/bucket-000, 001, ...   by the first bits of a hash of the id
-           --bucket by bucket, sorted by that hash--> duplicates out, the first max_documents kept
-           --by another hash of the id--> {train,validation,test}/documents-00000.jsonl, ...
+    corpus --read in portions, by the runner--> .spill/CORPUS/portion-00000/run-00000... sorted by a hash
+           --one pass over the rows of all runs--> .spill/plan/train-00000.npy ...: which lines a shard holds
+           --by the runner--> {train,validation,test}/documents-00000.jsonl, ...
 
-Buckets are ranges of the hash, so one bucket in memory at a time gives the whole corpus in order. The
-order in which a corpus is read, and the number of buckets, do not show in the result.
+The order in which a corpus is read, the portions, the runs and the runner do not show in the result.
 """
 
 import dataclasses
-import hashlib
 import json
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, BinaryIO
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-import numpy as np
 from absl import logging
 
 from data_pipelines import files
-from data_pipelines.corpora import SPLITS, CorpusConfig, Document, Reading, read_corpus
-from data_pipelines.manifest import Manifest, Parents, Path, Stage, shard_name
-from data_pipelines.spill import HASH_BYTES, Spill
+from data_pipelines.corpora import SPLITS, CorpusConfig, Document
+from data_pipelines.hashing import split_of, stable_fraction, stable_hash
+from data_pipelines.manifest import Manifest, Path, Stage, shard_name
+from data_pipelines.reading import Sorting, read_corpora
+from data_pipelines.runner import InProcess, Runner, run_counted
+from data_pipelines.selection import Counts, KnownDocuments, WriteShard, plan_shards
+from data_pipelines.spill import SORT_BYTES
 from retro_jax.config import require
 from retro_jax.errors import UserError
 
-KIND = "documents"
-_SPILL = ".spill"
-_COMPLETE = "complete.json"
+__all__ = [
+    "KIND",
+    "DocumentsConfig",
+    "KnownDocuments",
+    "prepare_documents",
+    "read_documents",
+    "read_shard",
+    "split_of",
+    "stable_fraction",
+    "stable_hash",
+]
 
-Counts = dict[str, Any]
+KIND = "documents"
+_SPILL, _PLAN = ".spill", "plan"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +53,7 @@ class DocumentsConfig:
         changes its split when others come or go, or moves but out of train when a share grows.
       skip_bad_documents: count documents that cannot be read, and go on.
       shard_bytes: size at which a shard ends.
-      buckets: files into which a corpus is sorted; memory is the size of the corpus over this.
+      sort_bytes: documents that a process holds in memory while they are sorted; the result is the same.
     """
 
     corpora: tuple[CorpusConfig, ...]
@@ -51,7 +61,7 @@ class DocumentsConfig:
     test: float = 0.05
     skip_bad_documents: bool = False
     shard_bytes: int = 64 << 20
-    buckets: int = 64
+    sort_bytes: int = SORT_BYTES
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "corpora", tuple(self.corpora))  # gin gives lists
@@ -64,7 +74,7 @@ class DocumentsConfig:
             require(0 <= getattr(self, field) < 1, self, field, "a share from 0 to 1")
         require(self.validation + self.test < 1, self, "test", "validation + test less than 1")
         require(self.shard_bytes > 0, self, "shard_bytes", "a positive number")
-        require(0 < self.buckets <= 4096, self, "buckets", "1 to 4096")
+        require(self.sort_bytes > 0, self, "sort_bytes", "a positive number")
 
     def settings(self, split: str) -> dict[str, Any]:
         """What a split's manifest holds: all that its bytes depend on."""
@@ -73,28 +83,12 @@ class DocumentsConfig:
         return {"split": split, "corpora": corpora} | {name: getattr(self, name) for name in fields}
 
 
-def stable_hash(text: str, purpose: str) -> bytes:
-    """16 bytes that depend on the text and on what they are for, and on nothing else."""
-    person = purpose.encode()
-    return hashlib.blake2b(text.encode(), digest_size=HASH_BYTES, person=person).digest()
-
-
-def stable_fraction(text: str, purpose: str) -> float:
-    """A hash as a number in [0, 1)."""
-    return int.from_bytes(stable_hash(text, purpose)[:6], "big") / 2**48
-
-
-def split_of(document_id: str, *, validation: float, test: float) -> str:
-    """The split of a document: a function of its id alone."""
-    place = stable_fraction(document_id, "split")
-    if place < test:
-        return "test"
-    # Counted from the other end, so that a larger share of one split takes nothing from the other.
-    return "validation" if place >= 1 - validation else "train"
-
-
 def prepare_documents(
-    directory: Path, config: DocumentsConfig, *, known: "KnownDocuments | None" = None
+    directory: Path,
+    config: DocumentsConfig,
+    *,
+    known: KnownDocuments | None = None,
+    runner: Runner = InProcess(),
 ) -> dict[str, Manifest]:
     """Writes DIRECTORY/{train,validation,test}, or what is missing of them.
 
@@ -102,6 +96,7 @@ def prepare_documents(
       directory: where they go.
       config: the corpora.
       known: documents of an earlier database, which are left out; there may be no others.
+      runner: where corpora are read and shards written; the bytes do not depend on it.
 
     Returns:
       The manifest of each split. Facts: documents, bytes, per corpus documents and bytes, what each
@@ -118,7 +113,7 @@ def prepare_documents(
         for split in SPLITS
     }
     if not all(stage.done for stage in stages.values()):
-        _write_splits(folder, stages, config, known)
+        _write_splits(folder, stages, config, known, runner)
     shutil.rmtree(folder / _SPILL, ignore_errors=True)
     return {split: stage.manifest() for split, stage in stages.items()}
 
@@ -127,51 +122,64 @@ def _write_splits(
     folder: pathlib.Path,
     stages: Mapping[str, Stage],
     config: DocumentsConfig,
-    known: "KnownDocuments | None",
+    known: KnownDocuments | None,
+    runner: Runner,
 ) -> None:
     """Reads all corpora and writes what the stages have not got yet."""
     corpora = sorted(config.corpora, key=lambda corpus: corpus.name)
-    spills = {c.name: Spill(folder / _SPILL / c.name, config.buckets) for c in corpora}
-    reading = {c.name: _fill(spills[c.name], folder / _SPILL / c.name, c, config) for c in corpora}
+    sorting = Sorting(config.validation, config.test, config.skip_bad_documents, config.sort_bytes)
+    done, read = read_corpora(folder / _SPILL, corpora, sorting, runner), {}
+    for corpus in corpora:
+        reading, runs = done[corpus.name]
+        if reading.first_bad:
+            told = f"{reading.counts['bad']} bad documents left out; {reading.first_bad}"
+            logging.warning("corpus %r: %s", corpus.name, told)
+        counts: Counts = {name: reading.counts[name] for name in ("documents", "bad", "empty")}
+        counts |= {"duplicates": 0, "beyond_limit": 0, "source": reading.source}
+        if reading.labels:
+            counts["labels"] = dict(sorted(reading.labels.items()))
+        read[corpus.name] = corpus, counts, runs
+    plans = folder / _SPILL / _PLAN
+    with files.writing(plans):
+        plans.mkdir(exist_ok=True)
+    shards = plan_shards(plans, read, config.shard_bytes, known)
+    if not shards["train"] and known is None:
+        names = ", ".join(read)
+        raise UserError(f"{folder}: no document of {names} is in the training split: expected some")
+    counted = {name: counts for name, (_, counts, _) in read.items()}
+    _write_shards(folder, stages, shards, counted, runner)
+
+
+def _write_shards(
+    folder: pathlib.Path,
+    stages: Mapping[str, Stage],
+    shards: Mapping[str, list[Counts]],
+    counted: Mapping[str, Counts],
+    runner: Runner,
+) -> None:
+    """Writes the shards and manifests that are missing."""
     for stage in stages.values():
         stage.claim()  # not before every corpus has proved good: a typing error claims nothing
-    writers = {split: _Writer(stage, config.shard_bytes) for split, stage in stages.items()}
-    for corpus in corpora:
-        selected = _select(spills[corpus.name], corpus, reading[corpus.name], known)
-        for split, line in selected:
-            writers[split].add(corpus.name, line)
-        for writer in writers.values():
-            writer.cut()  # a shard holds one corpus
-    if not writers["train"].shards and known is None:
-        names = ", ".join(reading)
-        raise UserError(f"{folder}: no document of {names} is in the training split: expected some")
-    for writer in writers.values():
-        writer.finish(reading)
-
-
-class KnownDocuments:
-    """Documents that need not be taken again, by corpus and id.
-
-    Attributes:
-      parents: the database that holds them, for `Stage`.
-    """
-
-    def __init__(self, names: Iterable[tuple[str, str]], parents: Parents) -> None:
-        """Takes (corpus, id) of each; keeps 8 bytes of it."""
-        hashes = (_name_hash(corpus, name) for corpus, name in names)
-        self._hashes = np.sort(np.fromiter(hashes, np.uint64))
-        self.parents = parents
-
-    def __contains__(self, name: tuple[str, str]) -> bool:
-        """Whether (corpus, id) is one of them."""
-        wanted = np.uint64(_name_hash(*name))
-        place = np.searchsorted(self._hashes, wanted)
-        return bool(place < len(self._hashes) and self._hashes[place] == wanted)
-
-
-def _name_hash(corpus: str, name: str) -> int:
-    """64 bits of a document's corpus and id."""
-    return int.from_bytes(stable_hash(f"{corpus}\0{name}", "known")[:8], "big")
+    every = [(split, i) for split in SPLITS for i in range(len(shards[split]))]
+    plans = files.absolute(folder / _SPILL / _PLAN)
+    work = WriteShard(files.absolute(folder), plans, tuple(every))
+    missing = [
+        index
+        for index, (split, i) in enumerate(every)
+        if not stages[split].done and stages[split].missing([shard_name(KIND, i, ".jsonl")])
+    ]
+    sizes = [shards[split][i]["documents"] for split, i in every]
+    run_counted(runner, work, missing, sizes, what="documents", unit="document", logged=False)
+    for split, stage in stages.items():
+        if stage.done:
+            continue
+        facts: dict[str, Any] = {
+            "documents": sum(shard["documents"] for shard in shards[split]),
+            "bytes": sum(shard["bytes"] for shard in shards[split]),
+            "shards": shards[split],
+            "reading": counted,
+        }
+        stage.finish(facts, [shard_name(KIND, i, ".jsonl") for i in range(len(shards[split]))])
 
 
 def read_shard(path: Path) -> Iterator[Document]:
@@ -185,130 +193,3 @@ def read_documents(directory: Path, manifest: Manifest) -> Iterator[Document]:
     """The documents of one split, in order."""
     for shard in manifest.shards:
         yield from read_shard(pathlib.Path(directory) / shard.name)
-
-
-class _Writer:
-    """Collects the lines of one split into shards."""
-
-    def __init__(self, stage: Stage, shard_bytes: int):
-        self._stage, self._limit = stage, shard_bytes
-        self._lines: list[bytes] = []
-        self._size = 0
-        self._corpus = ""
-        self.shards: list[dict[str, Any]] = []
-
-    def add(self, corpus: str, line: bytes) -> None:
-        """Takes one document; a shard that it would overfill ends before it."""
-        if self._lines and self._size + len(line) > self._limit:
-            self.cut()
-        self._corpus = corpus
-        self._lines.append(line)
-        self._size += len(line)
-
-    def cut(self) -> None:
-        """Ends the shard, and writes it unless an earlier run has."""
-        if not self._lines:
-            return
-        name = shard_name(KIND, len(self.shards), ".jsonl")
-        if not self._stage.done and self._stage.missing([name]):
-            self._stage.write_file(name, self._write)
-        facts = {"corpus": self._corpus, "documents": len(self._lines), "bytes": self._size}
-        self.shards.append(facts)
-        self._lines, self._size = [], 0
-
-    def _write(self, file: BinaryIO) -> None:
-        """The shard's bytes."""
-        file.writelines(self._lines)
-
-    def finish(self, reading: dict[str, Counts]) -> None:
-        """Writes the manifest."""
-        if self._stage.done:
-            return
-        names = [shard_name(KIND, i, ".jsonl") for i in range(len(self.shards))]
-        facts = {
-            "documents": sum(shard["documents"] for shard in self.shards),
-            "bytes": sum(shard["bytes"] for shard in self.shards),
-            "shards": self.shards,
-            "reading": reading,
-        }
-        self._stage.finish(facts, names)
-
-
-def _fill(
-    spill: Spill, folder: pathlib.Path, corpus: CorpusConfig, config: DocumentsConfig
-) -> Counts:
-    """Reads a corpus into its spill, unless an earlier run did to the end; what was counted."""
-    complete = folder / _COMPLETE
-    identity = files.plain([corpus, config])
-    if complete.is_file():
-        found = files.read_json(complete)
-        if found["identity"] == identity:
-            return found["counts"]
-    reading = Reading(config.skip_bad_documents)
-    try:
-        spill.start()
-        for document in read_corpus(corpus, reading):
-            content = stable_hash(document.text, "text") if corpus.drops_duplicates else None
-            spill.add(
-                stable_hash(document.id, "order"), content, _payload(document, corpus, config)
-            )
-        spill.close()
-        _refuse_repeated(spill, corpus)
-    except BaseException:
-        spill.discard()
-        raise
-    if reading.first_bad:
-        logging.warning(
-            "corpus %r: %d bad documents left out; %s",
-            corpus.name,
-            reading.counts["bad"],
-            reading.first_bad,
-        )
-    counts: Counts = {name: reading.counts[name] for name in ("documents", "bad", "empty")}
-    counts |= {"duplicates": spill.duplicates(), "beyond_limit": 0, "source": reading.source}
-    files.write_atomically(complete, files.to_json({"identity": identity, "counts": counts}))
-    return counts
-
-
-def _refuse_repeated(spill: Spill, corpus: CorpusConfig) -> None:
-    """Raises if two documents have one id."""
-    repeated = spill.repeated()
-    if repeated is not None:
-        name = json.loads(repeated.split(b" ", 2)[2])["id"]
-        raise UserError(
-            f"corpus {corpus.name!r} has two documents {name!r}: expected an id of its own for each"
-        )
-
-
-def _payload(document: Document, corpus: CorpusConfig, config: DocumentsConfig) -> bytes:
-    """Split, UTF-8 bytes and JSON line of a document."""
-    split = corpus.split or split_of(document.id, validation=config.validation, test=config.test)
-    fields = {"id": document.id, "corpus": document.corpus, "text": document.text}
-    line = json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
-    return f"{split} {len(document.text.encode())} {line}".encode()
-
-
-def _select(
-    spill: Spill, corpus: CorpusConfig, counts: Counts, known: KnownDocuments | None
-) -> Iterator[tuple[str, bytes]]:
-    """Split and JSON line of each document that is kept, in order; completes the counts."""
-    kept = size = 0
-    for _, payload, duplicate in spill.records():
-        split, length, line = payload.split(b" ", 2)
-        if duplicate:
-            continue
-        size += int(length)
-        if _is_beyond(corpus.max_documents, kept + 1) or _is_beyond(corpus.max_bytes, size):
-            # Nothing later is taken either, however short: the selection is a prefix of the order.
-            counts["beyond_limit"] = counts["documents"] - counts["duplicates"] - kept
-            return
-        kept += 1
-        if known is not None and (corpus.name, json.loads(line)["id"]) in known:
-            counts["known"] = counts.get("known", 0) + 1
-            continue
-        yield split.decode(), line + b"\n"
-
-
-def _is_beyond(limit: int | None, value: int) -> bool:
-    """Whether a limit is set and passed."""
-    return limit is not None and value > limit

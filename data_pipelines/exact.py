@@ -15,6 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from retro_jax.errors import UserError
+
+_MOST = (1 << 31) - 1  # keys of a device: 3.3 TB of 384 dimensions
 _ROWS = 1 << 16  # keys of a block: its products with 1,024 queries are 256 MB
 _QUERIES = 1024  # queries at once
 
@@ -36,7 +39,12 @@ class ExactSearcher:
         rows = min(rows, max(1, -(-count // len(devices))))
         blocks = max(1, -(-count // (rows * len(devices))))
         shape = (len(devices), blocks, rows)
-        self._count, self._recall_target, self._rows = count, recall_target, rows
+        self._count, self._recall_target, self._held = count, recall_target, blocks * rows
+        if self._held > _MOST:
+            raise UserError(
+                f"{self._held:,} keys a device: expected at most {_MOST:,}; IndexConfig.shard_keys cuts"
+                " the index into several"
+            )
 
         def part(index: Any) -> np.ndarray:
             """One device's keys: only these are copied, and padded where they end."""
@@ -51,8 +59,11 @@ class ExactSearcher:
         over, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("keys",), ()))
         self._everywhere = whole
         self._keys = jax.make_array_from_callback((*shape, dimension), over, part)
-        places = jnp.arange(np.prod(shape), dtype=jnp.int32).reshape(shape)
-        self._places = jax.device_put(places, over)
+        # Rows within a device, which 32 bits hold; the host adds where the device's rows begin.
+        places = np.broadcast_to(np.arange(self._held, dtype=np.int32).reshape(shape[1:]), shape)
+        self._firsts = np.arange(len(devices)) * self._held
+        filled = np.clip(count - self._firsts, 0, self._held).astype(np.int32)
+        self._places, self._filled = (jax.device_put(a, over) for a in (places, filled))
 
     def __len__(self) -> int:
         """Keys."""
@@ -85,32 +96,33 @@ class ExactSearcher:
             jax.device_put(padded, self._everywhere),
             self._keys,
             self._places,
-            total=self._count,
+            self._filled,
             count=wanted,
             recall_target=self._recall_target,
         )
+        every = np.asarray(rows, np.int64) + self._firsts[:, None, None]
         # [devices, q, count] -> [q, devices * count]
         rows, scores = (
-            np.moveaxis(np.asarray(values), 0, 1).reshape(size, -1)[: len(queries)]
-            for values in (rows, scores)
+            np.moveaxis(values, 0, 1).reshape(size, -1)[: len(queries)]
+            for values in (every, np.asarray(scores))
         )
         order = np.lexsort((rows, -scores), axis=-1)[:, :count]
         rows, scores = (np.take_along_axis(values, order, axis=1) for values in (rows, scores))
         squares = np.einsum("qd,qd->q", queries, queries)
-        return rows.astype(np.int64), np.maximum(squares[:, None] - scores, 0)
+        return rows, np.maximum(squares[:, None] - scores, 0)
 
 
-@functools.partial(jax.jit, static_argnames=("total", "count", "recall_target"))
+@functools.partial(jax.jit, static_argnames=("count", "recall_target"))
 def _nearest(
     queries: jax.Array,
     keys: jax.Array,
     places: jax.Array,
+    filled: jax.Array,
     *,
-    total: int,
     count: int,
     recall_target: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Places and scores 2 q.k - |k|^2, [devices, q, count] each, of the best of each device."""
+    """Places within it and scores 2 q.k - |k|^2, [devices, q, count] each, of the best of each device."""
 
     def best_of(scores: jax.Array, at: jax.Array, keep: int) -> tuple[jax.Array, jax.Array]:
         if recall_target < 1:
@@ -119,7 +131,9 @@ def _nearest(
             top, chosen = jax.lax.top_k(scores, keep)
         return top, jnp.take_along_axis(at, chosen, axis=1)
 
-    def of_device(blocks: jax.Array, at: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def of_device(
+        blocks: jax.Array, at: jax.Array, total: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         def step(
             best: tuple[jax.Array, jax.Array], block: tuple[jax.Array, jax.Array]
         ) -> tuple[tuple[jax.Array, jax.Array], None]:
@@ -135,11 +149,11 @@ def _nearest(
             return (kept, jnp.take_along_axis(every_place, chosen, axis=1)), None
 
         shape = (queries.shape[0], count)
-        nothing = jnp.full(shape, -jnp.inf), jnp.full(shape, total, jnp.int32)
+        nothing = jnp.full(shape, -jnp.inf), jnp.full(shape, total)
         best, _ = jax.lax.scan(step, nothing, (blocks, at))
         return best
 
-    scores, found = jax.vmap(of_device)(keys, places)
+    scores, found = jax.vmap(of_device)(keys, places, filled)
     return found, scores
 
 

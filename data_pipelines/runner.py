@@ -150,6 +150,7 @@ def run_counted(
     *,
     what: str,
     unit: str,
+    logged: bool = True,
 ) -> None:
     """Runs a stage's missing shards under a progress bar.
 
@@ -160,9 +161,11 @@ def run_counted(
       missing: numbers of the shards that are not there.
       sizes: how much each shard of the stage is, done or not.
       what, unit: labels of the bar.
+      logged: show it also where the output is no terminal.
     """
     done = sum(sizes) - sum(sizes[i] for i in missing)
-    with tqdm(total=sum(sizes), initial=done, desc=what, unit=unit, disable=not missing) as bar:
+    hidden = True if not missing else False if logged else None  # None: by the output
+    with tqdm(total=sum(sizes), initial=done, desc=what, unit=unit, disable=hidden) as bar:
         if runner.in_process:
             for i in missing:
                 work(i, report=bar.update)

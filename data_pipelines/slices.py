@@ -11,25 +11,25 @@ database:
 import dataclasses
 import json
 import pathlib
-import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from data_pipelines.corpora import CorpusConfig, Reading
+from data_pipelines.corpora.document import short_label as pile_subset
 from data_pipelines.corpora.json_lines import read_objects
 from data_pipelines.corpora.wikitext import read_wikitext
 from data_pipelines.detokenise import detokenise
 from data_pipelines.documents import KIND, stable_hash
 from data_pipelines.manifest import Manifest, Path, Stage, shard_name
-from data_pipelines.spill import Spill
+from data_pipelines.spill import SORT_BYTES, Entry, Runs, RunWriter, read_lines
 from retro_jax.errors import UserError
 
 MEASURES = "measures"
 MEASURE_NAMES = ("bytes", "words", "lines", "scored_from")
-_BUCKETS = 8
 _SHARD_BYTES = 64 << 20
 _LOOK = 256  # documents between looks at a shard's size
 _SPILL = ".spill"
@@ -101,16 +101,14 @@ def prepare_texts(directory: Path, config: SliceConfig) -> Manifest:
         raise UserError(
             f"the slice {config.key} is not prepared: expected --slice_paths={config.name}=PATH"
         )
-    spills = _fill(folder / _SPILL, config)
+    runs = _fill(folder / _SPILL, config)
     done.claim()
     measures: list[list[int]] = []
     shards: list[dict[str, Any]] = []
-    for corpus in sorted(spills):
+    for corpus in runs.corpora:
         lines: list[bytes] = []
-        for number, (_, payload, _) in enumerate(spills[corpus].records()):
-            if config.max_documents is not None and number == config.max_documents:
-                break
-            text = Text(**json.loads(payload))
+        for number, line in enumerate(_sorted_lines(runs, corpus, config.max_documents)):
+            text = Text(**json.loads(line))
             measures.append([getattr(text, name) for name in MEASURE_NAMES])
             lines.append(_document_line(text))
             if number % _LOOK == 0 and sum(map(len, lines)) >= _SHARD_BYTES:
@@ -145,28 +143,34 @@ def read_texts(config: SliceConfig, reading: Reading) -> Iterator[Text]:
     return KINDS.get(config.name, _plain)(config, reading)
 
 
-def _fill(folder: pathlib.Path, config: SliceConfig) -> dict[str, Spill]:
+def _fill(folder: pathlib.Path, config: SliceConfig) -> Runs:
     """The documents by corpus, sorted on disk."""
-    spills: dict[str, Spill] = {}
     seen: set[str] = set()
     shutil.rmtree(folder, ignore_errors=True)
+    writer = RunWriter(folder, folder, SORT_BYTES)
     for text in read_texts(config, Reading()):
         seen.add(text.corpus)
         if config.subsets and text.corpus not in config.subsets:
             continue
-        if text.corpus not in spills:
-            spills[text.corpus] = Spill(folder / text.corpus, _BUCKETS)
-            spills[text.corpus].start()
-        payload = json.dumps(dataclasses.asdict(text), ensure_ascii=False).encode()
-        spills[text.corpus].add(stable_hash(text.id, "order"), None, payload)
+        line = json.dumps(dataclasses.asdict(text), ensure_ascii=False).encode() + b"\n"
+        order = stable_hash(text.id, "order")
+        writer.add(Entry(text.corpus, order, None, "test", text.bytes, line))
+    writer.flush()
     unknown = sorted(set(config.subsets) - seen)
-    if unknown or not spills:
+    if unknown or not writer.runs:
         held = ", ".join(sorted(seen)) or "nothing"
         wanted = f"subset {unknown[0]!r}" if unknown else "documents"
         raise UserError(f"{config.path} has no {wanted}: it holds {held}")
-    for spill in spills.values():
-        spill.close()
-    return spills
+    return Runs([folder])
+
+
+def _sorted_lines(runs: Runs, corpus: str, most: int | None) -> Iterator[bytes]:
+    """The lines of a corpus in order, or the first of them."""
+    left = sys.maxsize if most is None else most
+    for rows, _ in runs.sorted(corpus):
+        for start in range(0, min(left, len(rows)), _LOOK):
+            yield from read_lines(runs.stems, rows[:left][start : start + _LOOK])
+        left -= min(left, len(rows))
 
 
 def _document_line(text: Text) -> bytes:
@@ -234,12 +238,6 @@ def _pile(config: SliceConfig, reading: Reading) -> Iterator[Text]:
         if not isinstance(subset, str):
             raise UserError(f"{name} has no meta.pile_set_name: expected the Pile's JSON lines")
         yield _of_text(name, pile_subset(subset), found["text"])
-
-
-def pile_subset(name: str) -> str:
-    """ "Gutenberg (PG-19)" as the paper writes it: gutenberg."""
-    plain = re.sub(r"[^a-z0-9]+", "_", re.sub(r"\(.*?\)", "", name.lower())).strip("_")
-    return {"uspto_backgrounds": "uspto"}.get(plain, plain)
 
 
 def _summaries(config: SliceConfig, reading: Reading) -> Iterator[Text]:

@@ -235,7 +235,7 @@ def _chosen(names: Sequence[str] | None) -> list[str]:
 
 def _documents(p: Preparation) -> tuple[str, int, str]:
     """Reads the corpora into splits."""
-    manifests = prepare_documents(p.directory / "documents", p.documents)
+    manifests = prepare_documents(p.directory / "documents", p.documents, runner=p.runner)
     counts = {split: manifest.fact("documents") for split, manifest in manifests.items()}
     size = sum(manifest.fact("bytes") for manifest in manifests.values())
     left_out = _left_out(manifests["train"])

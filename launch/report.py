@@ -16,6 +16,7 @@ import numpy as np
 from absl import flags
 
 from data_pipelines import files
+from data_pipelines.revisions import open_database
 from data_pipelines.tokenizer import Tokenizer
 from launch import app, charts, runs
 from launch.arrays import read_array
@@ -89,8 +90,7 @@ def _facts(
     data: pathlib.Path, run: runs.Run, results: Mapping[str, Any]
 ) -> Iterator[tuple[str, str]]:
     """What one needs to know to judge the figures."""
-    model, database = run.model, files.read_json(data / "chunks" / "train" / "manifest.json")
-    facts = database["facts"]
+    model, database = run.model, open_database(data)
     yield (
         "model",
         (
@@ -102,7 +102,10 @@ def _facts(
         "training",
         f"sequences of {run.batches.sequence_length} tokens, {run.batches.batch_size} a step",
     )
-    yield "database", f"{facts['chunks']:,} chunks of {facts['documents']:,} training documents"
+    chunks = sum(len(part) for ranges in database.corpora.values() for part in ranges)
+    documents, revision = database.num_documents - len(database.removed), database.manifest.revision
+    since = f", revision {revision}" if revision else ""
+    yield "database", f"{chunks:,} chunks of {documents:,} training documents{since}"
     for name, result in results.items():
         settings = result["settings"]
         yield (

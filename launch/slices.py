@@ -11,8 +11,10 @@ from data_pipelines.keys import Keys, KeysConfig, prepare_keys
 from data_pipelines.manifest import MANIFEST_FILE
 from data_pipelines.neighbours import prepare_neighbours
 from data_pipelines.retriever import Retriever
+from data_pipelines.revisions import latest
 from data_pipelines.slices import SliceConfig, prepare_texts
 from launch.prepare import only_one
+from launch.splits import slice_table
 
 SLICES = flags.DEFINE_list(
     "slices",
@@ -67,11 +69,14 @@ def _paths(values: Sequence[str], names: Sequence[str]) -> dict[str, str]:
 def prepare_slice(data: pathlib.Path, config: SliceConfig) -> str:
     """Prepares a slice with the data's tokeniser and retrieval database, or what is missing of it.
 
+    After an update of the database that is a table against its newest revision.
+
     Returns:
       The name that open_split knows it by.
     """
     folder = data / FOLDER / config.key
-    if (folder / "neighbours" / MANIFEST_FILE).is_file():
+    table = slice_table(folder, latest(data))
+    if (table / MANIFEST_FILE).is_file():
         return config.key
     with only_one(data):
         print(f"preparing {config.key} ...", flush=True)
@@ -82,7 +87,7 @@ def prepare_slice(data: pathlib.Path, config: SliceConfig) -> str:
         keys = KeysConfig(BERT.value or made["embedder"]["model"], made["dtype"])
         prepare_keys(folder / "keys", folder / "chunks", data / "tokenizer", keys)
         prepare_neighbours(
-            folder / "neighbours",
+            table,
             Keys.open(folder / "keys", ChunkDatabase.open(folder / "chunks")),
             retriever,
             k=_NEIGHBOURS,

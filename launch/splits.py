@@ -6,8 +6,9 @@ import pathlib
 import numpy as np
 
 from data_pipelines.chunk_database import ChunkDatabase
+from data_pipelines.manifest import MANIFEST_FILE
 from data_pipelines.neighbours import NeighbourTable
-from data_pipelines.revisions import open_database
+from data_pipelines.revisions import latest, open_database
 from data_pipelines.slices import MEASURE_NAMES, read_measures
 from retro_jax.errors import UserError
 from retro_jax.evaluate import metrics
@@ -120,6 +121,12 @@ def open_split(
         return Split(name, database, None, None, ids, measures)
     retrieval = open_database(data)
     if places.measures:
+        if not (places.neighbours / MANIFEST_FILE).is_file():
+            raise UserError(
+                f"{places.neighbours} is missing: the database is at revision"
+                f" {retrieval.manifest.revision} now; expected launch.evaluate --slices={name}, which"
+                " finds the slice's neighbours in it"
+            )
         table = NeighbourTable.open(places.neighbours, database, retrieval)
     else:
         table = NeighbourTable.of(data, name, database, retrieval)
@@ -154,10 +161,16 @@ def places_of(data: pathlib.Path, name: str) -> Places:
         )
     if name in slices:
         folder = data / "slices" / name
-        return Places(folder / "chunks", folder / "keys", folder / "neighbours", folder)
+        table = slice_table(folder, latest(data))
+        return Places(folder / "chunks", folder / "keys", table, folder)
     known += slices
     expected = f"one of {', '.join(known)}" if known else "what launch.prepare makes"
     raise UserError(f"--split={name}: there is no {data / 'chunks' / name}, expected {expected}")
+
+
+def slice_table(folder: pathlib.Path, revision: int) -> pathlib.Path:
+    """Where a slice's table against a revision of the database is."""
+    return folder / (f"neighbours-{revision:05d}" if revision else "neighbours")
 
 
 def choose_chunks(database: ChunkDatabase, max_documents: int | None) -> np.ndarray:

@@ -76,10 +76,15 @@ def _append(
 ) -> Keys | None:
     """Makes chunks, keys and index of the documents that are new; None if there are none."""
     gone = set(removed) | set(database.removed.tolist())
-    names = ((r.corpus, r.id) for number, r in enumerate(database.records()) if number not in gone)
+    names = ((number, r.id) for number, r in enumerate(database.records()) if number not in gone)
+
+    def name_of(number: int) -> tuple[str, str]:
+        record = database.record(number)
+        return record.corpus, record.id
+
     parent = (database.manifest, database.directory)
-    known = KnownDocuments(names, {"database": parent})
-    manifests = prepare_documents(place / "documents", p.documents, known=known)
+    known = KnownDocuments(names, name_of, {"database": parent})
+    manifests = prepare_documents(place / "documents", p.documents, known=known, runner=p.runner)
     if not manifests["train"].fact("documents"):
         shutil.rmtree(place)  # nothing but three empty splits
         return None

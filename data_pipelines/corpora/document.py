@@ -2,6 +2,9 @@
 
 import collections
 import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
 
 from retro_jax.errors import UserError
 
@@ -15,6 +18,15 @@ class Document:
     corpus: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a reader finds in a file: a document's id and text, and its label where it has one."""
+
+    id: str
+    text: str
+    label: str | None = None
+
+
 @dataclasses.dataclass
 class Reading:
     """How a corpus is being read, and what has been counted so far.
@@ -22,12 +34,14 @@ class Reading:
     Attributes:
       skip_bad: count documents that cannot be read and go on, instead of stopping at the first.
       counts: "documents" given out, "bad" and "empty" ones left out.
+      labels: documents of each label, those that are not wanted too.
       first_bad: what was wrong with the first bad one.
       source: which edition of the corpus was read, where it has one.
     """
 
     skip_bad: bool = False
     counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    labels: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     first_bad: str = ""
     source: str = ""
 
@@ -54,3 +68,26 @@ class Reading:
                 f"{place} has byte 0x{byte:02x} at offset {offset + error.start}: expected UTF-8"
             )
             return None
+
+    def add(self, other: "Reading") -> None:
+        """Adds what was counted in another part of the corpus, one that is read later."""
+        self.counts.update(other.counts)
+        self.labels.update(other.labels)
+        self.first_bad = self.first_bad or other.first_bad
+        self.source = self.source or other.source
+
+
+def lookup(fields: Mapping[str, Any], name: str) -> Any:
+    """A field by its name, or by a path of names with points: "meta.pile_set_name"; None without it."""
+    if name in fields:
+        return fields[name]
+    value: Any = fields
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def short_label(name: str) -> str:
+    """ "Gutenberg (PG-19)" as the paper writes it: gutenberg."""
+    plain = re.sub(r"[^a-z0-9]+", "_", re.sub(r"\(.*?\)", "", name.lower())).strip("_")
+    return {"uspto_backgrounds": "uspto"}.get(plain, plain)

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import pathlib
 import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
@@ -10,57 +9,62 @@ from typing import Any, BinaryIO, cast
 import zstandard
 
 from data_pipelines.corpora.config import CorpusConfig
-from data_pipelines.corpora.document import Reading
-from data_pipelines.corpora.folders import find_files
+from data_pipelines.corpora.document import Reading, Record
+from data_pipelines.corpora.rows import record_of
+from data_pipelines.corpora.sources import SourceFile, find_files, open_file
 from retro_jax.errors import UserError
 
 _BLOCK = 1 << 20
 
 
-def read_json_lines(config: CorpusConfig, reading: Reading) -> Iterator[tuple[str, str]]:
-    """The documents of one file, or of all files of a folder."""
-    for name, document in read_objects(config, reading):
-        yield name, document[config.text_field]
+def read_json_lines(config: CorpusConfig, file: SourceFile, reading: Reading) -> Iterator[Record]:
+    """The documents of one file; without an id_field the file and line are the id."""
+    for record, _ in _read(config, file, reading):
+        yield record
 
 
 def read_objects(config: CorpusConfig, reading: Reading) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The same as ids and whole objects, each with a text."""
-    for name, path in find_files(pathlib.Path(str(config.path)), config):
-        offset = 0
-        for number, line in enumerate(_lines(path), 1):
-            text = reading.decode(line, str(path), offset)
-            offset += len(line) + 1
-            if text is not None and text.strip():
-                document = _parse(text, f"{path}:{number}", config, reading)
-                if document is not None:
-                    id_field = config.id_field
-                    yield str(document[id_field]) if id_field else f"{name}:{number}", document
+    """Ids and whole objects, each with a text, of one file or of all files of a folder."""
+    for file in find_files(str(config.path), config):
+        for record, fields in _read(config, file, reading):
+            yield record.id, fields
 
 
-def _parse(line: str, place: str, config: CorpusConfig, reading: Reading) -> dict[str, Any] | None:
+def _read(
+    config: CorpusConfig, file: SourceFile, reading: Reading
+) -> Iterator[tuple[Record, dict[str, Any]]]:
+    """Documents with the objects that they are from."""
+    offset = 0
+    for number, line in enumerate(_lines(file), 1):
+        text = reading.decode(line, file.path, offset)
+        offset += len(line) + 1
+        if text is not None and text.strip():
+            place = f"{file.path}:{number}"
+            fields = _parse(text, place, reading)
+            if fields is not None:
+                record = record_of(fields, f"{file.name}:{number}", place, config, reading)
+                if record is not None:
+                    yield record, fields
+
+
+def _parse(line: str, place: str, reading: Reading) -> dict[str, Any] | None:
     """The object of a line; None for a bad document."""
     try:
-        document = json.loads(line)
+        fields = json.loads(line)
     except ValueError as error:
         reading.bad(f"{place} is not valid JSON ({error}): expected one object a line")
         return None
-    if not isinstance(document, dict):
-        reading.bad(f"{place} holds a {type(document).__name__}: expected a JSON object")
+    if not isinstance(fields, dict):
+        reading.bad(f"{place} holds a {type(fields).__name__}: expected a JSON object")
         return None
-    if not isinstance(document.get(config.text_field), str):
-        reading.bad(f"{place} has no text in {config.text_field!r}: expected a string")
-        return None
-    if config.id_field and not isinstance(document.get(config.id_field), str | int):
-        reading.bad(f"{place} has no id in {config.id_field!r}: expected a string or an integer")
-        return None
-    return document
+    return fields
 
 
-def _lines(path: pathlib.Path) -> Iterator[bytes]:
+def _lines(file: SourceFile) -> Iterator[bytes]:
     """Lines of the decompressed file, without their ends."""
     pieces: list[bytes] = []
-    with open(path, "rb") as file:
-        for block in _blocks(path, file):
+    with open_file(file) as opened:
+        for block in _blocks(file, opened):
             first, *rest = block.split(b"\n")
             pieces.append(first)
             for piece in rest:
@@ -70,19 +74,19 @@ def _lines(path: pathlib.Path) -> Iterator[bytes]:
         yield b"".join(pieces)
 
 
-def _blocks(path: pathlib.Path, file: BinaryIO) -> Iterator[bytes]:
+def _blocks(file: SourceFile, opened: BinaryIO) -> Iterator[bytes]:
     """The decompressed bytes; a UserError for a truncated or damaged file."""
     try:
-        if path.suffix == ".zst":
-            yield from _zstandard_blocks(file)
-        elif path.suffix == ".gz":
-            with gzip.open(file) as plain:
+        if file.suffix == ".zst":
+            yield from _zstandard_blocks(opened)
+        elif file.suffix == ".gz":
+            with gzip.open(opened) as plain:
                 yield from _read_blocks(cast(BinaryIO, plain))
         else:
-            yield from _read_blocks(file)
+            yield from _read_blocks(opened)
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
         raise UserError(
-            f"{path} is damaged ({error}): expected a whole {path.suffix} file"
+            f"{file.path} is damaged ({error}): expected a whole {file.suffix} file"
         ) from error
 
 

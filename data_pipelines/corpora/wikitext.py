@@ -1,43 +1,48 @@
-"""WikiText's wiki.*.tokens files: articles rebuilt from their headings.
+"""WikiText's wiki.*.tokens and wiki.*.raw files: articles rebuilt from their headings.
 
 An article begins at a line " = Title = " with an empty line on either side. " = = Section = = " is a
 heading of a lower level, and a line of text may have equality signs of its own, so all of it counts.
 """
 
 import collections
-import pathlib
 from collections.abc import Iterator
 
 from data_pipelines.corpora.config import CorpusConfig
-from data_pipelines.corpora.document import Reading
-from data_pipelines.corpora.folders import find_files
+from data_pipelines.corpora.document import Reading, Record
+from data_pipelines.corpora.sources import SourceFile, find_files, open_file
 
 
 def read_wikitext(config: CorpusConfig, reading: Reading) -> Iterator[tuple[str, str]]:
-    """The articles of one file, or of all of a folder.
+    """Ids and texts of the articles of one file, or of all of a folder."""
+    for file in find_files(str(config.path), config):
+        for record in read_articles(config, file, reading):
+            yield record.id, record.text
+
+
+def read_articles(config: CorpusConfig, file: SourceFile, reading: Reading) -> Iterator[Record]:
+    """The articles of one file.
 
     Concatenated, a file's documents are the file, byte for byte. The id is the file's name and the
     title (with a number from the second article of that title on).
     """
-    for name, path in find_files(pathlib.Path(str(config.path)), config):
-        titles: collections.Counter[str] = collections.Counter()
-        for offset, data in _articles(path):
-            text = reading.decode(data, str(path), offset)
-            if text is not None:
-                title = _title(text, offset)
-                titles[title] += 1
-                number = f" [{titles[title]}]" if titles[title] > 1 else ""
-                yield f"{name}/{title}{number}", text
+    titles: collections.Counter[str] = collections.Counter()
+    for offset, data in _articles(file):
+        text = reading.decode(data, file.path, offset)
+        if text is not None:
+            title = _title(text, offset)
+            titles[title] += 1
+            number = f" [{titles[title]}]" if titles[title] > 1 else ""
+            yield Record(f"{file.name}/{title}{number}", text)
 
 
-def _articles(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
+def _articles(file: SourceFile) -> Iterator[tuple[int, bytes]]:
     """Where each article begins, and its bytes; what stands before the first heading is of the first."""
     start, titled, pieces = 0, False, list[bytes]()
     before = b""
-    with open(path, "rb") as file:
-        line = file.readline()
+    with open_file(file) as opened:
+        line = opened.readline()
         while line:
-            after = file.readline()
+            after = opened.readline()
             if _is_title(line) and not before.strip() and not after.strip():
                 if titled:
                     yield start, b"".join(pieces)

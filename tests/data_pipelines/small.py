@@ -27,7 +27,7 @@ def write_texts(folder: pathlib.Path, count: int, seed: int = 0) -> None:
 def documents_config(*folders: pathlib.Path, **settings) -> DocumentsConfig:
     """One corpus a folder, named as the folder is, in shards of a few documents."""
     corpora = [CorpusConfig(folder.name, "text", str(folder)) for folder in folders]
-    defaults = {"validation": 0.1, "test": 0.1, "shard_bytes": 8000, "buckets": 5}
+    defaults = {"validation": 0.1, "test": 0.1, "shard_bytes": 8000, "sort_bytes": 20_000}
     return DocumentsConfig(corpora, **(defaults | settings))
 
 

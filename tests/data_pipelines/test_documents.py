@@ -9,9 +9,11 @@ import sys
 
 import pytest
 
+from data_pipelines import reading, selection, spill
 from data_pipelines.corpora import CorpusConfig
 from data_pipelines.documents import (
     DocumentsConfig,
+    KnownDocuments,
     prepare_documents,
     read_documents,
     split_of,
@@ -52,7 +54,7 @@ def texts(tmp_path):
         ({"validation": 1.0}, "validation is 1.0: expected a share from 0 to 1"),
         ({"validation": 0.5, "test": 0.5}, r"test is 0.5: expected validation \+ test less than 1"),
         ({"shard_bytes": 0}, "shard_bytes is 0: expected a positive number"),
-        ({"buckets": 5000}, "buckets is 5000: expected 1 to 4096"),
+        ({"sort_bytes": 0}, "sort_bytes is 0: expected a positive number"),
     ],
 )
 def test_config_errors(settings, message):
@@ -91,17 +93,17 @@ def test_shards_hold_one_corpus_and_end_at_their_size(tmp_path, texts):
         assert shard.size <= 8000 or len(lines) == 1
 
 
-def test_reading_order_buckets_and_place_do_not_show(tmp_path, texts):
+def test_reading_order_memory_and_place_do_not_show(tmp_path, texts):
     prepare_documents(tmp_path / "one", documents_config(*texts))
     lines = [json.dumps({"id": p.name, "text": p.read_text()}) for p in texts[0].iterdir()]
     wanted = None
-    for seed, buckets in ((0, 1), (1, 64)):
+    for seed, sort_bytes in ((0, 1000), (1, 1 << 20)):
         random.Random(seed).shuffle(lines)
         folder = tmp_path / str(seed)
         folder.mkdir()
         (folder / "b.jsonl").write_text("\n".join(lines))
         corpus = CorpusConfig("b", "jsonl", str(folder / "b.jsonl"), id_field="id")
-        prepare_documents(folder / "out", DocumentsConfig([corpus], buckets=buckets))
+        prepare_documents(folder / "out", DocumentsConfig([corpus], sort_bytes=sort_bytes))
         wanted = wanted or tree(folder / "out")
         assert tree(folder / "out") == wanted
     shutil.copytree(texts[0], tmp_path / "elsewhere" / "b")
@@ -176,7 +178,7 @@ def test_code_drops_duplicates_and_a_corpus_can_be_put_into_one_split(tmp_path, 
     assert sum(d.corpus == "code" for docs in documents.values() for d in docs) == 29
 
 
-def test_two_documents_of_one_id_are_an_error_and_leave_nothing(tmp_path):
+def test_two_documents_of_one_id_are_an_error_until_they_are_corrected(tmp_path):
     path = tmp_path / "x.jsonl"
     lines = [json.dumps({"id": i % 9, "text": f"text {i}"}) for i in range(10)]
     path.write_text("\n".join(lines))
@@ -185,44 +187,77 @@ def test_two_documents_of_one_id_are_an_error_and_leave_nothing(tmp_path):
         UserError, match="corpus 'j' has two documents '0': expected an id of its own"
     ):
         prepare_documents(tmp_path / "out", config)
-    assert tree(tmp_path / "out") == {}
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".spill"]
     path.write_text("\n".join(lines[:9]))
     prepare_documents(tmp_path / "out", config)
     assert sum(map(len, _all(tmp_path / "out").values())) == 9
 
 
-def test_a_wrong_path_claims_nothing(tmp_path, texts):
-    b, a = texts
+def test_a_wrong_path_is_told_before_anything_is_read(tmp_path, texts):
     typo = CorpusConfig("z", "text", str(tmp_path / "typo"))
-    config = documents_config(b)
+    config = documents_config(*texts)
     config = dataclasses.replace(config, corpora=(*config.corpora, typo))
     with pytest.raises(UserError, match="typo is missing"):
         prepare_documents(tmp_path / "out", config)
-    assert (tmp_path / "out" / ".spill" / "b").is_dir(), "what was read is kept for the next run"
-    # With other settings that reading counts for nothing.
-    prepare_documents(tmp_path / "out", documents_config(b, a, buckets=3))
-    prepare_documents(tmp_path / "whole", documents_config(b, a))
-    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
-
-
-def test_a_corpus_that_was_half_read_is_read_again(tmp_path, texts):
-    prepare_documents(tmp_path / "whole", documents_config(*texts))
-    spill = tmp_path / "out" / ".spill" / "b"
-    spill.mkdir(parents=True)
-    for name in ("bucket-0001", "order-0001", "content-0001", "dropped-0001"):
-        (spill / name).write_bytes(b"what a killed process had written by then")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".spill"]
+    assert not list((tmp_path / "out").rglob("run-*"))
     prepare_documents(tmp_path / "out", documents_config(*texts))
+    prepare_documents(tmp_path / "whole", documents_config(*texts))
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
-def test_a_full_disk_while_reading_is_one_line_and_leaves_nothing(tmp_path, texts):
+def interrupted(tmp_path, config, monkeypatch, *, at):
+    """Stops in the portion that is read `at`-th, of seven files each."""
+    monkeypatch.setattr(reading, "_PORTION_FILES", 7)
+    whole, calls = reading.read_file, []
+
+    def stops(corpus, file, counts):
+        calls.append(file.name)
+        if len(calls) == 7 * at:
+            raise KeyboardInterrupt
+        return whole(corpus, file, counts)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(reading, "read_file", stops)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_documents(tmp_path, config)
+    monkeypatch.setattr(
+        reading, "read_file", lambda *some: calls.append(some[1].name) or whole(*some)
+    )
+    return calls
+
+
+def test_reading_goes_on_at_the_portion_it_was_in(tmp_path, texts, monkeypatch):
+    config = documents_config(*texts)
+    prepare_documents(tmp_path / "whole", config)
+    calls = interrupted(tmp_path / "out", config, monkeypatch, at=4)
+    prepare_documents(tmp_path / "out", config)
+    assert len(calls) == 4 * 7 + 100 - 3 * 7, "three portions were not read again"
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("change", ["file", "settings"])
+def test_reading_begins_again_where_it_would_be_another(tmp_path, texts, monkeypatch, change):
+    config = documents_config(*texts)
+    calls = interrupted(tmp_path / "out", config, monkeypatch, at=2)
+    if change == "file":
+        (texts[1] / "text-003.txt").write_text("corrected since, and of another length")
+    else:
+        config = dataclasses.replace(config, validation=0.2)
+    prepare_documents(tmp_path / "out", config)
+    assert len(calls) == 2 * 7 + 100
+    prepare_documents(tmp_path / "whole", config)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_a_full_disk_while_reading_is_one_line(tmp_path, texts):
     code = """
 import pathlib, resource, sys
 from data_pipelines.documents import prepare_documents
 from retro_jax.errors import UserError
 from tests.data_pipelines.small import documents_config
 folder = pathlib.Path(sys.argv[1])
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
 try:
     prepare_documents(folder / "out", documents_config(folder / "b"))
 except UserError as error:
@@ -232,7 +267,7 @@ except UserError as error:
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     place = tmp_path / "out" / ".spill" / "b"
     assert run.stdout == f"{place} cannot be written: File too large\n"
-    assert tree(tmp_path / "out") == {}
+    assert not list(place.glob("portion-*"))
 
 
 def test_no_training_document_is_an_error(tmp_path):
@@ -279,3 +314,22 @@ def test_again_does_nothing_and_other_settings_are_refused(tmp_path, texts):
             tmp_path / "out", dataclasses.replace(config, corpora=(fewer, config.corpora[1]))
         )
     assert tree(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("half", ["hash", "the same for all"])
+def test_known_documents_are_recognised_by_their_names(tmp_path, texts, monkeypatch, half):
+    """Also where hashes of all ids collide: equal hashes are only a reason to look."""
+    if half != "hash":
+        monkeypatch.setattr(selection, "_half", lambda name: 0)
+        plain = spill._halves
+        monkeypatch.setattr(spill, "_halves", lambda data: (0, sum(plain(data)) % 2**64))
+    config = documents_config(*texts)
+    names = [("a", f"text-{i:03d}.txt") for i in range(30)] + [("c", "text-050.txt")]
+    numbered = ((number, name) for number, (_, name) in enumerate(names))
+    known = KnownDocuments(numbered, names.__getitem__, {})
+    manifests = prepare_documents(tmp_path / "out", config, known=known)
+    found = {(d.corpus, d.id) for docs in _all(tmp_path / "out").values() for d in docs}
+    everything = {(f.name, p.name) for f in texts for p in f.iterdir()}
+    assert found == everything - set(names)
+    reading = manifests["train"].fact("reading")
+    assert (reading["a"]["known"], reading["b"]["known"]) == (30, 0)

@@ -10,7 +10,9 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from data_pipelines import reading
 from data_pipelines.chunk_database import ChunkDatabase, prepare_chunks
+from data_pipelines.documents import prepare_documents
 from data_pipelines.index import IndexConfig, prepare_index
 from data_pipelines.keys import Keys, KeysConfig, prepare_keys
 from data_pipelines.neighbours import prepare_neighbours
@@ -81,10 +83,14 @@ def test_accelerators_are_asked_for_by_work_that_wants_them():
 
 
 def make(workdir, source, runner):
-    """Chunks, keys and table of the training split, given the index of `source`."""
+    """Documents, chunks, keys and table of the training split, given the index of `source`."""
+    with pytest.MonkeyPatch.context() as patched:  # 50 files in portions of 12
+        patched.setattr(reading, "_PORTION_FILES", 12)
+        config = documents_config(source.parent / "texts", shard_bytes=6000)
+        prepare_documents(workdir / "documents", config, runner=runner)
     tokenizer, chunks = source / "tokenizer", workdir / "chunks" / "train"
     keys, config = workdir / "keys" / "train", KeysConfig(model=str(source.parent / "bert"))
-    prepare_chunks(chunks, source / "documents" / "train", tokenizer, runner=runner)
+    prepare_chunks(chunks, workdir / "documents" / "train", tokenizer, runner=runner)
     prepare_keys(keys, chunks, tokenizer, config, runner=runner)
     opened = Keys.open(keys, ChunkDatabase.open(chunks))
     prepare_index(source / "index", opened, IndexConfig())
@@ -108,7 +114,8 @@ def source(tmp_path_factory):
 
 def artefacts(workdir):
     """The files of every stage that a runner makes."""
-    return {name: tree(workdir / name / "train") for name in ("chunks", "keys", "neighbours")}
+    stages = ("documents", "chunks", "keys", "neighbours")
+    return {name: tree(workdir / name / "train") for name in stages}
 
 
 def test_local_processes_make_the_same_bytes(source, tmp_path):

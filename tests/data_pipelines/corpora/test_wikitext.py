@@ -62,6 +62,17 @@ def test_headings_are_of_the_first_level_and_stand_alone(tmp_path):
     assert documents[2].text.startswith(" = Lobster")
 
 
+def test_raw_files_beside_tokens(tmp_path):
+    (tmp_path / "wiki.train.tokens").write_text(_SMALL)
+    (tmp_path / "wiki.train.raw").write_text(_SMALL.replace("Lobster", "Hömard"))
+    raw = CorpusConfig("wikitext", "wikitext_raw", str(tmp_path))
+    documents = list(read_corpus(raw, Reading()))
+    names = ["Hömard", "Equal = sign", "Hömard [2]"]
+    assert [d.id for d in documents] == [f"wiki.train.raw/{name}" for name in names]
+    assert "".join(d.text for d in documents) == _SMALL.replace("Lobster", "Hömard")
+    assert [d.id.partition("/")[0] for d in _read(tmp_path)] == ["wiki.train.tokens"] * 3
+
+
 def test_a_file_without_headings_is_one_document(tmp_path):
     (tmp_path / "wiki.x.tokens").write_text(" only text \n")
     assert [(d.id, d.text) for d in _read(tmp_path)] == [("wiki.x.tokens/0", " only text \n")]

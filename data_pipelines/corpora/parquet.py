@@ -1,0 +1,69 @@
+"""Parquet files, as Hugging Face's datasets are published: one document a row, its text in a column."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from data_pipelines.corpora.config import CorpusConfig
+from data_pipelines.corpora.document import Reading, Record
+from data_pipelines.corpora.rows import record_of
+from data_pipelines.corpora.sources import SourceFile, open_file
+from retro_jax.errors import UserError
+
+_ROWS = 1024  # that are plain Python objects at once
+
+
+def read_parquet(config: CorpusConfig, file: SourceFile, reading: Reading) -> Iterator[Record]:
+    """The rows of one file, row group by row group; without an id_field file and row are the id."""
+    pyarrow, parquet = _import_pyarrow()
+    with open_file(file) as opened:
+        try:
+            table = parquet.ParquetFile(opened)
+            columns = [_checked(name, table.schema_arrow, file) for name in _columns(config)]
+            number = 0
+            for group in range(table.num_row_groups):
+                batches = table.iter_batches(
+                    _ROWS, row_groups=[group], columns=columns, use_threads=False
+                )
+                for batch in batches:
+                    for fields in batch.to_pylist():
+                        number += 1
+                        place = f"{file.path}:{number}"
+                        record = record_of(fields, f"{file.name}:{number}", place, config, reading)
+                        if record is not None:
+                            yield record
+        except pyarrow.ArrowException as error:
+            reason = str(error).split("\n")[0]
+            raise UserError(
+                f"{file.path} is damaged ({reason}): expected a whole Parquet file"
+            ) from error
+
+
+def _columns(config: CorpusConfig) -> list[str]:
+    """The columns that are read."""
+    names = (config.text_field, config.id_field, config.label_path)
+    return [name for name in names if name]
+
+
+def _checked(name: str, schema: Any, file: SourceFile) -> str:
+    """A column's name, if the file has it."""
+    held = schema
+    for part in [name] if name in schema.names else name.split("."):
+        names = [field.name for field in held]
+        if part not in names:
+            known = ", ".join(schema.names)
+            raise UserError(f"{file.path} has no column {name!r}: expected one of {known}")
+        kind = held.field(part).type
+        held = kind if getattr(kind, "num_fields", 0) else ()
+    return name
+
+
+def _import_pyarrow() -> tuple[Any, Any]:
+    """pyarrow, which only this reader needs."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise UserError(
+            f"pyarrow cannot be imported ({error}): expected the extra retro-jax[parquet]"
+        ) from None
+    return pyarrow, parquet

@@ -1,0 +1,178 @@
+"""The files of a corpus: on this machine, or at URLs that fsspec reads (gs://, s3://, memory://).
+
+Files are found one after the other, in memory that does not grow with their number: a folder of this
+machine is read 65,536 entries at a time, a remote one folder by folder.
+"""
+
+import contextlib
+import dataclasses
+import fnmatch
+import itertools
+import os
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any, BinaryIO, cast
+
+from data_pipelines.corpora.config import CorpusConfig
+from retro_jax.errors import UserError
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_ENTRIES = 1 << 16  # of a folder that are sorted at once
+_PACKAGES = {"gs": "retro-jax[gcs]", "gcs": "retro-jax[gcs]", "s3": "retro-jax[s3]"}
+_STAMPS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "updated", "created")
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceFile:
+    """One file of a corpus.
+
+    Attributes:
+      name: its path within the corpus, with slashes.
+      path: where it is: a path of this machine or a URL.
+      size: its bytes.
+      stamp: something that is another when the file has changed.
+    """
+
+    name: str
+    path: str
+    size: int
+    stamp: str
+
+    @property
+    def suffix(self) -> str:
+        """The last part of its name, from the point on."""
+        return pathlib.PurePosixPath(self.name).suffix
+
+
+def is_url(path: str) -> bool:
+    """Whether fsspec reads it."""
+    return bool(_URL.match(path))
+
+
+def find_files(root: str, config: CorpusConfig) -> Iterator[SourceFile]:
+    """Every file that the corpus takes; those of one folder in the order of their names.
+
+    A path that is a file is taken whatever it is called.
+
+    Raises:
+      UserError: there is no such folder, no file in it that the patterns take, or no package that
+        reads such URLs.
+    """
+    found = False
+    for file in _find_remote(root, config) if is_url(root) else _find_local(root, config):
+        found = True
+        yield file
+    if not found:
+        patterns = ", ".join(config.included)
+        raise UserError(
+            f"corpus {config.name!r}: {root} holds no file: expected some of {patterns}"
+        )
+
+
+@contextlib.contextmanager
+def open_file(file: SourceFile) -> Iterator[BinaryIO]:
+    """A file's bytes; whatever a remote one fails with while it is read is a UserError."""
+    if not is_url(file.path):
+        with open(file.path, "rb") as local:
+            yield local
+        return
+    with _one_line(file.path), _filesystem(file.path)[0].open(file.path, "rb") as remote:
+        yield cast(BinaryIO, remote)
+
+
+def _find_local(root: str, config: CorpusConfig) -> Iterator[SourceFile]:
+    """The files of a folder of this machine."""
+    path = pathlib.Path(root)
+    if path.is_file():
+        yield _local_file(path.name, str(path), path.stat())
+    elif path.is_dir():
+        yield from _walk(str(path), "", config)
+    else:
+        raise UserError(f"corpus {config.name!r}: {root} is missing: expected a file or folder")
+
+
+def _walk(folder: str, inside: str, config: CorpusConfig) -> Iterator[SourceFile]:
+    """The files below a folder; links to folders are not followed."""
+    with os.scandir(folder) as entries:
+        while bulk := sorted(itertools.islice(entries, _ENTRIES), key=lambda entry: entry.name):
+            folders = []
+            for entry in bulk:
+                name = inside + entry.name
+                if entry.is_dir():
+                    if not entry.is_symlink() and not _matches(f"{name}/", config.excluded):
+                        folders.append(entry)
+                elif _is_taken(name, config):
+                    yield _local_file(name, entry.path, entry.stat())
+            for entry in folders:
+                yield from _walk(entry.path, f"{inside}{entry.name}/", config)
+
+
+def _local_file(name: str, path: str, status: os.stat_result) -> SourceFile:
+    """A file of this machine."""
+    return SourceFile(name, path, status.st_size, str(status.st_mtime_ns))
+
+
+def _find_remote(root: str, config: CorpusConfig) -> Iterator[SourceFile]:
+    """The files below a URL."""
+    with _one_line(root):
+        system, top = _filesystem(root)
+        try:
+            info = system.info(top)
+        except FileNotFoundError:
+            raise UserError(
+                f"corpus {config.name!r}: {root} is missing: expected a file or folder"
+            ) from None
+        if info["type"] == "file":
+            yield _remote_file(system, pathlib.PurePosixPath(top).name, info)
+            return
+        for folder, folders, names in system.walk(top, detail=True):
+            inside = folder.strip("/")[len(top.strip("/")) :].lstrip("/")
+            inside = f"{inside}/" if inside else ""
+            for name in list(folders):
+                if _matches(f"{inside}{name}/", config.excluded):
+                    del folders[name]
+            for name in sorted(names):
+                if name and _is_taken(inside + name, config):
+                    yield _remote_file(system, inside + name, names[name])
+
+
+def _remote_file(system: Any, name: str, info: dict[str, Any]) -> SourceFile:
+    """A file that fsspec described."""
+    stamp = next((str(info[field]) for field in _STAMPS if info.get(field)), "")
+    return SourceFile(name, system.unstrip_protocol(info["name"]), int(info["size"] or 0), stamp)
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's file system for a URL, and the path in it."""
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url, use_listings_cache=False)
+    except (ImportError, ValueError) as error:
+        protocol = url.partition("://")[0]
+        package = _PACKAGES.get(protocol, "a package that gives fsspec this protocol")
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{url} cannot be opened ({reason}): expected {package}") from error
+
+
+@contextlib.contextmanager
+def _one_line(url: str) -> Iterator[None]:
+    """Turns the errors of remote file systems, which are of many kinds, into one."""
+    try:
+        yield
+    except (UserError, GeneratorExit):
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(f"{url} cannot be read: {reason}") from error
+
+
+def _is_taken(name: str, config: CorpusConfig) -> bool:
+    """Whether the corpus takes a file."""
+    return _matches(name, config.included) and not _matches(name, config.excluded)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether any pattern takes the name."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
