@@ -1,32 +1,48 @@
 """Rates and peak memory of every stage of `launch.prepare`, on code and prose of this machine.
 
-    python benchmarks/pipeline.py [--megabytes=100] [--workdir=KEPT] [--processes=1]
+    python -m benchmarks.pipeline [--megabytes=110] [--workdir=KEPT] [--layers=1] [--processes=1]
 
 Documents are the installed packages, the standard library and 10,033 introductions of Wikipedia articles,
-so many megabytes of code at most. Each stage runs in a process of its own, as a user would run it; a row
-has its wall time, processor time, rates of wall time, rates per second of one core, and peak memory of
-the largest of its processes. 500,000 chunks are about 100 MB. With --workdir, artefacts stay, and
-stages that are there already are not measured again.
+so many megabytes of code at most; 500,000 chunks are about 110 MB. Each stage runs in a process of its
+own, as a user would run it; a row has its wall time, processor time, rates of wall time, rates per second
+of one core, and the peak memory of all its processes together.
+
+--layers=N makes keys with the first N layers of MiniLM instead of all six: not the real encoder, and
+neighbours of less meaning, but the same bytes, shapes and machinery in a sixth of the time for N = 1.
+The output says so.
+
+With --workdir, artefacts stay: interrupted, the same command goes on. A stage that had been begun before
+is marked, as its time is only that of the rest. Results are in WORKDIR/pipeline.json, and in --output.
 """
 
 import dataclasses
+import json
 import os
 import pathlib
+import shutil
 import sys
 import tempfile
 import time
+from typing import Any
 
 from absl import app, flags
 
+from benchmarks import process_tree, small_bert
 from data_pipelines.corpora import SPLITS
-from data_pipelines.manifest import MANIFEST_FILE, Manifest
+from data_pipelines.manifest import Manifest
 
-_MEGABYTES = flags.DEFINE_integer("megabytes", 100, "Of code, at most.", lower_bound=1)
+_MEGABYTES = flags.DEFINE_integer("megabytes", 110, "Of code, at most.", lower_bound=1)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Keep the artefacts here.")
+_LAYERS = flags.DEFINE_integer("layers", None, "Of MiniLM; all by default.", lower_bound=1)
 _PROCESSES = flags.DEFINE_integer("processes", 1, "As for launch.prepare.", lower_bound=1)
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 32_000, "Of the tokeniser.")
 _SHARD_MEGABYTES = flags.DEFINE_integer("shard_megabytes", 16, "Of documents.", lower_bound=1)
+_RECALL = flags.DEFINE_integer(
+    "recall_queries", 1000, "Chunks of each split whose neighbours are also found by brute force."
+)
+_OUTPUT = flags.DEFINE_string("output", None, "Copy the results to this JSON file too.")
 
+_RESULTS = "pipeline.json"
 _STAGES = ("documents", "tokenizer", "chunks", "keys", "index", "neighbours")
 _SETTINGS = """
 wikipedia/CorpusConfig.name = 'wikipedia'
@@ -41,69 +57,153 @@ DocumentsConfig.corpora = (@wikipedia/CorpusConfig(), @packages/CorpusConfig(), 
 DocumentsConfig.validation = 0.005
 DocumentsConfig.test = 0.005
 DocumentsConfig.shard_bytes = {shard}
+DocumentsConfig.skip_bad_documents = True
 TokenizerConfig.vocab_size = {vocabulary}
 TokenizerConfig.max_training_bytes = 20_000_000
+KeysConfig.model = {model!r}
 NeighboursConfig.train = 4
+NeighboursConfig.validation = 10
+NeighboursConfig.test = 10
+NeighboursConfig.recall_queries = {recall}
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What a stage took: wall and processor seconds, and the largest process's peak memory in bytes."""
+    """What a stage took: wall and processor seconds, peaks in bytes as `process_tree.Peak` has them.
+
+    Attributes:
+      resumed: an earlier run of this benchmark had begun the stage, so that this is of the rest only.
+    """
 
     wall: float
     processor: float
-    memory: int
+    tree: int
+    anonymous: int
+    bound: int
+    resumed: bool = False
 
 
-def run_stage(stage: str, workdir: pathlib.Path, settings: pathlib.Path) -> Usage:
-    """Runs a stage in a process of its own."""
+class Results:
+    """WORKDIR/pipeline.json, written after every stage."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self._path = path
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        self.stages = {name: Usage(**held) for name, held in known.get("stages", {}).items()}
+        self._begun: list[str] = known.get("begun", [])
+
+    def begin(self, stage: str) -> bool:
+        """Notes that a stage begins; returns whether it had begun before."""
+        again = stage in self._begun
+        self._begun.append(stage)
+        self.write({})
+        return again
+
+    def write(self, facts: dict[str, Any]) -> None:
+        """Writes what is known, and further facts."""
+        stages = {name: dataclasses.asdict(usage) for name, usage in self.stages.items()}
+        text = json.dumps(facts | {"begun": sorted(set(self._begun)), "stages": stages}, indent=1)
+        self._path.write_text(text + "\n")
+
+
+def run_stage(stage: str, workdir: pathlib.Path, settings: pathlib.Path, results: Results) -> None:
+    """Runs a stage in a process of its own, unless an earlier run did to the end."""
+    if stage in results.stages:
+        return
+    resumed = results.begin(stage)
     command = [sys.executable, "-m", "launch.prepare", f"--workdir={workdir}"]
     command += [f"--gin_file={settings}", f"--stages={stage}", f"--processes={_PROCESSES.value}"]
     start = time.perf_counter()
-    child = os.posix_spawn(sys.executable, command, os.environ)
-    _, status, usage = os.wait4(child, 0)
+    status, processor, peak = process_tree.run(command)
     if status:
         raise SystemExit(f"stage {stage} failed: {' '.join(command)}")
     wall = time.perf_counter() - start
-    return Usage(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+    results.stages[stage] = Usage(wall, processor, **dataclasses.asdict(peak), resumed=resumed)
+    results.write({})
 
 
 def totals(workdir: pathlib.Path) -> dict[str, int]:
-    """Documents, tokens and chunks of all splits, as far as they are made."""
+    """Documents, tokens and chunks of all splits."""
     sums = {"documents": 0, "tokens": 0, "chunks": 0}
     for split in SPLITS:
-        if (workdir / "chunks" / split / MANIFEST_FILE).is_file():
-            manifest = Manifest.read(workdir / "chunks" / split)
-            for name in sums:
-                sums[name] += manifest.fact(name)
+        manifest = Manifest.read(workdir / "chunks" / split)
+        for name in sums:
+            sums[name] += manifest.fact(name)
     return sums
+
+
+def facts_of(workdir: pathlib.Path, encoder: str) -> dict[str, Any]:
+    """What was prepared, with what, and the recall of each table."""
+    tables = {split: Manifest.read(workdir / "neighbours" / split) for split in SPLITS}
+    size = sum(path.stat().st_size for path in workdir.rglob("*") if path.is_file())
+    return {
+        "encoder": encoder,
+        "cores": os.cpu_count(),
+        "processes": _PROCESSES.value,
+        "megabytes_of_code": _MEGABYTES.value,
+        "totals": totals(workdir),
+        "key_padding": Manifest.read(workdir / "keys" / "train").fact("padding"),
+        "plan": Manifest.read(workdir / "index").fact("plan"),
+        "recall": {split: table.fact("recall") for split, table in tables.items()},
+        "bytes_on_disk": size,
+    }
+
+
+def show(results: Results, facts: dict[str, Any]) -> None:
+    """Prints the table."""
+    sums: dict[str, int] = facts["totals"]
+    print(", ".join(f"{count:,} {name}" for name, count in sums.items()))
+    print(f"encoder: {facts['encoder']}; padding of its batches {facts['key_padding']:.1%}")
+    heads = [f"{name}/s" for name in sums] + [f"{name}/core s" for name in sums]
+    print(f"{'stage':11} {'wall s':>8} {'core s':>8} {'peak MB':>8} {'anon MB':>8} ", end="")
+    print(" ".join(f"{head:>16}" for head in heads))
+    for stage, usage in results.stages.items():
+        rates = [count / usage.wall for count in sums.values()]
+        rates += [count / usage.processor for count in sums.values()]
+        told = " ".join(f"{rate:16,.0f}" for rate in rates)
+        memory = f"{usage.tree / 1e6:8,.0f} {usage.anonymous / 1e6:8,.0f}"
+        mark = "  (resumed: time and rates of the rest only)" if usage.resumed else ""
+        print(f"{stage:11} {usage.wall:8.1f} {usage.processor:8.1f} {memory} {told}{mark}")
+    wall = sum(usage.wall for usage in results.stages.values())
+    peak = max(usage.tree for usage in results.stages.values())
+    bound = max(usage.bound for usage in results.stages.values())
+    print(f"all: {wall:,.0f} s; peak {peak / 1e6:,.0f} MB, at most {bound / 1e6:,.0f} MB")
+    for split, recall in facts["recall"].items():
+        told = f"recall@{recall['k']} {recall['recall']:.4f} of {recall['queries']:,} queries"
+        print(f"{split}: {told} against brute force")
 
 
 def main(_: list[str]) -> None:
     """Runs the stages and prints a table."""
     with tempfile.TemporaryDirectory() as place:
-        workdir = pathlib.Path(_WORKDIR.value or place)
+        workdir = pathlib.Path(_WORKDIR.value or place).absolute()
         workdir.mkdir(parents=True, exist_ok=True)
+        model, encoder = "minilm", "MiniLM, all its layers"
+        if _LAYERS.value is not None:
+            model = str(small_bert.cut(model, _LAYERS.value, workdir / "encoder"))
+            encoder = f"NOT THE REAL ONE: the first {_LAYERS.value} layer(s) of MiniLM"
         settings = workdir / "pipeline.gin"
-        values = {
-            "code": _MEGABYTES.value * 1_000_000,
-            "shard": _SHARD_MEGABYTES.value << 20,
-            "vocabulary": _VOCAB_SIZE.value,
-        }
-        settings.write_text(_SETTINGS.format(**values))
-        usages = {stage: run_stage(stage, workdir, settings) for stage in _STAGES}
-        sums = totals(workdir)
-        print(", ".join(f"{count:,} {name}" for name, count in sums.items()))
-        heads = [f"{name}/s" for name in sums] + [f"{name}/core s" for name in sums]
-        print(f"{'stage':11} {'wall s':>8} {'core s':>8} {'peak MB':>8} ", end="")
-        print(" ".join(f"{head:>16}" for head in heads))
-        for stage, usage in usages.items():
-            rates = [count / usage.wall for count in sums.values()]
-            rates += [count / usage.processor for count in sums.values()]
-            told = " ".join(f"{rate:16,.0f}" for rate in rates)
-            memory = usage.memory / 1e6
-            print(f"{stage:11} {usage.wall:8.1f} {usage.processor:8.1f} {memory:8,.0f} {told}")
+        text = _SETTINGS.format(
+            code=_MEGABYTES.value * 1_000_000,
+            shard=_SHARD_MEGABYTES.value << 20,
+            vocabulary=_VOCAB_SIZE.value,
+            model=model,
+            recall=_RECALL.value,
+        )
+        if settings.is_file() and settings.read_text() != text:
+            raise SystemExit(
+                f"{settings} has other settings: expected the same, or a new --workdir"
+            )
+        settings.write_text(text)
+        results = Results(workdir / _RESULTS)
+        for stage in _STAGES:
+            run_stage(stage, workdir, settings, results)
+        facts = facts_of(workdir, encoder)
+        results.write(facts)
+        show(results, facts)
+        if _OUTPUT.value:
+            shutil.copyfile(workdir / _RESULTS, _OUTPUT.value)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,94 @@
+"""Memory and processor time of a command and of all processes that it starts (Linux)."""
+
+import dataclasses
+import os
+import pathlib
+import subprocess
+import threading
+from collections.abc import Iterator, Sequence
+
+_PERIOD = 0.25  # seconds between looks
+
+
+@dataclasses.dataclass
+class Peak:
+    """The most that was seen at any look, in bytes.
+
+    Attributes:
+      tree: proportional set sizes of all processes together: a page that several share counts once.
+      anonymous: the part of it that is no file's: what must fit into memory.
+      bound: each process's own highest resident size, those of one moment added up; nothing between two
+        looks escapes this, but shared pages count again and peaks of different moments add up.
+    """
+
+    tree: int = 0
+    anonymous: int = 0
+    bound: int = 0
+
+
+def descendants(parent: int) -> Iterator[int]:
+    """Processes that a process started, and they in turn."""
+    children: dict[int, list[int]] = {}
+    for entry in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        children.setdefault(int(fields[1]), []).append(int(entry.name))
+    waiting = list(children.get(parent, ()))
+    while waiting:
+        process = waiting.pop()
+        yield process
+        waiting += children.get(process, ())
+
+
+def run(command: Sequence[str]) -> tuple[int, float, Peak]:
+    """Runs a command to its end.
+
+    Returns:
+      Its exit status, processor seconds of it and of the processes that it waited for, and the peak.
+    """
+    process = subprocess.Popen(command)
+    peak, over = Peak(), threading.Event()
+    watcher = threading.Thread(target=_watch, args=(process.pid, peak, over), daemon=True)
+    watcher.start()
+    try:
+        _, status, usage = os.wait4(process.pid, 0)
+    except BaseException:
+        process.kill()
+        raise
+    finally:
+        over.set()
+        watcher.join()
+    process.returncode = os.waitstatus_to_exitcode(status)
+    peak.bound = max(peak.bound, usage.ru_maxrss * 1024)
+    return process.returncode, usage.ru_utime + usage.ru_stime, peak
+
+
+def _watch(root: int, peak: Peak, over: threading.Event) -> None:
+    """Looks at the tree again and again."""
+    while not over.wait(_PERIOD):
+        tree = anonymous = bound = 0
+        for process in (root, *descendants(root)):
+            kilobytes = _kilobytes(process)
+            tree += kilobytes.get("Pss", 0)
+            anonymous += kilobytes.get("Pss_Anon", 0)
+            bound += kilobytes.get("VmHWM", 0)
+        peak.tree = max(peak.tree, 1024 * tree)
+        peak.anonymous = max(peak.anonymous, 1024 * anonymous)
+        peak.bound = max(peak.bound, 1024 * bound)
+
+
+def _kilobytes(process: int) -> dict[str, int]:
+    """What the kernel says of a process's memory; nothing if it has gone."""
+    found = {}
+    for name in ("smaps_rollup", "status"):
+        try:
+            lines = pathlib.Path(f"/proc/{process}/{name}").read_text().splitlines()
+        except OSError:
+            return {}
+        for line in lines:
+            field, _, value = line.partition(":")
+            if value.endswith("kB"):
+                found[field] = int(value.split()[0])
+    return found

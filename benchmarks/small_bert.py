@@ -1,0 +1,57 @@
+"""The first layers of a BERT as a model of their own: keys of less meaning at a fraction of the cost.
+
+For runs that measure the machinery at a size for which the whole model would take hours. Word pieces,
+width, pooling and everything around them are the whole model's.
+"""
+
+import json
+import pathlib
+import re
+import shutil
+
+from safetensors.numpy import load_file, save_file
+
+from data_pipelines.embedder import find_model
+
+_LAYER = re.compile(r"encoder\.layer\.(\d+)\.")
+_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+
+
+def cut(model: str, layers: int, parent: pathlib.Path) -> pathlib.Path:
+    """Writes the first layers of a model, unless they are there.
+
+    Args:
+      model: a packaged BERT's name, or a Hugging Face folder.
+      layers: how many to keep.
+      parent: where the new folder goes, whose name says what it is.
+
+    Returns:
+      The folder.
+    """
+    source = find_model(model)
+    config = json.loads((source / _CONFIG).read_text())
+    if not 0 < layers <= config["num_hidden_layers"]:
+        raise SystemExit(
+            f"--layers={layers}: expected 1 to {config['num_hidden_layers']}, which {model} has"
+        )
+    folder = parent / f"{pathlib.Path(model).name}-first-{layers}-layers"
+    if (folder / _CONFIG).is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in source.rglob("*"):  # pooling and normalisation have folders of their own
+        place = folder / path.relative_to(source)
+        if path.suffix in (".json", ".txt") and place != folder / _CONFIG:
+            place.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, place)
+    weights = load_file(source / _WEIGHTS)
+    kept = {name: value for name, value in weights.items() if _layer_of(name) < layers}
+    save_file(kept, folder / _WEIGHTS, metadata={"format": "pt"})
+    # Last: a folder that has it is whole.
+    (folder / _CONFIG).write_text(json.dumps(config | {"num_hidden_layers": layers}, indent=1))
+    return folder
+
+
+def _layer_of(name: str) -> int:
+    """The layer that a weight is of; -1 for what every depth has."""
+    found = _LAYER.search(name)
+    return int(found[1]) if found else -1
