@@ -1,6 +1,6 @@
 """Input tokens a second with neighbours attached, for databases larger than any cache.
 
-    python benchmarks/input.py [--chunks=4000000] [--neighbours=2] [--sequence_length=2048]
+    python -m benchmarks.input [--chunks=4000000] [--neighbours=2] [--sequence_length=2048]
 
 Writes a database of random tokens and a table of random neighbours into a temporary folder (640 MB
 for 4,000,000 chunks), the worst case for reading, and makes batches of it: as random access in one
@@ -15,13 +15,10 @@ import pathlib
 import tempfile
 import time
 
-import numpy as np
 from absl import app, flags
 
+from benchmarks.tables import write_database, write_table
 from data_pipelines.batches import BatchConfig, Batches
-from data_pipelines.chunk_database import CHUNK_LENGTH, ChunkDatabase
-from data_pipelines.manifest import Stage, shard_name
-from data_pipelines.neighbours import NeighbourTable
 
 _CHUNKS = flags.DEFINE_integer("chunks", 4_000_000, "Chunks of the database.", lower_bound=1)
 _SHARDS = flags.DEFINE_integer("shards", 8, "Shards that they lie in.", lower_bound=1)
@@ -29,41 +26,6 @@ _NEIGHBOURS = flags.DEFINE_integer("neighbours", 2, "Neighbours a chunk.", lower
 _LENGTH = flags.DEFINE_integer("sequence_length", 2048, "Tokens a sequence.", lower_bound=64)
 _BATCH = flags.DEFINE_integer("batch_size", 32, "Sequences a batch.", lower_bound=1)
 _SECONDS = flags.DEFINE_integer("seconds", 10, "How long each measurement takes.", lower_bound=1)
-
-_DOCUMENT = 20  # chunks a document
-
-
-def write_database(folder: pathlib.Path, chunks: int, shards: int) -> ChunkDatabase:
-    """A chunk database of random tokens, without the documents' records."""
-    vocabulary = {"vocab_size": 32_000, "pad_id": 0, "bos_id": 1, "eos_id": 2}
-    stage = Stage(folder, "chunks", {"chunk_length": CHUNK_LENGTH, **vocabulary})
-    rng = np.random.default_rng(0)
-    bounds = np.linspace(0, chunks, shards + 1).astype(int).tolist()
-    for i, (start, end) in enumerate(itertools.pairwise(bounds)):
-        tokens = rng.integers(3, 32_000, (end - start, CHUNK_LENGTH), np.uint16)
-        stage.write_array(shard_name("chunks", i), tokens)
-        owners = np.arange(start, end, dtype=np.int32) // _DOCUMENT
-        stage.write_array(shard_name("documents", i), owners)
-    facts = {
-        "documents": -(-chunks // _DOCUMENT),
-        "shards": [end - start for start, end in itertools.pairwise(bounds)],
-        "corpora": {"random": {"ranges": [[0, chunks]]}},
-    }
-    stage.finish(facts)
-    return ChunkDatabase.open(folder)
-
-
-def write_table(folder: pathlib.Path, database: ChunkDatabase, k: int) -> NeighbourTable:
-    """A neighbour table of random ids."""
-    parent = (database.manifest, database.directory)
-    stage = Stage(folder, "neighbours", {"k": k}, {"chunks": parent, "database": parent})
-    rng = np.random.default_rng(1)
-    for i, ids in enumerate(database.shards):
-        table = rng.integers(0, len(database), (len(ids), k))
-        stage.write_array(shard_name("neighbours", i), table)
-        stage.write_array(shard_name("scores", i), np.zeros(table.shape, np.float32))
-    stage.finish()
-    return NeighbourTable.open(folder, database, database)
 
 
 def measure(name: str, batches: Batches, seconds: int, *, prefetch: bool) -> None:

@@ -11,6 +11,7 @@ from retro_jax.evaluate.report import ChartView, condition_name, swept
 
 _FEW = 30  # tokens below which a mean is not shown
 _COUNTED = 200_000  # chunks of the training split whose tokens are counted
+_Y = "bits per byte"
 _X = {"k": "neighbours a chunk", "database": "share of the retrieval database's documents, %"}
 _TITLES = {"k": "By number of neighbours", "database": "By size of the retrieval database"}
 
@@ -23,13 +24,33 @@ def sweep_charts(results: Mapping[str, Any]) -> Iterator[ChartView]:
             continue
         x = [float(name.partition("_")[2]) * (100 if kind == "database" else 1) for name in names]
         y = [results[name]["all"]["bits_per_byte"] for name in names]
+        if kind == "database" and "on" in results and x[-1] < 100:
+            x, y = [*x, 100.0], [*y, results["on"]["all"]["bits_per_byte"]]
         lines = [Line("RETRO[ON]", x, y, "first")]
         for name, style in (("off", "second"), ("baseline", "third")):
             if name in results:
                 level = results[name]["all"]["bits_per_byte"]
                 lines.append(Line(condition_name(name), [x[0], x[-1]], [level, level], style))
-        svg = line_chart(lines, x_label=_X[kind], y_label="bits per byte")
+        svg = line_chart(lines, x_label=_X[kind], y_label=_Y)
         yield ChartView(title, "All corpora together.", svg)
+
+
+def window_charts(several: Mapping[str, Any] | None) -> Iterator[ChartView]:
+    """Bits per byte by the overlap of windows, where several were scored."""
+    if not several:
+        return
+    rows = several["rows"]
+    x = [100 * row["overlap"] for row in rows]
+    lines = [
+        Line(
+            condition_name(name), x, [row["figures"][name]["bits_per_byte"] for row in rows], style
+        )
+        for name, style in (("on", "first"), ("off", "second"), ("baseline", "third"))
+        if name in rows[0]["figures"]
+    ]
+    svg = line_chart(lines, x_label="share of a window that is context only, %", y_label=_Y)
+    caption = f"Windows of {several['chunks']} chunks; every token is scored once."
+    yield ChartView("By overlap of windows", caption, svg)
 
 
 def place_chart(gains: np.ndarray, counted: np.ndarray) -> ChartView:

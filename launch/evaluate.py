@@ -9,6 +9,7 @@ once, in windows of the trained length that advance by half of it. docs/evaluati
 condition and figure is. Writes, in W/evaluation:
 
     SPLIT.json, SPLIT.md           what was printed last, with every sum and figure
+    SPLIT-windows.json             figures of each --overlap, where there are several
     SPLIT-overlap.json .csv .svg   the same figures by overlap with the training data, r(C) <= alpha
     SPLIT-CONDITION-STEP-ID.json   one condition of one checkpoint; found again, it is reused
     SPLIT-CONDITION-STEP-ID.npy    [chunks, 64] float32, the loss in nats of each token
@@ -34,7 +35,7 @@ from absl import flags
 from data_pipelines import files
 from data_pipelines.slices import SliceConfig
 from data_pipelines.tokenizer import Tokenizer
-from launch import app, configurables, runs
+from launch import app, configurables, runs, windows
 from launch.arrays import write_array
 from launch.conditions import (
     KINDS,
@@ -45,6 +46,7 @@ from launch.conditions import (
     passes,
     swept_conditions,
 )
+from launch.intervals import share_with_interval, with_intervals
 from launch.knn import KNN, knn_scoring, knn_settings
 from launch.markdown import markdown
 from launch.overlap import Scored, format_overlap, write_overlap
@@ -53,7 +55,8 @@ from launch.scoring import Pass, Scorer, forget
 from launch.shared_flags import AVERAGED, DATA, NUM_NEIGHBOURS, RETRIEVAL, SPLIT
 from launch.slices import prepare_slice, wanted_slices
 from launch.splits import Split, open_split, places_of
-from launch.tables import format_table
+from launch.tables import aligned, format_table
+from launch.windows import overlaps, windows_of
 from retro_jax.errors import UserError
 from retro_jax.evaluate import metrics, score
 from retro_jax.evaluate.report import condition_name
@@ -64,23 +67,13 @@ from retro_jax.train import processes
 MAX_DOCUMENTS = flags.DEFINE_integer(
     "max_documents", None, "Score only the first so many documents of each corpus.", lower_bound=1
 )
-STRIDE = flags.DEFINE_integer(
-    "stride_chunks",
-    None,
-    "Chunks that windows advance by (half the trained length).",
-    lower_bound=1,
+HELP_ALSO = (
+    "launch.conditions",
+    "launch.knn",
+    "launch.slices",
+    "launch.windows",
+    "launch.processes",
 )
-OVERLAP = flags.DEFINE_float(
-    "overlap", None, "Share of a window that is context only, as 0.75 for WikiText.", 0.0, 1.0
-)
-WINDOW = flags.DEFINE_integer(
-    "window_chunks", None, "Chunks of a window. Default: the trained length.", lower_bound=1
-)
-BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 8, "Windows at once, rounded up to a multiple of the devices.", lower_bound=1
-)
-
-HELP_ALSO = ("launch.conditions", "launch.knn", "launch.slices", "launch.processes")
 
 FOLDER = "evaluation"
 _BASELINE = "baseline"
@@ -94,7 +87,7 @@ class Work:
     Attributes:
       folder: W/evaluation. data: the directory of the prepared data. split: of it, or a slice.
       text: [n, 64] bool, the tokens of the split that count. lengths: [V] bytes of each token.
-      scorer: what scores them.
+      scorer: what scores them. overlap: of its windows; None for the default.
     """
 
     folder: pathlib.Path
@@ -103,6 +96,7 @@ class Work:
     text: np.ndarray
     lengths: np.ndarray
     scorer: Scorer = dataclasses.field(default_factory=Scorer)
+    overlap: float | None = None
 
 
 def main() -> None:
@@ -128,6 +122,8 @@ def _checked_conditions(workdir: pathlib.Path, data: pathlib.Path) -> list[Condi
     conditions = _conditions(workdir, _wanted(RETRIEVAL.value))
     for condition in conditions:
         runs.check_data(condition.run, data)
+        for overlap in overlaps():
+            windows_of(condition.run, overlap)  # is refused now, not after hours
     return conditions
 
 
@@ -157,25 +153,36 @@ def _say(text: str) -> None:
 
 def _evaluate_all(work: Work, conditions: Sequence[Condition]) -> None:
     """Scores a split under all conditions; the first process writes and prints every form of it."""
-    results: dict[str, Any] = {}
-    for together in passes(conditions):
-        results |= evaluate(work, together)
-    processes.together(lambda: _publish(work, results) if processes.is_first() else None)
+    by_overlap: dict[float | None, dict[str, Any]] = {}
+    for overlap in overlaps():
+        results: dict[str, Any] = {}
+        for together in passes(conditions):
+            results |= evaluate(dataclasses.replace(work, overlap=overlap), together)
+        by_overlap[overlap] = results
+    processes.together(lambda: _publish(work, by_overlap) if processes.is_first() else None)
 
 
-def _publish(work: Work, results: Mapping[str, Any]) -> None:
-    """Writes every form of the results and prints them."""
-    name = work.split.name
+def _publish(work: Work, by_overlap: Mapping[Any, Mapping[str, Any]]) -> None:
+    """Writes every form of the results and prints them: those of the largest overlap, then all."""
+    name, results = work.split.name, list(by_overlap.values())[-1]
+    scored = Scored(work.folder, work.split, work.text, work.lengths, results)
+    results = with_intervals(scored)
     files.write_atomically(work.folder / f"{name}.json", files.to_json(results))
     print(format_table(results))
     overlap = None
     if work.split.table is None:
         print(f"no figures by overlap: {work.data} has no neighbours of the {name} split")
     else:
-        scored = Scored(work.folder, work.split, work.text, work.lengths, results)
         overlap = write_overlap(scored)
         print(f"\n{format_overlap(overlap)}")
-    text = markdown(results, overlap)
+    several = None
+    if len(by_overlap) > 1:
+        several = windows.compared(by_overlap)
+        path = windows.windows_file(work.folder, name)
+        files.write_atomically(path, files.to_json(several))
+        for title, header, rows in windows.tables(several):
+            print(f"\n{title}\n{aligned(header, rows)}")
+    text = markdown(results, overlap, several)
     files.write_atomically(work.folder / f"{name}.md", text.encode())
 
 
@@ -214,7 +221,7 @@ def evaluate(work: Work, conditions: Sequence[Condition]) -> dict[str, dict[str,
     Several processes compute together; the first one alone writes, and has what is returned.
     """
     folder, split = work.folder, work.split
-    heads = {c.name: _head(split, c) for c in conditions}
+    heads = {c.name: _head(work, c) for c in conditions}
     names = {
         c.name: f"{split.name}-{c.name}-{c.run.step:08d}-{_digest(heads[c.name])}"
         for c in conditions
@@ -227,7 +234,8 @@ def evaluate(work: Work, conditions: Sequence[Condition]) -> dict[str, dict[str,
             name = names[condition.name]
             result = heads[condition.name] | {"nll": f"{name}.npy", **figures(work, nll), **more}
             if split.name.startswith("lambada") and condition.kind not in ("knn", "k"):
-                result["last_word_accuracy"] = _accuracy(work, condition)
+                right = documents_right(work, condition)
+                result["last_word_accuracy"] = share_with_interval(right)
             if processes.is_first():
                 write_array(folder / f"{name}.npy", nll)
                 files.write_atomically(folder / f"{name}.json", files.to_json(result))
@@ -241,15 +249,16 @@ def _is_there(folder: pathlib.Path, name: str) -> bool:
     return (folder / f"{name}.json").is_file() and (folder / f"{name}.npy").is_file()
 
 
-def _head(split: Split, condition: Condition) -> dict[str, Any]:
+def _head(work: Work, condition: Condition) -> dict[str, Any]:
     """What a result depends on."""
-    windows = _windows(condition.run)
+    split = work.split
+    cut = windows_of(condition.run, work.overlap)
     return {
         "condition": condition.name,
         "settings": {
             "split": split.name,
-            "window_chunks": windows.chunks,
-            "stride_chunks": windows.stride,
+            "window_chunks": cut.chunks,
+            "stride_chunks": cut.stride,
             "neighbours": condition.neighbours,
             "max_documents": MAX_DOCUMENTS.value,
             "execution": dataclasses.asdict(condition.run.execution),
@@ -265,35 +274,17 @@ def _digest(head: Mapping[str, Any]) -> str:
     return hashlib.sha256(files.to_json(head)).hexdigest()[:_ID_DIGITS]
 
 
-def _windows(run: runs.Run) -> score.WindowConfig:
-    """Windows of the trained length, or of the one that is asked for."""
-    chunks = WINDOW.value or run.chunks
-    stride = STRIDE.value or max(1, chunks // 2)
-    if OVERLAP.value is not None:
-        if STRIDE.value is not None:
-            raise flags.Error("--overlap and --stride_chunks: expected one of them")
-        stride = round(chunks * (1 - OVERLAP.value))
-        if not stride or not math.isclose(stride, chunks * (1 - OVERLAP.value)):
-            raise flags.Error(
-                f"--overlap={OVERLAP.value:g}: expected a share of {chunks} chunks, the window, that "
-                "is a whole number and not all"
-            )
-    if stride > chunks:
-        raise flags.Error(f"--stride_chunks={stride}: expected at most {chunks}, the window")
-    return score.WindowConfig(chunks=chunks, stride=stride, batch_size=BATCH_SIZE.value)
-
-
-def _accuracy(work: Work, condition: Condition) -> float:
-    """The share of documents every scored token of which is the model's most likely one."""
+def documents_right(work: Work, condition: Condition) -> np.ndarray:
+    """[D] bool: of which documents every scored token is the model's most likely one."""
     tokens = neighbour_tokens(work.split, condition, work.folder, work.data)
     text = dataclasses.replace(work.split.text(0), neighbours=tokens)
-    digest = _digest({"hits": _head(work.split, condition)})
-    windows = _windows(condition.run)
+    digest = _digest({"hits": _head(work, condition)})
+    cut = windows_of(condition.run, work.overlap)
     what = f"{condition_name(condition.name)}, last words"
-    one = Pass(condition.run, score.token_hits, windows, what, work.folder / f".partial-{digest}")
+    one = Pass(condition.run, score.token_hits, cut, what, work.folder / f".partial-{digest}")
     hits = work.scorer.nll(one, text)
     forget(one)
-    return metrics.share_of_documents(hits == 1, work.text, text.documents)
+    return metrics.documents_hit(hits == 1, work.text, text.documents)
 
 
 def _score(
@@ -302,19 +293,18 @@ def _score(
     """[len(conditions), n, 64] float32 nats, and what else is to be said of them."""
     folder, split = work.folder, work.split
     last = max(conditions, key=lambda c: c.neighbours)
+    cut = windows_of(last.run, work.overlap)
     if last.kind == "knn":
-        scoring = knn_scoring(
-            last.run, _windows(last.run), work.scorer, data=work.data, folder=folder
-        )
+        scoring = knn_scoring(last.run, cut, work.scorer, data=work.data, folder=folder)
         nll, facts = scoring.score(split, work.text)
         return nll[None], {"knn": facts}
     sweep = last.kind == "k"
     losses = sweep_losses([c.neighbours for c in conditions]) if sweep else Retro.token_losses
     tokens = neighbour_tokens(split, last, folder, work.data)
     text = dataclasses.replace(split.text(0), neighbours=tokens)
-    partial = folder / f".partial-{_digest({c.name: _head(split, c) for c in conditions})}"
+    partial = folder / f".partial-{_digest({c.name: _head(work, c) for c in conditions})}"
     what = "k sweep" if sweep else condition_name(last.name)
-    one = Pass(last.run, losses, _windows(last.run), what, partial)
+    one = Pass(last.run, losses, cut, what, partial)
     nll = work.scorer.nll(one, text)
     forget(one)
     return (nll if sweep else nll[None]), {}

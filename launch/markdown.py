@@ -3,8 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from launch import windows
+from launch.beside import beside_paper
+from launch.intervals import interval_tables, shown
 from launch.tables import table_scores
-from retro_jax.evaluate import paper
 from retro_jax.evaluate.report import (
     SHOWN_OVERLAP,
     SWEPT_NAMES,
@@ -15,14 +17,26 @@ from retro_jax.evaluate.report import (
 )
 
 
-def markdown(results: Mapping[str, Any], overlap: Mapping[str, Any] | None) -> str:
+def markdown(
+    results: Mapping[str, Any],
+    overlap: Mapping[str, Any] | None,
+    several: Mapping[str, Any] | None = None,
+) -> str:
     """The whole file.
 
     Args:
       results: by condition, of launch.evaluate. overlap: what write_overlap found, if anything.
+      several: what windows.compared found, where windows of several overlaps were scored.
     """
     split = next(iter(results.values()))["settings"]["split"]
-    parts = [f"# Evaluation: {split}", *_figures(results), *_beside(split, results)]
+    parts = [f"# Evaluation: {split}", *_figures(results)]
+    for title, header, rows in windows.tables(several) if several else ():
+        parts += [f"{title}:", markdown_table(header, rows)]
+    beside = beside_paper(results)
+    if beside:
+        parts += [f"## {beside.title}", beside.caption, markdown_table(beside.header, beside.rows)]
+    for view in interval_tables(results):
+        parts += [f"## {view.title}", view.caption, markdown_table(view.header, view.rows)]
     if overlap:
         parts += [*_intervals(overlap)]
     parts += ["## How this was made", *_settings(results)]
@@ -47,34 +61,8 @@ def _figures(results: Mapping[str, Any]) -> Iterator[str]:
     if hits:
         yield "## Accuracy of the last word"
         yield markdown_table(
-            [*map(condition_name, hits)], [[f"{value:.4f}" for value in hits.values()]]
+            [*map(condition_name, hits)], [[shown(value, "") for value in hits.values()]]
         )
-
-
-def _beside(split: str, results: Mapping[str, Any]) -> Iterator[str]:
-    """The paper's figures of the same text, where it has some."""
-    if split.startswith("wikitext103"):
-        yield "The paper's, by word (validation, test):"
-        rows = [[name, f"{valid:.2f}", f"{test:.2f}"] for name, valid, test in paper.WIKITEXT103]
-        yield markdown_table(["", "validation", "test"], rows)
-        count = next(iter(results.values()))["all"]
-        words = count["words"] + count["lines"]
-        whole = [name for name, size in paper.WIKITEXT103_WORDS.items() if size == words]
-        yield f"Words, line ends counted: {words:,}" + (
-            f", the whole {whole[0]} set" if whole else ""
-        )
-    held = {corpus for result in results.values() for corpus in result["corpora"]}
-    if split.startswith("pile") and held & set(paper.PILE):
-        yield "The paper's, of its largest models:"
-        rows = [
-            [corpus, *(f"{value:.3f}" for value in paper.PILE[corpus])]
-            for corpus in sorted(held & set(paper.PILE))
-        ]
-        yield markdown_table(["", "baseline 7B", "RETRO 7.5B"], rows)
-    if split.startswith("lambada"):
-        yield "The paper's, by size:"
-        rows = [[size, f"{base:.2f}", f"{on:.2f}"] for size, (base, on) in paper.LAMBADA.items()]
-        yield markdown_table(["", "baseline", "RETRO"], rows)
 
 
 def _intervals(overlap: Mapping[str, Any]) -> Iterator[str]:
@@ -84,11 +72,7 @@ def _intervals(overlap: Mapping[str, Any]) -> Iterator[str]:
         f"r(C): the longest run of tokens shared with one of the {overlap['neighbours']} nearest "
         f"training neighbours, over {overlap['chunk_length']}. In brackets: {overlap['interval']}."
     )
-    words = overlap["word_perplexity"]
-    names = sorted(words, key=condition_order)
-    yield "Perplexity by word, all chunks: " + ", ".join(
-        f"{condition_name(name)} {_interval(words[name], '', 2)}" for name in names
-    )
+    names = sorted(overlap["rows"][0]["bits_per_byte"], key=condition_order)
     rows = [row for row in overlap["rows"] if row["at_most"] in (SHOWN_OVERLAP, 1.0)]
     pairs = list(rows[0]["differences"])
     header = ["corpus", "r(C)", "chunks", *map(condition_name, names)]
@@ -100,20 +84,12 @@ def _intervals(overlap: Mapping[str, Any]) -> Iterator[str]:
                 row["corpus"] or "all",
                 f"<= {row['at_most']:.0%}",
                 f"{row['chunks']:,}",
-                *(_interval(row["bits_per_byte"][name], "") for name in names),
-                *(_interval(row["differences"][pair], "+") for pair in pairs),
+                *(shown(row["bits_per_byte"][name], "") for name in names),
+                *(shown(row["differences"][pair], "+") for pair in pairs),
             ]
             for row in rows
         ],
     )
-
-
-def _interval(figure: Mapping[str, float | None], sign: str, digits: int = 4) -> str:
-    """A figure with its interval."""
-    value, low, high = (figure[name] for name in ("value", "low", "high"))
-    if value is None or low is None or high is None:
-        return "none"
-    return f"{value:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
 
 
 def _settings(results: Mapping[str, Any]) -> Iterator[str]:

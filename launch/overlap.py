@@ -25,9 +25,8 @@ from retro_jax.evaluate.report import (
     overlap_chart,
     swept,
 )
-from retro_jax.evaluate.statistics import intervals, resampled_sums
 
-_PAIRS = (("on", "off"), ("on", "baseline"), ("on", "random"), ("on", "knn"))
+PAIRS = (("on", "off"), ("on", "baseline"), ("on", "random"), ("on", "knn"))
 _BLOCK = 4096  # chunks whose neighbours are in memory at once
 
 
@@ -69,7 +68,7 @@ def write_overlap(scored: Scored) -> dict[str, Any]:
       and threshold.
     """
     chunks, neighbours = _chunks(scored)
-    pairs = [pair for pair in _PAIRS if set(pair) <= set(scored.results)]
+    pairs = [pair for pair in PAIRS if set(pair) <= set(scored.results)]
     rows = [_row(point) for point in leakage.overlap_curve(chunks, pairs)]
     paths = overlap_files(scored.folder, scored.split.name)
     found = {
@@ -78,28 +77,12 @@ def write_overlap(scored: Scored) -> dict[str, Any]:
         "interval": "95%, percentiles of 1,000 bootstrap resamples of the documents",
         "manifests": scored.split.hashes(True),
         "models": {name: result["model"] for name, result in scored.results.items()},
-        "word_perplexity": _word_perplexity(scored.split, chunks),
         "rows": rows,
     }
     files.write_atomically(paths.json, files.to_json(found))
     files.write_atomically(paths.csv, _csv(rows).encode())
     files.write_atomically(paths.svg, as_file(overlap_chart(curves(rows).get("", []))).encode())
     return found
-
-
-def _word_perplexity(split: Split, chunks: leakage.ScoredChunks) -> dict[str, Any]:
-    """Each condition's perplexity by word over all corpora, with its interval over documents."""
-    records = split.records()
-    numbers, owner = np.unique(chunks.documents, return_inverse=True)
-    words = [records[n].words + records[n].lines for n in numbers.tolist()]
-    nats = [np.bincount(owner, bits) * math.log(2) for bits in chunks.bits.values()]
-    columns = np.stack([np.array(words, np.float64), *nats], axis=1)
-    drawn = resampled_sums(columns, samples=1000, seed=0)
-    total = columns.sum(axis=0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        rates, sampled = total[1:] / total[0], drawn[:, 1:] / drawn[:, :1]
-    found = intervals(np.exp(np.minimum(rates, 700)), np.exp(np.minimum(sampled, 700)))
-    return {name: _plain(each) for name, each in zip(chunks.bits, found, strict=True)}
 
 
 def _chunks(scored: Scored) -> tuple[leakage.ScoredChunks, int]:
@@ -150,15 +133,15 @@ def _row(point: leakage.Point) -> dict[str, Any]:
     return {
         **fields,
         "bytes": point.bytes,
-        "bits_per_byte": {name: _plain(value) for name, value in point.bits_per_byte.items()},
+        "bits_per_byte": {name: plain(value) for name, value in point.bits_per_byte.items()},
         "differences": {
-            f"{first}-{second}": _plain(value)
+            f"{first}-{second}": plain(value)
             for (first, second), value in point.differences.items()
         },
     }
 
 
-def _plain(interval: Any) -> dict[str, float | None]:
+def plain(interval: Any) -> dict[str, float | None]:
     """An Interval for JSON."""
     return {n: v if math.isfinite(v) else None for n, v in dataclasses.asdict(interval).items()}
 

@@ -18,9 +18,11 @@ from absl import flags
 from data_pipelines import files
 from data_pipelines.revisions import open_database
 from data_pipelines.tokenizer import Tokenizer
-from launch import app, charts, runs
+from launch import app, charts, runs, windows
 from launch.arrays import read_array
+from launch.beside import beside_paper
 from launch.evaluate import FOLDER as EVALUATION
+from launch.intervals import interval_tables
 from launch.overlap import curves, overlap_files
 from launch.sample import FOLDER as SAMPLES
 from launch.shared_flags import DATA, SPLIT
@@ -35,7 +37,9 @@ from retro_jax.evaluate.report import (
     OverlapPoint,
     Report,
     SampleView,
+    TableView,
     render,
+    swept,
 )
 from retro_jax.train.metrics import METRICS_FILE, read_curve
 
@@ -63,11 +67,15 @@ def main() -> None:
         title=TITLE.value,
         summary=_summary(run, results),
         facts=list(_facts(data, run, results)),
-        scores=table_scores(results),
+        scores=table_scores({name: results[name] for name in swept(results)}),
         curves=list(_curves(workdir)),
         chunks=_chunk_views(data, results, scored) if scored else [],
         samples=list(_samples(workdir / SAMPLES, run)),
-        charts=list(_charts(results, scored)),
+        charts=[
+            *charts.window_charts(_several(workdir / EVALUATION, results)),
+            *_charts(results, scored),
+        ],
+        tables=list(_tables(workdir / EVALUATION, results)),
         overlap=_overlap(workdir / EVALUATION, results),
     )
     files.write_atomically(workdir / FILE, render(report).encode())
@@ -115,6 +123,26 @@ def _facts(
                 f"neighbours, windows of {settings['window_chunks']} chunks, stride {settings['stride_chunks']}"
             ),
         )
+
+
+def _tables(folder: pathlib.Path, results: Mapping[str, Any]) -> Iterator[TableView]:
+    """The paper's figures, how sure ours are, and overlaps of windows."""
+    beside = beside_paper(results)
+    if beside:
+        yield beside
+    if all("intervals" in result["all"] for result in results.values()):
+        yield from interval_tables(results)
+    several = _several(folder, results)
+    for title, header, rows in windows.tables(several) if several else ():
+        yield TableView(title, "", header, rows)
+
+
+def _several(folder: pathlib.Path, results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The figures of several overlaps of windows, where they are of the same models."""
+    path = windows.windows_file(folder, SPLIT.value)
+    found = files.read_json(path) if path.is_file() else None
+    models = {name: result["model"] for name, result in results.items()}
+    return found if found and found["models"] == models else None
 
 
 def _curves(workdir: pathlib.Path) -> Iterator[Curve]:

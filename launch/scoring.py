@@ -24,7 +24,7 @@ from retro_jax.train import processes
 from retro_jax.train.inputs import global_batch, local_rows
 
 # Chunks of a segment; not a setting, as documents at its ends have windows of their own.
-SEGMENT = 1 << 16
+SEGMENT = 1 << 14
 
 Losses = Callable[[Retro, RetroBatch], jax.Array]
 
@@ -109,13 +109,13 @@ class Scorer:
         """A model's losses as a program for all devices, and how it takes its batches."""
         mesh = make_mesh(run.mesh)
         rounded = _rounded(windows, mesh)
-        key = (run.directory, losses, rounded)
+        key = (run.directory, losses, rounded.chunks, rounded.batch_size)
         if key not in self._compiled:
             processes.connect(mesh)
             with jax.set_mesh(mesh):
                 model = runs.load_model(run, mesh)
                 self._compiled[key] = _compile(model, losses, mesh, rounded)
-        return self._compiled[key]
+        return dataclasses.replace(self._compiled[key], windows=rounded)
 
 
 def _compile(

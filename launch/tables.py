@@ -29,7 +29,12 @@ def format_table(results: Mapping[str, Any]) -> str:
 def _aligned(results: Mapping[str, Any]) -> str:
     """One table of bits per byte."""
     header, rows, _ = score_rows(table_scores(results), "bits_per_byte", 4)
-    lines = [["bits per byte", *header[1:]], *rows]
+    return aligned(["bits per byte", *header[1:]], rows)
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as text: the first column to the left, the others to the right."""
+    lines = [header, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
 
     def show(line: Sequence[str]) -> str:

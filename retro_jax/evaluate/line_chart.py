@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 _WIDTH, _HEIGHT = 860, 320
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 130, 14, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 160, 14, 44
 
 
 # Classes of the style sheet that are colours, and these colours on white.

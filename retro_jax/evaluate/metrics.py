@@ -117,16 +117,15 @@ def measure(
     return {name: _score(sums, chosen, corpora == name) for name in names}
 
 
-def share_of_documents(hits: np.ndarray, text: np.ndarray, documents: np.ndarray) -> float:
-    """The share of documents of which every scored token is hit; NaN without any document.
+def documents_hit(hits: np.ndarray, text: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    """[D] bool: of which documents every scored token is hit.
 
     Args:
       hits: [n, M] bool. text: [n, M] bool, the tokens that are scored. documents: [n].
     """
     missed = (text & ~hits).any(axis=1)
     numbers, owner = np.unique(documents, return_inverse=True)
-    bad = np.bincount(owner, weights=missed, minlength=len(numbers)) > 0
-    return _ratio(float(len(numbers) - bad.sum()), len(numbers))
+    return np.bincount(owner, weights=missed, minlength=len(numbers)) == 0
 
 
 def text_mask(tokens: np.ndarray, documents: np.ndarray, *, eos_id: int, pad_id: int) -> np.ndarray:

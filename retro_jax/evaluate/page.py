@@ -87,8 +87,15 @@ def page(title: str, body: str) -> str:
     )
 
 
-def table(header: list[str], rows: list[list[str]], *, best: list[int | None]) -> str:
-    """A table of plain texts; `best` is the column to emphasise in each row. The last row is a total."""
+def table(
+    header: list[str], rows: list[list[str]], *, best: list[int | None], total: bool = True
+) -> str:
+    """A table of plain texts.
+
+    Args:
+      header, rows: its cells. best: the column to emphasise in each row.
+      total: whether the last row is one.
+    """
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     lines = []
     for number, (row, strong) in enumerate(zip(rows, best, strict=True)):
@@ -96,7 +103,8 @@ def table(header: list[str], rows: list[list[str]], *, best: list[int | None]) -
             f"<td{' class=best' if column == strong else ''}>{html.escape(cell)}</td>"
             for column, cell in enumerate(row)
         )
-        lines.append(f"<tr{' class=total' if number == len(rows) - 1 else ''}>{cells}</tr>")
+        last = total and number == len(rows) - 1
+        lines.append(f"<tr{' class=total' if last else ''}>{cells}</tr>")
     return (
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"

@@ -107,6 +107,16 @@ class ChartView:
 
 
 @dataclasses.dataclass(frozen=True)
+class TableView:
+    """A further table: its heading, what is to be said of it, and plain cells."""
+
+    title: str
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """Everything the page shows; a section without content is left out.
 
@@ -115,7 +125,7 @@ class Report:
       scores: condition -> corpus -> Score.to_dict(), where the corpus "" is all of them.
       curves: training losses.
       chunks, samples: what retrieval did, and generated text.
-      charts: further ones, of what retrieval depends on.
+      charts: further ones, of what retrieval depends on. tables: further ones, behind the scores.
       overlap: corpus ("" for all) -> the figures by overlap with the training data.
     """
 
@@ -127,6 +137,7 @@ class Report:
     chunks: Sequence[ChunkView]
     samples: Sequence[SampleView]
     charts: Sequence[ChartView] = ()
+    tables: Sequence[TableView] = ()
     overlap: Mapping[str, Sequence[OverlapPoint]] = dataclasses.field(default_factory=dict)
 
 
@@ -138,6 +149,7 @@ def render(report: Report) -> str:
     parts = [
         f"<h1>{html.escape(report.title)}</h1><p class=dim>{html.escape(report.summary)}</p>",
         _scores_section(report.scores),
+        *map(_table_section, report.tables),
         _overlap_section(report.overlap),
         *map(_chart_section, report.charts),
         _curves_section(report.curves),
@@ -239,7 +251,7 @@ def _overlap_section(overlap: Mapping[str, Sequence[OverlapPoint]]) -> str:
         f'<figure><div class="card">{chart}</div></figure>',
     ]
     if "" in few:
-        conditions = few[""].bits_per_byte
+        conditions = swept(few[""].bits_per_byte)
         figures = {
             name: {c: {"bits_per_byte": point.bits_per_byte[name]} for c, point in few.items()}
             for name in conditions
@@ -248,6 +260,16 @@ def _overlap_section(overlap: Mapping[str, Sequence[OverlapPoint]]) -> str:
         count = f"{few[''].chunks:,} chunks with r(C) at most {SHOWN_OVERLAP:.0%}"
         parts.append(f"<p class='dim small'>{count}:</p>{table(header, rows, best=best)}")
     return "".join(parts)
+
+
+def _table_section(view: TableView) -> str:
+    """A further table."""
+    caption = f"<p class='dim small'>{html.escape(view.caption)}</p>" if view.caption else ""
+    rows = [list(row) for row in view.rows]
+    return (
+        f"<h2>{html.escape(view.title)}</h2>"
+        f"{table(list(view.header), rows, best=[None] * len(rows), total=False)}{caption}"
+    )
 
 
 def _chart_section(chart: ChartView) -> str:

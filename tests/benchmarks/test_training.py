@@ -7,7 +7,7 @@ import stat
 import jax
 import pytest
 
-from benchmarks import rival, scaling, train_step, training, variants
+from benchmarks import evaluation, rival, scaling, train_step, training, variants
 from benchmarks.timing import table
 from launch import app
 from retro_jax.config import PRESETS
@@ -72,6 +72,28 @@ def test_variants_that_do_not_exist_say_so_in_their_row(tmp_path, capsys):
     assert chunked["tokens/s"] > 0 and chunked["temporaries GB"] > 0 and not chunked["note"]
     assert fused["step s"] is None and "cpu has no fused kernel" in fused["note"]
     assert "cpu has no fused kernel" in capsys.readouterr().out
+
+
+def test_evaluation_is_compared_with_the_forward_pass_alone(tmp_path, capsys, monkeypatch):
+    make = functools.partial(evaluation.make_mesh, devices=jax.devices()[:1])
+    monkeypatch.setattr(evaluation, "make_mesh", make)
+    scored = []
+    whole = evaluation.score_chunks
+    monkeypatch.setattr(
+        evaluation, "score_chunks", lambda *a: scored.append(whole(*a)) or scored[-1]
+    )
+    flags = ["--length=256", "--batches=2", f"--output={tmp_path}/out.json"]
+    assert app.execute(evaluation.main, ["evaluation", *TINY, *flags]) == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [row["what"] for row in result["table"]] == ["RETRO", "baseline"]
+    for row in result["table"]:
+        quotient = row["evaluation tokens/s"] / row["forward tokens/s"]
+        assert row["share"] == pytest.approx(quotient)
+    assert "share" in capsys.readouterr().out
+    # Two batches of two windows of four chunks, half of each context: ten chunks, all scored.
+    assert [nll.shape for nll in scored] == [(10, 64)] * 2
+    assert all((nll > 0).sum() == 10 * 64 - 1 for nll in scored)
+    assert abs(scored[0] - scored[1]).max() > 1e-4
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,10 @@ def test_slices_are_prepared_scored_and_found_again(
     tokenizer = Tokenizer.open(data / "tokenizer")
     assert found["tokens"] == sum(len(tokenizer.encode(text)) for text in texts)
     assert found["bytes"] == sum(map(len, texts))
-    assert "| github | 0.420 | 0.199 |" in (folder / "pile-github.md").read_text()
+    figures = json.loads((folder / "pile-github.json").read_text())
+    ours = [figures[name]["all"]["bits_per_byte"] for name in ("baseline", "off", "on")]
+    row = f"| github | 0.420 | 0.199 | {' | '.join(f'{value:.3f}' for value in ours)} |"
+    assert row in (folder / "pile-github.md").read_text()
     last, words = json.loads((folder / "lambada.json").read_text()), 0
     for text in (passage["text"] for passage in passages):
         ends = np.cumsum([len(tokenizer.token_bytes[i]) for i in tokenizer.encode(text)])
@@ -135,13 +138,16 @@ def test_slices_are_prepared_scored_and_found_again(
     for result in last.values():
         assert result["all"]["bytes"] == len("jsonnorth")
         assert result["all"]["tokens"] == words
-        assert result["last_word_accuracy"] in (0.0, 0.5, 1.0)
+        right = result["last_word_accuracy"]
+        assert right["low"] <= right["value"] <= right["high"]
+        assert right["value"] in (0.0, 0.5, 1.0)
     assert "preparing lambada ..." in shown
     assert NeighbourTable.open(data / "slices" / "lambada" / "neighbours").k == 40
     assert call(evaluate.main, *where) == 0
     assert "preparing" not in capsys.readouterr().out
     assert call(report.main, *where[:2], "--split=pile-github") == 0
-    assert "github" in (workdir / "report.html").read_text(encoding="utf-8")
+    page = (workdir / "report.html").read_text(encoding="utf-8")
+    assert "Beside the paper: the Pile" in page and f"<td>{ours[2]:.3f}</td>" in page
 
 
 def test_an_interrupted_pass_goes_on_with_the_segments_it_had(

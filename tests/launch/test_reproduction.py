@@ -10,6 +10,7 @@ from data_pipelines.batches import BatchConfig
 from launch import app, configurables, results
 from retro_jax.config import RetroConfig
 from retro_jax.errors import UserError
+from retro_jax.evaluate import paper
 
 FOLDER = pathlib.Path(__file__).parents[2] / "experiments"
 CHANGED = {
@@ -37,7 +38,7 @@ def _settings(path: pathlib.Path) -> dict:
 def test_each_ablation_changes_one_setting(monkeypatch):
     monkeypatch.chdir(FOLDER.parent)
     base = _settings(FOLDER / "code_small.gin")
-    assert results.ablations(None) == sorted(CHANGED)
+    assert results.ablations(None) == sorted(CHANGED) == sorted(paper.ABLATIONS)
     for name, changed in CHANGED.items():
         found = _settings(FOLDER / "ablations" / f"{name}.gin")
         assert {key: found[key] for key in found if found[key] != base[key]} == changed
@@ -59,6 +60,26 @@ def test_the_commands_are_of_entry_points_and_their_flags(monkeypatch):
     with pytest.raises(flags.Error, match="--ablations=none: expected some of cca_every_layer"):
         results.ablations(["none"])
     assert results.ablations([""]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "interval", "verdict"),
+    [
+        ("chunk_only", (0.1, 0.05, 0.15), "yes"),
+        ("chunk_only", (-0.1, -0.15, -0.05), "no"),
+        ("own_embeddings", (-0.1, -0.15, -0.05), "yes"),  # the paper's sharing is the worse one
+        ("one_neighbour", (0.1, -0.05, 0.15), "not clear"),
+    ],
+)
+def test_a_sign_is_that_of_the_papers_ablation(name, interval, verdict, monkeypatch):
+    difference = dict(zip(("value", "low", "high"), interval, strict=True))
+    found = {"difference": difference, "bits_per_byte": [1.0, 0.9], "p_value": 0.01}
+    monkeypatch.setattr(results.compare, "compare", lambda *_: found)
+    monkeypatch.setattr(results.files, "read_json", lambda _: {"on": {"nll": "x.npy"}})
+    monkeypatch.setattr(results, "read_array", lambda _: None)
+    row = results.ablation_row(pathlib.Path("W"), name, {"nll": "y.npy"})
+    assert row[-1] == verdict
+    assert row[2] == f"{interval[0]:+.4f} [{interval[1]:+.4f}, {interval[2]:+.4f}]"
 
 
 def test_what_is_generated_is_replaced_and_nothing_else(tmp_path: pathlib.Path, capsys):

@@ -109,9 +109,6 @@ def test_figures_by_overlap_are_printed_and_written(
     folder = workdir / "evaluation"
     found = json.loads((folder / "test-overlap.json").read_text())
     assert found["neighbours"] == 10
-    for name, figure in found["word_perplexity"].items():
-        assert figure["value"] == pytest.approx(evaluated[name]["all"]["word_perplexity"])
-        assert figure["low"] < figure["value"] < figure["high"]
     by_place = {(row["corpus"], row["at_most"]): row for row in found["rows"]}
     assert len(by_place) == 3 * 8
     for name, result in evaluated.items():
@@ -119,6 +116,17 @@ def test_figures_by_overlap_are_printed_and_written(
             row = by_place[corpus, 1.0]
             assert row["bytes"] == figures["bytes"]
             assert row["bits_per_byte"][name]["value"] == pytest.approx(figures["bits_per_byte"])
+            # Every figure has its interval, also where there is no curve; the two are one.
+            sure = figures["intervals"]
+            assert set(sure) == {"bits_per_byte", "bits_per_token", "word_perplexity"}
+            for figure, ends in sure.items():
+                assert ends["value"] == pytest.approx(figures[figure])
+                assert ends["low"] < ends["value"] < ends["high"]
+            assert sure["bits_per_byte"] == pytest.approx(row["bits_per_byte"][name])
+    told = by_place["", 1.0]["differences"]["on-off"]
+    assert evaluated["on"]["all"]["differences"]["off"] == pytest.approx(told)
+    text = (folder / "test.md").read_text()
+    assert f"| RETRO[ON] - RETRO[OFF] | {told['value']:+.4f} [{told['low']:+.4f}, " in text
     # Chunks under the threshold are those whose own neighbours share little with them.
     split = open_split(prepared_workdir, "test", neighbours=10)
     tokens, near = split.database.chunks(split.ids), split.neighbours(split.ids, 10)
@@ -161,11 +169,25 @@ def test_a_part_of_the_documents_and_one_condition(trained: list[str], tmp_path,
 def test_overlap_gives_context_and_so_changes_scores_but_not_what_is_counted(
     evaluated: dict, trained: list[str], workdir: pathlib.Path
 ):
-    assert call(evaluate.main, *trained, "--stride_chunks=1", "--retrieval=off") == 0
+    assert call(evaluate.main, *trained, "--overlap=0,0.75", "--retrieval=off") == 0
     finer = json.loads((workdir / "evaluation" / "test.json").read_text())["off"]
     assert finer["all"]["tokens"] == evaluated["off"]["all"]["tokens"]
     assert finer["all"]["nats"] != evaluated["off"]["all"]["nats"]
     assert finer["nll"] != evaluated["off"]["nll"]
+    assert finer["settings"]["stride_chunks"] == 1
+    found = json.loads((workdir / "evaluation" / "test-windows.json").read_text())
+    none, most = found["rows"]
+    assert (none["overlap"], most["overlap"]) == (0, 0.75)
+    figures = [row["figures"]["off"] for row in found["rows"]]
+    assert figures[1]["nats"] == finer["all"]["nats"] < figures[0]["nats"]  # context helps
+    assert figures[0]["tokens"] == finer["all"]["tokens"]
+    shown = f"| 0.75 | {most['figures']['baseline']['bits_per_byte']:.4f} | "
+    assert (
+        shown + f"{figures[1]['bits_per_byte']:.4f} |"
+        in (workdir / "evaluation/test.md").read_text()
+    )
+    assert call(report.main, *trained) == 0
+    assert "By overlap of windows" in (workdir / "report.html").read_text(encoding="utf-8")
     assert call(evaluate.main, *trained) == 0  # the summary again
 
 
@@ -186,6 +208,7 @@ def test_neighbours_of_a_split_are_what_the_retriever_finds(prepared_workdir: pa
         (evaluate.main, ["--retrieval="], 2, "expected some of on, off, random, oracle"),
         (evaluate.main, ["--stride_chunks=5"], 2, "--stride_chunks=5: expected at most 4"),
         (evaluate.main, ["--overlap=0.8"], 2, "--overlap=0.8: expected a share of 4 chunks"),
+        (evaluate.main, ["--overlap=0,x"], 2, "--overlap=x: expected shares from 0 to 1"),
         (evaluate.main, ["--overlap=1"], 2, "--overlap=1: expected a share of 4 chunks"),
         (evaluate.main, ["--overlap=0.5", "--stride_chunks=2"], 2, "expected one of them"),
         (evaluate.main, ["--sweep=1,x"], 2, "--sweep=x: expected whole numbers from 1"),
