@@ -5,12 +5,14 @@
 
 Reads what launch.evaluate wrote of both; the text and the tokeniser must be the same. Prints bits per
 byte of both, their difference with a 95% interval, and the p-value of a paired test: how often a
-difference as large would come about if for each document it were chance which model is which.
+difference as large would come about if for each document it were chance which model is which. Writes
+W/evaluation/SPLIT-CONDITION-against-V-CONDITION.json and .md; launch.report shows it with W's results.
 """
 
 import json
 import math
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,10 +22,12 @@ from data_pipelines import files
 from data_pipelines.tokenizer import Tokenizer
 from launch import app
 from launch.arrays import read_array
+from launch.intervals import shown
+from launch.markdown import markdown_table
 from launch.shared_flags import DATA, SPLIT
 from launch.splits import open_split
 from retro_jax.errors import UserError
-from retro_jax.evaluate.report import condition_name
+from retro_jax.evaluate.report import TableView, condition_name
 from retro_jax.evaluate.statistics import intervals, paired_test, resampled_sums
 
 OTHER = flags.DEFINE_string("other", None, "The workdir of the other model; may be the same.")
@@ -41,9 +45,12 @@ def main() -> None:
     names = (CONDITION.value, OTHER_CONDITION.value or CONDITION.value)
     data = pathlib.Path(DATA.value or first)
     found = [_read(place, name) for place, name in zip((first, second), names, strict=True)]
-    result = compare(data, [found[0], found[1]])
-    stem = f"{SPLIT.value}-{names[0]}-against-{second.name}-{names[1]}"
-    files.write_atomically(first / _FOLDER / f"{stem}.json", files.to_json(result))
+    result = compare(data, [found[0], found[1]]) | {"other": second.name}
+    stem = first / _FOLDER / f"{SPLIT.value}-{names[0]}-against-{second.name}-{names[1]}"
+    files.write_atomically(stem.with_name(f"{stem.name}.json"), files.to_json(result))
+    view = comparisons([result])
+    text = f"# {view.title}\n\n{markdown_table(view.header, view.rows)}\n\n{view.caption}\n"
+    files.write_atomically(stem.with_name(f"{stem.name}.md"), text.encode())
     print(
         _shown(
             result,
@@ -107,6 +114,41 @@ def compare(data: pathlib.Path, found: list[tuple[dict[str, Any], np.ndarray]]) 
         "better_documents": int((bits[0] < bits[1]).sum()),
         "p_value": paired_test(bits[0] - bits[1], samples=_SAMPLES, seed=0),
     }
+
+
+def comparisons(found: Sequence[Mapping[str, Any]]) -> TableView:
+    """Comparisons as a table, a row each."""
+    header = ["", "bits per byte", "the other's", "difference", "p", "better on"]
+    rows = []
+    for each in found:
+        one, other = map(condition_name, each["conditions"])
+        figures = [f"{value:.4f}" for value in each["bits_per_byte"]]
+        rows.append(
+            [
+                f"{one} against {each['other']}, {other}",
+                *figures,
+                shown(each["difference"], "+"),
+                f"{each['p_value']:.4f}",
+                f"{each['better_documents']:,} of {each['documents']:,} documents",
+            ]
+        )
+    caption = (
+        "In brackets: 95% of 10,000 bootstrap resamples of the documents. p: paired test by random signs of "
+        "the documents' differences."
+    )
+    return TableView("Compared with another model", caption, header, rows)
+
+
+def read_comparisons(folder: pathlib.Path, split: str, results: Mapping[str, Any]) -> list[Any]:
+    """What this program left in W/evaluation of a split's results, and not of older ones."""
+    found = []
+    for path in sorted(folder.glob(f"{split}-*-against-*.json")):
+        each = files.read_json(path)
+        condition = each["conditions"][0]
+        own = path.name.startswith(f"{split}-{condition}-against-") and "other" in each
+        if own and results.get(condition, {}).get("model") == each["models"][0]:
+            found.append(each)
+    return found
 
 
 def _shown(result: dict[str, Any], names: list[str]) -> str:

@@ -21,6 +21,7 @@ from data_pipelines.tokenizer import Tokenizer
 from launch import app, charts, runs, windows
 from launch.arrays import read_array
 from launch.beside import beside_paper
+from launch.compare import comparisons, read_comparisons
 from launch.evaluate import FOLDER as EVALUATION
 from launch.intervals import interval_tables
 from launch.overlap import curves, overlap_files
@@ -126,12 +127,15 @@ def _facts(
 
 
 def _tables(folder: pathlib.Path, results: Mapping[str, Any]) -> Iterator[TableView]:
-    """The paper's figures, how sure ours are, and overlaps of windows."""
+    """The paper's figures, how sure ours are, paired tests, and overlaps of windows."""
     beside = beside_paper(results)
     if beside:
         yield beside
     if all("intervals" in result["all"] for result in results.values()):
         yield from interval_tables(results)
+    compared = read_comparisons(folder, SPLIT.value, results)
+    if compared:
+        yield comparisons(compared)
     several = _several(folder, results)
     for title, header, rows in windows.tables(several) if several else ():
         yield TableView(title, "", header, rows)

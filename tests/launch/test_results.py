@@ -336,6 +336,11 @@ def test_two_models_are_compared_document_by_document(
     assert difference["low"] <= difference["value"] <= difference["high"]
     assert 0 < found["p_value"] <= 1
     assert f"{difference['value']:+.4f} [" in shown
+    cells = f"{difference['value']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]"
+    assert f"| {cells} | {found['p_value']:.4f} |" in path.with_suffix(".md").read_text()
+    assert call(report.main, *trained) == 0
+    page = (workdir / "report.html").read_text(encoding="utf-8")
+    assert f"<td>{cells}</td><td>{found['p_value']:.4f}</td>" in page
     assert call(compare.main, *trained, f"--other={workdir}", "--condition=x") == 1
     assert "has no condition 'x': expected baseline, off, on" in capsys.readouterr().err
     assert call(compare.main, *trained) == 2
