@@ -6,7 +6,7 @@ ARG EXTRA=tpu
 WORKDIR /retro-jax
 COPY setup.py constraints.txt ./
 RUN mkdir retro_jax data_pipelines launch \
-    && pip install --no-cache-dir --constraint constraints.txt --editable ".[data,${EXTRA}]"
+    && pip install --no-cache-dir --constraint constraints.txt --editable ".[data,gcs,${EXTRA}]"
 COPY . .
 ENV PYTHONUNBUFFERED=1
 STOPSIGNAL SIGTERM

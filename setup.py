@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 DATA = ["tensorflow~=2.20.0", "tensorflow-text~=2.20.0", "scann==1.4.2"]
 CLUSTER = ["ray"]
 PARQUET = ["pyarrow"]
-TEST = [*CLUSTER, *PARQUET, "pytest", "pytest-xdist", "hypothesis"]
+TEST = [*CLUSTER, *PARQUET, "jsonschema", "pytest", "pytest-xdist", "hypothesis"]
 DEV = ["ruff", "mypy"]
 
 setup(

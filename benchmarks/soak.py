@@ -4,18 +4,19 @@
 
 Trains a tiny model (tests/train/worker.py) in several processes to the end, once undisturbed and once
 with SIGTERM or SIGKILL to a random process at random moments, started again each time. Checks that
-nothing before the last checkpoint is ever made again, and compares the final parameters bit by bit.
-Takes about --kills times the seconds that a start takes, plus the run itself, and stops itself after
---limit seconds.
+nothing before the last checkpoint is ever made again, that no checkpoint is lost or damaged, and that
+no more is made again than lies between two checkpoints and was being written; compares curves and
+final arrays bit by bit. Takes about --kills times the seconds that a start takes, plus the run itself,
+and stops itself after --limit seconds.
 """
 
 import os
 import pathlib
 import random
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -25,6 +26,8 @@ from launch import app
 from retro_jax.errors import UserError
 from retro_jax.train.checkpoint import find_damage, latest_step
 from retro_jax.train.metrics import read_curve, without_clock
+from tests.ports import free_port
+from tests.train import worker
 
 KILLS = flags.DEFINE_integer("kills", 30, "How often the run is killed.", lower_bound=0)
 COUNT = flags.DEFINE_integer("soak_processes", 2, "Processes of the run.", lower_bound=1)
@@ -42,26 +45,37 @@ def main() -> None:
     began = time.monotonic()
     finish(start(root / "whole"), deadline)
     print(f"undisturbed: {STEPS.value} steps in {time.monotonic() - began:.0f} s", flush=True)
+    began = time.monotonic()
     kills, lost = disturb(root / "killed", deadline)
-    print(f"killed {kills} times; steps made again, after the last checkpoint: {lost}")
+    seconds = time.monotonic() - began
+    signals = ", ".join(f"{count} {name}" for name, count in sorted(kills.items()))
+    print(f"disturbed: {signals} in {seconds:.0f} s; most steps made again at once: {lost}")
+    every = worker.interval(STEPS.value)
+    print(
+        f"a checkpoint every {every} steps: none lost, none damaged, none made again before the last"
+    )
     compare(root / "whole", root / "killed")
     print("the curves and the final parameters are the same, bit for bit")
 
 
 def start(directory: pathlib.Path) -> list[subprocess.Popen]:
     """Starts the processes of a run."""
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = found.getsockname()[1]
-    flag = "--xla_force_host_platform_device_count=2"
-    environment = {**os.environ, "XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
-    words = [str(COUNT.value), str(port), str(directory), str(STEPS.value), "soak", "-1", "-1"]
+    environment = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_PLATFORMS": "cpu",
+        # Programs are compiled once for all starts.
+        "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(tempfile.gettempdir()) / "retro-jax-soak"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    place = [str(COUNT.value), str(free_port()), str(directory), str(STEPS.value), "-1,2,1"]
+    words = [*place, "soak", "-1", "-1"]  # no accident, but the watchdog is on
     return [
         subprocess.Popen(
             [sys.executable, "-m", "tests.train.worker", str(i), *words],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env=environment,
+            env={**os.environ, **environment},
         )
         for i in range(COUNT.value)
     ]
@@ -85,27 +99,34 @@ def finish(processes: list[subprocess.Popen], deadline: float) -> list[int]:
     return [process.returncode for process in processes]
 
 
-def disturb(directory: pathlib.Path, deadline: float) -> tuple[int, int]:
-    """Kills a run again and again until it is done: (how often, most steps made again)."""
-    chance, kills, lost = random.Random(SEED.value), 0, 0
-    part = max(1, STEPS.value // (KILLS.value + 1))
+def disturb(directory: pathlib.Path, deadline: float) -> tuple[dict[str, int], int]:
+    """Kills a run again and again until it is done: signals by name, most steps made again at once."""
+    chance, lost = random.Random(SEED.value), 0
+    kills = {"SIGKILL": 0, "SIGTERM": 0}
+    part = max(2, STEPS.value // (KILLS.value + 1))
     while (reached := latest_step(directory / "checkpoints") or 0) < STEPS.value:
-        made = _last_line(directory)
-        lost = max(lost, made - reached)
+        lost = max(lost, _last_line(directory) - reached)
+        # A write is asked for once the one before it has ended.
+        if lost > 2 * worker.interval(STEPS.value):
+            raise UserError(
+                f"{directory}: {lost} steps are made again, expected two intervals at most"
+            )
         processes = start(directory)
-        target = reached + chance.randrange(1, 2 * part)
-        if kills < KILLS.value:
+        target = reached + chance.randrange(1, max(2, part * 3 // 2))
+        if sum(kills.values()) < KILLS.value:
             while _last_line(directory) < target and all(p.poll() is None for p in processes):
                 if time.monotonic() > deadline:
                     break
                 time.sleep(0.01)
             victim = processes[chance.randrange(len(processes))]
-            victim.send_signal(chance.choice([signal.SIGTERM, signal.SIGKILL]))
-            kills += 1
+            number = chance.choice([signal.SIGTERM, signal.SIGKILL])
+            kills[number.name] += victim.poll() is None
+            victim.send_signal(number)
         finish(processes, deadline)
-        after = latest_step(directory / "checkpoints") or 0
-        if after < reached:
+        if (latest_step(directory / "checkpoints") or 0) < reached:
             raise UserError(f"{directory}: checkpoint {reached} was lost, expected it to stay")
+        for path in (directory / "checkpoints").glob("*.damaged*"):
+            raise UserError(f"{path}: a kill damaged a checkpoint, expected it to be whole")
     return kills, lost
 
 

@@ -18,7 +18,7 @@ from retro_jax.flops import training_flops
 from retro_jax.model import Retro
 from retro_jax.sharding import MESH_SHARDINGS, MeshConfig, batch_sharding, make_mesh
 from retro_jax.train.optimizer import OptimizerConfig, make_optimizer
-from retro_jax.train.step import initial_state
+from retro_jax.train.step import TrainState, initial_state
 
 PRESET = flags.DEFINE_string("preset", "peer", "tiny, peer (retro-pytorch's), or a published size.")
 POSITIONS = flags.DEFINE_string(
@@ -131,6 +131,11 @@ class Step:
         self._state = initial_state(_maker(work), make_optimizer(work.optimizer, STEPS), abstract)
         self._batch = jax.device_put(random_batch(work, shapes), batch_sharding(mesh))
         self.turn(1)
+
+    @property
+    def state(self) -> TrainState:
+        """As the last step left it; the next one takes its memory."""
+        return self._state
 
     def turn(self, steps: int) -> Turn:
         """Makes steps; the time of one."""

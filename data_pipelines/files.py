@@ -44,8 +44,13 @@ def to_json(value: Any) -> bytes:
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """A JSON object, or a UserError."""
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(data: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A JSON object in some bytes, or a UserError that names where they are from."""
     try:
-        fields = json.loads(path.read_bytes())
+        fields = json.loads(data)
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(fields, dict):

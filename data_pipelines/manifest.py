@@ -35,6 +35,9 @@ FORMAT_VERSION = 1
 
 MANIFEST_FILE = "manifest.json"
 STAGE_FILE = "stage.json"
+STAGED_FILE = (
+    "staged.json"  # of a copy: where it is from, and which shards it leaves out (staging.py)
+)
 RECORDS_FOLDER = ".shards"
 
 Path = str | os.PathLike[str]
@@ -129,8 +132,11 @@ class Manifest:
                     f"{folder} and {place} do not belong together: expected {role} {recorded[:12]},"
                     f" found {parent.hash[:12]}"
                 )
+        staged = folder / STAGED_FILE
+        left_out = files.read_json(staged)["left_out"] if staged.is_file() else ()
         for shard in manifest.shards:
-            _check_shard(folder / shard.name, shard, verify)
+            if shard.name not in left_out or (folder / shard.name).is_file():
+                _check_shard(folder / shard.name, shard, verify)
         return manifest
 
     @classmethod
@@ -146,7 +152,12 @@ class Manifest:
             raise UserError(
                 f"{folder} has no {MANIFEST_FILE}: expected the directory of a finished stage"
             )
-        fields = files.read_json(path)
+        return cls.parse(path.read_bytes(), path)
+
+    @classmethod
+    def parse(cls, data: bytes, path: Path) -> "Manifest":
+        """The manifest in some bytes; `path` is where they are from, for messages."""
+        fields = files.parse_json(data, path)
         version = fields.get("format_version")
         if version != FORMAT_VERSION:
             raise UserError(f"{path} has format version {version!r}: expected {FORMAT_VERSION}")

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines import files
+from data_pipelines import files, staging
 from data_pipelines.batches import BatchConfig, Batches
 from data_pipelines.chunk_database import CHUNK_LENGTH, ChunkDatabase
 from data_pipelines.manifest import Manifest, Path, Stage, shard_name
@@ -249,6 +249,8 @@ class MaterialisedBatches(Batches):
         if index not in self._readers:
             from array_record.python import array_record_module
 
-            path = self.directory / shard_name(KIND, index, _SUFFIX)
+            path = staging.fetch(self.directory, shard_name(KIND, index, _SUFFIX))
+            if index + 1 < len(self.manifest.shards):
+                staging.fetch_ahead(self.directory, shard_name(KIND, index + 1, _SUFFIX))
             self._readers[index] = array_record_module.ArrayRecordReader(str(path))
         return self._readers[index]

@@ -14,13 +14,14 @@ for anew.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
-from data_pipelines import files
+from data_pipelines import files, staging
 from data_pipelines.chunk_database import ChunkDatabase
 from data_pipelines.gather import bounds_of, gather
 from data_pipelines.index import IndexShard, merge
@@ -134,7 +135,6 @@ class NeighbourTable:
         self.k: int = manifest.settings["k"]
         self.database: int = manifest.facts.get("database", 0)
         self._ids = [self._map(name) for name in manifest.shard_names(f"{IDS}-")]
-        self._scores = [self._map(name) for name in manifest.shard_names(f"{SCORES}-")]
         self._bounds = bounds_of(self._ids)
 
     @classmethod
@@ -192,6 +192,12 @@ class NeighbourTable:
     def scores(self, chunk_ids: np.ndarray, k: int | None = None) -> np.ndarray:
         """[..., k] float32 squared L2 distances, ascending; infinity where there is no neighbour."""
         return self._gather(self._scores, chunk_ids, k)
+
+    @functools.cached_property
+    def _scores(self) -> list[np.ndarray]:
+        """Training does without them, and so does its copy of a table."""
+        names = self.manifest.shard_names(f"{SCORES}-")
+        return [self._map(staging.fetch(self.directory, name).name) for name in names]
 
     def _map(self, name: str) -> np.ndarray:
         """A shard as a read-only memory map."""

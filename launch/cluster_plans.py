@@ -123,7 +123,7 @@ def tpu_script(job: Job, archive: str) -> str:
           sudo apt-get update -q && sudo apt-get install -qy python3.11 python3.11-venv
           python3.11 -m venv .venv
         }}
-        .venv/bin/pip install -q --constraint constraints.txt --editable '.[data,tpu]'
+        .venv/bin/pip install -q --constraint constraints.txt --editable '.[data,tpu,gcs]'
         export PATH="$PWD/.venv/bin:$PATH" PYTHONUNBUFFERED=1
         cat > run.sh <<'RUN'
         {textwrap.indent(loop, " " * 8).strip()}

@@ -20,10 +20,9 @@ from retro_jax.config import ExecutionConfig, RetroConfig
 from retro_jax.errors import UserError
 from retro_jax.model import Retro
 from retro_jax.sharding import MESH_SHARDINGS, MeshConfig, Shardings, parameter_shardings
-from retro_jax.train.checkpoint import latest_step, restore_params
+from retro_jax.train.checkpoint import SEAL, latest_step, restore_params
 
 CHECKPOINTS = "checkpoints"
-_SEAL = "sealed.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +93,7 @@ def open_run(
             f"{directory / CHECKPOINTS} has no checkpoint: expected a trained model (launch.train)"
         )
     configurables.load(str(directory / CONFIG_FILE), bindings)
-    seal = directory / CHECKPOINTS / str(step) / _SEAL
+    seal = directory / CHECKPOINTS / str(step) / SEAL
     digest = hashlib.sha256(seal.read_bytes() if seal.is_file() else b"").hexdigest()
     return Run(
         directory=directory,

@@ -30,7 +30,7 @@ from retro_jax.train.step import TrainState
 from retro_jax.train.trees import named_leaves
 
 FORMAT_VERSION = 1
-_SEAL, _ITEM = "sealed.json", "default"
+SEAL, _ITEM = "sealed.json", "default"
 _COMMITTED = "commit_success.txt"  # Orbax writes it after the seal
 _RECENT_LOSS = "recent_loss"  # the one array that a checkpoint may lack or hold too much
 
@@ -78,6 +78,11 @@ class Checkpoints:
         self._arrays = _describe(leaves)
         self._saving = int(state.step)
         self._manager.save(self._saving, args=ocp.args.StandardSave(leaves), force=True)
+
+    @property
+    def writing(self) -> bool:
+        """Whether what was saved last is not on disk yet."""
+        return self._manager.is_saving_in_progress()
 
     def must_stop(self, step: int, signalled: bool) -> bool:
         """Whether to save and stop after this step: the same answer in every process.
@@ -151,7 +156,7 @@ class Checkpoints:
             return
         (path,) = self._temporary()
         seal = {"format_version": FORMAT_VERSION, "arrays": self._arrays, "files": _hashes(path)}
-        with open(path / _SEAL, "w", encoding="utf-8") as file:
+        with open(path / SEAL, "w", encoding="utf-8") as file:
             json.dump(seal, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
@@ -211,10 +216,10 @@ def find_damage(path: pathlib.Path) -> str | None:
       UserError: it was written in another format than this code reads.
     """
     try:
-        seal = json.loads((path / _SEAL).read_text(encoding="utf-8"))
+        seal = json.loads((path / SEAL).read_text(encoding="utf-8"))
         files = seal["files"]
     except (OSError, ValueError, KeyError):
-        return f"no readable {_SEAL}"
+        return f"no readable {SEAL}"
     if seal.get("format_version") != FORMAT_VERSION:
         version = seal.get("format_version")
         raise UserError(f"checkpoint {path} has format {version}: expected {FORMAT_VERSION}")
@@ -259,7 +264,7 @@ def _restore_state(path: pathlib.Path, abstract: TrainState) -> TrainState:
 
 def _read_arrays(path: pathlib.Path) -> dict[str, list[Any]]:
     """{name: [shape, dtype]} of a checkpoint."""
-    return json.loads((path / _SEAL).read_text(encoding="utf-8"))["arrays"]
+    return json.loads((path / SEAL).read_text(encoding="utf-8"))["arrays"]
 
 
 def _restore(path: pathlib.Path, abstract: Any, whole: str | None = "") -> Any:

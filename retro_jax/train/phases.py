@@ -21,8 +21,10 @@ from typing import Any
 
 import jax
 
+from retro_jax.train.processes import client, meet
+
 PHASES = ("input", "device", "checkpoint", "evaluation")
-_KEY = "retro/progress/"
+_KEY, _VERDICT = "retro/progress/", "retro/verdict"
 _ASK_SECONDS = 10.0  # for what the others are at
 _MOST_BETWEEN_REPORTS, _REPORTS_BEFORE_END = 15.0, 4
 
@@ -119,6 +121,8 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self._active:
+            meet("watchdog")  # lives are counted from here: those of all processes are comparable
+            self._began = time.perf_counter()
             self._report(*self._phases.now)  # so that the others know of it, however soon it ends
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
@@ -145,22 +149,19 @@ class Watchdog:
         alive = time.perf_counter() - self._began
         text = json.dumps([phase, step, alive])
         key = f"{_KEY}{jax.process_index()}"
-        _within(_ASK_SECONDS, lambda: _client().key_value_set(key, text, allow_overwrite=True))
+        _within(_ASK_SECONDS, lambda: client().key_value_set(key, text, allow_overwrite=True))
 
     def _ask(self, phase: str, step: int) -> str:
         """Who is behind, as far as it is known."""
         self._report(phase, step)
-        found = _client().key_value_dir_get(_KEY)
-        reports = {int(key.rsplit("/", 1)[1]): Report(*json.loads(text)) for key, text in found}
+        told = client().key_value_dir_get(_KEY)
+        reports = {int(key.rsplit("/", 1)[1]): Report(*json.loads(text)) for key, text in told}
         silence = _REPORTS_BEFORE_END / 2 * self._interval + 1
-        return blame(reports, jax.process_count(), silence)
-
-
-def _client() -> Any:
-    """The coordination service's store of keys and values, which has no public name in JAX."""
-    from jax._src import distributed
-
-    return distributed.global_state.client
+        found = blame(reports, jax.process_count(), silence)
+        # The first to ask speaks for all: once it has ended, it would itself seem to be the cause.
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            client().key_value_set(_VERDICT, found)
+        return client().key_value_try_get(_VERDICT)
 
 
 def _within(seconds: float, action: Callable[[], Any]) -> Any:

@@ -7,7 +7,7 @@ one process only (a disk, a file, a setting of one host) is therefore done under
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,12 @@ from retro_jax.errors import LostPeerError, SharedError, UserError, describe
 
 _BYTES = 1024  # of a message that is shared
 # Words in the runtime's errors when a process is lost: of CPU, GPU and the coordination service.
-_SIGNS_OF_LOSS = ("gloo", "nccl", "connection", "heartbeat", "barrier", "unavailable", "aborted")
+_SIGNS_OF_LOSS = (
+    *("gloo", "nccl", "connection", "heartbeat", "barrier"),
+    *("unavailable", "aborted", "cancelled", "deadline"),
+)
+_DAY = 24 * 3600  # seconds
+_meetings: dict[str, int] = {}  # how often this process met the others, by occasion
 
 T = TypeVar("T")
 
@@ -55,6 +60,7 @@ def together(action: Callable[[], T]) -> T:
         result = action()
     except (UserError, OSError) as error:
         failure = error
+    meet("together")  # a collective would give the slowest of them half a minute only
     told = _exchange("" if failure is None else describe(failure) or repr(failure))
     if failure is not None:
         raise SharedError(describe(failure)) from failure
@@ -84,6 +90,26 @@ def as_first(answers: Sequence[bool]) -> list[bool]:
     return [bool(answer) for answer in np.asarray(told)]
 
 
+def client() -> Any:
+    """The coordination service's client, which has no public name in JAX."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def meet(occasion: str) -> None:
+    """Waits until all processes are here, for up to a day, without the devices.
+
+    Raises:
+      LostPeerError: one of them was lost meanwhile.
+    """
+    if jax.process_count() == 1:
+        return
+    number = _meetings[occasion] = _meetings.get(occasion, 0) + 1
+    with noticing_loss():
+        client().wait_at_barrier(f"retro/{occasion}/{number}", _DAY * 1000)
+
+
 def connect(mesh: Mesh) -> None:
     """Lets the devices of all processes find each other, along every set of mesh axes.
 
@@ -93,6 +119,7 @@ def connect(mesh: Mesh) -> None:
     axes = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1]
     if jax.process_count() == 1 or not axes:
         return
+    meet("connect")
     shape = tuple(mesh.shape[axis] for axis in axes)
     together = NamedSharding(mesh, PartitionSpec(*axes))
     ones = jax.make_array_from_callback(shape, together, lambda i: np.ones(shape, np.float32)[i])
@@ -124,6 +151,7 @@ def noticing_loss() -> Iterator[None]:
 def _exchange(text: str) -> list[str]:
     """What each process says, by its number."""
     encoded = text.encode()[:_BYTES].ljust(_BYTES, b"\0")
-    gathered = multihost_utils.process_allgather(np.frombuffer(encoded, np.uint8))
+    with noticing_loss():
+        gathered = multihost_utils.process_allgather(np.frombuffer(encoded, np.uint8))
     rows = np.asarray(gathered).reshape(-1, _BYTES)
     return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]

@@ -7,7 +7,7 @@ import stat
 import jax
 import pytest
 
-from benchmarks import evaluation, rival, scaling, train_step, training, variants
+from benchmarks import evaluation, rival, saving, scaling, train_step, training, variants
 from benchmarks.timing import table
 from launch import app
 from retro_jax.config import PRESETS
@@ -35,6 +35,21 @@ def refused(capsys, main, *arguments) -> str:
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     return error
+
+
+@pytest.mark.usefixtures("one_device")
+def test_what_saving_costs(tmp_path, capsys):
+    flags = ["--preset=tiny", "--saves=2", "--plain_steps=2", f"--output={tmp_path}/out.json"]
+    assert app.execute(saving.main, ["saving", *flags, f"--workdir={tmp_path}/W"]) == 0
+    assert "saving once a minute takes" in capsys.readouterr().out
+    result = json.loads((tmp_path / "out.json").read_text())
+    sizes = [p.stat().st_size for p in (tmp_path / "W").rglob("*") if p.is_file()]
+    assert result["megabytes"] == pytest.approx(sum(sizes) / 2e6)
+    for row in result["saves"]:
+        assert 0 < row["handing over s"] <= row["until on disk s"]
+        expected = row["until on disk s"] - row["steps meanwhile"] * row["step s"]
+        assert row["added s"] == pytest.approx(expected)
+        assert row["share at one a minute"] == pytest.approx(expected / 60)
 
 
 @pytest.mark.usefixtures("one_device")

@@ -212,3 +212,31 @@ def test_refuses_what_is_not_there_or_does_not_belong(workdir, tmp_path):
     shutil.copytree(changed.directory, work / "chunks" / "train")
     with pytest.raises(UserError, match=f"{place}/database and {work} do not belong together"):
         revisions.open_database(work)
+
+
+def test_what_training_reads_of_a_revision_is_staged_from_a_bucket(workdir, tmp_path):
+    from launch import app, staged
+
+    shutil.copytree(
+        workdir, tmp_path / "W", ignore=shutil.ignore_patterns("revisions/*/neighbours")
+    )
+    for split in ("train", "validation"):
+        shutil.rmtree(revisions.folder_of(tmp_path / "W", 1) / "neighbours" / split, True)
+        make_table(tmp_path / "W", split, 1)
+    url, config = f"file://{tmp_path}/W", BatchConfig(sequence_length=128, batch_size=4)
+    for revision, disk in ((None, tmp_path / "newest"), (0, tmp_path / "first")):
+
+        def stage(revision=revision):
+            folder = staged.local_databases(url)
+            staged.stage_tables(url, folder, revision, config, "validation")
+
+        assert app.execute(stage, ["program", f"--stage_to={disk}"]) == 0
+        assert not (disk / "keys").exists() and not (disk / "index").exists()
+        assert not list(disk.rglob("scores-*"))
+        held = [(revisions.open_database(w, revision), w) for w in (disk, tmp_path / "W")]
+        assert held[0][0].manifest.hash == held[1][0].manifest.hash
+        train = [Batches(config, d, NeighbourTable.of(w, "train", d, d), d) for d, w in held]
+        for a, b in zip(vars(train[0].rows(1)).values(), vars(train[1].rows(1)).values()):
+            np.testing.assert_array_equal(a, b)
+        chunks = ChunkDatabase.open(disk / "chunks" / "validation")
+        assert NeighbourTable.of(disk, "validation", chunks, held[0][0]).k == 3

@@ -40,7 +40,7 @@ class Bigram(nnx.Module):
         self.table = nnx.Param(normal(rngs.params(), (VOCABULARY, WIDTH)))
         self.widen = nnx.Param(0.3 * normal(rngs.params(), (2, WIDTH, WIDTH)))
         self.scale = nnx.Param(jnp.ones((2, WIDTH)))
-        self.content_bias = nnx.Param(jnp.zeros((2, 1, WIDTH)))
+        self.content_bias = nnx.Param(jnp.zeros((2, 2, WIDTH // 2)))
         self.dropout = dropout
 
     def token_losses(self, batch: RetroBatch, dropout_key: jax.Array | None = None) -> jax.Array:
@@ -55,7 +55,7 @@ class Bigram(nnx.Module):
             h = h + jnp.repeat(near, CHUNK, axis=1)
         for i in range(2):
             h = jnp.tanh(jnp.einsum("bnd,de->bne", h * scale[i], widen[i]))
-            h = h + bias[i, 0]
+            h = h + bias[i].reshape(WIDTH)
         if self.dropout and dropout_key is not None:
             kept = jax.random.bernoulli(dropout_key, 1 - self.dropout, h.shape[1:])
             h = jnp.where(kept, h, 0.0)

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from retro_jax.errors import UserError
 from retro_jax.train.metrics import Averager, CurveWriter, Observer, read_curve, truncate_curve
@@ -70,8 +71,40 @@ def test_a_resumed_curve_goes_on_where_the_checkpoint_was(tmp_path):
     writer.write(30, {"loss": 2.0})
     writer.close()
     assert [(e["step"], e["loss"]) for e in read_curve(path)] == [(10, 1.0), (20, 1.0), (30, 2.0)]
-    assert list(tmp_path.glob("events.*"))
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def _shown(directory):
+    """What TensorBoard shows of a run: {(name, step): value}, later starts in place of earlier ones."""
+    shown = {}
+    for path in sorted(directory.glob("events.*")):  # a name begins with its time
+        data = path.read_bytes()
+        while data:
+            size = int.from_bytes(
+                data[:8], "little"
+            )  # and a checksum of 4 bytes, after the data too
+            event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
+            if event.session_log.status == SessionLog.START:
+                shown = {(name, step): v for (name, step), v in shown.items() if step < event.step}
+            shown |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
+    return shown
+
+
+def test_tensorboard_shows_what_the_curve_holds(tmp_path):
+    for start, losses in ((0, [1 / 3, 0.25, 0.2]), (20, [7.125, 1e-9])):  # the step of 30 again
+        writer = CurveWriter(tmp_path, start)
+        for i, loss in enumerate(losses, 1):
+            writer.write(start + 10 * i, {"loss": loss, f"seconds/{start}": i * 0.1, "tokens": 9})
+        writer.close()
+    lines = read_curve(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [10, 20, 30, 40]
+    assert len(list(tmp_path.glob("events.*"))) == 2
+    assert _shown(tmp_path) == {
+        (name, line["step"]): np.float32(value)
+        for line in lines
+        for name, value in line.items()
+        if name != "step"
+    }
 
 
 def test_a_curve_of_whole_lines_is_kept_byte_for_byte(tmp_path):

@@ -1,9 +1,12 @@
-"""Two processes train as one does: same rows, same curve, checkpoints that either can read."""
+"""Two processes train as one does: same rows, same curve, checkpoints that either can read.
 
+Every assertion has to hold for whatever order the processes end in, on a machine of any speed.
+"""
+
+import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,40 +19,38 @@ from retro_jax.sharding import make_mesh
 from retro_jax.train.checkpoint import find_damage, latest_step
 from retro_jax.train.metrics import read_curve, without_clock
 from retro_jax.train.trees import named_leaves
+from tests.ports import free_port
 from tests.train import worker
-from tests.train.small import one_device_state
+from tests.train.small import host_batch, one_device_state
 
 
-def _free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return found.getsockname()[1]
-
-
-def _start(directory, steps: int, *accident: object) -> list[subprocess.Popen]:
-    """Starts two processes of two devices each that train together."""
-    port = str(_free_port())
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    worker_of_two = [sys.executable, "-m", "tests.train.worker"]
+def _start(directory, steps: int, *accident: object, mesh="-1,2,1", count=2):
+    """Starts processes that train together on four devices."""
+    flag = f"--xla_force_host_platform_device_count={4 // count}"
+    words = [str(count), str(free_port()), str(directory), str(steps), mesh, *map(str, accident)]
     return [
         subprocess.Popen(
-            [*worker_of_two, str(i), "2", port, str(directory), str(steps), *map(str, accident)],
+            [sys.executable, "-m", "tests.train.worker", str(i), *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=environment,
+            env={**os.environ, "XLA_FLAGS": flag},
         )
-        for i in range(2)
+        for i in range(count)
     ]
 
 
 def _finish(processes: list[subprocess.Popen]) -> list[list[int]]:
-    """Waits for both; the rows that each of them made."""
+    """Waits for all; the rows that each of them held, whose content is checked."""
     outputs = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
     lasts = [out.splitlines()[-1] for out, _ in outputs]  # Gloo prints lines of its own
-    return [[int(row) for row in last.split()] for last in lasts]
+    held = []
+    for start, rows in map(json.loads, lasts):
+        expected = worker.checksums(host_batch(start))
+        assert all(expected[int(row)] == sums for row, sums in rows.items())
+        held.append([int(row) for row in rows])
+    return held
 
 
 @pytest.fixture(name="two", scope="module")
@@ -64,7 +65,7 @@ def test_two_processes_equal_one(two, tmp_path):
     assert rows == [[0, 1, 2, 3], [4, 5, 6, 7]]  # each makes only what its devices hold
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "make_mesh", lambda c: make_mesh(c, jax.devices()[:4]))
-        assert worker.main(tmp_path / "one", 8) == list(range(8))
+        assert worker.main(tmp_path / "one", 8) == (0, worker.checksums(host_batch(0)))
     curves = [read_curve(path / "metrics.jsonl") for path in (directory, tmp_path / "one")]
     for a, b in zip(*curves, strict=True):
         assert a["step"] == b["step"]
@@ -85,13 +86,12 @@ def test_a_process_that_is_killed_stops_the_other_and_both_go_on_to_the_same_bit
     victim, step = random.randrange(2), random.randrange(3, 8)
     processes = _start(tmp_path, 8, "kill", victim, step)
     printed = [process.communicate(timeout=300) for process in processes]
-    assert processes[victim].returncode == -signal.SIGKILL
-    # Its collective fails, or it has waited too long, or the coordination service ends it first.
+    assert processes[victim].returncode == -signal.SIGKILL, printed
+    # Its collective fails, or the coordination service ends it first.
     assert processes[1 - victim].returncode in (76, -signal.SIGABRT), printed
     if processes[1 - victim].returncode == 76:
         error = printed[1 - victim][1]
-        failed = f"process {1 - victim} of 2: a collective failed ("
-        assert failed in error or f"process {victim} gave no sign of life" in error
+        assert f"process {1 - victim} of 2: a collective failed (" in error, error
     reached = latest_step(tmp_path / "checkpoints") or 0
     assert reached in (step - step % 2, step - step % 2 - 2)  # or the write was cut short
 
@@ -105,24 +105,30 @@ def test_a_process_that_is_killed_stops_the_other_and_both_go_on_to_the_same_bit
     ]
 
 
-def test_a_process_that_hangs_is_named_by_the_other(tmp_path):
+def test_a_process_that_hangs_is_named(tmp_path):
     processes = _start(tmp_path, 8, "hang", 1, 5)
     printed = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [76, 76], printed
-    for i, (_, error) in enumerate(printed):
-        assert f"process {i} of 2: step " in error
-        assert "process 1 is behind, at step 6 (input)" in error
-    assert latest_step(tmp_path / "checkpoints") == 4
+    # Both wait for equally long. Whoever asks first says who is behind; the other one may then
+    # lose its collective, or the coordination service, before it asks.
+    statuses = [process.returncode for process in processes]
+    assert set(statuses) <= {76, -signal.SIGABRT}, printed
+    errors = [error for status, (_, error) in zip(statuses, printed, strict=True) if status == 76]
+    assert any("process 1 is behind, at step 6 (input)" in error for error in errors), printed
+    assert not any(error.count("process 0 is") for error in errors)
+    assert latest_step(tmp_path / "checkpoints") in (2, 4)  # what is asked for at 4 waits for 2
 
 
-def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path):
-    processes = _start(tmp_path, steps=10**6)
+def test_a_signal_to_one_of_four_processes_stops_all_after_the_same_step(tmp_path):
+    processes = _start(tmp_path, 10**6, mesh="1,2,2", count=4)  # fsdp and tensor lie across them
     deadline = time.monotonic() + 300
     while len(read_curve(tmp_path / "metrics.jsonl")) < 3:
         assert time.monotonic() < deadline
+        for process in processes:  # they are far from their end
+            assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     processes[1].send_signal(signal.SIGTERM)
-    _finish(processes)
+    first, last = [0, 1, 2, 3], [4, 5, 6, 7]
+    assert _finish(processes) == [first, first, last, last]
     reached = latest_step(tmp_path / "checkpoints")
     assert reached == read_curve(tmp_path / "metrics.jsonl")[-1]["step"] < 10**6
     assert find_damage(tmp_path / "checkpoints" / str(reached)) is None

@@ -1,18 +1,24 @@
 """One of several processes that train together.
 
-python -m tests.train.worker ID COUNT PORT DIRECTORY STEPS [WHAT ID STEP]
+python -m tests.train.worker ID COUNT PORT DIRECTORY STEPS DATA,FSDP,TENSOR [WHAT ID STEP]
 
-At the batch of STEP, process ID is killed (WHAT = kill) or waits for ever (WHAT = hang).
+At the batch of STEP, process ID is killed (WHAT = kill) or waits for ever (WHAT = hang). Prints, in
+JSON, the step that it began with and checksums of the rows of the first batch that its devices hold.
 """
 
+import contextlib
 import itertools
+import json
 import os
 import pathlib
 import signal
 import sys
 import time
+import zlib
+from collections.abc import Iterator
 
 import jax
+import numpy as np
 
 from retro_jax.batch import RetroBatch
 from retro_jax.errors import LostPeerError
@@ -25,12 +31,21 @@ from retro_jax.train.metrics import Observer
 from retro_jax.train.phases import Watchdog
 from tests.train.small import ROWS, Trainer, host_rows
 
-_HANG_SECONDS = 20.0
+# How long a process may wait. Where one of them hangs, the watch begins at that step: before it,
+# whatever takes long is no accident.
+_HANG_SECONDS = {"hang": 20.0, "soak": 60.0}
+
+Rows = dict[int, list[int]]
 
 
-def main(directory: pathlib.Path, steps: int, accident: tuple[str, ...] = ()) -> list[int]:
-    """Trains, or goes on, on all devices of all processes; returns the rows made here."""
-    mesh = make_mesh(MeshConfig(fsdp=2))
+def main(
+    directory: pathlib.Path,
+    steps: int,
+    config: MeshConfig = MeshConfig(fsdp=2),
+    accident: tuple[str, ...] = (),
+) -> tuple[int, Rows]:
+    """Trains, or goes on, on all devices of all processes; returns what it prints."""
+    mesh = make_mesh(config)
     processes.connect(mesh)
     trainer = Trainer(mesh, neighbour_dropout=0.3)
     rows = local_rows(mesh, ROWS)
@@ -45,28 +60,59 @@ def main(directory: pathlib.Path, steps: int, accident: tuple[str, ...] = ()) ->
         steps=steps,
         log_every=1,
     )
-    hosts = (_make_rows(step, rows, accident) for step in itertools.count(start))
-    watchdog = Watchdog(observer.phases, _HANG_SECONDS if accident else 0.0, _give_up)
-    with jax.set_mesh(mesh), watchdog:
+    held: Rows = {}
+    what = accident[0] if accident else ""
+    watchdog = Watchdog(observer.phases, _HANG_SECONDS.get(what, 0.0), _give_up)
+    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+
+        def make_rows(step: int) -> RetroBatch:
+            if accident and step == (int(accident[2]) if what == "hang" else start):
+                stack.enter_context(watchdog)
+            return _make_rows(step, rows, accident)
+
+        hosts = map(make_rows, itertools.count(start))
         train(
             state,
-            global_batches(hosts, mesh, ROWS, rows),
+            _noting_rows(global_batches(hosts, mesh, ROWS, rows), held),
             step=trainer.step,
-            config=TrainConfig(
-                steps=steps, log_every=1, checkpoint_every=2 if steps < 100 else 1000
-            ),
+            config=TrainConfig(steps=steps, log_every=1, checkpoint_every=interval(steps)),
             checkpoints=checkpoints,
             observer=observer,
             stop=StopRequest(),
         )
     checkpoints.close()
     observer.close()
-    return rows
+    return start, held
 
 
-def _interval(steps: int) -> int:
-    """Steps between checkpoints: some in short runs, none in those that are stopped."""
-    return 2 if steps < 100 else max(1, min(steps // 100, 1000))
+def interval(steps: int) -> int:
+    """Steps between checkpoints: many in short runs, none soon in those that are stopped."""
+    return 2 if steps < 100 else min(steps // 100, 1000)
+
+
+def checksums(batch: RetroBatch) -> Rows:
+    """Of every row of a batch, or of the rows that this process's devices hold: one a field."""
+    found: Rows = {}
+    for array in jax.tree.leaves(batch):
+        parts = getattr(array, "addressable_shards", None)
+        pieces = [(p.index[0].start or 0, p.data) for p in parts] if parts else [(0, array)]
+        sums = {f + i: zlib.crc32(row) for f, piece in pieces for i, row in enumerate(_rows(piece))}
+        for row, total in sums.items():
+            found.setdefault(row, []).append(total)
+    return found
+
+
+def _rows(array: jax.Array | np.ndarray) -> list[bytes]:
+    """The bytes of each row."""
+    return [np.ascontiguousarray(row).tobytes() for row in np.asarray(array)]
+
+
+def _noting_rows(batches: Iterator[RetroBatch], held: Rows) -> Iterator[RetroBatch]:
+    """The batches; the first one's rows are noted."""
+    for batch in batches:
+        if not held:
+            held |= checksums(batch)
+        yield batch
 
 
 def _make_rows(step: int, rows: list[int], accident: tuple[str, ...]) -> RetroBatch:
@@ -88,8 +134,10 @@ if __name__ == "__main__":
     index, count, port = map(int, sys.argv[1:4])
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{port}", count, index)
+    mesh = MeshConfig(*map(int, sys.argv[6].split(",")))
     try:
         with processes.noticing_loss():
-            print(*main(pathlib.Path(sys.argv[4]), int(sys.argv[5]), tuple(sys.argv[6:])))
+            result = main(pathlib.Path(sys.argv[4]), int(sys.argv[5]), mesh, tuple(sys.argv[7:]))
+        print(json.dumps(result))
     except LostPeerError as error:
         _give_up(str(error))

@@ -10,7 +10,7 @@ test -x .venv/bin/python || python3.11 -m venv .venv || {
   sudo apt-get update -q && sudo apt-get install -qy python3.11 python3.11-venv
   python3.11 -m venv .venv
 }
-.venv/bin/pip install -q --constraint constraints.txt --editable '"'"'.[data,tpu]'"'"'
+.venv/bin/pip install -q --constraint constraints.txt --editable '"'"'.[data,tpu,gcs]'"'"'
 export PATH="$PWD/.venv/bin:$PATH" PYTHONUNBUFFERED=1
 cat > run.sh <<'"'"'RUN'"'"'
 for start in $(seq 100); do
