@@ -1,4 +1,8 @@
-"""docs/tutorial.md: its settings can be made, and its commands have flags that exist."""
+"""docs/tutorial.md: its settings can be made, and its commands have flags that exist.
+
+test_results.py, which has a trained model at hand, runs those of one machine; test_train.py starts many
+processes by the flags of the others.
+"""
 
 import importlib
 import pathlib
@@ -11,10 +15,11 @@ from data_pipelines.chunk_database import CHUNK_LENGTH
 from launch import app, configurables
 from retro_jax.config import RetroConfig
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "tutorial.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
+ONE_MACHINE = [c for c in COMMANDS if "launch.cluster" not in c and "--num_processes" not in c]
 (SETTINGS,) = re.findall(r"```gin\n(.*?)```", TEXT, re.DOTALL)
 
 
