@@ -1,7 +1,7 @@
 """SIGKILLs at random moments of a preparation: does it end with the bytes of an undisturbed one?
 
-    python benchmarks/kills.py [--kills=20] [--runner=local] [--seed=0]
-    python benchmarks/kills.py --runner=ray
+    python -m benchmarks.kills [--kills=20] [--runner=local] [--seed=0]
+    python -m benchmarks.kills --runner=ray
 
 Prepares a small slice undisturbed, then again while processes are killed: the one that was started, or
 one of its workers (on Ray, workers of a cluster of three nodes on this machine). After each kill of the
@@ -20,10 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from typing import Any
 
 from absl import app, flags
+
+from benchmarks.process_tree import descendants
 
 _KILLS = flags.DEFINE_integer("kills", 20, "SIGKILLs altogether.", lower_bound=0)
 _RUNNER = flags.DEFINE_enum("runner", "local", ["local", "ray"], "As for launch.prepare.")
@@ -69,18 +70,6 @@ class Preparation:
         if process.returncode:
             raise SystemExit(f"launch.prepare ended with {process.returncode}: {error[-2000:]}")
         return time.monotonic() - start
-
-
-def descendants(parent: int) -> Iterator[int]:
-    """Processes that a process started, and they in turn."""
-    for entry in pathlib.Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == parent:
-            yield int(entry.name)
-            yield from descendants(int(entry.name))
 
 
 def workers(process: subprocess.Popen[str], roots: list[int]) -> list[int]:

@@ -7,7 +7,7 @@ import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 
-_PERIOD = 0.25  # seconds between looks
+_PERIOD = 0.5  # seconds between looks
 
 
 @dataclasses.dataclass
@@ -28,18 +28,14 @@ class Peak:
 
 def descendants(parent: int) -> Iterator[int]:
     """Processes that a process started, and they in turn."""
-    children: dict[int, list[int]] = {}
-    for entry in pathlib.Path("/proc").glob("[0-9]*"):
+    for path in pathlib.Path(f"/proc/{parent}/task").glob("*/children"):
         try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            children = path.read_text().split()
         except OSError:
             continue
-        children.setdefault(int(fields[1]), []).append(int(entry.name))
-    waiting = list(children.get(parent, ()))
-    while waiting:
-        process = waiting.pop()
-        yield process
-        waiting += children.get(process, ())
+        for child in map(int, children):
+            yield child
+            yield from descendants(child)
 
 
 def run(command: Sequence[str]) -> tuple[int, float, Peak]:
@@ -48,6 +44,8 @@ def run(command: Sequence[str]) -> tuple[int, float, Peak]:
     Returns:
       Its exit status, processor seconds of it and of the processes that it waited for, and the peak.
     """
+    if not pathlib.Path("/proc/thread-self/children").exists():
+        raise SystemExit("/proc/thread-self/children is missing: expected a Linux that lists children")
     process = subprocess.Popen(command)
     peak, over = Peak(), threading.Event()
     watcher = threading.Thread(target=_watch, args=(process.pid, peak, over), daemon=True)

@@ -17,8 +17,10 @@ from data_pipelines.corpora import SPLITS
 from data_pipelines.manifest import MANIFEST_FILE
 from data_pipelines.neighbours import NeighbourTable
 from data_pipelines.retriever import Retriever
-from launch import configurables, train
+from data_pipelines.slices import SliceConfig
+from launch import configurables, slices, splits, train
 from launch.prepare import ALL_STAGES, only_one
+from retro_jax.errors import UserError
 from tests.conftest_prepared import run_prepare, write_slice
 
 PLACES = [place for stage in ALL_STAGES.values() for place in stage.places]
@@ -183,6 +185,9 @@ def test_documents_are_appended_and_removed(tiny, tmp_path, capsys):
     kept, *_, gone = before.records()
     more = tmp_path / "more.gin"  # over the settings that W was prepared with
     more.write_text("wikipedia/CorpusConfig.max_documents = 18\n")
+    (tmp_path / "mine.jsonl").write_text('{"text": "A lobster is a crustacean."}\n')
+    slices.prepare_slice(workdir, SliceConfig("mine", str(tmp_path / "mine.jsonl")))
+    capsys.readouterr()
     withdraw = f"--remove={gone.corpus}/{gone.id}"
     unknown = refused(capsys, workdir, None, "--remove=wikipedia/Nobody")
     assert "holds no document 'Nobody' of the corpus 'wikipedia': expected one" in unknown
@@ -206,6 +211,13 @@ def test_documents_are_appended_and_removed(tiny, tmp_path, capsys):
         ids = table.ids(np.arange(len(queries)))
         assert not database.is_removed(database.documents(ids)).any()
         assert (ids >= len(before)).any(), "what is new is found"
+    with pytest.raises(
+        UserError, match=r"neighbours-00001 is missing: .* revision 1 now; expected"
+    ):
+        splits.open_split(workdir, "mine", neighbours=1)
+    slices.prepare_slice(workdir, SliceConfig("mine"))
+    table = splits.open_split(workdir, "mine", neighbours=1).table
+    assert (table.manifest.revision, table.directory.name) == (1, "neighbours-00001")
     found, _ = retriever.neighbours(database.chunks(np.array([len(before)])), 1)
     assert found.tolist() == [[len(before)]]
     for again in (["--append"], [f"--gin_file={more}", "--append"]):
