@@ -45,7 +45,9 @@ def run(command: Sequence[str]) -> tuple[int, float, Peak]:
       Its exit status, processor seconds of it and of the processes that it waited for, and the peak.
     """
     if not pathlib.Path("/proc/thread-self/children").exists():
-        raise SystemExit("/proc/thread-self/children is missing: expected a Linux that lists children")
+        raise SystemExit(
+            "/proc/thread-self/children is missing: expected a Linux that lists children"
+        )
     process = subprocess.Popen(command)
     peak, over = Peak(), threading.Event()
     watcher = threading.Thread(target=_watch, args=(process.pid, peak, over), daemon=True)

@@ -16,8 +16,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data_pipelines import files
-from data_pipelines.documents import read_shard
 from data_pipelines.gather import bounds_of, gather
+from data_pipelines.leakage import KIND as LEAKAGE
+from data_pipelines.leakage import kept_counts, kept_documents
 from data_pipelines.manifest import Manifest, Path, Stage, shard_name
 from data_pipelines.runner import InProcess, Runner, run_counted, silent
 from data_pipelines.tokenizer import Tokenizer
@@ -54,6 +55,7 @@ def prepare_chunks(
     documents_directory: Path,
     tokenizer_directory: Path,
     *,
+    leakage_directory: Path | None = None,
     runner: Runner = InProcess(),
 ) -> Manifest:
     """Tokenises one split's documents into a chunk database, or what is missing of it.
@@ -62,6 +64,7 @@ def prepare_chunks(
       directory: where it goes.
       documents_directory: the split's documents.
       tokenizer_directory: the tokeniser.
+      leakage_directory: which documents are withdrawn; None for none.
       runner: where shards are made; the bytes do not depend on it.
 
     Returns:
@@ -83,6 +86,11 @@ def prepare_chunks(
         "documents": (documents, documents_directory),
         "tokenizer": (tokenizer.manifest, tokenizer_directory),
     }
+    leakage = None
+    if leakage_directory is not None:
+        of_documents = {"documents": (documents, documents_directory)}
+        leakage = Manifest.open(leakage_directory, LEAKAGE, of_documents)
+        parents[LEAKAGE] = (leakage, leakage_directory)
     stage = Stage(directory, KIND, settings, parents)
     if stage.done:
         return stage.manifest()
@@ -92,9 +100,10 @@ def prepare_chunks(
         files.absolute(documents_directory),
         files.absolute(tokenizer_directory),
         runner.threads,
+        None if leakage_directory is None else files.absolute(leakage_directory),
     )
     missing = [i for i, pair in enumerate(names) if stage.missing(pair)]
-    held = [shard["documents"] for shard in documents.fact("shards")]
+    held = kept_counts(documents, leakage)
     run_counted(runner, work, missing, held, what="chunks", unit="document")
     return _finish(stage, names)
 
@@ -109,7 +118,7 @@ class ChunkShard:
     """Makes one chunk shard of one documents shard: a pure function of the two parents.
 
     Attributes:
-      directory, documents_directory, tokenizer_directory: as for `prepare_chunks`.
+      directory, documents_directory, tokenizer_directory, leakage_directory: as for `prepare_chunks`.
       threads: of the tokeniser.
     """
 
@@ -117,17 +126,18 @@ class ChunkShard:
     documents_directory: str
     tokenizer_directory: str
     threads: int = 1
+    leakage_directory: str | None = None
 
     def __call__(self, index: int, report: Callable[[int], object] = silent) -> int:
         """Writes shard `index`; returns its number of chunks. `report` is told of documents."""
         stage = Stage.attach(self.directory)
         tokenizer = Tokenizer.open(self.tokenizer_directory, threads=self.threads)
         manifest = Manifest.read(self.documents_directory)
-        held = [shard["documents"] for shard in manifest.fact("shards")]
+        place = self.leakage_directory
+        held = kept_counts(manifest, None if place is None else Manifest.read(place))
         first = sum(held[:index])
-        rows, counts, records = [], [], []
-        path = pathlib.Path(self.documents_directory) / manifest.shards[index].name
-        for batch in _batches(read_shard(path)):
+        rows, counts, records = [np.zeros((0, CHUNK_LENGTH), stage.settings["dtype"])], [], []
+        for batch in _batches(kept_documents(self.documents_directory, index, place)):
             for document, ids in zip(
                 batch, tokenizer.encode_batch([d.text for d in batch]), strict=True
             ):
@@ -138,10 +148,12 @@ class ChunkShard:
                 records.append([document.id, document.corpus, counts[-1], len(ids) + 2, *measures])
             report(len(batch))
         if len(records) != held[index]:
+            path = pathlib.Path(self.documents_directory) / manifest.shards[index].name
             raise UserError(f"{path} has {len(records)} documents: expected {held[index]}")
         chunks, owners = _shard_names(index)
         wide = np.int32 if sum(held) < 1 << 31 else np.int64
-        numbers = np.repeat(np.arange(first, first + len(counts), dtype=wide), counts)
+        every = np.arange(first, first + len(counts), dtype=wide)
+        numbers = np.repeat(every, np.array(counts, np.int64))
         stage.write_array(owners, numbers)
         stage.write_array(chunks, np.concatenate(rows), facts=records)
         return len(numbers)

@@ -106,6 +106,24 @@ def write_atomically(path: pathlib.Path, data: bytes) -> None:
         sync_folder(path.parent)
 
 
+def write_arrays(path: pathlib.Path, arrays: Iterable[np.ndarray]) -> None:
+    """Several arrays, one after the other, in a file that is whole or not there."""
+
+    def write(file: BinaryIO) -> None:
+        for array in arrays:
+            np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
+
+    with temporary_name(path) as temporary:
+        write_hashed(temporary, write)
+        os.replace(temporary, path)
+
+
+def read_arrays(path: pathlib.Path, count: int) -> list[np.ndarray]:
+    """The first `count` arrays that `write_arrays` wrote."""
+    with open(path, "rb") as file:
+        return [np.load(file) for _ in range(count)]
+
+
 @contextlib.contextmanager
 def temporary_name(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A temporary name in the directory of `path`; no such file is left behind."""

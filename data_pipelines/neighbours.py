@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -26,8 +26,16 @@ from data_pipelines.chunk_database import ChunkDatabase
 from data_pipelines.gather import bounds_of, gather
 from data_pipelines.index import IndexShard, merge
 from data_pipelines.keys import BlockSource, Keys
-from data_pipelines.manifest import Manifest, Path, Stage, shard_name
-from data_pipelines.retriever import Retriever
+from data_pipelines.manifest import Manifest, Parents, Path, Stage, shard_name
+from data_pipelines.retriever import (
+    RETRIEVERS,
+    Found,
+    OwnDocuments,
+    Queries,
+    Ranking,
+    Retriever,
+    chunks_of,
+)
 from data_pipelines.revisions import folder_of
 from data_pipelines.runner import InProcess, Runner, run_counted, silent
 from retro_jax.config import require
@@ -41,28 +49,40 @@ _QUANTILE_ROWS = 10_000_000  # of a larger table every so many-th row
 
 @dataclasses.dataclass(frozen=True)
 class NeighboursConfig:
-    """How many neighbours are kept, by split, and how many queries measure the recall.
+    """How many neighbours are kept, by split, which ones, and how many queries measure the recall.
 
     Attributes:
       train, validation, test: k of the split's table.
       recall_queries: chunks of each split whose neighbours are also found by comparing every key.
+      retriever: "dense" (the nearest keys), "bm25" (the best by BM25), or "dense+bm25": the best by
+        BM25 of the nearest keys.
+      candidates: how many of these "dense+bm25" chooses from.
     """
 
     train: int = 4
     validation: int = 40
     test: int = 40
     recall_queries: int = 500
+    retriever: str = "dense"
+    candidates: int = 100
 
     def __post_init__(self) -> None:
         for field in ("train", "validation", "test"):
             value = getattr(self, field)
             require(isinstance(value, int) and value > 0, self, field, "a positive integer")
         require(self.recall_queries >= 0, self, "recall_queries", "a number of chunks")
+        require(self.retriever in RETRIEVERS, self, "retriever", f"one of {RETRIEVERS}")
+        require(self.candidates > 0, self, "candidates", "a positive number")
+
+    @property
+    def ranking(self) -> Ranking:
+        """What is near."""
+        return Ranking(self.retriever, self.candidates)
 
 
 def prepare_neighbours(
     directory: Path,
-    queries: Keys,
+    queries: Queries,
     retriever: Retriever,
     *,
     k: int,
@@ -74,42 +94,33 @@ def prepare_neighbours(
 
     Args:
       directory: where it goes.
-      queries: the keys of the split's chunks, made as the retrieval database's were.
+      queries: the split's chunks; their keys, made as the retrieval database's were, where it has any.
       retriever: the retrieval database.
       k: neighbours a chunk.
       recall_queries: sample size of the measured recall.
-      base: the split's table against the database's previous revision, of the same k.
+      base: the split's table against the database's previous revision, of the same k; of keys only.
       runner: where shards are made; given the index, the bytes do not depend on it.
 
     Returns:
       The manifest. Facts: chunks; queries (chunks with text); filled, for each slot the share of
       queries that have a neighbour in it; nearest, quantiles of the first slot's score; same_corpus, the
-      share of neighbours of their query's own corpus; recall, with its k and its number of queries: the
+      share of neighbours of their query's own corpus; retriever; recall, with its k and its number of queries: the
       share of the true neighbours that the table holds; database, the chunk ids that it points into.
     """
-    chunks = queries.database
-    parents = {
-        "chunks": (chunks.manifest, chunks.directory),
-        "database": (retriever.database.manifest, retriever.database.directory),
-        "keys": (retriever.keys.manifest, retriever.keys.directory),
-        "index": (retriever.index.manifest, retriever.index.directory),
-    }
-    if queries.manifest.hash != retriever.keys.manifest.hash:
-        parents["queries"] = (queries.manifest, queries.directory)
-    if base is not None:
-        parents["base"] = (base.manifest, base.directory)
-    settings = {"k": k, "recall_queries": recall_queries, "score": "squared_l2"}
-    stage = Stage(directory, KIND, settings, parents)
+    chunks = chunks_of(queries)
+    settings = {"k": k, "recall_queries": recall_queries} | retriever.ranking.settings
+    stage = Stage(directory, KIND, settings, _parents(queries, retriever, base))
     if stage.done:
         return stage.manifest()
-    _check_alike(queries, retriever.keys)
+    if isinstance(queries, Keys):
+        _check_alike(queries, retriever.keys)
     names = [_shard_names(i) for i in range(len(chunks.shards))]
     missing = [i for i, pair in enumerate(names) if stage.missing(pair)]
     own = OwnDocuments(chunks, retriever.database)
     work = NeighbourShard(files.absolute(directory), queries, retriever, k, own, base)
     sizes = [len(ids) for ids in chunks.shards]
-    if len(retriever.index.shards) > 1:
-        pairs = [(s, q) for s in range(len(retriever.index.shards)) for q in work.asks(s, missing)]
+    if len(retriever.parts) > 1:
+        pairs = [(s, q) for s in range(len(retriever.parts)) for q in work.asks(s, missing)]
         found = [i for i, pair in enumerate(pairs) if not work.found_path(*pair).is_file()]
         search = FindShard(work, tuple(pairs))
         of_pairs = [sizes[q] for _, q in pairs]
@@ -120,6 +131,25 @@ def prepare_neighbours(
     return stage.finish(facts, ordered, revision=retriever.database.manifest.revision)
 
 
+def _parents(queries: Queries, retriever: Retriever, base: "NeighbourTable | None") -> Parents:
+    """What a table is made from."""
+    chunks = chunks_of(queries)
+    parents = {
+        "chunks": (chunks.manifest, chunks.directory),
+        "database": (retriever.database.manifest, retriever.database.directory),
+    }
+    if retriever.ranking.by_keys:
+        parents["keys"] = (retriever.keys.manifest, retriever.keys.directory)
+        parents["index"] = (retriever.index.manifest, retriever.index.directory)
+    if retriever.ranking.by_terms:
+        parents["bm25"] = (retriever.bm25.manifest, retriever.bm25.directory)
+    if isinstance(queries, Keys) and queries.manifest.hash != retriever.keys.manifest.hash:
+        parents["queries"] = (queries.manifest, queries.directory)
+    if base is not None:
+        parents["base"] = (base.manifest, base.directory)
+    return parents
+
+
 class NeighbourTable:
     """A split's neighbour table, read from memory maps.
 
@@ -127,6 +157,7 @@ class NeighbourTable:
       directory, manifest: where it is from.
       k: neighbours a chunk, at most.
       database: chunks of the retrieval database that its ids point into; 0 in a table that does not say.
+      score: "squared_l2" or "bm25". retriever: what found them.
     """
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
@@ -134,6 +165,8 @@ class NeighbourTable:
         self.directory, self.manifest = pathlib.Path(directory), manifest
         self.k: int = manifest.settings["k"]
         self.database: int = manifest.facts.get("database", 0)
+        self.score: str = manifest.settings["score"]
+        self.retriever: str = manifest.settings.get("retriever", "dense")
         self._ids = [self._map(name) for name in manifest.shard_names(f"{IDS}-")]
         self._bounds = bounds_of(self._ids)
 
@@ -190,7 +223,10 @@ class NeighbourTable:
         return self._gather(self._ids, chunk_ids, k)
 
     def scores(self, chunk_ids: np.ndarray, k: int | None = None) -> np.ndarray:
-        """[..., k] float32 squared L2 distances, ascending; infinity where there is no neighbour."""
+        """[..., k] float32: squared L2 distances, ascending, or BM25's scores, descending.
+
+        Infinity, or minus infinity, where there is no neighbour.
+        """
         return self._gather(self._scores, chunk_ids, k)
 
     @functools.cached_property
@@ -224,9 +260,6 @@ class NeighbourTable:
         return rows.reshape(*chunk_ids.shape, k)
 
 
-Found = tuple[np.ndarray, np.ndarray]  # ids and scores
-
-
 @dataclasses.dataclass(frozen=True)
 class NeighbourShard:
     """Makes one shard of the table: searches with the keys of one chunk shard.
@@ -238,18 +271,21 @@ class NeighbourShard:
     """
 
     directory: str
-    queries: Keys
+    queries: Queries
     retriever: Retriever
     k: int
-    own: "OwnDocuments"
+    own: OwnDocuments
     base: "NeighbourTable | None" = None
 
-    wants_accelerator: ClassVar[bool] = True
+    @property
+    def wants_accelerator(self) -> bool:
+        """Whether keys are compared, which is faster on one."""
+        return self.retriever.ranking.by_keys
 
     def __call__(self, index: int, report: Callable[[int], object] = silent) -> int:
         """Writes shard `index`; returns its number of rows."""
         stage = Stage.attach(self.directory)
-        shards = self.retriever.index.shards
+        shards = self.retriever.parts
         asked = [s for s in range(len(shards)) if self.asks(s, [index])]
         if len(shards) > 1:
             parts = [read_found(self.found_path(s, index)) for s in asked]
@@ -257,10 +293,11 @@ class NeighbourShard:
             parts = [self.find(shards[s], index, report) for s in asked]
         if self._is_old(index):
             parts.append(self._kept(index))
-        rows = len(self.queries.database.shards[index])
-        empty = (np.full((rows, self.k), -1), np.full((rows, self.k), np.inf, np.float32))
-        ids, scores = merge([*parts, empty], self.k)
-        count = int(sum((~np.isnan(keys[:, 0])).sum() for _, keys in self._blocks(index)))
+        ids, scores = self._ranked(index, parts)
+        rows = len(ids)
+        count = sum(
+            int(self.retriever.has_text(self.queries, block).sum()) for block in self._blocks(index)
+        )
         names = _shard_names(index)
         facts = {"queries": count, "filled": (ids >= 0).sum(0).tolist()}
         stage.write_array(names[1], scores)
@@ -269,21 +306,43 @@ class NeighbourShard:
             report(rows)
         return rows
 
+    def _ranked(self, index: int, parts: list[Found]) -> Found:
+        """The table's rows of query shard `index`, from what each part of the database found."""
+        if not self.retriever.ranking.by_keys:
+            return parts[0]
+        rows, most = len(self.database.shards[index]), self.retriever.fetched(self.k)
+        empty = (np.full((rows, most), -1), np.full((rows, most), np.inf, np.float32))
+        found = merge([*parts, empty], most)
+        ids, scores = np.empty((rows, self.k), np.int64), np.empty((rows, self.k), np.float32)
+        place = 0
+        for block in self._blocks(index):
+            part = slice(place, place + len(block))
+            of_block = (found[0][part], found[1][part])
+            tokens = self.database.chunks(block)
+            ids[part], scores[part] = self.retriever.ranked(of_block, tokens, self.k)
+            place += len(block)
+        return ids, scores
+
+    @property
+    def database(self) -> ChunkDatabase:
+        """The chunks that are searched for."""
+        return chunks_of(self.queries)
+
     def asks(self, shard: int, queries: Sequence[int]) -> list[int]:
         """Those of some query shards that index shard `shard` is searched for."""
         if self.base is None or self.retriever.index.shards[shard].ids.start >= self.base.database:
             return list(queries)
         return [q for q in queries if not self._is_old(q)]
 
-    def find(self, shard: IndexShard, index: int, report: Callable[[int], object]) -> Found:
-        """What one index shard finds for the chunks of query shard `index`."""
-        rows = len(self.queries.database.shards[index])
-        ids, scores = np.empty((rows, self.k), np.int64), np.empty((rows, self.k), np.float32)
+    def find(self, shard: IndexShard | None, index: int, report: Callable[[int], object]) -> Found:
+        """The candidates of one part of the retriever for the chunks of query shard `index`."""
+        rows, most = len(self.database.shards[index]), self.retriever.fetched(self.k)
+        ids, scores = np.empty((rows, most), np.int64), np.empty((rows, most), np.float32)
         place = 0
-        for block, keys in self._blocks(index):
+        for block in self._blocks(index):
             part = slice(place, place + len(block))
-            ids[part], scores[part] = self.retriever.search_shard(
-                shard, keys, self.k, self.own.of(block)
+            ids[part], scores[part] = self.retriever.candidates(
+                shard, self.queries, block, self.k, self.own.of(block)
             )
             place += len(block)
             report(len(block))
@@ -295,12 +354,12 @@ class NeighbourShard:
 
     def _is_old(self, index: int) -> bool:
         """Whether the table of the previous revision has the rows of query shard `index`."""
-        return self.base is not None and self.queries.database.shards[index].stop <= len(self.base)
+        return self.base is not None and self.database.shards[index].stop <= len(self.base)
 
     def _kept(self, index: int) -> Found:
         """What stays of the previous table's rows; those that lost a neighbour are found anew."""
-        assert self.base is not None
-        chunks = np.array(self.queries.database.shards[index])
+        assert self.base is not None and isinstance(self.queries, Keys)
+        chunks = np.array(self.database.shards[index])
         ids, scores = self.base.ids(chunks), self.base.scores(chunks)
         database = self.retriever.database
         lost = database.is_removed(database.documents(ids)) & (ids >= 0)
@@ -314,24 +373,23 @@ class NeighbourShard:
             ids[rows], scores[rows] = merge(found, self.k)
         return ids, scores
 
-    def _blocks(self, index: int) -> Iterator[Found]:
-        """Chunk ids and keys of a query shard."""
-        blocks = BlockSource(self.queries.database.shards[index])
+    def _blocks(self, index: int) -> Iterator[np.ndarray]:
+        """The chunk ids of a query shard, some at a time."""
+        blocks = BlockSource(self.database.shards[index])
         for i in range(len(blocks)):
-            yield blocks[i], self.queries.rows(blocks[i])
+            yield blocks[i]
 
     def recall(self, table: list[np.ndarray], sample: int) -> dict[str, Any]:
         """How many of the true neighbours of some queries the table's scores hold."""
         ids = sample_ids(len(self.queries), sample)
         if not len(ids):
             return {"k": self.k, "queries": 0, "recall": 1.0}
-        queries = self.queries.rows(ids)
-        ids, queries = ids[~np.isnan(queries[:, 0])], queries[~np.isnan(queries[:, 0])]
-        _, truth = self.retriever.exact(queries, self.k, self.own.of(ids))
+        ids = ids[self.retriever.has_text(self.queries, ids)]
+        _, truth = self.retriever.truth(self.queries, ids, self.k, self.own.of(ids))
         bounds = np.cumsum([0] + [len(shard) for shard in table])
         shards = np.searchsorted(bounds, ids, side="right") - 1
         held = [table[shard][i - bounds[shard]] for shard, i in zip(shards, ids, strict=True)]
-        share = recall(np.reshape(held, truth.shape), truth)
+        share = recall(np.reshape(held, truth.shape), truth, self.retriever.ranking.by_terms)
         return {"k": self.k, "queries": len(ids), "recall": share}
 
 
@@ -351,22 +409,14 @@ class FindShard:
         for other in shards[:s]:
             other.release()
         found = self.work.find(shards[s], q, report)
-        path = self.work.found_path(s, q)
-
-        def write(file: BinaryIO) -> None:
-            for array in found:
-                np.lib.format.write_array(file, array, allow_pickle=False)
-
-        with files.temporary_name(path) as temporary:
-            files.write_hashed(temporary, write)
-            temporary.rename(path)
+        files.write_arrays(self.work.found_path(s, q), found)
         return len(found[0])
 
 
 def read_found(path: pathlib.Path) -> Found:
     """The candidates that `FindShard` left."""
-    with open(path, "rb") as file:
-        return np.load(file), np.load(file)
+    ids, scores = files.read_arrays(path, 2)
+    return ids, scores
 
 
 def sample_ids(total: int, sample: int, seed: int = 0) -> np.ndarray:
@@ -375,34 +425,22 @@ def sample_ids(total: int, sample: int, seed: int = 0) -> np.ndarray:
     return np.sort(random.choice(total, min(sample, total), replace=False))
 
 
-def recall(found: np.ndarray, truth: np.ndarray) -> float:
+def recall(found: np.ndarray, truth: np.ndarray, descending: bool = False) -> float:
     """The share of the true neighbours that were found.
 
     Scores are compared, not ids: of chunks at one distance, any is a true neighbour.
 
     Args:
-      found, truth: [n, k] squared distances, infinity where there are no more.
+      found, truth: [n, k] squared distances, infinity where there are no more; or scores.
+      descending: whether they are scores, of which larger ones are better, and minus infinity none.
     """
+    if descending:
+        found, truth = -found, -truth
     there = np.isfinite(truth).sum(1)
-    furthest = np.where(np.isfinite(truth), truth, 0).max(1, initial=0)
-    hits = (found <= (furthest * (1 + 1e-5) + 1e-6)[:, None]).sum(1)
+    furthest = np.where(np.isfinite(truth), truth, -np.inf).max(1, initial=-np.inf)
+    furthest = np.where(there > 0, furthest, 0)
+    hits = (found <= (furthest + 1e-5 * np.abs(furthest) + 1e-6)[:, None]).sum(1)
     return float(np.minimum(hits, there).sum() / there.sum()) if there.sum() else 1.0
-
-
-class OwnDocuments:
-    """The retrieval database's number of each chunk's own document."""
-
-    def __init__(self, queries: ChunkDatabase, database: ChunkDatabase) -> None:
-        """Finds the documents of the queries in the database, by corpus and id."""
-        self._queries = queries
-        self._numbers: np.ndarray | None = None
-        if queries.manifest.hash != database.manifest.hash:
-            self._numbers = _same_documents(queries, database)
-
-    def of(self, ids: np.ndarray) -> np.ndarray:
-        """[n] int64 numbers for chunks [n] of the queries; -1 where the database lacks the document."""
-        documents = self._queries.documents(ids)
-        return documents if self._numbers is None else self._numbers[documents]
 
 
 def _check_alike(queries: Keys, keys: Keys) -> None:
@@ -412,17 +450,6 @@ def _check_alike(queries: Keys, keys: Keys) -> None:
             f"{queries.directory} and {keys.directory} do not belong together: expected keys of the"
             " same model and precision"
         )
-
-
-def _same_documents(queries: ChunkDatabase, database: ChunkDatabase) -> np.ndarray:
-    """[documents of queries] int64: the number of the same document in the database, or -1."""
-    wanted = {(r.corpus, r.id): i for i, r in enumerate(queries.records())}
-    numbers = np.full(len(wanted), -1, np.int64)
-    for number, record in enumerate(database.records()):
-        i = wanted.get((record.corpus, record.id))
-        if i is not None:
-            numbers[i] = number
-    return numbers
 
 
 def _facts(
@@ -440,6 +467,7 @@ def _facts(
     quantiles = np.quantile(nearest, steps) if len(nearest) else []
     return {
         "chunks": len(work.queries),
+        "retriever": work.retriever.ranking.retriever,
         "database": len(work.retriever.database),
         "queries": count,
         "filled": [slot / count if count else 0.0 for slot in filled],
@@ -451,7 +479,7 @@ def _facts(
 
 def _same_corpus(stage: Stage, names: list[str], work: NeighbourShard) -> float:
     """The share of neighbours, of all slots of some rows, that are of their query's corpus."""
-    queries, database = work.queries.database, work.retriever.database
+    queries, database = work.database, work.retriever.database
     tables = [np.load(stage.directory / name, mmap_mode="r") for name in names]
     rows = sample_ids(len(queries), _SOURCE_ROWS)
     found = np.empty((len(rows), work.k), np.int64)

@@ -1,5 +1,11 @@
 """Chunks in, nearest chunks of other documents out: offline for the tables, live while generating.
 
+    dense        the nearest by their keys
+    dense+bm25   so many nearest by their keys, the best of these by BM25
+    bm25         the best by BM25; there need not be any keys
+
+By keys:
+
     tokens --ChunkEncoder--> queries --Index--> candidates --filter--> k neighbours, nearest first
 
 More candidates are fetched than asked for, since some are of the query's own document. A query that is
@@ -7,6 +13,7 @@ left with too few fetches 8 times as many, up to 1,024; one that still has too f
 long document) is compared with every key, which also says when there are no more.
 """
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
@@ -15,12 +22,15 @@ from typing import Any
 import numpy as np
 
 from data_pipelines import files, revisions
+from data_pipelines.bm25 import KIND as BM25
+from data_pipelines.bm25 import Bm25
 from data_pipelines.chunk_database import CHUNK_LENGTH, ChunkDatabase
 from data_pipelines.embedder import PACKAGED_MODELS, BertFolder, Embedder
 from data_pipelines.index import Index, IndexShard, merge, repeated
 from data_pipelines.keys import ChunkEncoder, Keys
-from data_pipelines.manifest import Path
+from data_pipelines.manifest import MANIFEST_FILE, Manifest, Path
 from data_pipelines.tokenizer import Tokenizer
+from retro_jax.config import require
 from retro_jax.errors import UserError
 
 _WIDEN, _WIDEST = 8, 1024
@@ -28,25 +38,82 @@ _SPARE = 8  # candidates of an exact search beyond k: its products round where d
 _QUERIES = 1024  # of an exact search at once
 
 
+RETRIEVERS = ("dense", "bm25", "dense+bm25")
+Queries = Keys | ChunkDatabase  # chunks to search for, with keys or without
+Found = tuple[np.ndarray, np.ndarray]  # ids and scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+    """What is near.
+
+    Attributes:
+      retriever: one of RETRIEVERS.
+      candidates: how many of the nearest by their keys "dense+bm25" chooses from.
+    """
+
+    retriever: str = "dense"
+    candidates: int = 100
+
+    def __post_init__(self) -> None:
+        require(self.retriever in RETRIEVERS, self, "retriever", f"one of {RETRIEVERS}")
+        require(self.candidates > 0, self, "candidates", "a positive number")
+
+    @property
+    def by_keys(self) -> bool:
+        """Whether keys are compared."""
+        return self.retriever != "bm25"
+
+    @property
+    def by_terms(self) -> bool:
+        """Whether BM25 has the last word."""
+        return self.retriever != "dense"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the manifest of a table says of it."""
+        if not self.by_terms:
+            return {"score": "squared_l2"}
+        some = {"candidates": self.candidates} if self.by_keys else {}
+        return {"score": "bm25", "retriever": self.retriever} | some
+
+    def __str__(self) -> str:
+        """As an error names it."""
+        some = f" of {self.candidates} candidates" if self.by_keys and self.by_terms else ""
+        return f"{self.retriever!r}{some}"
+
+    @classmethod
+    def of(cls, workdir: Path) -> "Ranking":
+        """That of a workdir's tables; the first one where there are none."""
+        place = pathlib.Path(workdir) / "neighbours" / "train"
+        if not (place / MANIFEST_FILE).is_file():
+            return cls()
+        settings = Manifest.read(place).settings
+        return cls(**{f.name: settings.get(f.name, f.default) for f in dataclasses.fields(cls)})
+
+
 class Retriever:
     """A retrieval database that can be searched: chunks, their keys, and the index over these.
 
     Attributes:
       database: the chunks; ids are its.
-      keys, index: what is searched.
+      ranking: what is near.
     """
 
     def __init__(
         self,
         database: ChunkDatabase,
-        keys: Keys,
+        keys: Keys | None,
         *,
-        index: Index,
+        index: Index | None,
         tokenizer: Tokenizer | None = None,
         model: str | None = None,
+        ranking: Ranking = Ranking(),
+        bm25: Bm25 | None = None,
     ) -> None:
         """Use `open`; without a tokeniser it can search, but not embed."""
-        self.database, self.keys, self.index = database, keys, index
+        self.database, self.ranking = database, ranking
+        self._keys, self._index, self._bm25 = keys, index, bm25
         self._tokenizer, self._model = tokenizer, model
 
     @classmethod
@@ -56,6 +123,7 @@ class Retriever:
         *,
         model: str | None = None,
         revision: int | None = None,
+        ranking: Ranking | None = None,
         verify: bool = False,
     ) -> "Retriever":
         """Opens the retrieval database of a workdir: tokenizer/, chunks/train/, keys/train/ and index/.
@@ -66,6 +134,7 @@ class Retriever:
           workdir: where `prepare` put them.
           model: the folder of the BERT that made the keys, where it is not a packaged one.
           revision: of the database; None for the newest.
+          ranking: what is near; None for what the workdir's tables were made by.
           verify: hash every file again.
 
         Raises:
@@ -75,13 +144,47 @@ class Retriever:
         database = revisions.open_database(workdir, revision, verify=verify)
         for part in getattr(database, "parts", [database]):
             _check_tokenizer(part, tokenizer)
-        keys = revisions.open_keys(database, workdir, verify=verify)
-        index = revisions.open_index(keys, workdir, verify=verify)
-        return cls(database, keys, index=index, tokenizer=tokenizer, model=model)
+        ranking = Ranking.of(workdir) if ranking is None else ranking
+        keys = index = bm25 = None
+        if ranking.by_keys:
+            keys = revisions.open_keys(database, workdir, verify=verify)
+            index = revisions.open_index(keys, workdir, verify=verify)
+        if ranking.by_terms:
+            place = revisions.folder_of(workdir, database.manifest.revision) / BM25
+            bm25 = Bm25.open(place, database, verify=verify)
+        parts: dict[str, Any] = {"index": index, "ranking": ranking, "bm25": bm25}
+        return cls(database, keys, tokenizer=tokenizer, model=model, **parts)
 
     def __reduce__(self) -> tuple[Callable[..., "Retriever"], tuple[Any, ...]]:
         """Pickles for searching: worker processes map and load the files, but cannot embed."""
-        return _searching, (self.database, self.keys, self.index)
+        return _searching, (self.database, self._keys, self._index, self.ranking, self._bm25)
+
+    @property
+    def keys(self) -> Keys:
+        """The database's keys; a UserError where it has none."""
+        if self._keys is None:
+            raise UserError(
+                f"{self.database.directory} is searched by BM25 alone: expected the retriever 'dense'"
+                " or 'dense+bm25' where keys are needed"
+            )
+        return self._keys
+
+    @property
+    def index(self) -> Index:
+        """The index over the keys."""
+        assert self.keys is not None and self._index is not None
+        return self._index
+
+    @property
+    def bm25(self) -> Bm25:
+        """The scores of terms; only where the ranking has them."""
+        assert self._bm25 is not None
+        return self._bm25
+
+    @property
+    def parts(self) -> list[IndexShard | None]:
+        """What `candidates` searches, one after the other; None for BM25."""
+        return list(self.index.shards) if self.ranking.by_keys else [None]
 
     @functools.cached_property
     def encoder(self) -> ChunkEncoder:
@@ -124,7 +227,66 @@ class Retriever:
             raise UserError(
                 f"chunks have shape {tokens.shape}: expected [C, {CHUNK_LENGTH}] tokens"
             )
-        return self.search(self.encoder.keys(tokens), k, exclude_documents)
+        if not self.ranking.by_keys:
+            return self.bm25.search(tokens, k, exclude_documents)
+        found = self.search(self.encoder.keys(tokens), self.fetched(k), exclude_documents)
+        return self.ranked(found, tokens, k)
+
+    def fetched(self, k: int) -> int:
+        """How many candidates a search for k neighbours begins with."""
+        return max(k, self.ranking.candidates) if self.ranking.retriever == "dense+bm25" else k
+
+    def ranked(self, found: Found, tokens: np.ndarray, k: int) -> Found:
+        """The first k [n, k] of `fetched` candidates for chunks [n, 64], and their scores."""
+        if self.ranking.retriever == "dense+bm25":
+            return self.bm25.ranked(tokens, found[0], k)
+        return found[0][:, :k], found[1][:, :k]
+
+    def candidates(
+        self,
+        part: IndexShard | None,
+        queries: Queries,
+        ids: np.ndarray,
+        k: int,
+        exclude: np.ndarray | None,
+    ) -> Found:
+        """What one of `parts` finds for chunks `ids` [n]: candidates [n, fetched(k)], and scores."""
+        if part is None:
+            return self.bm25.search(chunks_of(queries).chunks(ids), k, exclude)
+        return self.search_shard(part, _vectors(queries, ids), self.fetched(k), exclude)
+
+    def find(
+        self, queries: Queries, ids: np.ndarray, k: int, exclude: np.ndarray | None = None
+    ) -> Found:
+        """As `neighbours`, of chunks `ids` [n] whose keys, if any are needed, are known."""
+        tokens = chunks_of(queries).chunks(ids)
+        if not self.ranking.by_keys:
+            return self.bm25.search(tokens, k, exclude)
+        found = self.search(_vectors(queries, ids), self.fetched(k), exclude)
+        return self.ranked(found, tokens, k)
+
+    def truth(
+        self, queries: Queries, ids: np.ndarray, k: int, exclude: np.ndarray | None = None
+    ) -> Found:
+        """As `find`, by comparing every key."""
+        if not self.ranking.by_keys:
+            return self.find(queries, ids, k, exclude)
+        found = self.exact(_vectors(queries, ids), self.fetched(k), exclude)
+        return self.ranked(found, chunks_of(queries).chunks(ids), k)
+
+    def scores_of(self, queries: Queries, ids: np.ndarray, found: np.ndarray) -> np.ndarray:
+        """[n, k] float32: the scores of given neighbours [n, k] of chunks `ids` [n]."""
+        if self.ranking.by_terms:
+            return self.bm25.score(chunks_of(queries).chunks(ids), found)
+        keys = self.keys.rows(np.maximum(found, 0).ravel()).reshape(*found.shape, -1)
+        distances = ((keys - _vectors(queries, ids)[:, None]) ** 2).sum(-1)
+        return np.where(found >= 0, distances, np.inf)
+
+    def has_text(self, queries: Queries, ids: np.ndarray) -> np.ndarray:
+        """[n] bool: which of the chunks `ids` can be searched for."""
+        if self.ranking.by_keys:
+            return ~np.isnan(_vectors(queries, ids)[:, 0])
+        return self.bm25.has_terms(chunks_of(queries).chunks(ids))
 
     def search(
         self, queries: np.ndarray, k: int, exclude_documents: np.ndarray | None = None
@@ -251,9 +413,53 @@ def _encoder(keys: Keys, tokenizer: Tokenizer, model: str | None) -> ChunkEncode
     return ChunkEncoder(tokenizer, Embedder.shared(folder), settings["dtype"])
 
 
-def _searching(database: ChunkDatabase, keys: Keys, index: Index) -> Retriever:
+class OwnDocuments:
+    """The retrieval database's number of each chunk's own document."""
+
+    def __init__(self, queries: ChunkDatabase, database: ChunkDatabase) -> None:
+        """Finds the documents of the queries in the database, by corpus and id."""
+        self._queries = queries
+        self._numbers: np.ndarray | None = None
+        if queries.manifest.hash != database.manifest.hash:
+            self._numbers = _same_documents(queries, database)
+
+    def of(self, ids: np.ndarray) -> np.ndarray:
+        """[n] int64 numbers for chunks [n] of the queries; -1 where the database lacks the document."""
+        documents = self._queries.documents(ids)
+        return documents if self._numbers is None else self._numbers[documents]
+
+
+def chunks_of(queries: Queries) -> ChunkDatabase:
+    """The chunks that are searched for."""
+    return queries.database if isinstance(queries, Keys) else queries
+
+
+def _same_documents(queries: ChunkDatabase, database: ChunkDatabase) -> np.ndarray:
+    """[documents of queries] int64: the number of the same document in the database, or -1."""
+    wanted = {(r.corpus, r.id): i for i, r in enumerate(queries.records())}
+    numbers = np.full(len(wanted), -1, np.int64)
+    for number, record in enumerate(database.records()):
+        i = wanted.get((record.corpus, record.id))
+        if i is not None:
+            numbers[i] = number
+    return numbers
+
+
+def _vectors(queries: Queries, ids: np.ndarray) -> np.ndarray:
+    """[n, d] keys of chunks that are searched for."""
+    assert isinstance(queries, Keys)
+    return queries.rows(ids)
+
+
+def _searching(
+    database: ChunkDatabase,
+    keys: Keys | None,
+    index: Index | None,
+    ranking: Ranking,
+    bm25: Bm25 | None,
+) -> Retriever:
     """A retriever that can search, but not embed."""
-    return Retriever(database, keys, index=index)
+    return Retriever(database, keys, index=index, ranking=ranking, bm25=bm25)
 
 
 def _at(exclude: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:

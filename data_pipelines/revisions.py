@@ -204,7 +204,10 @@ def open_index(keys: Keys, workdir: Path, *, verify: bool = False) -> Index:
 
 
 def publish(
-    workdir: Path, revision: int, removed: Sequence[int], added: Keys | None = None
+    workdir: Path,
+    revision: int,
+    removed: Sequence[int],
+    added: Keys | ChunkDatabase | None = None,
 ) -> Manifest:
     """Publishes a revision: from now on it is the newest.
 
@@ -212,7 +215,7 @@ def publish(
       workdir: W.
       revision: its number, one more than the newest.
       removed: numbers of documents of the previous revision that are removed by this one.
-      added: the keys of the chunks that it adds.
+      added: the chunks that it adds, and their keys where the database has any.
 
     Returns:
       The manifest of W/revisions/REVISION/database. Facts: as those of a chunk database, of the documents
@@ -221,10 +224,12 @@ def publish(
     previous = open_database(workdir, revision - 1)
     parents = {"previous": (previous.manifest, previous.directory)}
     parts = list(previous.parts) if isinstance(previous, JoinedDatabase) else [previous]
-    if added is not None:
-        parents["chunks"] = (added.database.manifest, added.database.directory)
+    chunks = added.database if isinstance(added, Keys) else added
+    if chunks is not None:
+        parents["chunks"] = (chunks.manifest, chunks.directory)
+        parts.append(chunks)
+    if isinstance(added, Keys):
         parents["keys"] = (added.manifest, added.directory)
-        parts.append(added.database)
     _check_same_tokens(parts)
     every = np.unique(np.concatenate([previous.removed, np.asarray(removed, np.int64)]))
     digest = hashlib.sha256(np.asarray(removed, np.int64).tobytes()).hexdigest()
@@ -238,8 +243,8 @@ def publish(
         "documents": sum(part.num_documents for part in parts),
         "chunks": sum(map(len, parts)),
         "shards": [len(ids) for part in parts for ids in part.shards],
-        "corpora": _corpora(previous, parts, np.asarray(removed, np.int64), added),
-        "added": added.database.num_documents if added is not None else 0,
+        "corpora": _corpora(previous, parts, np.asarray(removed, np.int64), chunks),
+        "added": chunks.num_documents if chunks is not None else 0,
         "removed": len(every),
     }
     return stage.finish(facts, revision=revision)
@@ -272,13 +277,13 @@ def _corpora(
     previous: ChunkDatabase,
     parts: Sequence[ChunkDatabase],
     removed: np.ndarray,
-    added: Keys | None,
+    added: ChunkDatabase | None,
 ) -> dict[str, dict[str, Any]]:
     """Sums and ranges of each corpus, without what is removed."""
     corpora = json.loads(json.dumps(previous.manifest.fact("corpora")))
     if added is not None:
         first = sum(map(len, parts[:-1]))
-        for name, fact in added.database.manifest.fact("corpora").items():
+        for name, fact in added.manifest.fact("corpora").items():
             ranges = [[a + first, b + first] for a, b in fact["ranges"]]
             known = corpora.setdefault(name, {"ranges": []})
             known["ranges"] += ranges

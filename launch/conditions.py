@@ -184,12 +184,18 @@ def _unlike(split: Split, condition: Condition) -> NeighbourTokens:
 
 
 def check_split(split: Split, conditions: Sequence[Condition]) -> None:
-    """Refuses a part of the database as that of its own documents.
+    """Refuses a part of the database as that of its own documents, or for tables not made by keys.
 
     Raises:
-      UserError: the database's own split with --database_shares.
+      UserError: the database's own split, or a table of BM25, with --database_shares.
     """
+    shares = any(condition.kind == "database" for condition in conditions)
+    if shares and split.table is not None and split.table.retriever != "dense":
+        raise UserError(
+            f"--database_shares: {split.table.directory} was made by the retriever"
+            f" {split.table.retriever!r}: expected 'dense'"
+        )
     own = split.retrieval and split.retrieval.manifest.hash == split.database.manifest.hash
-    if own and any(condition.kind == "database" for condition in conditions):
+    if own and shares:
         others = ", ".join(name for name in SPLITS if name != "train")
         raise UserError(f"--database_shares of the training split itself: expected {others}")

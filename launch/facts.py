@@ -26,6 +26,7 @@ def table(directory: pathlib.Path) -> str:
     if not any(chunks.values()):
         raise UserError(f"{directory} holds no chunk database: expected what launch.prepare makes")
     rows = _chunk_rows(list(chunks.values()))
+    rows += _leakage_rows(directory)
     rows += _key_rows(directory)
     rows += _revision_rows(directory)
     tables = revisions.folder_of(directory, revisions.latest(directory))
@@ -55,6 +56,25 @@ def _chunk_rows(splits: Sequence[Manifest | None]) -> list[list[str]]:
         rows.append([f"{corpus}: bytes a token", *(_share(rate, "{:.2f}") for rate in rates)])
     padding = [m.fact("padding") if m else None for m in splits]
     return [*rows, ["padding", *map(_share, padding)]]
+
+
+def _leakage_rows(directory: pathlib.Path) -> list[list[str]]:
+    """What was withdrawn of the training split, and which chunks are in two splits."""
+    none = [_NOTHING] * (len(SPLITS) - 1)
+    rows = []
+    documents = _manifest(directory / "leakage", "leakage")
+    if documents:
+        threshold = documents.settings["threshold"]
+        names = {"withdrawn": f"withdrawn documents, from {threshold:g}", "equal": "of these equal"}
+        names["duplicates"] = "documents equal to others of the split"
+        rows += [[name, _count(documents.fact(fact)), *none] for fact, name in names.items()]
+    chunks = _manifest(directory / "duplicates", "duplicates")
+    if chunks:
+        held_out = chunks.fact("held_out")
+        sides = [chunks.facts, *(held_out[split] for split in SPLITS if split != "train")]
+        for fact, name in (("near", "near-duplicate chunks"), ("equal", "of these equal tokens")):
+            rows.append([name, *(_count(side[fact]) for side in sides)])
+    return rows
 
 
 def _key_rows(directory: pathlib.Path) -> list[list[str]]:
@@ -93,12 +113,16 @@ def _neighbour_rows(splits: Sequence[Manifest | None]) -> list[list[str]]:
     # A split without documents has no shard, and so no slots.
     shares = [m.fact("filled") if m else [] for m in splits]
     nearest = [m.fact("nearest") if m else {} for m in splits]
+    made_by = {m.settings["score"] for m in splits if m}
+    score = "distance" if "squared_l2" in made_by else "BM25"
+    names = sorted({m.settings.get("retriever", "dense") for m in splits if m})
     same = [m.facts.get("same_corpus") if m else None for m in splits]
     return [
+        ["retriever", " ".join(names), *[_NOTHING] * (len(SPLITS) - 1)],
         ["neighbours a chunk", *(_count(m.settings["k"] if m else None) for m in splits)],
         ["slots filled", *(_share(sum(s) / len(s) if s else None) for s in shares)],
         *(
-            [f"nearest: {name} distance", *(_share(q.get(step), "{:.3f}") for q in nearest)]
+            [f"nearest: {name} {score}", *(_share(q.get(step), "{:.3f}") for q in nearest)]
             for step, name in _QUANTILES.items()
         ),
         ["of the same corpus", *map(_share, same)],

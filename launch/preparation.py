@@ -5,14 +5,16 @@ import pathlib
 
 from data_pipelines import revisions
 from data_pipelines.batches import BatchConfig
+from data_pipelines.bm25 import Bm25Config
 from data_pipelines.chunk_database import ChunkDatabase
 from data_pipelines.documents import DocumentsConfig
 from data_pipelines.index import IndexConfig
 from data_pipelines.keys import Keys, KeysConfig
+from data_pipelines.leakage import LeakageConfig
 from data_pipelines.manifest import Manifest
 from data_pipelines.materialise import RETRIEVED, prepare_batches
 from data_pipelines.neighbours import NeighboursConfig, NeighbourTable, prepare_neighbours
-from data_pipelines.retriever import Retriever
+from data_pipelines.retriever import Queries, Retriever
 from data_pipelines.runner import Runner
 from data_pipelines.tokenizer import TokenizerConfig
 
@@ -32,6 +34,8 @@ class Preparation:
     keys: KeysConfig
     index: IndexConfig
     neighbours: NeighboursConfig
+    leakage: LeakageConfig
+    bm25: Bm25Config
     runner: Runner
 
 
@@ -40,8 +44,7 @@ def prepare_table(
 ) -> Manifest:
     """Finds the neighbours of a split's chunks in some revision of the database."""
     revision = retriever.database.manifest.revision
-    # The training split is the database, whose revision may have more chunks.
-    queries = retriever.keys if split == "train" else open_keys(p.directory, split)
+    queries = queries_of(p.directory, split, retriever)
     k = getattr(p.neighbours, split)
     return prepare_neighbours(
         revisions.folder_of(p.directory, revision) / "neighbours" / split,
@@ -49,9 +52,18 @@ def prepare_table(
         retriever,
         k=k,
         recall_queries=p.neighbours.recall_queries,
-        base=base if base is not None and base.k == k else None,
+        base=base if base is not None and base.k == k and base.score == "squared_l2" else None,
         runner=p.runner,
     )
+
+
+def queries_of(directory: pathlib.Path, split: str, retriever: Retriever) -> Queries:
+    """The chunks of a split as a retriever is asked for their neighbours."""
+    # The training split is the database, whose revision may have more chunks.
+    if not retriever.ranking.by_keys:
+        chunks = directory / "chunks" / split
+        return retriever.database if split == "train" else ChunkDatabase.open(chunks)
+    return retriever.keys if split == "train" else open_keys(directory, split)
 
 
 def parents_of(

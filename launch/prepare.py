@@ -1,7 +1,7 @@
 """Prepares what training reads: corpora in, chunks with their neighbours out.
 
     python -m launch.prepare --gin_file=experiments/quickstart.gin --workdir=W
-    python -m launch.prepare --gin_file=experiments/quickstart.gin --workdir=W --stages=documents,chunks
+    python -m launch.prepare --gin_file=experiments/quickstart.gin --workdir=W --stages=documents,leakage
     python -m launch.prepare --gin_file=experiments/quickstart.gin --workdir=W --runner=ray --ray_address=HOST:6379
     python -m launch.prepare --gin_file=more.gin --workdir=W --append
     python -m launch.prepare --workdir=W --remove=wikipedia/Lobster
@@ -9,9 +9,10 @@
     python -m launch.prepare --workdir=W --stats
     python -m launch.prepare --workdir=W --verify
 
-Runs the stages documents, tokenizer, chunks, keys, index and neighbours, each into its own directory
-of W. What is there already is not made again; interrupted or killed, the same command goes on where
-it was. A directory that was made with other settings is refused, and never deleted.
+Runs the stages documents, leakage, tokenizer, chunks, duplicates, keys, index, bm25 and neighbours,
+those that the settings ask for, each into its own directory of W. What is there already is not made
+again; interrupted or killed, the same command goes on where it was. A directory that was made with
+other settings is refused, and never deleted.
 """
 
 import contextlib
@@ -24,20 +25,22 @@ from collections.abc import Callable, Iterator, Sequence
 
 from absl import flags
 
-from data_pipelines import files
+from data_pipelines import files, revisions
 from data_pipelines.batches import BatchConfig
+from data_pipelines.bm25 import Bm25Config, prepare_bm25
 from data_pipelines.chunk_database import prepare_chunks
 from data_pipelines.corpora import SPLITS
 from data_pipelines.documents import DocumentsConfig, prepare_documents
 from data_pipelines.index import IndexConfig, prepare_index
 from data_pipelines.keys import KeysConfig, prepare_keys
+from data_pipelines.leakage import LeakageConfig
 from data_pipelines.manifest import MANIFEST_FILE, Manifest
 from data_pipelines.neighbours import NeighboursConfig
 from data_pipelines.ray_runner import RayCluster
 from data_pipelines.retriever import Retriever
 from data_pipelines.runner import InProcess, LocalProcesses, Runner
 from data_pipelines.tokenizer import TokenizerConfig, train_tokenizer
-from launch import app, configurables, facts, update, verify, workdir
+from launch import app, configurables, facts, near_copies, update, verify, workdir
 from launch.preparation import Preparation, materialise, open_keys, prepare_table
 from retro_jax.errors import UserError
 
@@ -100,10 +103,12 @@ class StageOf:
       places: the directories in W that it fills.
       run: makes what is missing of them, and returns a line of what they hold and a count for the
         rate with its unit.
+      wanted: whether the settings ask for it.
     """
 
     places: tuple[str, ...]
     run: Callable[[Preparation], tuple[str, int, str]]
+    wanted: Callable[[Preparation], bool] = lambda p: True
 
 
 def main() -> None:
@@ -175,6 +180,8 @@ def make_preparation(directory: pathlib.Path) -> Preparation:
         keys=configurables.make(KeysConfig),
         index=configurables.make(IndexConfig),
         neighbours=configurables.make(NeighboursConfig),
+        leakage=configurables.make(LeakageConfig),
+        bm25=configurables.make(Bm25Config),
         runner=make_runner(),
     )
 
@@ -191,6 +198,8 @@ def make_runner() -> Runner:
 def run_stage(name: str, preparation: Preparation) -> bool:
     """Runs one stage and prints a line about it; returns whether there was anything to do."""
     stage, start = ALL_STAGES[name], time.perf_counter()
+    if not stage.wanted(preparation):
+        return False
     done = all((preparation.directory / p / MANIFEST_FILE).is_file() for p in stage.places)
     if not done:
         print(f"{name}: ...", flush=True)
@@ -252,6 +261,27 @@ def _left_out(manifest: Manifest) -> str:
     return f"; left out: {told}" if told else ""
 
 
+def _leakage(p: Preparation) -> tuple[str, int, str]:
+    """Withdraws training documents that nearly are held-out ones."""
+    manifest = near_copies.withdraw(p, p.directory)
+    assert manifest is not None
+    count = manifest.fact("documents")
+    if manifest.fact("withdrawn") == count:
+        raise UserError(
+            f"{p.directory / 'leakage'}: all {count} training documents are near-copies of held-out"
+            " ones: expected some that are not"
+        )
+    near_copies.write_report(p.directory)
+    return near_copies.told(manifest), count, "documents"
+
+
+def _duplicates(p: Preparation) -> tuple[str, int, str]:
+    """Counts held-out chunks that stand in the training split all but word for word."""
+    manifest = near_copies.count(p, p.directory)
+    near_copies.write_report(p.directory)
+    return near_copies.told_of_chunks(manifest), manifest.fact("chunks"), "chunks"
+
+
 def _tokenizer(p: Preparation) -> tuple[str, int, str]:
     """Trains the tokeniser on the training split."""
     manifest = train_tokenizer(
@@ -270,6 +300,9 @@ def _chunks(p: Preparation) -> tuple[str, int, str]:
             p.directory / "chunks" / split,
             p.directory / "documents" / split,
             p.directory / "tokenizer",
+            leakage_directory=near_copies.directory_of(p, p.directory)
+            if split == "train"
+            else None,
             runner=p.runner,
         )
         counts[split] = manifest.fact("chunks")
@@ -302,9 +335,17 @@ def _index(p: Preparation) -> tuple[str, int, str]:
     return f"{count:,} keys, {plan['kind'].replace('_', ' ')}", count, "keys"
 
 
+def _bm25(p: Preparation) -> tuple[str, int, str]:
+    """Computes the scores of terms in the database's chunks."""
+    database = revisions.open_database(p.directory, 0)
+    manifest = prepare_bm25(p.directory / "bm25", database, p.bm25)
+    count, postings = manifest.fact("indexed"), manifest.fact("postings")
+    return f"{count:,} chunks, {postings:,} terms in them", count, "chunks"
+
+
 def _neighbours(p: Preparation) -> tuple[str, int, str]:
     """Finds the neighbours of every split's chunks."""
-    retriever = Retriever.open(p.directory, revision=0)
+    retriever = Retriever.open(p.directory, revision=0, ranking=p.neighbours.ranking)
     told, total = [], 0
     for split in SPLITS:
         manifest = prepare_table(p, split, retriever)
@@ -314,6 +355,11 @@ def _neighbours(p: Preparation) -> tuple[str, int, str]:
     return "; ".join(told), total, "chunks"
 
 
+def _checks_leakage(p: Preparation) -> bool:
+    """Whether training documents are compared with held-out ones."""
+    return p.leakage.threshold is not None
+
+
 def _splits(folder: str) -> tuple[str, ...]:
     """A folder's directory for each split."""
     return tuple(f"{folder}/{split}" for split in SPLITS)
@@ -321,10 +367,13 @@ def _splits(folder: str) -> tuple[str, ...]:
 
 ALL_STAGES = {
     "documents": StageOf(_splits("documents"), _documents),
+    "leakage": StageOf(("leakage",), _leakage, _checks_leakage),
     "tokenizer": StageOf(("tokenizer",), _tokenizer),
     "chunks": StageOf(_splits("chunks"), _chunks),
-    "keys": StageOf(_splits("keys"), _keys),
-    "index": StageOf(("index",), _index),
+    "duplicates": StageOf(("duplicates",), _duplicates, _checks_leakage),
+    "keys": StageOf(_splits("keys"), _keys, lambda p: p.neighbours.ranking.by_keys),
+    "index": StageOf(("index",), _index, lambda p: p.neighbours.ranking.by_keys),
+    "bm25": StageOf(("bm25",), _bm25, lambda p: p.neighbours.ranking.by_terms),
     "neighbours": StageOf(_splits("neighbours"), _neighbours),
 }
 

@@ -276,6 +276,7 @@ def _view(heading: str, place: int, scored: _Scored, viewer: Viewer, k: int) -> 
             split.table.ids(np.array([query]), k)[0],
             split.table.scores(np.array([query]), k)[0],
             tokens[1][text],
+            split.table.score,
         ),
     )
 

@@ -107,6 +107,7 @@ class LiveRetrieval:
 
     def __init__(self, retriever: Retriever, database: ChunkDatabase, k: int, part: str = "both"):
         self._retriever, self._database, self._k, self._part = retriever, database, k, part
+        self.score: str = retriever.ranking.settings["score"]
         self._found: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
 
     def __call__(self, chunks: np.ndarray) -> np.ndarray:
@@ -182,7 +183,7 @@ def _chunks(
         views = []
         if retrieve is not None and u < used:
             following = tokens[start + length : start + 2 * length]
-            views = viewer.neighbours(*retrieve.found(chunk), following)
+            views = viewer.neighbours(*retrieve.found(chunk), following, retrieve.score)
         chunks.append(SampleChunk(viewer.text(chunk[:prompt]), viewer.text(chunk[prompt:]), views))
     return chunks
 

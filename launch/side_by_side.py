@@ -51,7 +51,7 @@ def cells(text: str) -> int:
 
 def _neighbour(view: NeighbourView, width: int) -> list[str]:
     """A neighbour: where it is from, the beginning of its chunk, and that of what follows it."""
-    lines = wrap(f"● {view.document} ({view.corpus}), distance {view.distance:.3f}", width)
+    lines = wrap(f"● {view.document} ({view.corpus}), {view.score} {view.distance:.3f}", width)
     for mark, spans in (("  ", view.chunk), ("→ ", view.continuation)):
         text = _beginning(spans, width - 2)
         lines += [f"{mark if i == 0 else '  '}{line}" for i, line in enumerate(text)]

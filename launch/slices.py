@@ -10,7 +10,7 @@ from data_pipelines.documents import KIND as DOCUMENTS
 from data_pipelines.keys import Keys, KeysConfig, prepare_keys
 from data_pipelines.manifest import MANIFEST_FILE
 from data_pipelines.neighbours import prepare_neighbours
-from data_pipelines.retriever import Retriever
+from data_pipelines.retriever import Queries, Retriever
 from data_pipelines.revisions import latest
 from data_pipelines.slices import SliceConfig, prepare_texts
 from launch.prepare import only_one
@@ -83,12 +83,16 @@ def prepare_slice(data: pathlib.Path, config: SliceConfig) -> str:
         prepare_texts(folder, config)
         prepare_chunks(folder / "chunks", folder / DOCUMENTS, data / "tokenizer")
         retriever = Retriever.open(data, model=BERT.value)
-        made = retriever.keys.manifest.settings
-        keys = KeysConfig(BERT.value or made["embedder"]["model"], made["dtype"])
-        prepare_keys(folder / "keys", folder / "chunks", data / "tokenizer", keys)
+        chunks = ChunkDatabase.open(folder / "chunks")
+        queries: Queries = chunks
+        if retriever.ranking.by_keys:
+            made = retriever.keys.manifest.settings
+            keys = KeysConfig(BERT.value or made["embedder"]["model"], made["dtype"])
+            prepare_keys(folder / "keys", folder / "chunks", data / "tokenizer", keys)
+            queries = Keys.open(folder / "keys", chunks)
         prepare_neighbours(
             table,
-            Keys.open(folder / "keys", ChunkDatabase.open(folder / "chunks")),
+            queries,
             retriever,
             k=_NEIGHBOURS,
             recall_queries=_RECALL_QUERIES,

@@ -5,6 +5,8 @@ import shutil
 from collections.abc import Sequence
 
 from data_pipelines import revisions
+from data_pipelines.bm25 import KIND as BM25
+from data_pipelines.bm25 import prepare_bm25
 from data_pipelines.chunk_database import ChunkDatabase, prepare_chunks
 from data_pipelines.corpora import SPLITS
 from data_pipelines.documents import KnownDocuments, prepare_documents
@@ -12,7 +14,8 @@ from data_pipelines.index import prepare_index
 from data_pipelines.keys import Keys, prepare_keys
 from data_pipelines.manifest import Manifest
 from data_pipelines.neighbours import NeighbourTable
-from data_pipelines.retriever import Retriever
+from data_pipelines.retriever import Queries, Ranking, Retriever
+from launch import near_copies
 from launch.preparation import Preparation, prepare_table
 from retro_jax.errors import UserError
 
@@ -35,6 +38,7 @@ def update(p: Preparation, *, append: bool, remove: Sequence[str]) -> None:
     database = revisions.open_database(p.directory, current)
     for split in SPLITS:  # tables are made from those before: refuse before anything is written
         Manifest.read(p.directory / "neighbours" / split)
+    _check_ranking(p)
     place = revisions.folder_of(p.directory, current + 1)
     if not append and place.exists():
         raise UserError(f"{place} is unfinished: expected --append, which began it, first")
@@ -57,6 +61,9 @@ def update(p: Preparation, *, append: bool, remove: Sequence[str]) -> None:
 def make_tables(p: Preparation, revision: int) -> None:
     """Makes what is missing of the tables of all revisions up to one, each from the one before."""
     for r in range(1, revision + 1):
+        if p.neighbours.ranking.by_terms:
+            place = revisions.folder_of(p.directory, r) / BM25
+            prepare_bm25(place, revisions.open_database(p.directory, r), p.bm25)
         retriever = Retriever.open(p.directory, revision=r)
         before = revisions.open_database(p.directory, r - 1)
         for split in SPLITS:
@@ -71,10 +78,20 @@ def make_tables(p: Preparation, revision: int) -> None:
             )
 
 
+def _check_ranking(p: Preparation) -> None:
+    """Raises unless neighbours are to be found as those of W's tables were."""
+    found, wanted = Ranking.of(p.directory), p.neighbours.ranking
+    if found.settings != wanted.settings:
+        raise UserError(
+            f"NeighboursConfig.retriever is {wanted}: expected {found}, by which {p.directory}'s tables"
+            " were made"
+        )
+
+
 def _append(
     p: Preparation, place: pathlib.Path, database: ChunkDatabase, removed: Sequence[int]
-) -> Keys | None:
-    """Makes chunks, keys and index of the documents that are new; None if there are none."""
+) -> Queries | None:
+    """Makes chunks, and where they are needed keys and index, of the documents that are new; None if there are none."""
     gone = set(removed) | set(database.removed.tolist())
     names = ((number, r.id) for number, r in enumerate(database.records()) if number not in gone)
 
@@ -91,8 +108,23 @@ def _append(
     held_out = sum(manifests[split].fact("documents") for split in SPLITS if split != "train")
     if held_out:
         print(f"{held_out:,} documents are of held-out splits: left out", flush=True)
+    withdrawn = near_copies.withdraw(p, place)
+    if withdrawn is not None:
+        print(near_copies.told(withdrawn), flush=True)
+        if withdrawn.fact("withdrawn") == withdrawn.fact("documents"):
+            shutil.rmtree(place)
+            return None
     tokenizer, chunks = p.directory / "tokenizer", place / "chunks" / "train"
-    prepare_chunks(chunks, place / "documents" / "train", tokenizer, runner=p.runner)
+    prepare_chunks(
+        chunks,
+        place / "documents" / "train",
+        tokenizer,
+        leakage_directory=near_copies.directory_of(p, place),
+        runner=p.runner,
+    )
+    near_copies.count_added(p, place)
+    if not p.neighbours.ranking.by_keys:
+        return ChunkDatabase.open(chunks)
     prepare_keys(place / "keys" / "train", chunks, tokenizer, p.keys, runner=p.runner)
     keys = Keys.open(place / "keys" / "train", ChunkDatabase.open(chunks))
     prepare_index(place / "index", keys, p.index, runner=p.runner)

@@ -9,13 +9,15 @@ import numpy as np
 
 from data_pipelines.chunk_database import ChunkDatabase, chunk_rows
 from data_pipelines.corpora import SPLITS
-from data_pipelines.documents import read_shard
-from data_pipelines.keys import Keys
+from data_pipelines.leakage import kept_counts, kept_documents
 from data_pipelines.manifest import MANIFEST_FILE, Manifest
-from data_pipelines.neighbours import NeighbourTable, OwnDocuments, recall, sample_ids
-from data_pipelines.retriever import Retriever
+from data_pipelines.neighbours import NeighbourTable, recall, sample_ids
+from data_pipelines.retriever import OwnDocuments, Queries, Retriever, chunks_of
 from data_pipelines.revisions import folder_of, latest
 from data_pipelines.tokenizer import Tokenizer
+from launch import near_copies
+from launch.near_copies import HELD_OUT
+from launch.preparation import open_keys, queries_of
 from retro_jax.errors import UserError
 
 # Keys of chunks that were embedded in other company differ by rounding, and bfloat16 rounds again.
@@ -23,7 +25,7 @@ _KEY_TOLERANCE = {"float32": 1e-4, "bfloat16": 2**-6}
 _SCORE_TOLERANCE = 1e-4
 
 # Parents that not every artefact of its kind has: a training table's queries are the database's keys.
-_OPTIONAL = ("queries", "chunks", "keys", "base")
+_OPTIONAL = ("queries", "chunks", "keys", "base", "leakage", "index", "bm25")
 
 Check = tuple[str, Callable[[], str]]
 
@@ -49,14 +51,22 @@ def places(revisions: int = 0) -> dict[str, Places]:
     """
     train, tokenizer = "documents/train", {"tokenizer": "tokenizer"}
     found = {f"documents/{split}": Places("documents", {}) for split in SPLITS}
+    held_out = {split: f"documents/{split}" for split in HELD_OUT}
+    found["leakage"] = Places("leakage", {"documents": train} | held_out)
     found["tokenizer"] = Places("tokenizer", {"documents": train})
     for split in SPLITS:
         parents = {"documents": f"documents/{split}", **tokenizer}
+        if split == "train":
+            parents["leakage"] = "leakage"
         found[f"chunks/{split}"] = Places("chunks", parents)
+    of_chunks = {split: f"chunks/{split}" for split in HELD_OUT}
+    found["duplicates"] = Places("duplicates", {"chunks": "chunks/train"} | of_chunks)
     for split in SPLITS:
         found[f"keys/{split}"] = Places("keys", {"chunks": f"chunks/{split}"})
     found["index"] = Places("index", {"keys": "keys/train"})
-    database = {"database": "chunks/train", "keys": "keys/train", "index": "index"}
+    found["bm25"] = Places("bm25", {"database": "chunks/train"})
+    database = {"database": "chunks/train"}
+    database |= {"keys": "keys/train", "index": "index", "bm25": "bm25"}
     for split in SPLITS:
         own = {"chunks": f"chunks/{split}", "queries": f"keys/{split}"}
         found[f"neighbours/{split}"] = Places("neighbours", own | database)
@@ -71,17 +81,30 @@ def _places_of(revision: int) -> dict[str, Places]:
     before = f"{folder_of('', revision - 1)}/" if revision > 1 else ""
     previous = f"{before}database" if revision > 1 else "chunks/train"
     chunks, keys = f"{here}chunks/train", f"{here}keys/train"
-    added = {"documents": f"{here}documents/train", "tokenizer": "tokenizer"}
+    added = {
+        "documents": f"{here}documents/train",
+        "tokenizer": "tokenizer",
+        "leakage": f"{here}leakage",
+    }
+    held_out = {split: f"documents/{split}" for split in HELD_OUT}
     published = {"previous": previous, "chunks": chunks, "keys": keys}
     found = {
         f"{here}documents/{split}": Places("documents", {"database": previous}) for split in SPLITS
     }
+    found[f"{here}leakage"] = Places("leakage", {"documents": f"{here}documents/train"} | held_out)
     found[chunks] = Places("chunks", added)
+    of_chunks = {split: f"chunks/{split}" for split in HELD_OUT}
+    found[f"{here}duplicates"] = Places("duplicates", {"chunks": chunks} | of_chunks)
     found[keys] = Places("keys", {"chunks": chunks})
     found[f"{here}index"] = Places("index", {"keys": keys})
     found[f"{here}database"] = Places("database", published)
+    found[f"{here}bm25"] = Places("bm25", {"database": f"{here}database"})
     for split in SPLITS:
-        parents = {"database": f"{here}database", "base": f"{before}neighbours/{split}"}
+        parents = {
+            "database": f"{here}database",
+            "bm25": f"{here}bm25",
+            "base": f"{before}neighbours/{split}",
+        }
         found[f"{here}neighbours/{split}"] = Places("neighbours", parents)
     return found
 
@@ -134,6 +157,10 @@ def _checks(
     """The checks of what is there, with their names."""
     for name in there:
         yield name, functools.partial(check_files, directory, name, known[name])
+        if known[name].kind == "leakage":
+            place = directory / name
+            again = functools.partial(near_copies.check, directory, place, sample, seed)
+            yield f"{name} again", again
     for split in SPLITS:
         computed: dict[str, Callable[..., str]] = {
             f"chunks/{split}": check_chunks,
@@ -174,14 +201,16 @@ def check_chunks(directory: pathlib.Path, split: str, sample: int, seed: int) ->
     """Tokenises some documents of one shard again and compares their chunks."""
     database = ChunkDatabase.open(directory / "chunks" / split)
     tokenizer = Tokenizer.open(directory / "tokenizer")
-    documents = Manifest.read(directory / "documents" / split)
-    held = [shard["documents"] for shard in documents.fact("shards")]
+    texts = directory / "documents" / split
+    documents = Manifest.read(texts)
+    leakage = directory / "leakage" if "leakage" in database.manifest.parents else None
+    held = kept_counts(documents, None if leakage is None else Manifest.read(leakage))
     if not held:
         return "no documents"
     shard = int(np.random.default_rng(seed).integers(len(held)))
     chosen = set(sample_ids(held[shard], sample, seed).tolist())
-    path = directory / "documents" / split / documents.shards[shard].name
-    for number, document in enumerate(read_shard(path)):
+    path = texts / documents.shards[shard].name
+    for number, document in enumerate(kept_documents(texts, shard, leakage)):
         if number not in chosen:
             continue
         record = database.record(sum(held[:shard]) + number)
@@ -199,7 +228,7 @@ def check_keys(
     directory: pathlib.Path, split: str, sample: int, seed: int, *, model: str | None = None
 ) -> str:
     """Embeds some chunks again and compares their keys."""
-    keys = _open_keys(directory, split)
+    keys = open_keys(directory, split)
     encoder = Retriever.encoder_of(directory, keys, model=model)
     ids = sample_ids(len(keys), sample, seed)
     if not len(ids):
@@ -219,34 +248,21 @@ def check_keys(
 def check_neighbours(directory: pathlib.Path, split: str, sample: int, seed: int) -> str:
     """Searches for some chunks' neighbours again, by the index and by comparing every key."""
     retriever = Retriever.open(directory, revision=0)
-    queries = _open_keys(directory, split)
-    table = NeighbourTable.open(
-        directory / "neighbours" / split, queries.database, retriever.database
-    )
+    queries: Queries = queries_of(directory, split, retriever)
+    chunks = chunks_of(queries)
+    table = NeighbourTable.open(directory / "neighbours" / split, chunks, retriever.database)
     ids = sample_ids(len(queries), sample, seed)
     if not len(ids):
         return "no chunks"
-    held, vectors = table.scores(ids), queries.rows(ids)
-    own = OwnDocuments(queries.database, retriever.database).of(ids)
-    _, again = retriever.search(vectors, table.k, own)
+    held = table.scores(ids)
+    own = OwnDocuments(chunks, retriever.database).of(ids)
+    _, again = retriever.find(queries, ids, table.k, own)
     _check_scores(table, ids, held, again, "searching again finds")
-    _check_scores(table, ids, held, _distances(retriever, table, ids, vectors), "its ids are at")
-    _, truth = retriever.exact(vectors, table.k, own)
-    stated = table.manifest.fact("recall")["recall"]
-    return (
-        f"{len(ids)} chunks searched, equal; recall {recall(held, truth):.3f}, {stated:.3f} in the"
-        " manifest"
-    )
-
-
-def _distances(
-    retriever: Retriever, table: NeighbourTable, ids: np.ndarray, vectors: np.ndarray
-) -> np.ndarray:
-    """[n, k] squared distances of the table's neighbours, from their keys."""
-    found = table.ids(ids)
-    keys = retriever.keys.rows(np.maximum(found, 0).ravel()).reshape(*found.shape, -1)
-    distances = ((keys - vectors[:, None]) ** 2).sum(-1)
-    return np.where(found >= 0, distances, np.inf)
+    scores = retriever.scores_of(queries, ids, table.ids(ids))
+    _check_scores(table, ids, held, scores, "its ids are at")
+    _, truth = retriever.truth(queries, ids, table.k, own)
+    share, stated = recall(held, truth, table.score == "bm25"), table.manifest.fact("recall")
+    return f"{len(ids)} chunks searched, equal; recall {share:.3f}, {stated['recall']:.3f} in the manifest"
 
 
 def _check_scores(
@@ -260,8 +276,3 @@ def _check_scores(
             f"{table.directory}: the neighbours of chunk {ids[row]} have distances"
             f" {held[row].tolist()}: {what} {other[row].tolist()}"
         )
-
-
-def _open_keys(directory: pathlib.Path, split: str) -> Keys:
-    """The keys of a split."""
-    return Keys.open(directory / "keys" / split, ChunkDatabase.open(directory / "chunks" / split))

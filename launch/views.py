@@ -11,6 +11,8 @@ from data_pipelines.tokenizer import Tokenizer
 from retro_jax.evaluate.report import NeighbourView, SampleChunk
 from retro_jax.evaluate.spans import Span, merged, shared_runs, spans
 
+SCORES = {"squared_l2": "distance", "bm25": "BM25"}  # what a neighbour's score is called
+
 
 @dataclasses.dataclass(frozen=True)
 class Viewer:
@@ -39,12 +41,13 @@ class Viewer:
         return self.tokenizer.decode(tokens[tokens != self.retrieval.pad_id])
 
     def neighbours(
-        self, ids: np.ndarray, distances: np.ndarray, reader: np.ndarray
+        self, ids: np.ndarray, distances: np.ndarray, reader: np.ndarray, kind: str = "squared_l2"
     ) -> list[NeighbourView]:
         """Neighbours by their ids [k] (-1 for none) and distances [k].
 
         Args:
           reader: [n] tokens of the text that read them; runs that it shares are marked.
+          kind: of the distances, as a table says it.
         """
         views = []
         for chunk, distance in zip(ids.tolist(), distances.tolist(), strict=True):
@@ -63,6 +66,7 @@ class Viewer:
                     distance=float(distance),
                     chunk=merged(self.spans(tokens[first], shared=marks[first])),
                     continuation=merged(self.spans(tokens[rest], shared=marks[rest])),
+                    score=SCORES[kind],
                 )
             )
         return views

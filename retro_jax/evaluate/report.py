@@ -32,13 +32,18 @@ _FULL_COLOUR_RANGE = (0.25, 4.0)  # bits a token
 
 @dataclasses.dataclass(frozen=True)
 class NeighbourView:
-    """A retrieved neighbour: its document, its corpus, its distance to the query, and its text."""
+    """A retrieved neighbour: its document, its corpus, its distance to the query, and its text.
+
+    Attributes:
+      score: what the distance is, where it is a score: "BM25".
+    """
 
     document: str
     corpus: str
     distance: float
     chunk: Sequence[Span]
     continuation: Sequence[Span]
+    score: str = "distance"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -377,7 +382,7 @@ def _neighbours(neighbours: Sequence[NeighbourView]) -> str:
     for neighbour in neighbours:
         parts.append(
             f'<div class="caption"><b>{html.escape(neighbour.document)}</b> · '
-            f"{html.escape(neighbour.corpus)} · distance {neighbour.distance:.3f}</div>"
+            f"{html.escape(neighbour.corpus)} · {neighbour.score} {neighbour.distance:.3f}</div>"
             f'<div class="text">{_spans(neighbour.chunk)}'
             f"<span class=continuation>{_spans(neighbour.continuation)}</span></div>"
         )
