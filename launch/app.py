@@ -28,6 +28,11 @@ from absl import flags
 from retro_jax.errors import LostPeerError, SharedError, UserError, describe
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the whole run, artefacts and models.")
+flags.register_validator(
+    "workdir",
+    lambda value: "://" not in (value or ""),
+    message="expected a directory; prepared data in a bucket is given to launch.train as --data",
+)
 flags.DEFINE_bool("debug", False, "Show the traceback of every error.")
 
 SAVED, LOST = 75, 76

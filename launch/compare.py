@@ -24,7 +24,7 @@ from launch import app
 from launch.arrays import read_array
 from launch.intervals import shown
 from launch.markdown import markdown_table
-from launch.shared_flags import DATA, SPLIT
+from launch.shared_flags import DATA, SPLIT, data_directory
 from launch.splits import open_split
 from retro_jax.errors import UserError
 from retro_jax.evaluate.report import TableView, condition_name
@@ -43,7 +43,7 @@ def main() -> None:
     first = pathlib.Path(app.required(app.WORKDIR, "the directory of the first model"))
     second = pathlib.Path(app.required(OTHER, "the directory of the other model"))
     names = (CONDITION.value, OTHER_CONDITION.value or CONDITION.value)
-    data = pathlib.Path(DATA.value or first)
+    data = data_directory(DATA.value or first)
     found = [_read(place, name) for place, name in zip((first, second), names, strict=True)]
     result = compare(data, [found[0], found[1]]) | {"other": second.name}
     stem = first / _FOLDER / f"{SPLIT.value}-{names[0]}-against-{second.name}-{names[1]}"

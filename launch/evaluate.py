@@ -52,7 +52,7 @@ from launch.markdown import markdown
 from launch.overlap import Scored, format_overlap, write_overlap
 from launch.processes import join
 from launch.scoring import Pass, Scorer, forget
-from launch.shared_flags import AVERAGED, DATA, NUM_NEIGHBOURS, RETRIEVAL, SPLIT
+from launch.shared_flags import AVERAGED, DATA, NUM_NEIGHBOURS, RETRIEVAL, SPLIT, data_directory
 from launch.slices import prepare_slice, wanted_slices
 from launch.splits import Split, open_split, places_of
 from launch.tables import aligned, format_table
@@ -102,7 +102,7 @@ class Work:
 def main() -> None:
     """Scores what is not scored yet, and prints the table."""
     workdir = pathlib.Path(app.required(app.WORKDIR, "the directory of a run"))
-    data = pathlib.Path(DATA.value or workdir)
+    data = data_directory(DATA.value or workdir)
     runs.refuse_gin_file()
     join()
     conditions = processes.together(lambda: _checked_conditions(workdir, data))

@@ -13,6 +13,8 @@ from typing import Any
 
 from absl import flags
 
+from data_pipelines import staging
+from data_pipelines.manifest import MANIFEST_FILE
 from launch import app, configurables, workdir
 from retro_jax.errors import UserError
 from retro_jax.train.metrics import METRICS_FILE, read_curve, without_clock
@@ -50,16 +52,19 @@ def find_run(baseline: str, retro: str, is_baseline: bool) -> pathlib.Path | Non
     return run
 
 
-def data_directory(run: pathlib.Path) -> pathlib.Path:
-    """Where the data of a recorded run was: as recorded, or in the workdir around it.
+def data_place(run: pathlib.Path) -> str:
+    """Where the data of a recorded run was: a bucket or a directory as recorded, or the workdir around it.
 
     Raises:
       UserError: it is in neither place.
     """
     recorded = _last_start(run).get("data", "")
+    if staging.is_url(recorded):
+        return recorded
     for place in (recorded, run.parent):
-        if place and (pathlib.Path(place) / "chunks").is_dir():
-            return pathlib.Path(place)
+        folder = pathlib.Path(place)
+        if place and ((folder / "chunks").is_dir() or (folder / MANIFEST_FILE).is_file()):
+            return str(place)
     raise UserError(f"the data of {run} is no longer at {recorded or run.parent}: expected --data")
 
 

@@ -26,7 +26,7 @@ from launch.evaluate import FOLDER as EVALUATION
 from launch.intervals import interval_tables
 from launch.overlap import curves, overlap_files
 from launch.sample import FOLDER as SAMPLES
-from launch.shared_flags import DATA, SPLIT
+from launch.shared_flags import DATA, SPLIT, data_directory
 from launch.splits import Split, open_split
 from launch.tables import table_scores
 from launch.views import Viewer, sample_chunk_from_json
@@ -55,7 +55,7 @@ _LEAST_TOKENS = 32  # of a chunk that is shown
 def main() -> None:
     """Writes the page."""
     workdir = pathlib.Path(app.required(app.WORKDIR, "the directory of a run"))
-    data = pathlib.Path(DATA.value or workdir)
+    data = data_directory(DATA.value or workdir)
     runs.refuse_gin_file()
     path = workdir / EVALUATION / f"{SPLIT.value}.json"
     if not path.is_file():

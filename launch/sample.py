@@ -27,7 +27,14 @@ from data_pipelines.revisions import latest, open_database
 from data_pipelines.tokenizer import UNK_ID, Tokenizer
 from launch import app, configurables, runs
 from launch.progress import progress_bar
-from launch.shared_flags import AVERAGED, DATA, MAX_TOKENS, NUM_NEIGHBOURS, RETRIEVAL
+from launch.shared_flags import (
+    AVERAGED,
+    DATA,
+    MAX_TOKENS,
+    NUM_NEIGHBOURS,
+    RETRIEVAL,
+    data_directory,
+)
 from launch.side_by_side import side_by_side
 from launch.views import Viewer, sample_chunk_from_json
 from retro_jax.errors import UserError
@@ -49,7 +56,7 @@ _ID_DIGITS = 12
 def main() -> None:
     """Samples, or reads what was sampled before, and prints it."""
     workdir = pathlib.Path(app.required(app.WORKDIR, "the directory of a run"))
-    data = pathlib.Path(DATA.value or workdir)
+    data = data_directory(DATA.value or workdir)
     runs.refuse_gin_file()
     prompts = app.required(PROMPT, "a text to continue")
     sampling = SamplingConfig(

@@ -1,5 +1,7 @@
 """Flags that more than one entry point has: absl defines a flag once a process."""
 
+import pathlib
+
 from absl import flags
 
 DATA = flags.DEFINE_string("data", None, "Directory of the prepared data. Default: --workdir.")
@@ -22,3 +24,14 @@ MAX_TOKENS = flags.DEFINE_integer(
 AVERAGED = flags.DEFINE_bool(
     "averaged", False, "Use the moving average of the parameters (TrainConfig.average_decay)."
 )
+
+
+def data_directory(place: str | pathlib.Path) -> pathlib.Path:
+    """Where prepared data is, as --data or --workdir says.
+
+    Raises:
+      flags.Error: it is in a bucket, which launch.train alone reads.
+    """
+    if "://" in str(place):
+        raise flags.Error(f"--data={place}: expected a directory; launch.train alone reads buckets")
+    return pathlib.Path(place)

@@ -14,6 +14,8 @@ GKE or the TPU's metadata (launch.cluster prepares that), or are told where they
     python -m launch.train ... --coordinator_address=HOST:PORT --num_processes=2 --process_id=0
 
 Each reads only the rows of its devices; process 0 writes the curves. W is a directory that all see.
+--data may lie in a bucket (gs://B/W): each host copies what it reads of it to --stage_to. The run's
+directory is kept in a bucket too by --mirror.
 
     python -m launch.train --replay=W --workdir=W2
 
@@ -33,14 +35,15 @@ from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
 
-from data_pipelines import files, revisions
+from data_pipelines import files, revisions, staging
 from data_pipelines.batches import BatchConfig, Batches
 from data_pipelines.chunk_database import CHUNK_LENGTH, ChunkDatabase
 from data_pipelines.manifest import MANIFEST_FILE
 from data_pipelines.materialise import MaterialisedBatches
 from data_pipelines.neighbours import NeighbourTable
-from launch import app, configurables, replay, workdir
+from launch import app, configurables, mirror, replay, staged, workdir
 from launch.autopsy import Autopsy
+from launch.held_out import SPLIT as HELD_OUT
 from launch.held_out import held_out_evaluation, open_held_out
 from launch.preparation import parents_of
 from launch.processes import join
@@ -75,7 +78,7 @@ BASELINE = flags.DEFINE_bool(
     "baseline", False, "Train the transformer of equal decoder, without retrieval, in W/baseline."
 )
 
-HELP_ALSO = ("launch.processes", "launch.replay")
+HELP_ALSO = ("launch.processes", "launch.replay", "launch.staged", "launch.mirror")
 PROFILE_STEPS = flags.DEFINE_string(
     "profile_steps", None, "Trace these steps, as in 100:102, into the run's folder `profile`."
 )
@@ -97,12 +100,14 @@ class Data:
     Attributes:
       directory: what launch.prepare has filled. database: its chunks. batches: made of them.
       parents: hashes of the artefacts that were opened.
+      source: where the directory is a copy from, as in gs://B/W; "" where it is none.
     """
 
     directory: pathlib.Path
     database: ChunkDatabase | MaterialisedBatches
     batches: Batches
     parents: dict[str, str]
+    source: str = ""
 
     def held_out(self) -> Batches:
         """The validation split, with sequences and neighbours as here."""
@@ -143,6 +148,9 @@ def main() -> None:
     """Trains, or says that there is nothing left to train."""
     directory = pathlib.Path(app.required(app.WORKDIR, "the directory of the run"))
     join()
+    begun = directory / (BASELINE_RUN if BASELINE.value else RETRO_RUN)
+    if told := processes.from_first(lambda: mirror.fetch(begun)):
+        _say(told)
     prepared = processes.together(lambda: prepare(directory))
     if prepared is None:
         return
@@ -152,7 +160,7 @@ def main() -> None:
         _say(f"{run}: trained already, {steps} steps")
     else:
         stop = loop.StopRequest()
-        with stop.listening():
+        with stop.listening(), mirror.following(run):
             last = train(run, plan, data.batches, stop)
         if last < steps:
             message = f"{run}: stopped and saved at step {last} of {steps}; run it again to go on"
@@ -178,18 +186,18 @@ def prepare(
       UserError: a setting or an artefact is wrong.
     """
     recorded = replay.find_run(BASELINE_RUN, RETRO_RUN, BASELINE.value)
-    source, run = directory, directory / (BASELINE_RUN if BASELINE.value else RETRO_RUN)
+    run = directory / (BASELINE_RUN if BASELINE.value else RETRO_RUN)
+    source = DATA.value or str(directory)
     if recorded is not None:
         configurables.load(str(recorded / workdir.CONFIG_FILE), configurables.GIN_BINDINGS.value)
-        source, run = replay.data_directory(recorded), directory / recorded.name
+        source, run = DATA.value or replay.data_place(recorded), directory / recorded.name
     else:
         configurables.load_from_flags()
     if BASELINE.value:
         configurables.override("RetroConfig.cca_layers", ())
         configurables.override("BatchConfig.neighbours", 0)
         configurables.override("TrainConfig.neighbour_dropout", 0.0)
-    prepared = pathlib.Path(DATA.value or source)
-    data = open_data(prepared, recorded_revision(recorded or run, prepared))
+    data = _find_data(source, recorded or run)
     settings = make_settings(data)
     if configurables.PRINT_CONFIG.value:
         _say(configurables.operative_config(), end="")
@@ -197,8 +205,29 @@ def prepare(
     if recorded is not None:
         replay.check(recorded, data.parents, FREE)
     if PROFILE_STEPS.value is not None:
-        parse_steps(PROFILE_STEPS.value)
+        _check_profile(PROFILE_STEPS.value, run, settings.training.steps)
     return data, make_plan(settings, data), run, recorded
+
+
+def _check_profile(steps: str, run: pathlib.Path, end: int) -> None:
+    """Refuses to trace steps beyond the end; says so where they were made already, as on a restart."""
+    first, last = parse_steps(steps)
+    reached = latest_step(run / CHECKPOINTS) or 0
+    if last > end:
+        raise UserError(f"--profile_steps={steps}: expected steps up to {end}, the last of {run}")
+    if first <= reached:
+        _say(f"--profile_steps={steps}: no trace, {run} is at step {reached}", file=sys.stderr)
+
+
+def _find_data(source: str, run: pathlib.Path) -> Data:
+    """Opens the data of a run, or of the run that it makes again, staged where it is in a bucket."""
+    prepared = staged.local_databases(source)
+    revision = recorded_revision(run, prepared)
+    if not staging.is_url(source):
+        return open_data(prepared, revision)
+    held_out = HELD_OUT if configurables.make(TrainConfig).evaluate_every else ""
+    staged.stage_tables(source, prepared, revision, configurables.make(BatchConfig), held_out)
+    return dataclasses.replace(open_data(prepared, revision), source=source)
 
 
 def _claim(run: pathlib.Path, data: Data, steps: int) -> str:
@@ -210,7 +239,7 @@ def _claim(run: pathlib.Path, data: Data, steps: int) -> str:
         parents=data.parents,
         free=FREE,
         begun=reached is not None,
-        data=str(data.directory.absolute()),
+        data=data.source or str(data.directory.absolute()),
     )
     done = reached == steps and not find_damage(run / CHECKPOINTS / str(steps))
     return "done" if done else ""

@@ -1,6 +1,6 @@
-"""A prepared workdir in a second: real documents, tokeniser and chunks, a neighbour table at random.
+"""A prepared workdir in a second: real documents, tokeniser and chunks, neighbour tables at random.
 
-Training reads the table's tokens whatever they are; what the table should hold is tested where it is
+Training reads a table's tokens whatever they are; what a table should hold is tested where it is
 made.
 """
 
@@ -33,6 +33,8 @@ TrainConfig.steps = 60
 TrainConfig.log_every = 1
 TrainConfig.checkpoint_every = 4
 TrainConfig.neighbour_dropout = 0.2
+TrainConfig.evaluate_every = 20
+TrainConfig.evaluate_batches = 1
 """
 
 
@@ -43,16 +45,26 @@ def prepare_workdir(root: pathlib.Path) -> pathlib.Path:
         write_texts(root / corpus, 30, seed=seed)
     prepare(workdir, documents_config(root / "letters", root / "words"))
     database = ChunkDatabase.open(workdir / "chunks" / "train")
-    parents = dict.fromkeys(("chunks", "database"), (database.manifest, database.directory))
+    for split in ("train", "validation"):
+        _write_table(workdir, split, database)
+    (root / "tiny.gin").write_text(TINY)
+    return workdir
+
+
+def _write_table(workdir: pathlib.Path, split: str, database: ChunkDatabase) -> None:
+    """Two neighbours of each chunk of a split, some of them none."""
+    chunks = ChunkDatabase.open(workdir / "chunks" / split)
+    parents = {
+        "chunks": (chunks.manifest, chunks.directory),
+        "database": (database.manifest, database.directory),
+    }
     settings = {"k": 2, "recall_queries": 0, "score": "squared_l2"}
-    stage = Stage(workdir / "neighbours" / "train", KIND, settings, parents)
+    stage = Stage(workdir / "neighbours" / split, KIND, settings, parents)
     random = np.random.default_rng(0)
     names = []
-    for i, ids in enumerate(database.shards):
+    for i, ids in enumerate(chunks.shards):
         table = random.integers(-1, len(database), (len(ids), 2))
         names += [f"{IDS}-{i:05d}.npy", f"{SCORES}-{i:05d}.npy"]
         stage.write_array(names[-2], table)
         stage.write_array(names[-1], np.zeros(table.shape, np.float32))
-    stage.finish({"chunks": len(database)}, names)
-    (root / "tiny.gin").write_text(TINY)
-    return workdir
+    stage.finish({"chunks": len(chunks)}, names)

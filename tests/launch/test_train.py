@@ -6,12 +6,12 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 
+import fsspec
 import jax
 import numpy as np
 import pytest
@@ -19,9 +19,11 @@ import pytest
 from launch import app, configurables, runs, train
 from launch.autopsy import Autopsy
 from retro_jax.train.checkpoint import latest_step
+from retro_jax.train.evaluation import OFF, ON
 from retro_jax.train.metrics import read_curve, without_clock
 from retro_jax.train.trees import named_leaves
 from tests.launch.prepared import prepare_workdir
+from tests.ports import free_port
 
 
 @pytest.fixture(name="workdir", scope="module")
@@ -64,6 +66,8 @@ def test_a_run_from_data_to_checkpoint_and_again(workdir, whole, capsys):
     assert [line["step"] for line in lines] == list(range(1, 61))
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert {"loss/letters", "loss/words", "learning_rate", "grad_norm"} <= set(lines[-1])
+    assert [line["step"] for line in lines if {ON, OFF} <= set(line)] == [20, 40, 60]
+    assert lines[-1][ON] != lines[-1][OFF]
     run, params = _params(out / "retro")
     assert run.step == 60
     assert run.model.cca_layers == (2,)
@@ -72,15 +76,18 @@ def test_a_run_from_data_to_checkpoint_and_again(workdir, whole, capsys):
     assert count == run.model.num_parameters()
     assert f"RETRO of {count:,} parameters on 8 cpu devices" in printed
 
-    started = time.monotonic()
     assert _run(workdir, out) == 0
     assert "trained already, 60 steps" in capsys.readouterr().out
-    assert time.monotonic() - started < 10
     assert read_curve(out / "retro" / "metrics.jsonl") == lines
 
 
 def test_the_baseline_is_the_same_decoder_without_retrieval(workdir, tmp_path, capsys):
-    assert _run(workdir, tmp_path, "--baseline", "--gin_bindings=TrainConfig.steps = 4") == 0
+    four = ["--gin_bindings=TrainConfig.steps = 4", "--gin_bindings=TrainConfig.evaluate_every = 2"]
+    assert _run(workdir, tmp_path, "--baseline", *four, "--profile_steps=2:3") == 0
+    lines = read_curve(tmp_path / "baseline" / "metrics.jsonl")
+    assert [line["step"] for line in lines if OFF in line] == [2, 4]
+    assert not any(ON in line for line in lines)
+    assert list((tmp_path / "baseline" / "profile").rglob("*.xplane.pb"))
     run, params = _params(tmp_path / "baseline")
     assert not (tmp_path / "retro").exists()
     assert run.model.cca_layers == ()
@@ -106,53 +113,69 @@ def _cut(tmp_path):
     return tmp_path
 
 
-def _start(workdir, out):
-    """Starts the run in a process of its own."""
-    command = [sys.executable, "-m", *_arguments(workdir, out)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def _wait_until(condition, process):
-    """Waits for something that a run will do."""
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "the run has not come so far in 300 seconds"
-        time.sleep(0.005)
-
-
-def test_killed_damaged_and_stopped_runs_end_with_the_same_bits(workdir, whole, cut):
-    curve, checkpoints = cut / "retro" / "metrics.jsonl", cut / "retro" / "checkpoints"
-    lines, process = random.randint(9, 30), _start(workdir, cut)
-    # Two checkpoints: the newer one is damaged below, the older one restored.
-    _wait_until(
-        lambda: len(read_curve(curve)) >= lines and len(list(checkpoints.glob("[0-9]*"))) >= 2,
-        process,
+def _befall(workdir, out, what, step, *extra):
+    """A run in a process of its own to which something happens; its status and what it printed."""
+    command = [sys.executable, "-m", "tests.launch.accident", what, str(step)]
+    done = subprocess.run(
+        [*command, *_arguments(workdir, out, *extra)[1:]],
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    reached = latest_step(checkpoints)
-    assert 0 < reached < 60
-    files = [path for path in (checkpoints / str(reached) / "default").rglob("*") if path.is_file()]
+    return done.returncode, done.stdout, done.stderr
+
+
+def _harm(checkpoint):
+    """Cuts the largest file of a checkpoint in half."""
+    files = [path for path in (checkpoint / "default").rglob("*") if path.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
 
-    process = _start(workdir, cut)
+
+def _steps(checkpoints):
+    """The steps of whole checkpoints in a directory."""
+    return sorted(
+        int(p.parent.name) for p in checkpoints.glob("*/sealed.json") if p.parent.suffix == ""
+    )
+
+
+def test_killed_damaged_and_stopped_runs_end_with_the_same_bits(
+    workdir, whole, cut, capsys, caplog
+):
+    checkpoints, step = cut / "retro" / "checkpoints", random.randint(13, 40)
+    status, *_ = _befall(workdir, cut, "kill", step)
+    assert status == -signal.SIGKILL
+    reached, begun = latest_step(checkpoints), (step - 1) // 4 * 4
+    assert reached in (begun, begun - 4)  # or the last write was cut short
+    _harm(checkpoints / str(reached))
+
     # It makes the damaged checkpoint once more, from the one before.
-    _wait_until((checkpoints / f"{reached}.damaged").exists, process)
-    _wait_until((checkpoints / f"{reached}").exists, process)
-    process.terminate()
-    out, err = process.communicate(timeout=300)
+    bucket, mirror = cut / "bucket" / "retro", f"--mirror=file://{cut}/bucket"
+    status, out, err = _befall(workdir, cut, "stop", reached + 5, mirror)
+    assert status == app.SAVED
     assert f"checkpoints/{reached} is damaged" in err
     assert "using the one before it" in err
     assert f"going on from step {reached - 4} of 60" in out
     assert "Traceback" not in err
     stopped = latest_step(checkpoints)
-    assert stopped == 60 or f"stopped and saved at step {stopped} of 60; run it again" in err
-    assert process.returncode == (0 if stopped == 60 else app.SAVED)
+    assert stopped == reached + 6  # metrics are read one step late
+    assert f"stopped and saved at step {stopped} of 60; run it again" in err
+    assert (checkpoints / f"{reached}.damaged").is_dir()
+    assert (checkpoints / f"{reached}").is_dir()
 
-    assert _run(workdir, cut) == 0
+    # The host and its disk are lost; of what stands in the bucket the newest is damaged too.
+    kept = _steps(checkpoints)
+    assert _steps(bucket / "checkpoints") == kept
+    assert (bucket / "metrics.jsonl").read_bytes() == (
+        curve := cut / "retro/metrics.jsonl"
+    ).read_bytes()
+    _harm(bucket / "checkpoints" / str(kept[-1]))
+    shutil.rmtree(cut / "retro")
+    assert _run(workdir, cut, mirror) == 0
+    assert f"checkpoints/{kept[-1]}/ is damaged (" in caplog.text
+    assert f"brought step {kept[-2]} back from file://" in capsys.readouterr().out
+    assert 60 in _steps(bucket / "checkpoints")
+    assert (bucket / "metrics.jsonl").read_bytes() == curve.read_bytes()
     (_, expected), (_, resumed) = _params(whole[0] / "retro"), _params(cut / "retro")
     for name, leaf in expected.items():
         assert leaf.tobytes() == resumed[name].tobytes(), name
@@ -213,6 +236,10 @@ def test_a_directory_of_another_run_is_refused(workdir, whole, capsys):
     assert _run(workdir, out, *changed) == 1
     error = capsys.readouterr().err
     assert "RetroConfig.d_ff 32 -> 64; TrainConfig.seed 0 -> 1; expected the same" in error
+    assert _run(workdir, out, "--profile_steps=10:61") == 1
+    assert "--profile_steps=10:61: expected steps up to 60, the last" in capsys.readouterr().err
+    assert _run(workdir, out, "--profile_steps=10:12") == 0  # a cluster repeats the command
+    assert f"10:12: no trace, {out}/retro is at step 60\n" in capsys.readouterr().err
     # How it is computed and logged may change.
     free = ["--gin_bindings=ExecutionConfig.remat = 'full'", "--gin_bindings=TrainConfig.keep = 9"]
     assert _run(workdir, out, *free) == 0
@@ -220,7 +247,7 @@ def test_a_directory_of_another_run_is_refused(workdir, whole, capsys):
     assert _run(workdir, out) == 0
 
 
-def test_a_run_is_replayed_from_its_directory_to_the_same_bits(whole, tmp_path, capsys, caplog):
+def test_a_run_is_replayed_to_the_same_bits(workdir, whole, tmp_path, capsys, caplog):
     recorded, again = whole[0] / "retro", tmp_path / "again"
     command = ["launch.train", f"--replay={whole[0]}", f"--workdir={again}"]
     assert app.execute(train.main, command) == 0
@@ -237,7 +264,18 @@ def test_a_run_is_replayed_from_its_directory_to_the_same_bits(whole, tmp_path, 
     third = ["launch.train", f"--replay={again / 'retro'}", f"--workdir={tmp_path / 'third'}"]
     assert app.execute(train.main, [*third, "--gin_bindings=TrainConfig.steps = 50"]) == 1
     assert "TrainConfig.steps = 60: expected the same, found 50" in capsys.readouterr().err
-    assert app.execute(train.main, third) == 1
+    # Its data has moved to a bucket meanwhile.
+    memory, disk = fsspec.filesystem("memory"), tmp_path / "disk"
+    memory.put(str(workdir), "/moved/W", recursive=True)
+    third += ["--data=memory://moved/W"]
+    assert app.execute(train.main, third) == 2
+    assert "--stage_to is missing: expected a directory on this" in capsys.readouterr().err
+    assert app.execute(train.main, [*third, f"--stage_to={disk}"]) == 1
+    starts = json.loads((tmp_path / "third" / "retro" / "versions.json").read_text())["starts"]
+    assert [start["data"] for start in starts] == ["memory://moved/W"]
+    staged = {str(path.relative_to(disk)) for path in disk.glob("*/*")}
+    kinds = ("chunks", "neighbours")
+    assert staged == {f"{kind}/{split}" for kind in kinds for split in ("train", "validation")}
     error = capsys.readouterr().err
     assert f"packages.jax 0.0.1 -> {jax.__version__}" in caplog.text
     assert f"is not as {again / 'retro'}: at step 7 loss was 1" in error
@@ -267,9 +305,14 @@ def test_a_bad_batch_is_told_by_its_documents(workdir, tmp_path):
         (["--replay={whole}", "--workdir={whole}"], "holds the run to replay: expected another"),
         (["--replay={whole}/none"], "there is no {whole}/none/retro/config.gin"),
         (["--replay={whole}", "--baseline"], "there is no {whole}/baseline/config.gin"),
+        (
+            ["--data=gs://B/W"],
+            "--stage_to is missing: expected a directory on this host's own disk",
+        ),
+        (["--workdir=gs://B/W"], "expected a directory; prepared data in a bucket is given to"),
     ],
 )
-def test_a_replay_that_cannot_be_is_one_line(whole, tmp_path, capsys, flags, message):
+def test_a_replay_or_a_place_that_cannot_be_is_one_line(whole, tmp_path, capsys, flags, message):
     flags = [flag.format(whole=whole[0]) for flag in flags]
     assert app.execute(train.main, ["launch.train", f"--workdir={tmp_path}", *flags]) in (1, 2)
     assert message.format(whole=whole[0]) in capsys.readouterr().err
@@ -282,18 +325,21 @@ def test_no_tensorflow_before_it_is_used():
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
-def _start_many(workdir, out, count, *extra, of_process=None):
-    """Starts processes of one device each that train together."""
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        address = f"--coordinator_address=localhost:{found.getsockname()[1]}"
+def _start_many(workdir, out, count, *extra, of_process=None, accident=()):
+    """Starts processes of one device each that train together; accident: (process, what, step)."""
+    address = f"--coordinator_address=localhost:{free_port()}"
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    arguments = _arguments(workdir, out, *extra)[1:]
+
+    def command(i):
+        victim = accident and accident[0] == i
+        module = ["tests.launch.accident", *map(str, accident[1:])] if victim else ["launch.train"]
+        own = (f"--num_processes={count}", f"--process_id={i}", *(of_process or {}).get(i, ()))
+        return [sys.executable, "-m", *module, *arguments, address, *own]
+
     return [
         subprocess.Popen(
-            [
-                *(sys.executable, "-m", *_arguments(workdir, out, *extra), address),
-                *(f"--num_processes={count}", f"--process_id={i}", *(of_process or {}).get(i, ())),
-            ],
+            command(i),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -311,14 +357,11 @@ def _finish(processes, status):
 
 
 def test_four_processes_stop_and_two_go_on_as_one_would(workdir, whole, cut):
-    curve = cut / "retro" / "metrics.jsonl"
     mesh = [f"--gin_bindings=MeshConfig.{axis} = 2" for axis in ("data", "tensor")]
-    four = _start_many(workdir, cut, 4, *mesh)  # both axes lie across processes
-    _wait_until(lambda: len(read_curve(curve)) >= 2, four[0])
-    four[2].send_signal(signal.SIGTERM)
+    four = _start_many(workdir, cut, 4, *mesh, accident=(2, "stop", 2))  # both axes lie across them
     printed = _finish(four, app.SAVED)
     stopped = latest_step(cut / "retro" / "checkpoints")
-    assert 2 <= stopped < 60
+    assert 3 <= stopped < 60
     assert f"stopped and saved at step {stopped} of 60" in printed[0][1]
     assert [out.count("RETRO of") for out, _ in printed] == [1, 0, 0, 0]
 
@@ -330,7 +373,8 @@ def test_four_processes_stop_and_two_go_on_as_one_would(workdir, whole, cut):
     for one, many in zip(*curves, strict=True):
         assert one["tokens"] == many["tokens"]
         tolerance = 1e-6 if one["step"] == 1 else 1e-4 if one["step"] <= 10 else 1e-2
-        assert many["loss"] == pytest.approx(one["loss"], rel=tolerance)
+        for name in {"loss", ON, OFF} & set(one):
+            assert many[name] == pytest.approx(one[name], rel=tolerance)
     names = itertools.chain(cut.rglob("events.*"), cut.rglob("*.damaged"))
     assert len(list(names)) == 2  # one of each start, of process 0
 
