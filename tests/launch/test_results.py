@@ -1,9 +1,12 @@
 """Evaluate, sample and report on a slice of the real corpora, with a RETRO of a few steps."""
 
+import importlib
 import json
 import math
 import pathlib
 import re
+import shlex
+import shutil
 import xml.etree.ElementTree
 
 import numpy as np
@@ -15,7 +18,9 @@ from data_pipelines.tokenizer import Tokenizer
 from launch import compare, evaluate, report, runs, sample
 from launch.splits import open_split
 from retro_jax.evaluate import score
-from tests.launch.trained import call
+from tests.conftest_prepared import SLICE
+from tests.launch.test_tutorial import ONE_MACHINE
+from tests.launch.trained import TINY, call
 
 
 def test_every_condition_is_scored_with_the_documents_own_denominators(
@@ -360,3 +365,29 @@ def test_a_damaged_array_is_one_line(
     assert capsys.readouterr().err == (
         f"error: {path} is damaged: move it away and run launch.evaluate again\n"
     )
+
+
+def test_every_command_of_the_tutorial_runs(
+    workdir: pathlib.Path,
+    evaluated: dict,
+    prepared_workdir: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    """Word for word, in a folder whose my.gin is of the slice and of a tiny model, half way through."""
+    assert evaluated
+    (tmp_path / "my.gin").write_text(SLICE + TINY)
+    (tmp_path / "W").mkdir()
+    for artefact in filter(pathlib.Path.is_dir, prepared_workdir.iterdir()):
+        (tmp_path / "W" / artefact.name).symlink_to(artefact)
+    for made in ("retro", "baseline", "evaluation"):
+        shutil.copytree(workdir / made, tmp_path / "W" / made)
+    monkeypatch.chdir(tmp_path)
+    for command in ONE_MACHINE:
+        _, _, module, *arguments = shlex.split(command)
+        assert call(importlib.import_module(module).main, *arguments) == 0, command
+    assert "bit for bit, in all 6 lines" in capsys.readouterr().out
+    assert (tmp_path / "W" / "report.html").is_file()
+    for again in ("W2", "W3", "W4"):
+        assert (tmp_path / again / "retro" / "checkpoints" / "6").is_dir()
