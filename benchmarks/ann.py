@@ -72,11 +72,13 @@ class Index(Protocol):
 
     Attributes:
       name, leaves: what it is.
+      reorders: numbers of candidates that it is tried with.
       batches: sizes that its search is tried with.
     """
 
     name: str
     leaves: int
+    reorders: tuple[int, ...]
     batches: tuple[int, ...]
 
     def find(self, searched: int, reorder: int, batch: int, rounds: int) -> tuple[Ids, float]:
@@ -143,7 +145,7 @@ VARIANTS = (
 class ScannIndex:
     """ScaNN, of a variant."""
 
-    batches = _BATCHES
+    reorders, batches = _REORDER, _BATCHES
 
     def __init__(self, variant: Variant, keys: np.ndarray, queries: np.ndarray) -> None:
         from scann.scann_ops.py import scann_builder, scann_ops_pybind
@@ -277,6 +279,7 @@ class FaissIndex:
     def __init__(self, faiss: Faiss, factory: str) -> None:
         self.name, self._faiss = f"FAISS {factory}", faiss
         self.leaves = int(factory.split(",")[0][3:])
+        self.reorders = _REORDER if "RFlat" in factory else (0,)
         faiss.ask(build=factory)
 
     def find(self, searched: int, reorder: int, batch: int, rounds: int) -> tuple[Ids, float]:
@@ -339,7 +342,7 @@ def measure(index: Index, queries: int, judge: Callable[[Ids], float]) -> Iterat
         return Row(*settings, judge(rows), queries / seconds, single)
 
     at_target = []
-    for reorder in _REORDER:
+    for reorder in index.reorders:
         searched = fewest_leaves(index, reorder, judge)
         if searched is not None:
             for batch in index.batches:
@@ -347,7 +350,7 @@ def measure(index: Index, queries: int, judge: Callable[[Ids], float]) -> Iterat
                 yield at_target[-1]
     if not at_target:
         most = max(1, round(_MOST_LEAVES * index.leaves))
-        yield row(most, max(_REORDER), index.batches[-1])
+        yield row(most, max(index.reorders), index.batches[-1])
         return
     best = max(at_target, key=lambda found: found.queries_per_second)
     for searched in (best.searched // 2, min(2 * best.searched, index.leaves)):

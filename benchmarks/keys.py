@@ -57,11 +57,11 @@ for name in sys.argv[4].split(","):
     models[name] = BertModel.from_pretrained(folder, attn_implementation=name).eval()
 print("ready", flush=True)
 for line in sys.stdin:
-    attention, batch = line.split()
+    attention, batch, most = line.split()
     model, batch = models[attention], int(batch)
     start, processor = time.perf_counter(), time.process_time()
     with torch.inference_mode():
-        for i in range(0, len(texts), batch):
+        for i in range(0, min(len(texts), int(most)), batch):
             group = texts[i : i + batch]
             length = min(-(-(max(map(len, group)) + 2) // 8) * 8, longest)
             ids = np.zeros((len(group), length), np.int64)
@@ -109,10 +109,10 @@ class Torch:
         )
         self._line()
 
-    def run(self, attention: str, batch: int) -> Turn:
-        """One turn."""
+    def run(self, attention: str, batch: int, most: int) -> Turn:
+        """One turn, of the shortest texts only where `most` are fewer than all."""
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{attention} {batch}\n")
+        self._process.stdin.write(f"{attention} {batch} {most}\n")
         self._process.stdin.flush()
         wall, processor = self._line().split()
         return float(wall), float(processor)
@@ -177,9 +177,9 @@ def main(_: list[str]) -> None:
                 for attention in _ATTENTIONS:
 
                     def turn(torch: Torch = torch, kind: str = attention, n: int = batch) -> Turn:
-                        return torch.run(kind, n)
+                        return torch.run(kind, n, count)
 
-                    turn()  # the first touches what the others find warm
+                    torch.run(attention, batch, batch)  # touches what the others find warm
                     sides[f"PyTorch, {attention}, batch {batch}"] = turn
         turns = _measure(sides)
         if torch is not None:

@@ -28,6 +28,7 @@ from typing import Any
 from absl import app, flags
 
 from benchmarks import process_tree, small_bert
+from data_pipelines import revisions
 from data_pipelines.corpora import SPLITS
 from data_pipelines.manifest import Manifest
 
@@ -145,9 +146,24 @@ def facts_of(workdir: pathlib.Path, encoder: str) -> dict[str, Any]:
         "totals": totals(workdir),
         "key_padding": Manifest.read(workdir / "keys" / "train").fact("padding"),
         "plan": Manifest.read(workdir / "index").fact("plan"),
+        "single_query_us": single_queries(workdir),
         "recall": {split: table.fact("recall") for split, table in tables.items()},
         "bytes_on_disk": size,
     }
+
+
+def single_queries(workdir: pathlib.Path) -> dict[str, float]:
+    """Microseconds of searches for the 10 neighbours of one chunk, one after the other."""
+    keys = revisions.open_keys(revisions.open_database(workdir), workdir)
+    index = revisions.open_index(keys, workdir)
+    _, rows = next(keys.blocks(size=1000))
+    took = []
+    for row in rows:
+        start = time.perf_counter()
+        index.search(row[None], 10)
+        took.append(1e6 * (time.perf_counter() - start))
+    took = sorted(took[1:])  # the first loads the index
+    return {"median": took[len(took) // 2], "99 %": took[len(took) * 99 // 100]}
 
 
 def show(results: Results, facts: dict[str, Any]) -> None:
@@ -169,6 +185,8 @@ def show(results: Results, facts: dict[str, Any]) -> None:
     peak = max(usage.tree for usage in results.stages.values())
     bound = max(usage.bound for usage in results.stages.values())
     print(f"all: {wall:,.0f} s; peak {peak / 1e6:,.0f} MB, at most {bound / 1e6:,.0f} MB")
+    single = ", ".join(f"{name} {us:,.0f} us" for name, us in facts["single_query_us"].items())
+    print(f"a query alone, 10 neighbours: {single}")
     for split, recall in facts["recall"].items():
         told = f"recall@{recall['k']} {recall['recall']:.4f} of {recall['queries']:,} queries"
         print(f"{split}: {told} against brute force")
