@@ -374,7 +374,7 @@ def _finish(stage: Stage, names: list[tuple[str, str]]) -> Manifest:
             for name, corpus, count, tokens, *measures in stage.shard_facts(chunks):
                 record = DocumentRecord(name, corpus, totals.chunks, count, *measures)
                 totals.add(record, tokens)
-                line = json.dumps(dataclasses.asdict(record), ensure_ascii=False)
+                line = json.dumps(vars(record), ensure_ascii=False)
                 file.write(line.encode() + b"\n")
             held.append(totals.chunks - before)
 

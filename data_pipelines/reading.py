@@ -55,12 +55,8 @@ class Sorting:
 
     def entry(self, document: Document, corpus: CorpusConfig) -> Entry:
         """A document on its way."""
-        fields = dataclasses.asdict(document)
-        line = json.dumps(
-            {name: fields[name] for name in ("id", "corpus", "text")},
-            ensure_ascii=False,
-            separators=(",", ":"),
-        )
+        fields = {"id": document.id, "corpus": document.corpus, "text": document.text}
+        line = json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
         split = split_of(document.id, validation=self.validation, test=self.test)
         text = document.text
         return Entry(
@@ -159,7 +155,7 @@ def _list(folder: pathlib.Path, corpus: CorpusConfig, sorting: Sorting) -> None:
         offset = count = size = 0
         with open(temporary, "wb") as listing:
             for file in files_of(corpus):
-                line = json.dumps(dataclasses.astuple(file)).encode() + b"\n"
+                line = json.dumps(list(vars(file).values())).encode() + b"\n"
                 if not starts or count == _PORTION_FILES or size + file.size > _PORTION_BYTES:
                     starts.append((offset, 0, 0))
                     count = size = 0
