@@ -5,7 +5,8 @@
         --gin_bindings='MeshConfig.fsdp = 16' --gin_bindings="ExecutionConfig.remat = 'full'"
 
 Prints memory per chip against its HBM, operations against the model's own count, collectives by kind
-and bytes, and the least time a step can take, with what binds. Needs libtpu: pip install
+and bytes, and the least time a step can take, with what binds. Compiles as far as these are settled:
+machine code is not made, and its bytes are not in the memory. Needs libtpu: pip install
 'retro-jax[tpu]'. --topology=cpu:8 compiles for simulated devices instead, and needs nothing.
 """
 
@@ -81,8 +82,8 @@ def lines(work: Work, report: Report, slice_: Slice | None) -> list[str]:
         f"{kind} of {work.retro.num_parameters():,} parameters on {where}: mesh {mesh}, "
         f"remat {work.execution.remat}",
         f"{work.batch_size} x {work.sequence_length} = {tokens:,} tokens a step; compiled in "
-        f"{report.compile_seconds:.0f} s, {report.lowered_bytes / 1e6:.1f} MB of program to "
-        f"{report.compiled_bytes / 1e6:.1f} MB",
+        f"{report.compile_seconds:.0f} s of a processor, {report.lowered_bytes / 1e6:.1f} MB of "
+        f"program to {report.compiled_bytes / 1e6:.1f} MB",
         "",
         *_memory_lines(report, slice_),
         "",

@@ -1,10 +1,12 @@
 """Compiles a run's train step for devices that need not be there, and says what it will cost them.
 
-Nothing is allocated: the state and the batch are shapes on a mesh.
+Nothing is allocated: the state and the batch are shapes on a mesh. For TPUs no machine code is made
+either (stopped.py), which is most of a compilation and changes none of the figures.
 """
 
 import collections
 import dataclasses
+import functools
 import re
 import time
 from typing import Any
@@ -15,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from retro_jax import hlo
+from retro_jax import hlo, topology
 from retro_jax.batch import RetroBatch
 from retro_jax.config import ExecutionConfig, RetroConfig
 from retro_jax.errors import UserError
@@ -23,7 +25,8 @@ from retro_jax.flops import training_flops
 from retro_jax.model import Retro
 from retro_jax.program_costs import Collective, Costs, program_costs
 from retro_jax.roofline import Bound, Slice
-from retro_jax.sharding import MESH_SHARDINGS, batch_sharding, check_mesh
+from retro_jax.sharding import MESH_SHARDINGS, MeshConfig, batch_sharding, check_mesh, make_mesh
+from retro_jax.stopped import CompilationError, Program, compile_until_allocated
 from retro_jax.train.optimizer import OptimizerConfig, make_optimizer
 from retro_jax.train.step import StepConfig, TrainState, abstract_state, compile_train_step
 
@@ -58,7 +61,7 @@ class Memory:
 
     Attributes:
       parameters, optimizer, batch: of the step's arguments. temporaries: activations, gradients and
-        what else lives inside the step, its code included.
+        what else lives inside the step; its code too, except of TPUs.
     """
 
     parameters: float
@@ -97,8 +100,8 @@ class Report:
     Attributes:
       mesh: devices by axis. memory: per device. model_flops: the algorithm's own, a device's share.
       costs: of the compiled program on a device. exchanges: its collectives, the largest first.
-      bound: of the step's time; None off TPU. compile_seconds: on this machine. lowered_bytes,
-        compiled_bytes: of the program's text before and after compilation.
+      bound: of the step's time; None off TPU. compile_seconds: of a processor of this machine.
+        lowered_bytes, compiled_bytes: of the program's text before and after compilation.
     """
 
     mesh: dict[str, int]
@@ -149,6 +152,13 @@ def lower(work: Work, mesh: Mesh) -> tuple[TrainState, RetroBatch, Any]:
     Raises:
       UserError: the mesh does not divide the model or the batch.
     """
+    step, state, batch = _abstract_step(work, mesh)
+    with jax.set_mesh(mesh):
+        return state, batch, step.lower(state, batch)
+
+
+def _abstract_step(work: Work, mesh: Mesh) -> tuple[Any, TrainState, RetroBatch]:
+    """The step before it is traced, and what it is called with."""
     check_mesh(work.retro, mesh, work.batch_size)
     optimizer = make_optimizer(work.optimizer, STEPS)
 
@@ -160,9 +170,7 @@ def lower(work: Work, mesh: Mesh) -> tuple[TrainState, RetroBatch, Any]:
         work.retro.pad_id, work.num_corpora, neighbour_dropout=work.neighbour_dropout
     )
     step: Any = compile_train_step(graphdef=graphdef, optimizer=optimizer, config=config)
-    batch = abstract_batch(work, mesh)
-    with jax.set_mesh(mesh):
-        return state, batch, step.lower(state, batch)
+    return step, state, abstract_batch(work, mesh)
 
 
 def check(work: Work, mesh: Mesh, slice_: Slice | None) -> Report:
@@ -175,31 +183,68 @@ def check(work: Work, mesh: Mesh, slice_: Slice | None) -> Report:
     Raises:
       UserError: the mesh does not fit, or the step needs more memory than the chip has.
     """
-    state, batch, lowered = lower(work, mesh)
-    start = time.perf_counter()
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        raise _out_of_memory(error, slice_) from error
-    seconds = time.perf_counter() - start
-    text = compiled.as_text()
-    costs = program_costs(hlo.parse(text), mesh.size)
+    _, state, batch = _abstract_step(work, mesh)
+    program = _compile_here(work, mesh) if slice_ is None else _compile_for(work, mesh, slice_)
+    costs = program_costs(hlo.parse(program.text), mesh.size)
     exchanges = tuple(group_exchanges(costs.collectives, mesh, slice_))
     sequence = training_flops(
         work.retro, work.sequence_length, work.neighbours if work.retro.has_retrieval else 0
     )
     model_flops = work.batch_size * sequence / mesh.size
+    parts = [shard_bytes(part) for part in (state.params, state.opt_state, batch)]
     return Report(
         mesh=dict(mesh.shape),
-        memory=_memory(compiled.memory_analysis(), state, batch),
+        memory=Memory(*parts, temporaries=program.nbytes - sum(parts)),
         model_flops=model_flops,
         costs=costs,
         exchanges=exchanges,
         bound=None if slice_ is None else _bound(costs, exchanges, slice_, model_flops),
-        compile_seconds=seconds,
-        lowered_bytes=len(lowered.as_text()),
-        compiled_bytes=len(text),
+        compile_seconds=program.seconds,
+        lowered_bytes=program.lowered_bytes,
+        compiled_bytes=len(program.text),
     )
+
+
+def _compile_here(work: Work, mesh: Mesh) -> Program:
+    """Compiles for devices of this process, machine code and all."""
+    lowered = lower(work, mesh)[2]
+    start = time.process_time()
+    compiled = lowered.compile()
+    seconds = time.process_time() - start
+    analysis = compiled.memory_analysis()
+    held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
+    held += analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes
+    nbytes = held - analysis.alias_size_in_bytes
+    return Program(compiled.as_text(), nbytes, seconds, len(lowered.as_text()))
+
+
+def _compile_for(work: Work, mesh: Mesh, slice_: Slice) -> Program:
+    """Compiles for a slice as far as its costs are settled.
+
+    Raises:
+      UserError: the step needs more memory than the chip has.
+    """
+    axes = {str(name): size for name, size in mesh.shape.items()}
+    try:
+        program = compile_until_allocated(
+            functools.partial(lower_for, work, MeshConfig(**axes), slice_.name)
+        )
+    except CompilationError as error:
+        raise _out_of_memory(error, slice_) from error
+    if program.nbytes > slice_.chip.hbm:
+        needed, has = (f"{nbytes / 2**30:.2f} GiB" for nbytes in (program.nbytes, slice_.chip.hbm))
+        raise _too_large(needed, has, slice_)
+    return program
+
+
+def lower_for(work: Work, mesh_config: MeshConfig, name: str) -> Any:
+    """JAX's lowered program of the step for a slice, in a process that has not used JAX yet.
+
+    Args:
+      work: what to trace. mesh_config: of the slice's chips. name: the slice's.
+    """
+    jax.config.update("jax_platforms", "cpu")  # nothing runs: an accelerator here stays free
+    return lower(work, make_mesh(mesh_config, topology.devices(name)[0]))[2]
 
 
 def shard_bytes(tree: Any) -> int:
@@ -208,16 +253,6 @@ def shard_bytes(tree: Any) -> int:
         int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
-
-
-def _memory(analysis: Any, state: TrainState, batch: RetroBatch) -> Memory:
-    """Splits what the compiler reports by what it is for."""
-    parameters, optimizer = shard_bytes(state.params), shard_bytes(state.opt_state)
-    held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
-    total = held - analysis.alias_size_in_bytes + analysis.temp_size_in_bytes
-    total += analysis.generated_code_size_in_bytes
-    rows = shard_bytes(batch)
-    return Memory(parameters, optimizer, rows, total - parameters - optimizer - rows)
 
 
 def _bound(
@@ -275,12 +310,17 @@ def _bandwidth(collective: Collective, mesh: Mesh, slice_: Slice) -> float:
     return slice_.bandwidth([devices[number].coords for number in collective.groups[0]])
 
 
-def _out_of_memory(error: Exception, slice_: Slice | None) -> Exception:
+def _out_of_memory(error: Exception, slice_: Slice) -> Exception:
     """The compiler's refusal in one line; any other error as it is."""
     used = _HBM_USED.search(str(error))
-    if used is None or slice_ is None:
+    if used is None:
         return error
+    return _too_large(f"{used[1]} {used[2]}iB", f"{used[3]} {used[4]}iB", slice_)
+
+
+def _too_large(needed: str, has: str, slice_: Slice) -> UserError:
+    """What a step that does not fit is told."""
     return UserError(
-        f"the step needs {used[1]} {used[2]}iB of the {used[3]} {used[4]}iB that a {slice_.chip.name} "
-        f"has: expected a larger mesh axis fsdp or tensor, remat 'full', fewer rows or more chips"
+        f"the step needs {needed} of the {has} that a {slice_.chip.name} has: expected a "
+        "larger mesh axis fsdp or tensor, remat 'full', fewer rows or more chips"
     )

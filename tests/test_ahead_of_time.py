@@ -3,7 +3,6 @@
 import types
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -15,6 +14,7 @@ from retro_jax.hlo import Array
 from retro_jax.program_costs import Collective
 from retro_jax.roofline import parse_slice
 from retro_jax.sharding import MeshConfig, make_mesh
+from retro_jax.stopped import CompilationError, Program
 from retro_jax.train.optimizer import OptimizerConfig
 from tests.model.tiny import TINY
 
@@ -68,6 +68,31 @@ def test_a_sequence_that_is_no_whole_number_of_chunks_is_refused():
         abstract_batch(work, mesh)
 
 
+def test_what_the_compiler_allocates_is_reported(monkeypatch):
+    """Bytes beyond the arguments are temporaries; more than the chip has is one line."""
+    text = "ENTRY %main (p: f32[8]) -> f32[8] {\n  ROOT %p = f32[8]{0} parameter(0)\n}"
+    mesh, slice_ = make_mesh(MeshConfig()), parse_slice("v5e:2x2")
+    held = 2**30
+
+    def compiled(lower) -> Program:
+        work, mesh_config, name = lower.args
+        assert (work, mesh_config, name) == (WORK, MeshConfig(data=8), "v5e:2x2")
+        return Program(text, held, seconds=2.0, lowered_bytes=100)
+
+    monkeypatch.setattr(ahead_of_time, "compile_until_allocated", compiled)
+    report = check(WORK, mesh, slice_)
+    assert report.memory.total == held
+    assert report.memory.temporaries > 0
+    assert (report.compile_seconds, report.lowered_bytes, report.compiled_bytes) == (
+        2,
+        100,
+        len(text),
+    )
+    held = 17 * 2**30
+    with pytest.raises(UserError, match=r"the step needs 17\.00 GiB of the 16\.00 GiB"):
+        check(WORK, mesh, slice_)
+
+
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
@@ -81,11 +106,10 @@ def test_a_sequence_that_is_no_whole_number_of_chunks_is_refused():
 def test_more_memory_than_a_chip_has_is_one_line(monkeypatch, message, expected):
     """The compiler's refusal with what it needs and has; any other error stays what it is."""
 
-    class Lowered:
-        def compile(self) -> None:
-            raise jax.errors.JaxRuntimeError(message)
+    def refuse(lower) -> Program:
+        raise CompilationError(message)
 
-    monkeypatch.setattr(ahead_of_time, "lower", lambda work, mesh: (None, None, Lowered()))
-    kind: type[Exception] = UserError if "hbm" in message else jax.errors.JaxRuntimeError
+    monkeypatch.setattr(ahead_of_time, "compile_until_allocated", refuse)
+    kind: type[Exception] = UserError if "hbm" in message else CompilationError
     with pytest.raises(kind, match=expected):
         check(WORK, make_mesh(MeshConfig()), parse_slice("v5e:2x2"))

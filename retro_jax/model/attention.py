@@ -15,7 +15,9 @@ largest distance down, row i must begin at column T - 1 - i:
                                             row 2 reads  2  1  0 -1   (from column 0)
 
 Read as one flat array of rows of width W = 6, dropping the first T - 1 values and cutting rows of
-width W - 1 moves each row's beginning one further to the left than the row before: the shift.
+width W - 1 moves each row's beginning one further to the left than the row before: the shift. libtpu
+takes hours over a reshape of such widths, so TPUs are given slices: of groups of rows, then of the
+rows of a group.
 """
 
 import dataclasses
@@ -26,7 +28,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from retro_jax.config import RetroConfig
-from retro_jax.model.layers import Layout, RMSNorm, normal, residual_gain
+from retro_jax.model.layers import Layout, RMSNorm, largest_divisor, normal, residual_gain
+from retro_jax.sharding import target_platform
 
 MASKED = -1e30
 
@@ -179,9 +182,31 @@ def shift(logits: jax.Array, num_keys: int) -> jax.Array:
     *leading, rows, columns = logits.shape
     if rows == 1:
         return logits
+    if target_platform() == "tpu":
+        return shift_by_slices(logits, num_keys)
     flat = logits.reshape(*leading, rows * columns)
     flat = flat[..., rows - 1 : rows - 1 + rows * (columns - 1)]
     return flat.reshape(*leading, rows, columns - 1)[..., :num_keys]
+
+
+def shift_by_slices(logits: jax.Array, num_keys: int) -> jax.Array:
+    """`shift` in two rounds: about 2 sqrt(T) slices instead of one reshape of uneven widths."""
+    *leading, rows, columns = logits.shape
+    size = largest_divisor(rows, math.isqrt(rows))
+    groups = logits.reshape(*leading, rows // size, size, columns)
+    # A group keeps what any of its rows reads, from where its last row begins.
+    cut = [
+        jax.lax.slice_in_dim(groups[..., group, :, :], start, start + num_keys + size - 1, axis=-1)
+        for group, start in enumerate(range(rows - size, -1, -size))
+    ]
+    logits = jnp.stack(cut, axis=-3)
+    cut = [
+        jax.lax.slice_in_dim(
+            logits[..., row, :], size - 1 - row, size - 1 - row + num_keys, axis=-1
+        )
+        for row in range(size)
+    ]
+    return jnp.stack(cut, axis=-2).reshape(*leading, rows, num_keys)
 
 
 def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:

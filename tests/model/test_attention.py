@@ -19,23 +19,35 @@ from tests.model.tiny import TINY, assert_close
 from tests.reference import retro_numpy
 
 
+@pytest.mark.parametrize("shift", [ops.shift, ops.shift_by_slices])
 @pytest.mark.parametrize("offset", [0, 3, -2])
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 5), (5, 1), (3, 4), (4, 3), (6, 6)])
-def test_shift_moves_each_distance_to_its_key(queries, keys, offset):
+@pytest.mark.parametrize(
+    ("queries", "keys"), [(1, 1), (1, 5), (5, 1), (3, 4), (4, 3), (6, 6), (12, 7)]
+)
+def test_shift_moves_each_distance_to_its_key(queries, keys, offset, shift):
     """Columns hold their own distance: after the shift, entry (i, j) is i - j + offset."""
     columns = ops.distances(queries, keys, offset)
     assert columns.shape == (queries + keys - 1,)
     by_distance = jnp.broadcast_to(columns, (2, queries, queries + keys - 1))
-    shifted = ops.shift(by_distance, keys)
+    shifted = shift(by_distance, keys)
     expected = np.arange(queries)[:, None] - np.arange(keys) + offset
     np.testing.assert_array_equal(shifted, np.broadcast_to(expected, (2, queries, keys)))
 
 
-def test_shift_keeps_rows_apart():
+@pytest.mark.parametrize("shift", [ops.shift, ops.shift_by_slices])
+def test_shift_keeps_rows_apart(shift):
     """A row reads its own values only: row i, distance d holds 100 i + d."""
     table = 100 * np.arange(3)[:, None] + np.asarray(ops.distances(3, 4))
     expected = 100 * np.arange(3)[:, None] + np.arange(3)[:, None] - np.arange(4)
-    np.testing.assert_array_equal(ops.shift(jnp.asarray(table), 4), expected)
+    np.testing.assert_array_equal(shift(jnp.asarray(table), 4), expected)
+
+
+def test_a_tpu_is_given_slices(monkeypatch):
+    """libtpu takes hours over the reshape: a program for it has none of a row's whole width."""
+    monkeypatch.setattr(ops, "target_platform", lambda: "tpu")
+    program = jax.jit(lambda x: ops.shift(x, 7)).lower(jnp.zeros((12, 18))).as_text()
+    assert "slice" in program
+    assert f"tensor<{12 * 18}xf32>" not in program
 
 
 def test_sinusoids_are_the_references():
