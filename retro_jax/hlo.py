@@ -109,9 +109,24 @@ class Module:
         for instruction in computation.instructions.values():
             yield computation, instruction, times
             if instruction.opcode in ("while", "call", "conditional"):
-                repeats = times * (trip_count(instruction) if instruction.opcode == "while" else 1)
+                repeats = times * (self.trips(instruction) if instruction.opcode == "while" else 1)
                 for name in instruction.called:
                     yield from self._executed(self.computations[name], repeats)
+
+    def trips(self, loop: Instruction) -> int:
+        """How often a while loop's body runs: what the compiler says, or its condition does.
+
+        Before machine code is made the compiler does not say. JAX's loops count from 0 to below a
+        constant.
+        """
+        condition = (loop.attribute("condition") or "").removeprefix("%")
+        if "known_trip_count" in loop.attributes or condition not in self.computations:
+            return trip_count(loop)
+        root = self.computations[condition].root
+        if root.opcode != "compare" or root.attribute("direction") != "LT":
+            return trip_count(loop)
+        limit = self.computations[condition].operand(root, 1)
+        return int(limit.operands[0]) if limit.opcode == "constant" else trip_count(loop)
 
     def inside(self, instruction: Instruction) -> Iterator[tuple[Computation, Instruction]]:
         """The instructions that one is made of, at any depth."""

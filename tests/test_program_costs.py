@@ -165,6 +165,40 @@ def test_an_exchange_in_two_halves_counts_once():
     assert costs(body).hbm_bytes == 4 * 16 + 4 * 64
 
 
+LOOP = """
+%body (q: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %q = (s32[], f32[8]{0}) parameter(0)
+  %n = s32[] get-tuple-element(%q), index=0
+  %x = f32[8]{0} get-tuple-element(%q), index=1
+  %y = f32[8]{0} negate(%x)
+  ROOT %out = (s32[], f32[8]{0}) tuple(%n, %y)
+}
+%condition (c: (s32[], f32[8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(12)
+  %c = (s32[], f32[8]{0}) parameter(0)
+  %at = s32[] get-tuple-element(%c), index=0
+  ROOT %lt = pred[] compare(%at, %limit), direction=LT
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("known", "condition", "times"),
+    [
+        ("", LOOP, 12),  # libtpu, before it makes machine code
+        (', backend_config={"known_trip_count":{"n":"5"}}', LOOP, 5),
+        ("", LOOP.replace("direction=LT", "direction=GT"), 1),
+        ("", LOOP.replace("constant(12)", "get-tuple-element(%c), index=0"), 1),
+    ],
+)
+def test_a_loop_runs_as_often_as_the_compiler_or_its_condition_says(known, condition, times):
+    loop = (
+        "  %t = (s32[], f32[8]{0}) parameter(0)\n  ROOT %w = (s32[], f32[8]{0}) "
+        f"while(%t), condition=%condition, body=%body{known}"
+    )
+    assert costs(loop, more=condition).hbm_bytes == times * 2 * 4 * 8
+
+
 def test_a_compiled_loop_counts_as_often_as_it_runs():
     """Weights gathered over one axis for each of 5 layers, partial sums added over the other."""
     mesh = jax.make_mesh((4, 2), ("a", "b"), (AxisType.Explicit,) * 2, devices=jax.devices()[:8])
