@@ -8,8 +8,8 @@ from retro_jax.evaluate import paper
 from retro_jax.evaluate.report import TableView, condition_name, condition_order
 
 _OTHERS = (
-    "The paper's models have up to 7.5B parameters and other training data; ours are small ones: the "
-    "rows stand in one table, not in one competition."
+    "The paper's models have up to 7.5B parameters and training data of their own: the rows stand in one "
+    "table, not in one competition."
 )
 
 

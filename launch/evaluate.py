@@ -163,27 +163,26 @@ def _evaluate_all(work: Work, conditions: Sequence[Condition]) -> None:
 
 
 def _publish(work: Work, by_overlap: Mapping[Any, Mapping[str, Any]]) -> None:
-    """Writes every form of the results and prints them: those of the largest overlap, then all."""
+    """Writes every form of the results, then prints them: those of the largest overlap, then all."""
     name, results = work.split.name, list(by_overlap.values())[-1]
     scored = Scored(work.folder, work.split, work.text, work.lengths, results)
     results = with_intervals(scored)
     files.write_atomically(work.folder / f"{name}.json", files.to_json(results))
-    print(format_table(results))
-    overlap = None
+    told, overlap, several = [format_table(results)], None, None
     if work.split.table is None:
-        print(f"no figures by overlap: {work.data} has no neighbours of the {name} split")
+        told.append(f"no figures by overlap: {work.data} has no neighbours of the {name} split")
     else:
         overlap = write_overlap(scored)
-        print(f"\n{format_overlap(overlap)}")
-    several = None
+        told.append(f"\n{format_overlap(overlap)}")
     if len(by_overlap) > 1:
         several = windows.compared(by_overlap)
         path = windows.windows_file(work.folder, name)
         files.write_atomically(path, files.to_json(several))
         for title, header, rows in windows.tables(several):
-            print(f"\n{title}\n{aligned(header, rows)}")
+            told.append(f"\n{title}\n{aligned(header, rows)}")
     text = markdown(results, overlap, several)
     files.write_atomically(work.folder / f"{name}.md", text.encode())
+    print("\n".join(told))
 
 
 def _wanted(names: Sequence[str] | None) -> list[str]:

@@ -20,7 +20,7 @@ STRIDE = flags.DEFINE_integer(
 OVERLAP = flags.DEFINE_list(
     "overlap",
     [],
-    "Shares of a window that are context only, as in 0,0.5,0.75,0.875; what is shown is of the last, "
+    "Shares of a window that are context only, as in 0,0.5,0.75,0.875; what is shown is of the largest, "
     "and several are also shown beside each other.",
 )
 WINDOW = flags.DEFINE_integer(
