@@ -8,7 +8,7 @@ one of its workers (on Ray, workers of a cluster of three nodes on this machine)
 first kind the same command is run again. Half of the kills fall into the stages up to the keys and half
 into the neighbour tables, which get the undisturbed run's index, as building one is not reproducible.
 Preparations follow each other until there were as many kills. Ends with status 1 if any byte of
-chunks, keys or tables differs.
+chunks, keys, tables or what is withdrawn differs.
 """
 
 import os
@@ -33,9 +33,9 @@ _DOCUMENTS = flags.DEFINE_integer("documents", 300, "Introductions of Wikipedia 
 _SEED = flags.DEFINE_integer("seed", 0, "Of the moments and the victims.")
 _MINUTES = flags.DEFINE_integer("minutes", 60, "Give up after so long.", lower_bound=1)
 
-_BEFORE = "documents,tokenizer,chunks,keys"
+_BEFORE = "documents,leakage,tokenizer,chunks,duplicates,keys"
 _AFTER = "index,neighbours"
-_COMPARED = ("chunks", "keys", "neighbours")
+_COMPARED = ("leakage", "chunks", "duplicates", "keys", "neighbours")
 _SETTINGS = """
 wikipedia/CorpusConfig.name = 'wikipedia'
 wikipedia/CorpusConfig.kind = 'wikipedia'

@@ -44,7 +44,16 @@ _RECALL = flags.DEFINE_integer(
 _OUTPUT = flags.DEFINE_string("output", None, "Copy the results to this JSON file too.")
 
 _RESULTS = "pipeline.json"
-_STAGES = ("documents", "tokenizer", "chunks", "keys", "index", "neighbours")
+_STAGES = (
+    "documents",
+    "leakage",
+    "tokenizer",
+    "chunks",
+    "duplicates",
+    "keys",
+    "index",
+    "neighbours",
+)
 _SETTINGS = """
 wikipedia/CorpusConfig.name = 'wikipedia'
 wikipedia/CorpusConfig.kind = 'wikipedia'

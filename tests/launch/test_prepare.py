@@ -253,6 +253,27 @@ def test_documents_are_appended_and_removed(tiny, tmp_path, capsys):
     assert "revisions/00001/neighbours/test: " in lines
 
 
+def test_the_nearest_keys_are_judged_by_bm25_in_tables_and_live(tiny, tmp_path, capsys):
+    settings, _ = tiny
+    workdir = shutil.copytree(settings.parent / "W", tmp_path / "W")
+    shutil.rmtree(workdir / "neighbours")
+    names = ("retriever = 'dense+bm25'", "candidates = 30", "test = 4")
+    bindings = [f"--gin_bindings=NeighboursConfig.{name}" for name in names]
+    assert run_prepare(workdir, settings, *bindings) == 0
+    retriever = Retriever.open(workdir)
+    assert (retriever.ranking.retriever, retriever.ranking.candidates) == ("dense+bm25", 30)
+    queries = ChunkDatabase.open(workdir / "chunks" / "test")
+    table = NeighbourTable.of(workdir, "test", queries, retriever.database)
+    ids = np.arange(len(queries))
+    found, scores = retriever.neighbours(queries.chunks(ids), 4)
+    np.testing.assert_array_equal(found, table.ids(ids))
+    np.testing.assert_array_equal(scores, table.scores(ids))
+    near, _ = retriever.search(retriever.encoder.keys(queries.chunks(ids)), 30)
+    assert all(set(row) <= set(nearest) for row, nearest in zip(found.tolist(), near.tolist()))
+    assert run_prepare(workdir, None, "--verify", "--verify_sample=5") == 0
+    assert "chunks/train and keys/train and index and bm25" in capsys.readouterr().out
+
+
 def test_training_begins_with_the_newest_revision_and_stays_with_its_own(tiny, tmp_path):
     workdir = shutil.copytree(tiny[0].parent / "W", tmp_path / "W")
     first = next(ChunkDatabase.open(workdir / "chunks" / "train").records())
