@@ -39,6 +39,18 @@ def withdraw(p: Preparation, place: pathlib.Path) -> Manifest | None:
     return prepare_leakage(place / KIND, training, held_out, p.leakage, runner=p.runner)
 
 
+def refuse_late(directory: pathlib.Path) -> None:
+    """Raises if W's training documents are cut into chunks already, without having been compared."""
+    chunks = directory / "chunks" / "train"
+    if (directory / KIND / MANIFEST_FILE).is_file() or not (chunks / MANIFEST_FILE).is_file():
+        return
+    if KIND not in Manifest.read(chunks).parents:
+        raise UserError(
+            f"{chunks} was made of documents that were not compared with held-out ones: expected"
+            " LeakageConfig.threshold = None, or another directory"
+        )
+
+
 def directory_of(p: Preparation, place: pathlib.Path) -> pathlib.Path | None:
     """Where the list of what is withdrawn lies; None if it was not asked for."""
     return None if p.leakage.threshold is None else place / KIND

@@ -263,6 +263,7 @@ def _left_out(manifest: Manifest) -> str:
 
 def _leakage(p: Preparation) -> tuple[str, int, str]:
     """Withdraws training documents that nearly are held-out ones."""
+    near_copies.refuse_late(p.directory)
     manifest = near_copies.withdraw(p, p.directory)
     assert manifest is not None
     count = manifest.fact("documents")

@@ -107,6 +107,9 @@ def test_nothing_is_withdrawn_where_it_is_not_asked_for(prepared, tmp_path, caps
     database = ChunkDatabase.open(tmp_path / "W/chunks/train")
     assert database.num_documents == len(TRAINING)
     assert "leakage" not in database.manifest.parents
+    assert run_prepare(tmp_path / "W", settings, STAGES) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "W/chunks/train was made of documents that were not compared with held-out" in error
     assert not (tmp_path / "W/leakage").exists()
 
 
