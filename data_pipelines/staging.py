@@ -17,24 +17,18 @@ import pathlib
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from tqdm import tqdm
 
-from data_pipelines import files
+from data_pipelines import files, urls
 from data_pipelines.manifest import MANIFEST_FILE, STAGED_FILE, Manifest, Path, Shard
 from retro_jax.errors import UserError
 
-EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
 _BLOCK = 8 << 20
 _THREADS = 8
 _ahead = concurrent.futures.ThreadPoolExecutor(1, "staging")
 _fetching = threading.Lock()  # what is being fetched ahead is waited for, and not fetched twice
-
-
-def is_url(place: Any) -> bool:
-    """Whether something names a place in a bucket, as in gs://B/W, and not a directory."""
-    return "://" in str(place or "")
 
 
 class Bucket:
@@ -50,18 +44,8 @@ class Bucket:
         Raises:
           UserError: nobody knows the protocol, or its package is not installed.
         """
-        import fsspec  # not for those that stage nothing
-
         self.url = url.rstrip("/")
-        protocol = url.partition("://")[0]
-        try:
-            self._files, self._root = fsspec.core.url_to_fs(self.url)
-        except ImportError as error:
-            extra = EXTRAS.get(protocol)
-            wanted = f"pip install 'retro-jax[{extra}]'" if extra else str(error)
-            raise UserError(f"{url}: {protocol}:// is not installed, expected {wanted}") from error
-        except ValueError as error:
-            raise UserError(f"{url}: expected a protocol that fsspec knows ({error})") from error
+        self._files, self._root = urls.file_system(self.url)
 
     def read(self, name: str) -> bytes | None:
         """A small object; None where there is none."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import flags
 
-from data_pipelines import staging
+from data_pipelines import urls
 from data_pipelines.manifest import MANIFEST_FILE
 from launch import app, configurables, workdir
 from retro_jax.errors import UserError
@@ -59,7 +59,7 @@ def data_place(run: pathlib.Path) -> str:
       UserError: it is in neither place.
     """
     recorded = _last_start(run).get("data", "")
-    if staging.is_url(recorded):
+    if urls.is_url(recorded):
         return recorded
     for place in (recorded, run.parent):
         folder = pathlib.Path(place)

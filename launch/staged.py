@@ -4,7 +4,7 @@ import pathlib
 
 from absl import flags
 
-from data_pipelines import revisions, staging
+from data_pipelines import revisions, staging, urls
 from data_pipelines.batches import BatchConfig
 from data_pipelines.manifest import MANIFEST_FILE
 from data_pipelines.neighbours import SCORES
@@ -28,7 +28,7 @@ def local_databases(place: str) -> pathlib.Path:
       flags.Error: a url, and no --stage_to.
       UserError: something is missing or damaged there.
     """
-    if not staging.is_url(place):
+    if not urls.is_url(place):
         return pathlib.Path(place)
     disk = app.required(STAGE_TO, f"a directory on this host's own disk, as {place} is in a bucket")
     bucket = staging.Bucket(place)
@@ -57,7 +57,7 @@ def stage_tables(
       config: which batches the run makes.
       held_out: a split that it evaluates on; "" for none.
     """
-    if not staging.is_url(place) or (folder / MANIFEST_FILE).is_file():
+    if not urls.is_url(place) or (folder / MANIFEST_FILE).is_file():
         return
     revision = revisions.latest(folder) if revision is None else revision
     bucket = staging.Bucket(place)

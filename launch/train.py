@@ -35,7 +35,7 @@ from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
 
-from data_pipelines import files, revisions, staging
+from data_pipelines import files, revisions, urls
 from data_pipelines.batches import BatchConfig, Batches
 from data_pipelines.chunk_database import CHUNK_LENGTH, ChunkDatabase
 from data_pipelines.manifest import MANIFEST_FILE
@@ -223,7 +223,7 @@ def _find_data(source: str, run: pathlib.Path) -> Data:
     """Opens the data of a run, or of the run that it makes again, staged where it is in a bucket."""
     prepared = staged.local_databases(source)
     revision = recorded_revision(run, prepared)
-    if not staging.is_url(source):
+    if not urls.is_url(source):
         return open_data(prepared, revision)
     held_out = HELD_OUT if configurables.make(TrainConfig).evaluate_every else ""
     staged.stage_tables(source, prepared, revision, configurables.make(BatchConfig), held_out)

@@ -191,10 +191,10 @@ def check(work: Work, mesh: Mesh, slice_: Slice | None) -> Report:
         work.retro, work.sequence_length, work.neighbours if work.retro.has_retrieval else 0
     )
     model_flops = work.batch_size * sequence / mesh.size
-    parts = [shard_bytes(part) for part in (state.params, state.opt_state, batch)]
+    params, optimizer, rows = map(shard_bytes, (state.params, state.opt_state, batch))
     return Report(
         mesh=dict(mesh.shape),
-        memory=Memory(*parts, temporaries=program.nbytes - sum(parts)),
+        memory=Memory(params, optimizer, rows, program.nbytes - params - optimizer - rows),
         model_flops=model_flops,
         costs=costs,
         exchanges=exchanges,

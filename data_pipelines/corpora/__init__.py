@@ -14,9 +14,10 @@ from data_pipelines.corpora.document import Document, Reading, Record, short_lab
 from data_pipelines.corpora.folders import read_text
 from data_pipelines.corpora.json_lines import read_json_lines
 from data_pipelines.corpora.parquet import read_parquet
-from data_pipelines.corpora.sources import SourceFile, find_files, is_url
+from data_pipelines.corpora.sources import SourceFile, find_files
 from data_pipelines.corpora.wikipedia import FILE, installed_file, read_wikipedia
 from data_pipelines.corpora.wikitext import read_articles
+from data_pipelines.urls import is_url
 from retro_jax.errors import UserError
 
 __all__ = [

@@ -7,19 +7,19 @@ machine is read 65,536 entries at a time, a remote one folder by folder.
 import contextlib
 import dataclasses
 import fnmatch
+import functools
 import itertools
 import os
 import pathlib
-import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 
 from data_pipelines.corpora.config import CorpusConfig
+from data_pipelines.urls import file_system, is_url
 from retro_jax.errors import UserError
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _ENTRIES = 1 << 16  # of a folder that are sorted at once
-_PACKAGES = {"gs": "retro-jax[gcs]", "gcs": "retro-jax[gcs]", "s3": "retro-jax[s3]"}
+_file_system = functools.partial(file_system, use_listings_cache=False)  # files come and go
 _STAMPS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "updated", "created")
 
 
@@ -43,11 +43,6 @@ class SourceFile:
     def suffix(self) -> str:
         """The last part of its name, from the point on."""
         return pathlib.PurePosixPath(self.name).suffix
-
-
-def is_url(path: str) -> bool:
-    """Whether fsspec reads it."""
-    return bool(_URL.match(path))
 
 
 def find_files(root: str, config: CorpusConfig) -> Iterator[SourceFile]:
@@ -77,7 +72,7 @@ def open_file(file: SourceFile) -> Iterator[BinaryIO]:
         with open(file.path, "rb") as local:
             yield local
         return
-    with _one_line(file.path), _filesystem(file.path)[0].open(file.path, "rb") as remote:
+    with _one_line(file.path), _file_system(file.path)[0].open(file.path, "rb") as remote:
         yield cast(BinaryIO, remote)
 
 
@@ -116,7 +111,7 @@ def _local_file(name: str, path: str, status: os.stat_result) -> SourceFile:
 def _find_remote(root: str, config: CorpusConfig) -> Iterator[SourceFile]:
     """The files below a URL."""
     with _one_line(root):
-        system, top = _filesystem(root)
+        system, top = _file_system(root)
         try:
             info = system.info(top)
         except FileNotFoundError:
@@ -141,19 +136,6 @@ def _remote_file(system: Any, name: str, info: dict[str, Any]) -> SourceFile:
     """A file that fsspec described."""
     stamp = next((str(info[field]) for field in _STAMPS if info.get(field)), "")
     return SourceFile(name, system.unstrip_protocol(info["name"]), int(info["size"] or 0), stamp)
-
-
-def _filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system for a URL, and the path in it."""
-    import fsspec
-
-    try:
-        return fsspec.core.url_to_fs(url, use_listings_cache=False)
-    except (ImportError, ValueError) as error:
-        protocol = url.partition("://")[0]
-        package = _PACKAGES.get(protocol, "a package that gives fsspec this protocol")
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{url} cannot be opened ({reason}): expected {package}") from error
 
 
 @contextlib.contextmanager

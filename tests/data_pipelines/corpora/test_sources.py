@@ -84,9 +84,7 @@ def test_a_protocol_without_its_package_names_the_extra(monkeypatch, protocol, e
         raise ImportError("Please install it")
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
-    expected = (
-        rf"{protocol}://b cannot be opened \(Please install it\): expected retro-jax\[{extra}\]"
-    )
+    expected = rf"{protocol}://b cannot be opened \(Please install it\): expected pip install 'retro-jax\[{extra}\]'"
     with pytest.raises(UserError, match=expected):
         list(read_corpus(_corpus(f"{protocol}://b"), Reading()))
 
