@@ -1,11 +1,13 @@
 """What every published size costs on slices of Cloud TPU: the table of docs/scaling.md.
 
     nice python -m benchmarks.scaling --folder=scaling [--sizes=172m,7.5b] [--generations=v5p]
+    nice python -m benchmarks.scaling --folder=scaling --sizes=7.5b --norotary
     python -m benchmarks.scaling --estimate
 
 Compiles the train step of experiments/retro_SIZE.gin by launch.compile_check for the smallest slice of
-each generation that it fits, with all chips on the fsdp axis. Minutes of compilation each; every
-report is a file in the folder, and what is there is not compiled again. Needs libtpu, and no TPU.
+each generation that it fits, with all chips on the fsdp axis and rotary positions, which fused
+attention has. About a minute of a processor each; every report is a file in the folder, and what is
+there is not compiled again. Needs libtpu, and no TPU.
 --estimate compiles nothing: it says what follows from the configuration by arithmetic alone.
 """
 
@@ -29,7 +31,7 @@ from retro_jax.roofline import parse_slice
 FOLDER = flags.DEFINE_string("folder", None, "Where the reports go.")
 SIZES = flags.DEFINE_list("sizes", ["172m", "425m", "1.5b", "7.5b"], "Which sizes.")
 GENERATIONS = flags.DEFINE_list("generations", ["v4", "v5e", "v5p", "v6e"], "Which chips.")
-
+ROTARY = flags.DEFINE_bool("rotary", True, "Rotary positions; --norotary: relative ones.")
 ESTIMATE = flags.DEFINE_bool("estimate", False, "Arithmetic only, of the first slice of each.")
 
 _CUBES = ("2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
@@ -71,8 +73,8 @@ def main() -> None:
 
 
 HEADER = (
-    "| size | slice | chips | mesh, remat | parameters | optimiser | activations | total of HBM | operations / model's "
-    "| compute, HBM, links (s) | step (s) | bound by | MFU at most | compiled in |",
+    "| size | slice | chips | positions, mesh, remat | parameters | optimiser | activations (GiB) "
+    "| total of HBM | operations / model's | compute, HBM, links (s) | step (s) | bound by | MFU at most | compiled in |",
     "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
 )
 
@@ -93,7 +95,7 @@ def row(size: str, report: dict[str, Any]) -> str:
         size,
         report["topology"],
         str(parse_slice(report["topology"]).size),
-        f"{mesh}, {report['remat']}",
+        f"{report['positions']}, {mesh}, {report['remat']}",
         *parts,
         f"{memory['total'] / 2**30:.1f} of {memory['hbm'] / 2**30:.0f} GiB",
         f"{report['program_flops'] / report['model_flops']:.2f}",
@@ -165,7 +167,8 @@ def _report(folder: pathlib.Path, size: str, topology: str) -> dict[str, Any]:
     Raises:
       UserError: the compilation fails for another reason than memory.
     """
-    path = folder / f"{size}-{topology.replace(':', '-')}.json"
+    positions = "rotary" if ROTARY.value else "relative"
+    path = folder / f"{size}-{topology.replace(':', '-')}-{positions}.json"
     if path.exists():
         return json.loads(path.read_text())
     folder.mkdir(parents=True, exist_ok=True)
@@ -174,6 +177,7 @@ def _report(folder: pathlib.Path, size: str, topology: str) -> dict[str, Any]:
         f"--gin_file=experiments/retro_{size.replace('.', '_')}.gin",
         f"--topology={topology}",
         f"--gin_bindings=MeshConfig.fsdp = {parse_slice(topology).size}",
+        f"--gin_bindings=RetroConfig.positions = '{positions}'",
         f"--json={path}",
     ]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}

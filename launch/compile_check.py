@@ -47,7 +47,11 @@ def main() -> None:
     devices, slice_ = topology.devices(name)
     report = check(work, make_mesh(mesh_config, devices), slice_)
     if JSON.value:
-        figures = {"topology": name, "remat": work.execution.remat}
+        figures = {
+            "topology": name,
+            "remat": work.execution.remat,
+            "positions": work.retro.positions,
+        }
         figures |= as_json(report, slice_)
         pathlib.Path(JSON.value).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     print("\n".join(lines(work, report, slice_)))

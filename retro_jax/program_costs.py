@@ -3,7 +3,8 @@
 Counted over everything that is scheduled, loops as often as they run (XLA's own cost analysis counts
 a loop's body once):
 
-    operations    2 x multiply-adds of dots and convolutions, which is what TPUs make of dots
+    operations    2 x multiply-adds of dots and convolutions, which is what TPUs make of dots, and of
+                  splash attention's kernels, whose text says no more than their operands
     HBM           what an instruction reads and writes at its border; inside of a fusion nothing is.
                   A slice of a larger array counts as the slice, an update in place as the update,
                   the chip's own vector memory not at all
@@ -48,6 +49,7 @@ _FREE = {
     "add-dependency",
     "domain",
 }
+_KERNEL_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}  # of queries, keys and head_dim
 _SLICES = ("dynamic-slice", "slice", "gather")
 _PAIRS = re.compile(r"\{(\d+),(\d+)\}")
 _IOTA = re.compile(r"^\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
@@ -109,7 +111,9 @@ def program_costs(module: Module, devices: int) -> Costs:
 
 
 def product_flops(computation: Computation, instruction: Instruction) -> float:
-    """Operations of a dot or a convolution; 0 for anything else."""
+    """Operations of a dot, a convolution or an attention kernel; 0 for anything else."""
+    if instruction.opcode == "custom-call":
+        return _kernel_flops(computation, instruction)
     if instruction.opcode == "dot":
         left = _array(computation, instruction, 0)
         contracted = _numbers(instruction.attribute("lhs_contracting_dims"))
@@ -134,6 +138,18 @@ def product_flops(computation: Computation, instruction: Instruction) -> float:
         )
     groups = int(instruction.attribute("batch_group_count") or 1)
     return 2.0 * batch * features * depth * taps / groups
+
+
+def _kernel_flops(computation: Computation, instruction: Instruction) -> float:
+    """Operations of splash attention, which makes the blocks on and below the diagonal."""
+    made = [n for name, n in _KERNEL_PRODUCTS.items() if instruction.name.startswith(name)]
+    if not made:
+        return 0.0
+    operands = [_array(computation, instruction, i) for i in range(len(instruction.operands))]
+    blocks = operands[0].extents[-1]  # a block of the mask for each of queries and keys
+    batch, heads, length, head_dim = next(a.extents for a in operands if len(a.extents) == 4)
+    square = 2.0 * batch * heads * length**2 * head_dim
+    return made[0] * square * (blocks + 1) / (2 * blocks)
 
 
 def hbm_bytes(module: Module, computation: Computation, instruction: Instruction) -> float:

@@ -165,6 +165,19 @@ def test_an_exchange_in_two_halves_counts_once():
     assert costs(body).hbm_bytes == 4 * 16 + 4 * 64
 
 
+@pytest.mark.parametrize(
+    ("kernel", "products"), [("splash_mha_fwd_residuals", 2), ("splash_mha_dkv", 5), ("other", 0)]
+)
+def test_attention_kernels_make_the_blocks_below_the_diagonal(kernel, products):
+    """Of 4 x 4 blocks 10, each of 16 queries, 16 keys and a head of 8."""
+    found = costs(f"""
+  %m = s8[1,4,4]{{2,1,0}} parameter(0)
+  %q = bf16[2,3,64,8]{{3,2,1,0}} parameter(1)
+  ROOT %{kernel}.1 = bf16[2,3,64,8]{{3,2,1,0}} custom-call(%m, %q, %q, %q), custom_call_target="tpu_custom_call"
+""")
+    assert found.flops == products * 10 * 2 * 2 * 3 * 16 * 16 * 8
+
+
 LOOP = """
 %body (q: (s32[], f32[8])) -> (s32[], f32[8]) {
   %q = (s32[], f32[8]{0}) parameter(0)

@@ -161,6 +161,7 @@ def test_a_row_of_the_scaling_table():
     report = {
         "topology": "v5p:2x2x4",
         "remat": "full",
+        "positions": "rotary",
         "mesh": {"data": 1, "fsdp": 16, "tensor": 1},
         "memory": {
             "parameters": 2**29,
@@ -183,7 +184,16 @@ def test_a_row_of_the_scaling_table():
     }
     cells = [cell.strip() for cell in scaling.row("172m", report).strip("| ").split("|")]
     assert cells == [
-        *("172m", "v5p:2x2x4", "16", "fsdp=16, full", "0.50", "1.00", "2.00", "3.5 of 95 GiB"),
+        *(
+            "172m",
+            "v5p:2x2x4",
+            "16",
+            "rotary, fsdp=16, full",
+            "0.50",
+            "1.00",
+            "2.00",
+            "3.5 of 95 GiB",
+        ),
         *("1.50", "2.00, 1.00, 0.50", "2.00", "compute", "60% (40%)", "61 s, 5.0 MB"),
     ]
     assert len(scaling.HEADER[0].split("|")) == len(cells) + 2

@@ -66,7 +66,7 @@ def test_a_step_is_compiled_and_its_costs_are_told(settings, tmp_path, capsys):
         assert words in out
     assert "MFU" not in out
     found = json.loads((tmp_path / "figures.json").read_text())
-    assert found["topology"] == "cpu:4"
+    assert (found["topology"], found["positions"]) == ("cpu:4", "relative")
     assert found["mesh"] == {"data": 1, "fsdp": 2, "tensor": 2}
     work, _ = compile_check.make_work()
     weights = 4 * work.retro.num_parameters() / 4  # bytes of float32 over four devices
