@@ -29,6 +29,7 @@ from flax import nnx
 
 from retro_jax.config import RetroConfig
 from retro_jax.model.layers import Layout, RMSNorm, largest_divisor, normal, residual_gain
+from retro_jax.model.products import product
 from retro_jax.sharding import target_platform
 
 MASKED = -1e30
@@ -96,12 +97,13 @@ class Attention(nnx.Module):
 
     def _project(self, x: jax.Array, name: str, weight: nnx.Param) -> tuple[jax.Array, ...]:
         """One product for all of a weight's parts, cut apart afterwards."""
-        shardings = self.layout.shardings
         w = self.layout.weight(name, weight)
+        made = product(x, w, out_sharding=self.layout.shardings.heads(x.ndim - 1 + w.ndim - 1))
         if w.ndim == 3:
-            return (jnp.einsum("...d,dhk->...hk", x, w, out_sharding=shardings.heads(x.ndim + 1)),)
-        parts = jnp.einsum("...d,dphk->...phk", x, w, out_sharding=shardings.heads(x.ndim + 2))
-        return tuple(parts[..., index, :, :] for index in range(w.shape[1]))
+            return (made,)
+        # The gradients of what a split makes are joined; those of slices are padded and added.
+        parts = jax.lax.split(made, (1,) * w.shape[1], axis=x.ndim - 1)
+        return tuple(jnp.squeeze(part, x.ndim - 1) for part in parts)
 
     def position_keys(self, distances: jax.Array) -> jax.Array:
         """R(d): [n] distances -> [n, H, head_dim], the learned map of the distances' sinusoids."""
@@ -153,11 +155,8 @@ class Attention(nnx.Module):
     def read_out(self, heads: jax.Array) -> jax.Array:
         """[..., T, H, head_dim] -> [..., T, D]."""
         spec = self.layout.shardings.rows(heads.ndim - 1)
-        return jnp.einsum(
-            "...hk,hkd->...d",
-            heads,
-            self.layout.weight("output", self.output),
-            out_sharding=spec,
+        return product(
+            heads, self.layout.weight("output", self.output), contracted=2, out_sharding=spec
         )
 
 

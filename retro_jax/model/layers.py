@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from retro_jax.config import ExecutionConfig, RetroConfig
+from retro_jax.model.products import product
 from retro_jax.sharding import Shardings, lay_out
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -94,14 +95,12 @@ class FeedForward(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, ..., D] -> [B, ..., D], without the residual."""
         shardings = self.layout.shardings
-        wide = jnp.einsum(
-            "...d,df->...f",
+        wide = product(
             self.norm(x),
             self.layout.weight("widen", self.widen),
             out_sharding=shardings.wide(x.ndim),
         )
-        return jnp.einsum(
-            "...f,fd->...d",
+        return product(
             _ACTIVATIONS[self.activation](wide),
             self.layout.weight("narrow", self.narrow),
             out_sharding=shardings.rows(x.ndim),

@@ -4,11 +4,14 @@ import jax
 import jax.numpy as jnp
 
 from retro_jax.model.layers import Layout, largest_divisor
+from retro_jax.model.products import product
 from retro_jax.sharding import lay_out
 
 
 def read_out(h: jax.Array, table: jax.Array, layout: Layout) -> jax.Array:
     """[B, N, D] final activations and a [V, D] table -> [B, N, V] float32 logits."""
+    if layout.dtype == jnp.float32:
+        return product(h, table.T, out_sharding=layout.shardings.wide(3))
     return jnp.einsum(
         "bnd,vd->bnv",
         h,

@@ -1,0 +1,104 @@
+"""Products of activations with a weight, whose backward pass suits the backend.
+
+XLA's CPU backend multiplies fast only where the left operand's contracted axis is its last one and
+the right operand's its first; else it transposes an operand inside of a loop of its own, or takes
+a product half as fast. Left to itself, JAX makes a weight's gradient as cotangent^T x, with the
+wider of the two on the left. Here the narrower one is transposed, by a plain copy:
+
+    x [T, D], y = x w [T, F], dy [T, F]        D <= F:   dw = x^T dy
+                                               D > F:    dw = (dy^T x)^T
+
+Elsewhere the backend chooses layouts by itself, and the product is left to JAX.
+"""
+
+import math
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+from retro_jax.sharding import target_platform
+
+
+def product(
+    x: jax.Array, weight: jax.Array, *, contracted: int = 1, out_sharding: P | None = None
+) -> jax.Array:
+    """Contracts the last axes of `x` with the first ones of a weight.
+
+    Args:
+      x: [B, ..., *I]. weight: [*I, *O].
+      contracted: how many axes I has.
+      out_sharding: of the result, on a mesh.
+
+    Returns:
+      [B, ..., *O] in the operands' dtype.
+    """
+    if target_platform() != "cpu":
+        return _product(x, weight, contracted, out_sharding)
+    return _cpu_product(x, weight, contracted, out_sharding)
+
+
+def settled(x: jax.Array) -> jax.Array:
+    """On a CPU an array that stands in memory as it is written here; elsewhere x itself.
+
+    What makes it and what reads it are not merged into one loop.
+    """
+    return jax.lax.optimization_barrier(x) if target_platform() == "cpu" else x
+
+
+def _product(x: jax.Array, weight: jax.Array, contracted: int, out_sharding: P | None) -> jax.Array:
+    """The product as JAX would make it."""
+    axes = (tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted)))
+    return jax.lax.dot_general(x, weight, (axes, ((), ())), out_sharding=out_sharding)
+
+
+_cpu_product = jax.custom_vjp(_product, nondiff_argnums=(2, 3))
+
+
+def _forward(
+    x: jax.Array, weight: jax.Array, contracted: int, out_sharding: P | None
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """The product, and what its gradients need."""
+    return _product(x, weight, contracted, out_sharding), (x, weight)
+
+
+def _backward(
+    contracted: int,
+    out_sharding: P | None,
+    saved: tuple[jax.Array, jax.Array],
+    cotangent: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients by x and by the weight."""
+    x, weight = saved
+    rows = x.ndim - contracted
+    last = tuple(range(rows, cotangent.ndim)), tuple(range(contracted, weight.ndim))
+    dx = jax.lax.dot_general(cotangent, weight, (last, ((), ())), out_sharding=_spec(x))
+    return dx, _weight_gradient(x, cotangent, rows, weight)
+
+
+def _weight_gradient(x: jax.Array, cotangent: jax.Array, rows: int, weight: jax.Array) -> jax.Array:
+    """x^T dy over the first `rows` axes of both, laid out as the weight."""
+    if math.prod(x.shape[rows:]) <= math.prod(cotangent.shape[rows:]):
+        return settled(_over_rows(x, cotangent, rows, _spec(weight)))
+    inputs = x.ndim - rows
+    spec = _spec(weight)
+    turned = None if spec is None else P(*spec[inputs:], *spec[:inputs])
+    dw = settled(_over_rows(cotangent, x, rows, turned))
+    outputs = dw.ndim - inputs
+    return dw.transpose(*range(outputs, dw.ndim), *range(outputs))
+
+
+def _over_rows(left: jax.Array, right: jax.Array, rows: int, spec: P | None) -> jax.Array:
+    """left^T right, `left` transposed by a copy of its own."""
+    first = tuple(range(rows))
+    turned = settled(left.transpose(*range(rows, left.ndim), *first))
+    last = tuple(range(turned.ndim - rows, turned.ndim))
+    return jax.lax.dot_general(turned, right, ((last, first), ((), ())), out_sharding=spec)
+
+
+def _spec(x: jax.Array) -> P | None:
+    """How an array lies on the mesh, if there is one."""
+    sharding = jax.typeof(x).sharding
+    return None if sharding.mesh.empty else sharding.spec
+
+
+_cpu_product.defvjp(_forward, _backward)
