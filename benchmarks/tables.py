@@ -38,7 +38,8 @@ def write_database(
 def write_table(folder: pathlib.Path, database: ChunkDatabase, k: int) -> NeighbourTable:
     """A neighbour table of random ids."""
     parent = (database.manifest, database.directory)
-    stage = Stage(folder, "neighbours", {"k": k}, {"chunks": parent, "database": parent})
+    settings = {"k": k, "score": "squared_l2"}
+    stage = Stage(folder, "neighbours", settings, {"chunks": parent, "database": parent})
     rng = np.random.default_rng(1)
     for i, ids in enumerate(database.shards):
         table = rng.integers(0, len(database), (len(ids), k))
