@@ -5,14 +5,15 @@
     python -m benchmarks.scaling --estimate
 
 Compiles the train step of experiments/retro_SIZE.gin by launch.compile_check for the smallest slice of
-each generation that it fits, with all chips on the fsdp axis and rotary positions, which fused
-attention has. About a minute of a processor each; every report is a file in the folder, and what is
+each generation that it fits, with as many chips on the fsdp axis as divide the widths, the others on
+data, and rotary positions, which fused attention has. About a minute of a processor each; every report is a file in the folder, and what is
 there is not compiled again. Needs libtpu, and no TPU.
 --estimate compiles nothing: it says what follows from the configuration by arithmetic alone.
 """
 
 import itertools
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -89,13 +90,13 @@ def row(size: str, report: dict[str, Any]) -> str:
         return f"| {size} | {report['topology']} | does not fit: {report['error']} |"
     memory, bound = report["memory"], report["bound"]
     parts = [f"{memory[part] / 2**30:.2f}" for part in ("parameters", "optimizer", "temporaries")]
-    mesh = " ".join(f"{axis}={size}" for axis, size in report["mesh"].items() if size > 1)
+    axes = " ".join(f"{axis}={size}" for axis, size in report["mesh"].items() if size > 1)
     seconds = ", ".join(f"{value:.2f}" for value in bound["seconds"].values())
     cells = [
         size,
         report["topology"],
         str(parse_slice(report["topology"]).size),
-        f"{report['positions']}, {mesh}, {report['remat']}",
+        f"{report['positions']}, {axes}, {report['remat']}",
         *parts,
         f"{memory['total'] / 2**30:.1f} of {memory['hbm'] / 2**30:.0f} GiB",
         f"{report['program_flops'] / report['model_flops']:.2f}",
@@ -115,8 +116,15 @@ ESTIMATE_HEADER = (
 )
 
 
+def mesh(size: str, topology: str) -> dict[str, int]:
+    """Chips on each axis: those of fsdp split every width evenly, the encoder's too."""
+    config, chips = PRESETS[size], parse_slice(topology).size
+    fsdp = math.gcd(chips, config.d_model, config.encoder_d_model)
+    return {"data": chips // fsdp, "fsdp": fsdp}
+
+
 def estimate(size: str, topology: str) -> str:
-    """What follows from a configuration alone, with remat full and all chips on fsdp, in Markdown.
+    """What follows from a configuration alone, with remat full, in Markdown; sums over data left out.
 
     Args:
       size: of the model. topology: the slice.
@@ -131,13 +139,14 @@ def estimate(size: str, topology: str) -> str:
     # Weights there twice and gradients back in bfloat16; tables once for the look-ups, with their
     # gradients, and the decoder's for the read-out, whose gradient comes back in float32.
     moved = 6 * config.num_parameters(embeddings=False) + 4 * tables + 6 * decoder
-    moved *= (chips - 1) / chips
+    fsdp = mesh(size, topology)["fsdp"]
+    moved *= (fsdp - 1) / fsdp
     everyone = list(itertools.product(*map(range, slice_.extents)))
     links = moved / slice_.bandwidth(everyone)
     kept = 2 * config.num_layers * rows * LENGTH * config.d_model
     cells = [
         *(size, topology, str(chips), f"{rows:.0f}"),
-        f"{12 * config.num_parameters() / chips / 2**30:.2f}",
+        f"{12 * config.num_parameters() / fsdp / 2**30:.2f}",
         *(f"{kept / 2**30:.1f}", f"{chip.hbm / 2**30:.0f}", f"{flops / 1e12:,.0f}"),
         *(f"{compute:.2f}", f"{moved / 1e9:.1f}, {links:.2f}"),
         f"{flops / chip.peak / max(compute, links):.0%} ({flops / chip.peak / (compute + links):.0%})",
@@ -176,7 +185,7 @@ def _report(folder: pathlib.Path, size: str, topology: str) -> dict[str, Any]:
         *(sys.executable, "-m", "launch.compile_check"),
         f"--gin_file=experiments/retro_{size.replace('.', '_')}.gin",
         f"--topology={topology}",
-        f"--gin_bindings=MeshConfig.fsdp = {parse_slice(topology).size}",
+        *(f"--gin_bindings=MeshConfig.{axis} = {n}" for axis, n in mesh(size, topology).items()),
         f"--gin_bindings=RetroConfig.positions = '{positions}'",
         f"--json={path}",
     ]

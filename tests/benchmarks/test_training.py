@@ -220,6 +220,8 @@ def test_an_estimate_is_arithmetic(capsys):
 
 def test_slices_are_tried_from_the_smallest():
     assert scaling.slices("7.5b", "v4") == ["v4:4x4x8", "v4:4x8x8"]
+    # 896, the encoder's width, cannot be split over 256 chips.
+    assert scaling.mesh("7.5b", "v5e:16x16") == {"data": 2, "fsdp": 128}
     assert scaling.slices("1.5b", "v5e") == ["v5e:8x8", "v5e:8x16", "v5e:16x16"]
 
 
