@@ -59,13 +59,13 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         )
     explicit = (AxisType.Explicit,) * len(AXES)
     shape = (data, config.fsdp, config.tensor)
-    if len(_by_slice(devices)) > 1:
-        return Mesh(arrange_slices(devices, shape), AXES, axis_types=explicit)
-    return jax.make_mesh(shape, AXES, explicit, devices=devices)
+    return Mesh(arrange_slices(devices, shape), AXES, axis_types=explicit)
 
 
 def arrange_slices(devices: list[Any], shape: tuple[int, int, int]) -> np.ndarray:
     """TPU slices one after the other along the data axis: the network between them is slower.
+
+    Devices of other kinds, and of one slice, are laid out as JAX recommends.
 
     Args:
       devices: of several slices of one size. shape: (data, fsdp, tensor) of the whole mesh.
@@ -81,7 +81,7 @@ def arrange_slices(devices: list[Any], shape: tuple[int, int, int]) -> np.ndarra
             f"{len(slices)}"
         )
     part = (data // len(slices), fsdp, tensor)
-    # As jax.make_mesh does: a mesh axis may be a part of a torus's.
+    # A mesh axis may be a part of a torus's, as 128 of 16 x 16 is; jax.make_mesh refuses some of these.
     arranged = [
         mesh_utils.create_device_mesh(part, group, allow_split_physical_axes=True)
         for group in slices
