@@ -180,11 +180,20 @@ def stage(
         folder.mkdir(parents=True, exist_ok=True)
     files.write_atomically(record, told)
     sizes = sum(shard.size for shard in manifest.shards if wanted(shard.name))
-    done = sizes - sum(shard.size for shard in missing)
+    _copy(bucket, place, folder, missing, sizes)
+    files.write_atomically(copied, data)
+    return manifest
+
+
+def _copy(
+    bucket: Bucket, place: str, folder: pathlib.Path, missing: list[Shard], size: int
+) -> None:
+    """Copies an artefact's missing shards, with a bar of the bytes of all that are wanted."""
+    inside = f"{place}/" if place else ""
     bar = tqdm(
-        total=sizes,
-        initial=done,
-        desc=f"staging {source}",
+        total=size,
+        initial=size - sum(shard.size for shard in missing),
+        desc=f"staging {bucket.url}/{place}".rstrip("/"),
         unit="B",
         unit_scale=True,
         mininterval=1,
@@ -200,8 +209,6 @@ def stage(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    files.write_atomically(copied, data)
-    return manifest
 
 
 def exists(bucket: Bucket, place: str) -> bool:

@@ -179,28 +179,35 @@ def test_other_settings_are_refused(tiny, tmp_path, capsys):
     assert artefacts(workdir) == before
 
 
-def test_documents_are_appended_and_removed(tiny, tmp_path, capsys):
-    settings, expected = tiny
-    workdir = shutil.copytree(settings.parent / "W", tmp_path / "W")
-    before = ChunkDatabase.open(workdir / "chunks" / "train")
-    kept, *_, gone = before.records()
-    more = tmp_path / "more.gin"  # over the settings that W was prepared with
-    held_out = json.loads(
-        (workdir / "documents/test/documents-00000.jsonl").read_bytes().split(b"\n")[0]
-    )
-    copies = {"copy": held_out["text"], "new": "A text that nobody has read."}
-    lines = [json.dumps({"id": name, "text": text}) for name, text in copies.items()]
-    (tmp_path / "more.jsonl").write_text("\n".join(lines))
-    more.write_text(
+def _more_documents(folder: pathlib.Path, held_out: str) -> pathlib.Path:
+    """Settings, over those that W was prepared with, of a corpus with a new text and a held-out one."""
+    lines = [
+        json.dumps({"id": "copy", "text": held_out}),
+        json.dumps({"id": "new", "text": "A text that nobody has read."}),
+    ]
+    (folder / "more.jsonl").write_text("\n".join(lines))
+    (folder / "more.gin").write_text(
         "wikipedia/CorpusConfig.max_documents = 18\n"
         "corpora = (@wikipedia/CorpusConfig(), @python/CorpusConfig(), @more/CorpusConfig())\n"
         "DocumentsConfig.corpora = %corpora\n"
         "more/CorpusConfig.name = 'more'\n"
         "more/CorpusConfig.kind = 'jsonl'\n"
-        f"more/CorpusConfig.path = {str(tmp_path / 'more.jsonl')!r}\n"
+        f"more/CorpusConfig.path = {str(folder / 'more.jsonl')!r}\n"
         "more/CorpusConfig.id_field = 'id'\n"
         "more/CorpusConfig.split = 'train'\n"
     )
+    return folder / "more.gin"
+
+
+def test_documents_are_appended_and_removed(tiny, tmp_path, capsys):
+    settings, expected = tiny
+    workdir = shutil.copytree(settings.parent / "W", tmp_path / "W")
+    before = ChunkDatabase.open(workdir / "chunks" / "train")
+    kept, *_, gone = before.records()
+    held_out = json.loads(
+        (workdir / "documents/test/documents-00000.jsonl").read_bytes().split(b"\n")[0]
+    )
+    more = _more_documents(tmp_path, held_out["text"])
     (tmp_path / "mine.jsonl").write_text('{"text": "A lobster is a crustacean."}\n')
     slices.prepare_slice(workdir, SliceConfig("mine", str(tmp_path / "mine.jsonl")))
     capsys.readouterr()
