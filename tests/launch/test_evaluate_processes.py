@@ -37,8 +37,8 @@ def test_two_processes_score_as_one_and_the_first_one_writes(
     for name in (evaluated["on"]["nll"], evaluated["on"]["nll"].replace(".npy", ".json")):
         found, expected = (folder / "evaluation" / name for folder in (tmp_path, workdir))
         assert found.read_bytes() == expected.read_bytes()
-    # The second prints nothing, Gloo's own lines apart, and leaves no file that is not the first's.
-    assert "RETRO[ON] at step 6" in printed[0][0]
-    assert [line for line in printed[1][0].splitlines() if "Gloo" not in line] == []
+    # The second prints no result and leaves no file that is not the first's. Gloo prints lines of its
+    # own, from several threads at once, so that no line can be expected to be whole.
+    assert "RETRO[ON] at step 6" in printed[0][0] and "RETRO" not in printed[1][0]
     assert "window" in printed[0][1] and "window" not in printed[1][1]
     assert not list((tmp_path / "evaluation").glob(".*"))

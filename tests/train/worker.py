@@ -2,8 +2,9 @@
 
 python -m tests.train.worker ID COUNT PORT DIRECTORY STEPS DATA,FSDP,TENSOR [WHAT ID STEP]
 
-At the batch of STEP, process ID is killed (WHAT = kill) or waits for ever (WHAT = hang). Prints, in
-JSON, the step that it began with and checksums of the rows of the first batch that its devices hold.
+At the batch of STEP, process ID is killed (WHAT = kill) or waits for ever (WHAT = hang). Writes to
+DIRECTORY/rows-ID.json the step that it began with and checksums of the rows of the first batch that
+its devices hold: a file, since Gloo prints from several threads, into other lines too.
 """
 
 import contextlib
@@ -44,7 +45,7 @@ def main(
     config: MeshConfig = MeshConfig(fsdp=2),
     accident: tuple[str, ...] = (),
 ) -> tuple[int, Rows]:
-    """Trains, or goes on, on all devices of all processes; returns what it prints."""
+    """Trains, or goes on, on all devices of all processes; returns what it writes."""
     mesh = make_mesh(config)
     processes.connect(mesh)
     trainer = Trainer(mesh, neighbour_dropout=0.3)
@@ -136,8 +137,9 @@ if __name__ == "__main__":
     jax.distributed.initialize(f"localhost:{port}", count, index)
     mesh = MeshConfig(*map(int, sys.argv[6].split(",")))
     try:
+        run = pathlib.Path(sys.argv[4])
         with processes.noticing_loss():
-            result = main(pathlib.Path(sys.argv[4]), int(sys.argv[5]), mesh, tuple(sys.argv[7:]))
-        print(json.dumps(result))
+            result = main(run, int(sys.argv[5]), mesh, tuple(sys.argv[7:]))
+        (run / f"rows-{index}.json").write_text(json.dumps(result))
     except LostPeerError as error:
         _give_up(str(error))
