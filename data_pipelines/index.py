@@ -225,6 +225,7 @@ def _build_shard(directory: Path, keys: Keys, config: IndexConfig, within: range
     shards = [stage.write_array(CHUNK_IDS, ids[:filled])]
     if filled and plan.kind != "exact":  # which reads the keys themselves
         searcher = build_searcher(vectors[:filled], plan, config.training_sample)
+        del vectors  # ScaNN holds a copy, and makes two more while it writes
         shards += stage.write_files(lambda folder: searcher.serialize(str(folder), True))
     return stage.finish({"keys": filled, "plan": plan}, [shard.name for shard in shards])
 

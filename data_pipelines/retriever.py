@@ -375,11 +375,7 @@ class Retriever:
             distances[:, self.database.is_removed(documents)] = np.inf
             if exclude is not None:
                 distances[documents[None, :] == exclude[:, None]] = np.inf
-            every = np.concatenate([best, distances], axis=1)
-            every_ids = np.concatenate([best_ids, np.broadcast_to(ids, distances.shape)], axis=1)
-            order = np.argsort(every, axis=1, kind="stable")[:, : k + _SPARE]
-            best = np.take_along_axis(every, order, axis=1)
-            best_ids = np.take_along_axis(every_ids, order, axis=1)
+            best_ids, best = _keep_nearest((best_ids, best), ids, distances)
         best_ids[np.isinf(best)] = -1
         return self._scored(queries, best_ids)[0][:, :k]
 
@@ -392,6 +388,27 @@ class Retriever:
             scores[rows, slot] = np.einsum("nd,nd->n", difference, difference)
         order = np.lexsort((ids, scores), axis=-1)
         return np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
+
+
+def _keep_nearest(best: Found, ids: np.ndarray, distances: np.ndarray) -> Found:
+    """The nearest of what each row [n, m] has and a block's chunks `ids` [s] at `distances` [n, s].
+
+    Few chunks of a block are nearer than what a row has, and only these are sorted into it; of equal
+    distances the earlier one stays in front.
+    """
+    best_ids, nearest = best
+    nearer = distances < nearest[:, -1:]
+    counts = nearer.sum(1)
+    if not counts.any():
+        return best
+    rows, columns = np.nonzero(nearer)
+    places = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    new_ids = np.full((len(nearer), counts.max()), -1, np.int64)
+    new = np.full(new_ids.shape, np.inf, np.float32)
+    new_ids[rows, places], new[rows, places] = ids[columns], distances[rows, columns]
+    every_ids, every = np.hstack([best_ids, new_ids]), np.hstack([nearest, new])
+    order = np.argsort(every, axis=1, kind="stable")[:, : nearest.shape[1]]
+    return np.take_along_axis(every_ids, order, axis=1), np.take_along_axis(every, order, axis=1)
 
 
 def _encoder(keys: Keys, tokenizer: Tokenizer, model: str | None) -> ChunkEncoder:

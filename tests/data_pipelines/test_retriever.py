@@ -74,6 +74,21 @@ def test_neighbours_are_near_and_of_other_documents(tmp_path, kind):
     assert hits == 1.0 if kind == "brute_force" else hits > 0.9
 
 
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**16), size=st.integers(1, 12), kinds=st.integers(1, 9))
+def test_the_nearest_of_many_blocks_are_those_of_one_sort(seed, size, kinds):
+    draw = np.random.default_rng(seed)
+    distances = draw.integers(0, kinds, (5, 40)).astype(np.float32)  # many are equal
+    distances[draw.random(distances.shape) < 0.2] = np.inf
+    best = np.full((5, 6), -1), np.full((5, 6), np.inf, np.float32)
+    for ids in np.split(np.arange(40), range(size, 40, size)):
+        best = module._keep_nearest(best, ids, distances[:, ids])
+    order = np.argsort(distances, axis=1, kind="stable")[:, :6]
+    wanted = np.take_along_axis(distances, order, axis=1)
+    np.testing.assert_array_equal(best[1], wanted)
+    np.testing.assert_array_equal(best[0], np.where(np.isinf(wanted), -1, order))
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     chunks=st.lists(st.integers(1, 12), min_size=1, max_size=6),
