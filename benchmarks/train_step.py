@@ -47,6 +47,7 @@ from benchmarks.training import (
 from launch import app
 from retro_jax.ahead_of_time import Work
 from retro_jax.errors import UserError
+from retro_jax.host_memory import keep_freed_memory
 
 AGAINST = flags.DEFINE_string("against", None, "retro-pytorch, or nothing.")
 RIVAL_PYTHON = flags.DEFINE_string("rival_python", None, "An interpreter that has retro-pytorch.")
@@ -188,4 +189,5 @@ def _ratios(steps: dict[str, Step], turns: dict[str, Turn]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     app.run(main)

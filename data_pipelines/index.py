@@ -94,8 +94,9 @@ def plan_index(n: int, dimension: int, config: IndexConfig) -> IndexPlan:
     """Chooses the index for n keys of d dimensions: the one rule.
 
     Codes are of 4 dimensions a block: with 100 candidates compared again exactly, recall@10 of 26,278
-    MiniLM keys of code was 0.9998, and 1.0 with 2 dimensions at half the speed. A tree has 4 sqrt(n)
-    leaves, of which a query looks into a tenth: recall 0.966 on those keys, 0.934 for a twentieth.
+    MiniLM keys of code was 0.9998, and 1.0 with 2 dimensions at half the speed. A tree has sqrt(n)
+    leaves, of which a query looks into an eighth; 4 sqrt(n) leaves give the same recall at two thirds
+    of the speed (docs/performance.md).
 
     Raises:
       UserError: the configuration asks for what n keys cannot give.
@@ -113,10 +114,10 @@ def plan_index(n: int, dimension: int, config: IndexConfig) -> IndexPlan:
     block = min(config.dimensions_per_block or 4, dimension)
     if kind == "hashing":
         return IndexPlan(kind, dimensions_per_block=block, reorder=config.reorder)
-    leaves = config.num_leaves or max(1, round(4 * math.sqrt(n)))
+    leaves = config.num_leaves or max(1, round(math.sqrt(n)))
     if leaves > n:
         raise UserError(f"IndexConfig.num_leaves is {leaves}: expected at most the {n} keys")
-    searched = config.leaves_to_search or max(1, math.ceil(leaves / 10))
+    searched = config.leaves_to_search or max(1, math.ceil(leaves / 8))
     return IndexPlan(kind, leaves, min(searched, leaves), block, config.reorder)
 
 

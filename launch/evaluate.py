@@ -61,6 +61,7 @@ from retro_jax.errors import UserError
 from retro_jax.evaluate import metrics, score
 from retro_jax.evaluate.report import condition_name
 from retro_jax.evaluate.sweep import sweep_losses
+from retro_jax.host_memory import keep_freed_memory
 from retro_jax.model import Retro
 from retro_jax.train import processes
 
@@ -331,4 +332,5 @@ def _plain(result: metrics.Score) -> dict[str, float | None]:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     app.run(main)

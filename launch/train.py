@@ -53,6 +53,7 @@ from retro_jax.batch import RetroBatch
 from retro_jax.config import ExecutionConfig, RetroConfig
 from retro_jax.errors import SharedError, UserError
 from retro_jax.flops import training_flops
+from retro_jax.host_memory import keep_freed_memory
 from retro_jax.model import Retro
 from retro_jax.model.copying import begin_with_copying
 from retro_jax.model.fused_attention import check_attention
@@ -491,4 +492,5 @@ def _print_summary(plan: Plan, batches: Batches, start: int) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     app.run(main)

@@ -25,11 +25,12 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from retro_jax.config import RetroConfig
 from retro_jax.model.layers import Layout, RMSNorm, largest_divisor, normal, residual_gain
-from retro_jax.model.products import product
+from retro_jax.model.products import product, scores
 from retro_jax.sharding import target_platform
 
 MASKED = -1e30
@@ -160,9 +161,9 @@ class Attention(nnx.Module):
         )
 
 
-def frequencies(width: int) -> jax.Array:
+def frequencies(width: int) -> np.ndarray:
     """[width / 2] float32: radians a token, 10000^(-2t / width), the fastest first."""
-    return 10000.0 ** (-2.0 * jnp.arange(width // 2, dtype=jnp.float32) / width)
+    return (10000.0 ** (-2.0 * np.arange(width // 2) / width)).astype(np.float32)
 
 
 def sinusoids(distances: jax.Array, width: int) -> jax.Array:
@@ -208,11 +209,13 @@ def shift_by_slices(logits: jax.Array, num_keys: int) -> jax.Array:
     return jnp.stack(cut, axis=-2).reshape(*leading, rows, num_keys)
 
 
-def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
-    """Rotary positions: turns the pairs (x[t], x[t + head_dim/2]) of [..., T, H, head_dim]."""
+def rotate(x: jax.Array, positions: np.ndarray) -> jax.Array:
+    """Rotary positions [T]: turns the pairs (x[t], x[t + head_dim/2]) of [..., T, H, head_dim]."""
     half = x.shape[-1] // 2
-    angles = positions.astype(jnp.float32)[:, None, None] * frequencies(x.shape[-1])
-    sine, cosine = jnp.sin(angles), jnp.cos(angles)
+    # XLA's CPU backend would make sines anew for every row and head: there they are constants.
+    of = np if target_platform() == "cpu" else jnp
+    angles = of.asarray(positions, np.float32)[:, None, None] * frequencies(x.shape[-1])
+    sine, cosine = of.sin(angles), of.cos(angles)
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     turned = [first * cosine - second * sine, second * cosine + first * sine]
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
@@ -235,7 +238,7 @@ def attend(
     Returns:
       [..., T, H, head_dim] in the queries' dtype.
     """
-    logits = jnp.einsum("...thk,...shk->...hts", query, key, preferred_element_type=jnp.float32)
+    logits = scores(query, key)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)
     logits = jnp.where(mask, logits / math.sqrt(query.shape[-1]), MASKED)

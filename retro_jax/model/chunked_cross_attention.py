@@ -18,6 +18,7 @@ not read E0, while token 3 (chunk 0's own last) still does.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from retro_jax.config import RetroConfig
@@ -65,8 +66,8 @@ class ChunkedCrossAttention(nnx.Module):
         query, key, value = self.attention.project(h_BxCxMxD, context)
         table = None
         if self.attention.positions == "rotary":
-            query = ops.rotate(query, jnp.arange(chunk_length) + ahead)
-            key = ops.rotate(key, jnp.tile(jnp.arange(neighbour_length), neighbours))
+            query = ops.rotate(query, np.arange(chunk_length) + ahead)
+            key = ops.rotate(key, np.tile(np.arange(neighbour_length), neighbours))
         elif self.attention.positions == "relative":
             table = self.attention.position_keys(
                 ops.distances(chunk_length, neighbour_length, offset=ahead)

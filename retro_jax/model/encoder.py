@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from retro_jax.config import RetroConfig
@@ -110,7 +111,7 @@ def _self_attention(attention: Attention, e: jax.Array, present: jax.Array) -> j
     query, key, value = attention.project(e, None)
     table = None
     if attention.positions == "rotary":
-        positions = jnp.arange(length)
+        positions = np.arange(length)
         query, key = ops.rotate(query, positions), ops.rotate(key, positions)
     else:
         table = attention.position_keys(ops.distances(length, length))
@@ -125,8 +126,8 @@ def _cross_attention(
     query, key, value = attention.project(e, h)
     table = None
     if attention.positions == "rotary":
-        query = ops.rotate(query, jnp.arange(length))
-        key = ops.rotate(key, jnp.arange(chunk_length))
+        query = ops.rotate(query, np.arange(length))
+        key = ops.rotate(key, np.arange(chunk_length))
     else:
         table = attention.position_keys(ops.distances(length, chunk_length))
     key = jnp.broadcast_to(key, (*query.shape[:-3], *key.shape[-3:]))

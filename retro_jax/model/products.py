@@ -1,4 +1,4 @@
-"""Products of activations with a weight, whose backward pass suits the backend.
+"""Products of activations with a weight or with each other, whose backward pass suits the backend.
 
 XLA's CPU backend multiplies fast only where the left operand's contracted axis is its last one and
 the right operand's its first; else it transposes an operand inside of a loop of its own, or takes
@@ -8,12 +8,14 @@ wider of the two on the left. Here the narrower one is transposed, by a plain co
     x [T, D], y = x w [T, F], dy [T, F]        D <= F:   dw = x^T dy
                                                D > F:    dw = (dy^T x)^T
 
-Elsewhere the backend chooses layouts by itself, and the product is left to JAX.
+and so are the queries in the gradient of attention's keys [S, H], of whose logits [T, S] JAX would
+transpose the cotangent. Elsewhere the backend chooses layouts by itself, and products are left to JAX.
 """
 
 import math
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from retro_jax.sharding import target_platform
@@ -35,6 +37,11 @@ def product(
     if target_platform() != "cpu":
         return _product(x, weight, contracted, out_sharding)
     return _cpu_product(x, weight, contracted, out_sharding)
+
+
+def scores(query: jax.Array, key: jax.Array) -> jax.Array:
+    """Every query times every key: [..., T, H, d] and [..., S, H, d] -> [..., H, T, S] float32."""
+    return (_cpu_scores if target_platform() == "cpu" else _scores)(query, key)
 
 
 def settled(x: jax.Array) -> jax.Array:
@@ -102,3 +109,31 @@ def _spec(x: jax.Array) -> P | None:
 
 
 _cpu_product.defvjp(_forward, _backward)
+
+
+def _scores(query: jax.Array, key: jax.Array) -> jax.Array:
+    """The scores as JAX would make them."""
+    return jnp.einsum("...thd,...shd->...hts", query, key, preferred_element_type=jnp.float32)
+
+
+_cpu_scores = jax.custom_vjp(_scores)
+
+
+def _scores_forward(
+    query: jax.Array, key: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """The scores, and what their gradients need."""
+    return _scores(query, key), (query, key)
+
+
+def _scores_backward(
+    saved: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients by the queries and by the keys."""
+    query, key = saved
+    dquery = jnp.einsum("...hts,...shd->...thd", cotangent, key)
+    dkey = jnp.einsum("...thd,...hts->...shd", query, cotangent)
+    return dquery.astype(query.dtype), dkey.astype(key.dtype)
+
+
+_cpu_scores.defvjp(_scores_forward, _scores_backward)

@@ -15,6 +15,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from retro_jax.model import attention as ops
 from retro_jax.model.attention import Attention
@@ -55,7 +56,7 @@ def causal_attention(
     )
     segments = None if documents is None else jnp.repeat(documents, chunk_length, axis=1)
     if attention.positions == "rotary":
-        positions = jnp.arange(length)
+        positions = np.arange(length)
         query, key = ops.rotate(query, positions), ops.rotate(key, positions)
     if kind == "fused":
         shardings = attention.layout.shardings

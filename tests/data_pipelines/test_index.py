@@ -35,7 +35,7 @@ def test_the_kind_follows_the_number_of_keys(n, kind):
 
 def test_the_tree_of_the_plan():
     plan = plan_index(175_000, 384, IndexConfig())
-    assert (plan.num_leaves, plan.leaves_to_search) == (1673, 168)
+    assert (plan.num_leaves, plan.leaves_to_search) == (418, 53)
     assert (plan.dimensions_per_block, plan.reorder) == (4, 100)
     chosen = IndexConfig(num_leaves=7, leaves_to_search=3, dimensions_per_block=2, reorder=50)
     assert plan_index(100_000, 384, chosen) == module.IndexPlan("tree", 7, 3, 2, 50)

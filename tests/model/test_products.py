@@ -42,6 +42,28 @@ def test_value_and_gradients_are_the_plain_products(
     assert_close(np.asarray(dweight), np.tensordot(x, dy, (first, first)))
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_scores_and_their_gradients_are_those_of_every_pair(monkeypatch, platform):
+    """Against NumPy's einsum in float64: 2 leading axes, 5 queries, 7 keys, 2 heads of 4."""
+    monkeypatch.setattr(products, "target_platform", lambda: platform)
+    rng = np.random.default_rng(0)
+    query, key = rng.normal(size=(2, 3, 5, 2, 4)), rng.normal(size=(2, 3, 7, 2, 4))
+    scores, vjp = jax.vjp(products.scores, query.astype("f4"), key.astype("f4"))
+    assert_close(np.asarray(scores), np.einsum("abthd,abshd->abhts", query, key))
+    dscores = rng.normal(size=scores.shape)
+    dquery, dkey = vjp(dscores.astype("f4"))
+    assert_close(np.asarray(dquery), np.einsum("abhts,abshd->abthd", dscores, key))
+    assert_close(np.asarray(dkey), np.einsum("abhts,abthd->abshd", dscores, query))
+
+
+def test_scores_are_float32_and_their_gradients_are_not():
+    """In bfloat16 as in float32, whatever takes the product."""
+    query, key = (jax.numpy.ones((1, n, 1, 4), "bfloat16") for n in (2, 3))
+    scores, vjp = jax.vjp(products.scores, query, key)
+    assert scores.dtype == "float32"
+    assert [gradient.dtype for gradient in vjp(scores)] == ["bfloat16", "bfloat16"]
+
+
 def test_only_a_cpu_is_told_how_arrays_lie(monkeypatch):
     """The barriers that keep copies apart are in no other platform's program."""
 
