@@ -38,7 +38,7 @@ def keep_freed_memory() -> bool:
 
 def _only_cpu() -> bool:
     """Whether JAX will find no accelerator, as far as can be told before its backend starts."""
-    if platforms := jax.config.jax_platforms:
+    if platforms := jax.config.values["jax_platforms"]:
         return platforms == "cpu"
     plugins = importlib.metadata.entry_points(group="jax_plugins")
     return not plugins and importlib.util.find_spec("libtpu") is None

@@ -46,7 +46,7 @@ def test_only_where_there_is_no_accelerator(monkeypatch, platforms, plugins, lib
     found = {"metadata": lambda group: plugins, "util": lambda name: object() if libtpu else None}
     monkeypatch.setattr(host_memory.importlib.metadata, "entry_points", found["metadata"])
     monkeypatch.setattr(host_memory.importlib.util, "find_spec", found["util"])
-    before = jax.config.jax_platforms
+    before = jax.config.values["jax_platforms"]
     try:
         jax.config.update("jax_platforms", platforms)
         assert host_memory._only_cpu() is alone
