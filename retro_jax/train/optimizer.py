@@ -9,8 +9,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from retro_jax.config import require
@@ -65,7 +65,7 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
       total_steps: updates of the whole run; the cosine ends there and stays at its last value.
 
     Returns:
-      A function from t to a float32 scalar: initial at 0, max at warmup_steps, final_fraction * max
+      A function from t, a number or an array, to a scalar: initial at 0, max at warmup_steps, final_fraction * max
       at total_steps.
 
     Raises:
@@ -79,12 +79,14 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     first, highest = config.initial_learning_rate, config.max_learning_rate
     last, warmup = config.final_fraction * highest, config.warmup_steps
 
-    def schedule(step: Any) -> jax.Array:
-        step = jnp.asarray(step, jnp.float32)
+    def schedule(step: Any) -> Any:
+        # A number is answered by NumPy: JAX would queue it behind the step that runs.
+        of = np if isinstance(step, int) else jnp
+        step = of.asarray(step, np.float32)
         rising = first + (highest - first) * step / max(warmup, 1)
-        progress = jnp.clip((step - warmup) / (total_steps - warmup), 0.0, 1.0)
-        falling = last + (highest - last) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
-        return jnp.where(step < warmup, rising, falling)
+        progress = of.clip((step - warmup) / (total_steps - warmup), 0.0, 1.0)
+        falling = last + (highest - last) * 0.5 * (1.0 + of.cos(np.pi * progress))
+        return of.where(step < warmup, rising, falling)
 
     return schedule
 

@@ -31,7 +31,10 @@ _CONFIG = OptimizerConfig(max_learning_rate=2e-4, warmup_steps=750)
     ],
 )
 def test_learning_rate_is_the_papers(step, expected):
-    assert float(learning_rate(_CONFIG, 10_000)(step)) == pytest.approx(expected, rel=1e-5)
+    schedule = learning_rate(_CONFIG, 10_000)
+    assert float(schedule(jnp.int32(step))) == pytest.approx(expected, rel=1e-5)
+    assert not isinstance(schedule(step), jax.Array)  # a number does not wait for the device
+    assert schedule(step) == pytest.approx(expected, rel=1e-5)
 
 
 def test_no_warmup_starts_at_the_maximum():

@@ -134,7 +134,8 @@ def _give_up(reason: str) -> None:
 if __name__ == "__main__":
     index, count, port = map(int, sys.argv[1:4])
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"localhost:{port}", count, index)
+    # Where a lost process is not noticed by a collective, it is after so many seconds.
+    jax.distributed.initialize(f"localhost:{port}", count, index, heartbeat_timeout_seconds=30)
     mesh = MeshConfig(*map(int, sys.argv[6].split(",")))
     try:
         run = pathlib.Path(sys.argv[4])
