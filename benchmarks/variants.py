@@ -33,6 +33,7 @@ from benchmarks.training import (
 from launch import app
 from retro_jax.ahead_of_time import Work
 from retro_jax.errors import UserError
+from retro_jax.host_memory import keep_freed_memory
 
 KINDS = flags.DEFINE_list("attention_kinds", ["chunked", "plain", "fused"], "To compare.")
 POLICIES = flags.DEFINE_list("remat_policies", ["none", "dots", "full"], "To compare.")
@@ -110,4 +111,5 @@ def _row(work: Work, rate: float) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     app.run(main)
