@@ -8,6 +8,8 @@ compiles in 2 s instead of 11, its initialisation in 3 s instead of 38 (2 cores,
 import os
 import pathlib
 
+import pytest
+
 _CACHE = pathlib.Path(__file__).resolve().parent.parent / ".cache" / "jax"
 _FLAGS = (
     "--xla_force_host_platform_device_count=8",
@@ -23,3 +25,20 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 pytest_plugins = ["tests.conftest_prepared"]
+
+# The files that take longest, in the order in which the workers are given them.
+_FIRST = (
+    "launch/test_train.py",
+    "model/test_sharding.py",
+    "train/test_processes.py",
+    "launch/test_results.py",
+    "launch/test_prepare.py",
+    "data_pipelines/test_ray_runner.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, so that at the end no worker is left alone with one."""
+    root = pathlib.Path(__file__).resolve().parent
+    places = {root / name: place for place, name in enumerate(_FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))

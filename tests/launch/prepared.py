@@ -29,11 +29,11 @@ BatchConfig.sequence_length = 128
 BatchConfig.batch_size = 8
 OptimizerConfig.warmup_steps = 2
 OptimizerConfig.max_learning_rate = 0.01
-TrainConfig.steps = 40
+TrainConfig.steps = 28
 TrainConfig.log_every = 1
 TrainConfig.checkpoint_every = 4
 TrainConfig.neighbour_dropout = 0.2
-TrainConfig.evaluate_every = 20
+TrainConfig.evaluate_every = 14
 TrainConfig.evaluate_batches = 1
 """
 

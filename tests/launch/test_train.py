@@ -49,7 +49,7 @@ def _whole(workdir, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        assert _run(workdir, out) == 0
+        assert _run(workdir, out, "--gin_bindings=TrainConfig.checkpoint_every = 14") == 0
     return out, printed.getvalue()
 
 
@@ -61,15 +61,15 @@ def _params(directory):
 
 def test_a_run_from_data_to_checkpoint_and_again(workdir, whole, capsys):
     out, printed = whole
-    assert "trained 40 steps" in printed
+    assert "trained 28 steps" in printed
     lines = read_curve(out / "retro" / "metrics.jsonl")
-    assert [line["step"] for line in lines] == list(range(1, 41))
+    assert [line["step"] for line in lines] == list(range(1, 29))
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert {"loss/letters", "loss/words", "learning_rate", "grad_norm"} <= set(lines[-1])
-    assert [line["step"] for line in lines if {ON, OFF} <= set(line)] == [20, 40]
+    assert [line["step"] for line in lines if {ON, OFF} <= set(line)] == [14, 28]
     assert lines[-1][ON] != lines[-1][OFF]
     run, params = _params(out / "retro")
-    assert run.step == 40
+    assert run.step == 28
     assert run.model.cca_layers == (2,)
     assert run.model.vocab_size == 320  # the tokeniser's: the gin file leaves it open
     count = sum(leaf.size for leaf in params.values())
@@ -77,7 +77,7 @@ def test_a_run_from_data_to_checkpoint_and_again(workdir, whole, capsys):
     assert f"RETRO of {count:,} parameters on 8 cpu devices" in printed
 
     assert _run(workdir, out) == 0
-    assert "trained already, 40 steps" in capsys.readouterr().out
+    assert "trained already, 28 steps" in capsys.readouterr().out
     assert read_curve(out / "retro" / "metrics.jsonl") == lines
 
 
@@ -142,7 +142,7 @@ def _steps(checkpoints):
 def test_killed_damaged_and_stopped_runs_end_with_the_same_bits(
     workdir, whole, cut, capsys, caplog
 ):
-    checkpoints, step = cut / "retro" / "checkpoints", random.randint(13, 28)
+    checkpoints, step = cut / "retro" / "checkpoints", random.randint(13, 16)
     status, *_ = _befall(workdir, cut, "kill", step)
     assert status == -signal.SIGKILL
     reached, begun = latest_step(checkpoints), (step - 1) // 4 * 4
@@ -155,11 +155,11 @@ def test_killed_damaged_and_stopped_runs_end_with_the_same_bits(
     assert status == app.SAVED
     assert f"checkpoints/{reached} is damaged" in err
     assert "using the one before it" in err
-    assert f"going on from step {reached - 4} of 40" in out
+    assert f"going on from step {reached - 4} of 28" in out
     assert "Traceback" not in err
     stopped = latest_step(checkpoints)
     assert stopped == reached + 6  # metrics are read one step late
-    assert f"stopped and saved at step {stopped} of 40; run it again" in err
+    assert f"stopped and saved at step {stopped} of 28; run it again" in err
     assert (checkpoints / f"{reached}.damaged").is_dir()
     assert (checkpoints / f"{reached}").is_dir()
 
@@ -174,7 +174,7 @@ def test_killed_damaged_and_stopped_runs_end_with_the_same_bits(
     assert _run(workdir, cut, mirror) == 0
     assert f"checkpoints/{kept[-1]}/ is damaged (" in caplog.text
     assert f"brought step {kept[-2]} back from file://" in capsys.readouterr().out
-    assert 40 in _steps(bucket / "checkpoints")
+    assert 28 in _steps(bucket / "checkpoints")
     assert (bucket / "metrics.jsonl").read_bytes() == curve.read_bytes()
     (_, expected), (_, resumed) = _params(whole[0] / "retro"), _params(cut / "retro")
     for name, leaf in expected.items():
@@ -236,10 +236,10 @@ def test_a_directory_of_another_run_is_refused(workdir, whole, capsys):
     assert _run(workdir, out, *changed) == 1
     error = capsys.readouterr().err
     assert "RetroConfig.d_ff 32 -> 64; TrainConfig.seed 0 -> 1; expected the same" in error
-    assert _run(workdir, out, "--profile_steps=10:41") == 1
-    assert "--profile_steps=10:41: expected steps up to 40, the last" in capsys.readouterr().err
+    assert _run(workdir, out, "--profile_steps=10:29") == 1
+    assert "--profile_steps=10:29: expected steps up to 28, the last" in capsys.readouterr().err
     assert _run(workdir, out, "--profile_steps=10:12") == 0  # a cluster repeats the command
-    assert f"10:12: no trace, {out}/retro is at step 40\n" in capsys.readouterr().err
+    assert f"10:12: no trace, {out}/retro is at step 28\n" in capsys.readouterr().err
     # How it is computed and logged may change.
     free = ["--gin_bindings=ExecutionConfig.remat = 'full'", "--gin_bindings=TrainConfig.keep = 9"]
     assert _run(workdir, out, *free) == 0
@@ -251,7 +251,7 @@ def test_a_run_is_replayed_to_the_same_bits(workdir, whole, tmp_path, capsys, ca
     recorded, again = whole[0] / "retro", tmp_path / "again"
     command = ["launch.train", f"--replay={whole[0]}", f"--workdir={again}"]
     assert app.execute(train.main, command) == 0
-    assert f"the same as {recorded} bit for bit, in all 40 lines" in capsys.readouterr().out
+    assert f"the same as {recorded} bit for bit, in all 28 lines" in capsys.readouterr().out
     assert not caplog.records  # nothing differs here
     # Another day: other versions, and losses that are not the same.
     versions, curve = again / "retro" / "versions.json", again / "retro" / "metrics.jsonl"
@@ -262,8 +262,8 @@ def test_a_run_is_replayed_to_the_same_bits(workdir, whole, tmp_path, capsys, ca
     lines[6] = lines[6].replace('"loss": ', '"loss": 1')
     curve.write_text("\n".join(lines) + "\n")
     third = ["launch.train", f"--replay={again / 'retro'}", f"--workdir={tmp_path / 'third'}"]
-    assert app.execute(train.main, [*third, "--gin_bindings=TrainConfig.steps = 30"]) == 1
-    assert "TrainConfig.steps = 40: expected the same, found 30" in capsys.readouterr().err
+    assert app.execute(train.main, [*third, "--gin_bindings=TrainConfig.steps = 20"]) == 1
+    assert "TrainConfig.steps = 28: expected the same, found 20" in capsys.readouterr().err
     # Its data has moved to a bucket meanwhile.
     memory, disk = fsspec.filesystem("memory"), tmp_path / "disk"
     memory.put(str(workdir), "/moved/W", recursive=True)
@@ -361,15 +361,15 @@ def test_four_processes_stop_and_two_go_on_as_one_would(workdir, whole, cut):
     four = _start_many(workdir, cut, 4, *mesh, accident=(2, "stop", 2))  # both axes lie across them
     printed = _finish(four, app.SAVED)
     stopped = latest_step(cut / "retro" / "checkpoints")
-    assert 3 <= stopped < 40
-    assert f"stopped and saved at step {stopped} of 40" in printed[0][1]
+    assert 3 <= stopped < 28
+    assert f"stopped and saved at step {stopped} of 28" in printed[0][1]
     assert [out.count("RETRO of") for out, _ in printed] == [1, 0, 0, 0]
 
     two = _start_many(workdir, cut, 2, "--gin_bindings=MeshConfig.fsdp = 2")
     out, _ = _finish(two, 0)[0]
-    assert f"going on from step {stopped} of 40" in out
+    assert f"going on from step {stopped} of 28" in out
     curves = [read_curve(path / "retro" / "metrics.jsonl") for path in (whole[0], cut)]
-    assert [line["step"] for line in curves[1]] == list(range(1, 41))
+    assert [line["step"] for line in curves[1]] == list(range(1, 29))
     for one, many in zip(*curves, strict=True):
         assert one["tokens"] == many["tokens"]
         tolerance = 1e-6 if one["step"] == 1 else 1e-4 if one["step"] <= 10 else 1e-2
