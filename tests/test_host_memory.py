@@ -13,7 +13,7 @@ import resource, sys
 from retro_jax.host_memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
-for _ in range(3):
+for _ in range(5):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     b"x" * int(50e6)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -21,10 +21,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.parametrize(
-    ("mode", "fewest", "most"), [("give back", 10_000, 10**6), ("keep", 0, 99)]
+    ("mode", "fewest", "most"), [("give back", 12, 10**6), ("keep", 0, 9)]
 )
 def test_pages_are_faulted_in_once(mode, fewest, most):
-    """50 MB are 12,207 pages of 4 kB, or fewer and larger ones."""
+    """50 MB are 12,207 pages of 4 kB, or 24 of 2 MB where the system has chosen these."""
     run = subprocess.run(
         [sys.executable, "-c", _PROGRAM, mode], capture_output=True, text=True, check=True
     )
