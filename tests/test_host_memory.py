@@ -20,9 +20,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.parametrize(
-    ("mode", "fewest", "most"), [("give back", 12, 10**6), ("keep", 0, 9)]
-)
+@pytest.mark.parametrize(("mode", "fewest", "most"), [("give back", 12, 10**6), ("keep", 0, 9)])
 def test_pages_are_faulted_in_once(mode, fewest, most):
     """50 MB are 12,207 pages of 4 kB, or 24 of 2 MB where the system has chosen these."""
     run = subprocess.run(
