@@ -46,6 +46,7 @@ from retro_jax.evaluate.score import (
     window_batch,
     windows,
 )
+from retro_jax.host_memory import keep_freed_memory
 from retro_jax.model import Retro
 from retro_jax.sharding import (
     MESH_SHARDINGS,
@@ -177,4 +178,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     app.run(main)

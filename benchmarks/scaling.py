@@ -6,8 +6,8 @@
 
 Compiles the train step of experiments/retro_SIZE.gin by launch.compile_check for the smallest slice of
 each generation that it fits, with as many chips on the fsdp axis as divide the widths, the others on
-data, and rotary positions, which fused attention has. About a minute of a processor each; every report is a file in the folder, and what is
-there is not compiled again. Needs libtpu, and no TPU.
+data, and rotary positions, which fused attention has. Less than a minute of a processor each; every
+report is a file in the folder, and what is there is not compiled again. Needs libtpu, and no TPU.
 --estimate compiles nothing: it says what follows from the configuration by arithmetic alone.
 """
 

@@ -396,7 +396,7 @@ def _keep_nearest(best: Found, ids: np.ndarray, distances: np.ndarray) -> Found:
     Few chunks of a block are nearer than what a row has, and only these are sorted into it; of equal
     distances the earlier one stays in front.
     """
-    best_ids, nearest = best
+    nearest = best[1]
     nearer = distances < nearest[:, -1:]
     counts = nearer.sum(1)
     if not counts.any():
@@ -406,9 +406,7 @@ def _keep_nearest(best: Found, ids: np.ndarray, distances: np.ndarray) -> Found:
     new_ids = np.full((len(nearer), counts.max()), -1, np.int64)
     new = np.full(new_ids.shape, np.inf, np.float32)
     new_ids[rows, places], new[rows, places] = ids[columns], distances[rows, columns]
-    every_ids, every = np.hstack([best_ids, new_ids]), np.hstack([nearest, new])
-    order = np.argsort(every, axis=1, kind="stable")[:, : nearest.shape[1]]
-    return np.take_along_axis(every_ids, order, axis=1), np.take_along_axis(every, order, axis=1)
+    return merge([best, (new_ids, new)], nearest.shape[1])
 
 
 def _encoder(keys: Keys, tokenizer: Tokenizer, model: str | None) -> ChunkEncoder:

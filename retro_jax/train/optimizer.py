@@ -65,8 +65,8 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
       total_steps: updates of the whole run; the cosine ends there and stays at its last value.
 
     Returns:
-      A function from t, a number or an array, to a scalar: initial at 0, max at warmup_steps, final_fraction * max
-      at total_steps.
+      A function from t, a number or an array, to a float32 scalar: initial at 0, max at
+      warmup_steps, final_fraction * max at total_steps.
 
     Raises:
       UserError: the warm-up is not shorter than the run.
