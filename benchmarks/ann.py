@@ -29,8 +29,8 @@ from typing import Any, Protocol
 import numpy as np
 from absl import app, flags
 
-from data_pipelines import revisions
-from data_pipelines.exact import ExactSearcher
+from data_pipelines.retriever import revisions
+from data_pipelines.retriever.exact import ExactSearcher
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "A prepared workdir.")
 _KEYS = flags.DEFINE_string("keys", None, "Or a .npy file of keys.")

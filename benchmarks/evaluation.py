@@ -35,10 +35,10 @@ from benchmarks.training import (
     baseline_of,
     work_from_flags,
 )
-from launch import app
-from retro_jax.ahead_of_time import Work
+from launch.common import app
+from retro_jax.batch import ChunkText
+from retro_jax.costs.step_report import Work
 from retro_jax.evaluate.score import (
-    ChunkText,
     TokenLosses,
     WindowConfig,
     compiled_token_losses,

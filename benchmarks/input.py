@@ -18,7 +18,7 @@ import time
 from absl import app, flags
 
 from benchmarks.tables import write_database, write_table
-from data_pipelines.batches import BatchConfig, Batches
+from data_pipelines.batches.batches import BatchConfig, Batches
 
 _CHUNKS = flags.DEFINE_integer("chunks", 4_000_000, "Chunks of the database.", lower_bound=1)
 _SHARDS = flags.DEFINE_integer("shards", 8, "Shards that they lie in.", lower_bound=1)

@@ -28,7 +28,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import small_bert
-from data_pipelines.embedder import Embedder, WordPieces
+from data_pipelines.retriever.embedder import Embedder, WordPieces
 
 _TEXTS = flags.DEFINE_integer("texts", 384, "How many texts.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns of each side.", lower_bound=1)

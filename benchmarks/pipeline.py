@@ -28,9 +28,9 @@ from typing import Any
 from absl import app, flags
 
 from benchmarks import process_tree, small_bert
-from data_pipelines import revisions
+from data_pipelines.artefacts.manifest import Manifest
 from data_pipelines.corpora import SPLITS
-from data_pipelines.manifest import Manifest
+from data_pipelines.retriever import revisions
 
 _MEGABYTES = flags.DEFINE_integer("megabytes", 110, "Of code, at most.", lower_bound=1)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Keep the artefacts here.")

@@ -22,7 +22,7 @@ from absl import flags
 
 from benchmarks.timing import machine, table, write_json
 from benchmarks.training import OUTPUT, PRESET, Step, work_from_flags
-from launch import app
+from launch.common import app
 from retro_jax.train.checkpoint import Checkpoints
 
 SAVES = flags.DEFINE_integer("saves", 5, "How often the state is saved.", lower_bound=1)

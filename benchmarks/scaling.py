@@ -23,11 +23,11 @@ from typing import Any
 from absl import flags
 
 from benchmarks.timing import write_json
-from launch import app
+from launch.common import app
 from retro_jax.config import PRESETS
+from retro_jax.costs.roofline import parse_slice
 from retro_jax.errors import UserError
-from retro_jax.flops import training_flops
-from retro_jax.roofline import parse_slice
+from retro_jax.model.flops import training_flops
 
 FOLDER = flags.DEFINE_string("folder", None, "Where the reports go.")
 SIZES = flags.DEFINE_list("sizes", ["172m", "425m", "1.5b", "7.5b"], "Which sizes.")

@@ -11,7 +11,7 @@ import shutil
 
 from safetensors.numpy import load_file, save_file
 
-from data_pipelines.embedder import find_model
+from data_pipelines.retriever.embedder import find_model
 
 _LAYER = re.compile(r"encoder\.layer\.(\d+)\.")
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"

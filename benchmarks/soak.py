@@ -22,12 +22,12 @@ import time
 import numpy as np
 from absl import flags
 
-from launch import app
+from launch.common import app
 from retro_jax.errors import UserError
 from retro_jax.train.checkpoint import find_damage, latest_step
-from retro_jax.train.metrics import read_curve, without_clock
+from retro_jax.train.curves import read_curve, without_clock
+from tests.distributed import worker
 from tests.ports import free_port
-from tests.train import worker
 
 KILLS = flags.DEFINE_integer("kills", 30, "How often the run is killed.", lower_bound=0)
 COUNT = flags.DEFINE_integer("soak_processes", 2, "Processes of the run.", lower_bound=1)
@@ -72,7 +72,7 @@ def start(directory: pathlib.Path) -> list[subprocess.Popen]:
     words = [*place, "soak", "-1", "-1"]  # no accident, but the watchdog is on
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.train.worker", str(i), *words],
+            [sys.executable, "-m", "tests.distributed.worker", str(i), *words],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env={**os.environ, **environment},
@@ -137,7 +137,7 @@ def compare(whole: pathlib.Path, killed: pathlib.Path) -> None:
     ]
     if curves[0] != curves[1]:
         raise UserError(f"{killed} has another curve than {whole}: expected the same")
-    from retro_jax.train.trees import named_leaves
+    from retro_jax.train.parameter_names import named_leaves
     from tests.train.small import one_device_state
 
     states = [named_leaves(one_device_state(run / "checkpoints")) for run in (whole, killed)]

@@ -14,12 +14,12 @@ from typing import Any
 
 from absl import app, flags
 
-from data_pipelines.chunk_database import prepare_chunks
+from data_pipelines.artefacts.manifest import Manifest
+from data_pipelines.artefacts.runner import InProcess, LocalProcesses
+from data_pipelines.chunk_database.database import prepare_chunks
+from data_pipelines.chunk_database.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 from data_pipelines.corpora import CorpusConfig
-from data_pipelines.documents import DocumentsConfig, prepare_documents, read_documents
-from data_pipelines.manifest import Manifest
-from data_pipelines.runner import InProcess, LocalProcesses
-from data_pipelines.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from data_pipelines.documents.documents import DocumentsConfig, prepare_documents, read_documents
 
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 8000, "Tokens of the vocabulary.")
 _PROCESSES = flags.DEFINE_integer("processes", 1, "Processes that make chunk shards.")

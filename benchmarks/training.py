@@ -10,12 +10,12 @@ from absl import flags
 from flax import nnx
 
 from benchmarks.timing import Turn, peak_rate, timed
-from retro_jax.ahead_of_time import STEPS, Work, lower
 from retro_jax.batch import RetroBatch
 from retro_jax.config import PRESETS, ExecutionConfig, RetroConfig
+from retro_jax.costs.step_report import STEPS, Work, lower
 from retro_jax.errors import UserError
-from retro_jax.flops import training_flops
 from retro_jax.model import Retro
+from retro_jax.model.flops import training_flops
 from retro_jax.sharding import MESH_SHARDINGS, MeshConfig, batch_sharding, make_mesh
 from retro_jax.train.optimizer import OptimizerConfig, make_optimizer
 from retro_jax.train.step import TrainState, initial_state

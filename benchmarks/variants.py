@@ -30,8 +30,8 @@ from benchmarks.training import (
     steps_a_turn,
     work_from_flags,
 )
-from launch import app
-from retro_jax.ahead_of_time import Work
+from launch.common import app
+from retro_jax.costs.step_report import Work
 from retro_jax.errors import UserError
 from retro_jax.host_memory import keep_freed_memory
 

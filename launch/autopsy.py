@@ -3,10 +3,9 @@
 import json
 import pathlib
 
-from data_pipelines.batches import Batches
-from launch.runs import CHECKPOINTS
-from retro_jax.train import processes
-from retro_jax.train.checkpoint import latest_step
+from data_pipelines.batches.batches import Batches
+from retro_jax.distributed import processes
+from retro_jax.train.checkpoint import CHECKPOINTS, latest_step
 
 FILE = "bad_batches.jsonl"
 _SHOWN = 3

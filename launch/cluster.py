@@ -20,10 +20,11 @@ from typing import Any
 
 from absl import flags
 
-from launch import app, cluster_plans
+from launch import cluster_plans
 from launch.cluster_plans import Command, Gke, Job, Slurm, TpuVms
-from launch.configurables import GIN_BINDINGS, GIN_FILE
-from launch.shared_flags import DATA
+from launch.common import app
+from launch.common.configurables import GIN_BINDINGS, GIN_FILE
+from launch.common.flags import DATA
 from retro_jax.errors import UserError
 
 KINDS, ACTIONS = ("tpu", "gke", "slurm"), ("start", "logs", "stop")

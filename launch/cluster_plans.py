@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from launch.app import LOST, SAVED
+from launch.common.app import LOST, SAVED
 from retro_jax.config import require
 from retro_jax.errors import UserError
 

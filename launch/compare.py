@@ -12,23 +12,22 @@ W/evaluation/SPLIT-CONDITION-against-V-CONDITION.json and .md; launch.report sho
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from absl import flags
 
-from data_pipelines import files
-from data_pipelines.tokenizer import Tokenizer
-from launch import app
-from launch.arrays import read_array
-from launch.intervals import shown
-from launch.markdown import markdown_table
-from launch.shared_flags import DATA, SPLIT, data_directory
-from launch.splits import open_split
+from data_pipelines.chunk_database.tokenizer import Tokenizer
+from data_pipelines.evaluation.splits import open_split
+from launch.common import app
+from launch.common.flags import DATA, SPLIT, data_directory
 from retro_jax.errors import UserError
-from retro_jax.evaluate.report import TableView, condition_name
-from retro_jax.evaluate.statistics import intervals, paired_test, resampled_sums
+from retro_jax.evaluate.bootstrap import intervals, paired_test, resampled_sums
+from retro_jax.evaluate.conditions import condition_name
+from retro_jax.report.tables import comparisons, markdown_table
+from retro_jax.storage import files
+from retro_jax.storage.files import read_array
 
 OTHER = flags.DEFINE_string("other", None, "The workdir of the other model; may be the same.")
 CONDITION = flags.DEFINE_string("condition", "on", "Condition of the first model.")
@@ -114,29 +113,6 @@ def compare(data: pathlib.Path, found: list[tuple[dict[str, Any], np.ndarray]]) 
         "better_documents": int((bits[0] < bits[1]).sum()),
         "p_value": paired_test(bits[0] - bits[1], samples=_SAMPLES, seed=0),
     }
-
-
-def comparisons(found: Sequence[Mapping[str, Any]]) -> TableView:
-    """Comparisons as a table, a row each."""
-    header = ["", "bits per byte", "the other's", "difference", "p", "better on"]
-    rows = []
-    for each in found:
-        one, other = map(condition_name, each["conditions"])
-        figures = [f"{value:.4f}" for value in each["bits_per_byte"]]
-        rows.append(
-            [
-                f"{one} against {each['other']}, {other}",
-                *figures,
-                shown(each["difference"], "+"),
-                f"{each['p_value']:.4f}",
-                f"{each['better_documents']:,} of {each['documents']:,} documents",
-            ]
-        )
-    caption = (
-        "In brackets: 95% of 10,000 bootstrap resamples of the documents. p: paired test by random signs of "
-        "the documents' differences."
-    )
-    return TableView("Compared with another model", caption, header, rows)
 
 
 def read_comparisons(folder: pathlib.Path, split: str, results: Mapping[str, Any]) -> list[Any]:

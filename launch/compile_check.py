@@ -17,11 +17,11 @@ import pathlib
 import jax
 from absl import flags
 
-from launch import app, configurables
-from retro_jax import topology
-from retro_jax.ahead_of_time import Report, Work, check
+from launch.common import app, configurables
 from retro_jax.config import ExecutionConfig, RetroConfig
-from retro_jax.roofline import Slice
+from retro_jax.costs import topology
+from retro_jax.costs.roofline import Slice
+from retro_jax.costs.step_report import Report, Work, check
 from retro_jax.sharding import MeshConfig, make_mesh
 from retro_jax.train.loop import TrainConfig
 from retro_jax.train.optimizer import OptimizerConfig
@@ -60,7 +60,7 @@ def main() -> None:
 def make_work() -> tuple[Work, MeshConfig]:
     """The step that launch.train would run with this configuration, and its mesh."""
     # Imported here: it brings the data pipelines' libraries along.
-    from data_pipelines.batches import BatchConfig
+    from data_pipelines.batches.batches import BatchConfig
 
     batch, training = configurables.make(BatchConfig), configurables.make(TrainConfig)
     work = Work(

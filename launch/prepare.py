@@ -25,24 +25,27 @@ from collections.abc import Callable, Iterator, Sequence
 
 from absl import flags
 
-from data_pipelines import files, revisions
-from data_pipelines.batches import BatchConfig
-from data_pipelines.bm25 import Bm25Config, prepare_bm25
-from data_pipelines.chunk_database import prepare_chunks
+from data_pipelines.artefacts.manifest import MANIFEST_FILE, Manifest
+from data_pipelines.artefacts.ray_runner import RayCluster
+from data_pipelines.artefacts.runner import InProcess, LocalProcesses, Runner
+from data_pipelines.batches.batches import BatchConfig
+from data_pipelines.chunk_database.database import prepare_chunks
+from data_pipelines.chunk_database.tokenizer import TokenizerConfig, train_tokenizer
 from data_pipelines.corpora import SPLITS
-from data_pipelines.documents import DocumentsConfig, prepare_documents
-from data_pipelines.index import IndexConfig, prepare_index
-from data_pipelines.keys import KeysConfig, prepare_keys
-from data_pipelines.leakage import LeakageConfig
-from data_pipelines.manifest import MANIFEST_FILE, Manifest
-from data_pipelines.neighbours import NeighboursConfig
-from data_pipelines.ray_runner import RayCluster
-from data_pipelines.retriever import Retriever
-from data_pipelines.runner import InProcess, LocalProcesses, Runner
-from data_pipelines.tokenizer import TokenizerConfig, train_tokenizer
-from launch import app, configurables, facts, near_copies, update, verify, workdir
-from launch.preparation import Preparation, materialise, open_keys, prepare_table
+from data_pipelines.documents.documents import DocumentsConfig, prepare_documents
+from data_pipelines.leakage.near_documents import LeakageConfig
+from data_pipelines.retriever import revisions
+from data_pipelines.retriever.bm25 import Bm25Config, prepare_bm25
+from data_pipelines.retriever.index import IndexConfig, prepare_index
+from data_pipelines.retriever.keys import KeysConfig, prepare_keys
+from data_pipelines.retriever.neighbours import NeighboursConfig
+from data_pipelines.retriever.retriever import Retriever
+from data_pipelines.workdir import leakage_report, summary, update, verify
+from data_pipelines.workdir.preparation import Preparation, materialise, open_keys, prepare_table
+from launch.common import app, configurables
+from launch.runs import record
 from retro_jax.errors import UserError
+from retro_jax.storage import files
 
 STAGES = flags.DEFINE_list("stages", None, "Only these stages, in their own order. Default: all.")
 SKIP_BAD = flags.DEFINE_bool(
@@ -115,7 +118,7 @@ def main() -> None:
     """Runs the stages that are asked for."""
     directory = pathlib.Path(app.required(app.WORKDIR, "the directory of the run"))
     if STATS.value:
-        print(facts.table(directory))
+        print(summary.table(directory))
         return
     if VERIFY.value:
         _verify(directory)
@@ -142,7 +145,7 @@ def main() -> None:
         if made:
             settings = configurables.operative_config()
             files.write_atomically(directory / CONFIG_FILE, settings.encode())
-            workdir.record_versions(directory)
+            record.record_versions(directory)
         if batches is not None:
             line = materialise(directory, batches, steps, preparation.runner)
             print(f"materialised: {line}", flush=True)
@@ -263,8 +266,8 @@ def _left_out(manifest: Manifest) -> str:
 
 def _leakage(p: Preparation) -> tuple[str, int, str]:
     """Withdraws training documents that nearly are held-out ones."""
-    near_copies.refuse_late(p.directory)
-    manifest = near_copies.withdraw(p, p.directory)
+    leakage_report.refuse_late(p.directory)
+    manifest = leakage_report.withdraw(p, p.directory)
     assert manifest is not None
     count = manifest.fact("documents")
     if manifest.fact("withdrawn") == count:
@@ -272,15 +275,15 @@ def _leakage(p: Preparation) -> tuple[str, int, str]:
             f"{p.directory / 'leakage'}: all {count} training documents are near-copies of held-out"
             " ones: expected some that are not"
         )
-    near_copies.write_report(p.directory)
-    return near_copies.told(manifest), count, "documents"
+    leakage_report.write_report(p.directory)
+    return leakage_report.told(manifest), count, "documents"
 
 
 def _duplicates(p: Preparation) -> tuple[str, int, str]:
     """Counts held-out chunks that stand in the training split all but word for word."""
-    manifest = near_copies.count(p, p.directory)
-    near_copies.write_report(p.directory)
-    return near_copies.told_of_chunks(manifest), manifest.fact("chunks"), "chunks"
+    manifest = leakage_report.count(p, p.directory)
+    leakage_report.write_report(p.directory)
+    return leakage_report.told_of_chunks(manifest), manifest.fact("chunks"), "chunks"
 
 
 def _tokenizer(p: Preparation) -> tuple[str, int, str]:
@@ -301,7 +304,7 @@ def _chunks(p: Preparation) -> tuple[str, int, str]:
             p.directory / "chunks" / split,
             p.directory / "documents" / split,
             p.directory / "tokenizer",
-            leakage_directory=near_copies.directory_of(p, p.directory)
+            leakage_directory=leakage_report.directory_of(p, p.directory)
             if split == "train"
             else None,
             runner=p.runner,

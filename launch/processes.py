@@ -9,19 +9,17 @@
 and where none of them is there, this process trains alone.
 """
 
-import dataclasses
 import functools
 import os
-import pathlib
 import re
-from collections.abc import Mapping
 
 import jax
 from absl import flags
 
-from launch import app
+from launch.common import app
+from retro_jax.distributed import processes
+from retro_jax.distributed.join import Place, _is_tpu_machine, find_place
 from retro_jax.errors import UserError
-from retro_jax.train import processes
 
 COORDINATOR_ADDRESS = flags.DEFINE_string(
     "coordinator_address", None, "HOST:PORT of process 0, where several processes train together."
@@ -38,27 +36,6 @@ PEER_TIMEOUT = flags.DEFINE_integer(
     "Seconds without a sign of life after which another process counts as lost.",
     lower_bound=1,
 )
-
-_TPU_PORT, _KUBERNETES_PORT = 8476, 55527
-_SLURM_PORTS, _FIRST_SLURM_PORT = 4096, 61440
-_TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a process stands among those of its run.
-
-    Attributes:
-      coordinator: HOST:PORT of process 0. count: processes. index: which this one is.
-      devices: the local devices that are this process's own; None for all.
-      source: what said so, for messages.
-    """
-
-    coordinator: str
-    count: int
-    index: int
-    devices: tuple[int, ...] | None = None
-    source: str = "flags"
 
 
 def join() -> None:
@@ -118,99 +95,3 @@ def _from_flags() -> Place | None:
     if index >= count:
         raise flags.Error(f"--process_id={index}: expected less than --num_processes={count}")
     return Place(address, count, index) if count > 1 else None
-
-
-def find_place(environment: Mapping[str, str]) -> Place | None:
-    """This process's place as its environment states it; None where it states none, or one process.
-
-    Raises:
-      UserError: a variable is missing beside the others, or is no number.
-    """
-    for found in (_on_gke_tpu, _on_slurm, _on_kubernetes):
-        place = found(environment)
-        if place is not None:
-            if not 0 <= place.index < place.count:
-                raise UserError(
-                    f"{place.source} makes this process {place.index} of {place.count}: expected a "
-                    "number below the count"
-                )
-            return place if place.count > 1 else None
-    return None
-
-
-def _on_gke_tpu(environment: Mapping[str, str]) -> Place | None:
-    """TPU pods of GKE, one process a host; slices count one after the other."""
-    source = "TPU_WORKER_HOSTNAMES"
-    if not environment.get(source):
-        return None
-    hosts = environment[source].split(",")
-    slices = _number(environment, "MEGASCALE_NUM_SLICES", source, default=1)
-    which = _number(environment, "MEGASCALE_SLICE_ID", source, default=0)
-    worker = _number(environment, "TPU_WORKER_ID", source, default=0 if len(hosts) == 1 else None)
-    address = environment.get("MEGASCALE_COORDINATOR_ADDRESS") or hosts[0]
-    if slices > 1 and "MEGASCALE_COORDINATOR_ADDRESS" not in environment:
-        raise UserError(f"{source} and MEGASCALE_NUM_SLICES without MEGASCALE_COORDINATOR_ADDRESS")
-    host = address.split(":")[0]
-    index = which * len(hosts) + worker
-    return Place(f"{host}:{_TPU_PORT}", slices * len(hosts), index, source=source)
-
-
-def _on_slurm(environment: Mapping[str, str]) -> Place | None:
-    """A step of srun. The batch script itself is no step: it has no SLURM_STEP_NUM_TASKS."""
-    source = "SLURM_STEP_NUM_TASKS"
-    if source not in environment or "SLURM_STEP_NODELIST" not in environment:
-        return None
-    host = first_host(environment["SLURM_STEP_NODELIST"])
-    port = _FIRST_SLURM_PORT + _number(environment, "SLURM_JOB_ID", source) % _SLURM_PORTS
-    nodes = _number(environment, "SLURM_STEP_NUM_NODES", source, default=1)
-    count = _number(environment, source, source)
-    devices = None
-    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
-    # Several tasks a node share its devices, unless Slurm has shown each of them only its own.
-    if count > nodes and (not visible or "," in visible):
-        devices = (_number(environment, "SLURM_LOCALID", source),)
-    index = _number(environment, "SLURM_PROCID", source)
-    return Place(f"{host}:{port}", count, index, devices, source)
-
-
-def _on_kubernetes(environment: Mapping[str, str]) -> Place | None:
-    """An indexed job or a JobSet whose manifest states the coordinator and the count."""
-    source = "JAX_COORDINATOR_ADDRESS"
-    if source not in environment or "NNODES" not in environment:
-        return None
-    address = environment[source]
-    if ":" not in address:
-        address += f":{environment.get('JAX_COORDINATOR_PORT', _KUBERNETES_PORT)}"
-    rank = "NODE_RANK" if "NODE_RANK" in environment else "JOB_COMPLETION_INDEX"
-    index = _number(environment, rank, source)
-    if rank == "JOB_COMPLETION_INDEX":  # it counts the hosts of one slice
-        hosts = _number(environment, "HOSTS_A_SLICE", source, default=0)
-        index += hosts * _number(environment, "SLICE_INDEX", source, default=0)
-    return Place(address, _number(environment, "NNODES", source), index, source=source)
-
-
-def first_host(nodes: str) -> str:
-    """The first host of a Slurm node list, as in "node[003-007,12],login1"."""
-    found = re.match(r"([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\]([^,\[]*))?", nodes)
-    if found is None:
-        raise UserError(f"SLURM_STEP_NODELIST is {nodes!r}: expected names of hosts")
-    return "".join(part or "" for part in found.groups())
-
-
-def _number(
-    environment: Mapping[str, str], name: str, source: str, default: int | None = None
-) -> int:
-    """A variable that has to be a number."""
-    text = environment.get(name, "" if default is None else str(default))
-    if not text.isdecimal():
-        shown = f"is {text!r}" if name in environment else "is not set"
-        raise UserError(f"{source} is set and {name} {shown}: expected a number beside it")
-    return int(text)
-
-
-def _is_tpu_machine(environment: Mapping[str, str]) -> bool:
-    """Whether this is a TPU VM whose metadata server knows its neighbours."""
-    platforms = environment.get("JAX_PLATFORMS", "tpu")
-    wanted = "tpu" in platforms or not platforms
-    alone = "TPU_SKIP_MDS_QUERY" in environment or "TPU_WORKER_HOSTNAMES" in environment
-    return wanted and not alone and any(pathlib.Path(path).exists() for path in _TPU_DEVICES)

@@ -13,8 +13,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from launch import app, configurables
-from launch.shared_flags import MAX_TOKENS
+from launch.common import app, configurables
+from launch.common.flags import MAX_TOKENS
 
 _DEFAULT_GIN_FILE = "experiments/quickstart.gin"
 _PROMPTS = (

@@ -15,23 +15,24 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from data_pipelines import files
-from data_pipelines.revisions import open_database
-from data_pipelines.tokenizer import Tokenizer
-from launch import app, charts, runs, windows
-from launch.arrays import read_array
-from launch.beside import beside_paper
-from launch.compare import comparisons, read_comparisons
+from data_pipelines.chunk_database.tokenizer import Tokenizer
+from data_pipelines.evaluation.splits import Split, open_split
+from data_pipelines.evaluation.text_view import Viewer, sample_chunk_from_json
+from data_pipelines.retriever.revisions import open_database
+from launch.common import app
+from launch.common.flags import DATA, SPLIT, data_directory
+from launch.compare import read_comparisons
 from launch.evaluate import FOLDER as EVALUATION
-from launch.intervals import interval_tables
-from launch.overlap import curves, overlap_files
+from launch.evaluation.figures import overlap_files
+from launch.runs import trained_run
 from launch.sample import FOLDER as SAMPLES
-from launch.shared_flags import DATA, SPLIT, data_directory
-from launch.splits import Split, open_split
-from launch.tables import table_scores
-from launch.views import Viewer, sample_chunk_from_json
 from retro_jax.errors import UserError
-from retro_jax.evaluate.report import (
+from retro_jax.evaluate.conditions import swept
+from retro_jax.report import charts, tables
+from retro_jax.report.html import render
+from retro_jax.report.published import beside_paper
+from retro_jax.report.tables import comparisons, curves, interval_tables, table_scores
+from retro_jax.report.views import (
     ChartView,
     ChunkView,
     Curve,
@@ -39,10 +40,10 @@ from retro_jax.evaluate.report import (
     Report,
     SampleView,
     TableView,
-    render,
-    swept,
 )
-from retro_jax.train.metrics import METRICS_FILE, read_curve
+from retro_jax.storage import files
+from retro_jax.storage.files import read_array
+from retro_jax.train.curves import METRICS_FILE, read_curve
 
 TITLE = flags.DEFINE_string("title", "RETRO: a report", "The page's heading.")
 
@@ -56,13 +57,13 @@ def main() -> None:
     """Writes the page."""
     workdir = pathlib.Path(app.required(app.WORKDIR, "the directory of a run"))
     data = data_directory(DATA.value or workdir)
-    runs.refuse_gin_file()
+    trained_run.refuse_gin_file()
     path = workdir / EVALUATION / f"{SPLIT.value}.json"
     if not path.is_file():
         raise UserError(f"{path} is missing: expected the result of launch.evaluate")
     results = files.read_json(path)
-    run = runs.open_run(workdir / "retro")
-    runs.check_data(run, data)
+    run = trained_run.open_run(workdir / "retro")
+    trained_run.check_data(run, data)
     scored = _read_scores(workdir / EVALUATION, data, results)
     report = Report(
         title=TITLE.value,
@@ -83,7 +84,7 @@ def main() -> None:
     print(f"written to {workdir / FILE}")
 
 
-def _summary(run: runs.Run, results: Mapping[str, Any]) -> str:
+def _summary(run: trained_run.Run, results: Mapping[str, Any]) -> str:
     """One sentence on what was evaluated."""
     result = next(iter(results.values()))
     scored, settings = result["all"], result["settings"]
@@ -96,7 +97,7 @@ def _summary(run: runs.Run, results: Mapping[str, Any]) -> str:
 
 
 def _facts(
-    data: pathlib.Path, run: runs.Run, results: Mapping[str, Any]
+    data: pathlib.Path, run: trained_run.Run, results: Mapping[str, Any]
 ) -> Iterator[tuple[str, str]]:
     """What one needs to know to judge the figures."""
     model, database = run.model, open_database(data)
@@ -137,13 +138,13 @@ def _tables(folder: pathlib.Path, results: Mapping[str, Any]) -> Iterator[TableV
     if compared:
         yield comparisons(compared)
     several = _several(folder, results)
-    for title, header, rows in windows.tables(several) if several else ():
+    for title, header, rows in tables.tables(several) if several else ():
         yield TableView(title, "", header, rows)
 
 
 def _several(folder: pathlib.Path, results: Mapping[str, Any]) -> dict[str, Any] | None:
     """The figures of several overlaps of windows, where they are of the same models."""
-    path = windows.windows_file(folder, SPLIT.value)
+    path = tables.windows_file(folder, SPLIT.value)
     found = files.read_json(path) if path.is_file() else None
     models = {name: result["model"] for name, result in results.items()}
     return found if found and found["models"] == models else None
@@ -281,7 +282,7 @@ def _view(heading: str, place: int, scored: _Scored, viewer: Viewer, k: int) -> 
     )
 
 
-def _samples(folder: pathlib.Path, run: runs.Run) -> Iterator[SampleView]:
+def _samples(folder: pathlib.Path, run: trained_run.Run) -> Iterator[SampleView]:
     """Samples of this checkpoint, in the order in which they were made."""
     paths = sorted(folder.glob("*.json"), key=lambda path: (path.stat().st_mtime, path.name))
     results = [files.read_json(path) for path in paths]

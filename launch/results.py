@@ -16,14 +16,15 @@ from typing import Any
 
 from absl import flags
 
-from data_pipelines import files
-from launch import app, compare, configurables
-from launch.arrays import read_array
-from launch.markdown import markdown, markdown_table
-from launch.overlap import overlap_files
+from launch import compare
+from launch.common import app, configurables
+from launch.evaluation.figures import overlap_files
 from launch.quickstart import run_steps
 from retro_jax.errors import UserError
-from retro_jax.evaluate import paper
+from retro_jax.report import published
+from retro_jax.report.tables import markdown, markdown_table
+from retro_jax.storage import files
+from retro_jax.storage.files import read_array
 
 ABLATIONS = flags.DEFINE_list("ablations", None, "Which to train. Default: all; '' for none.")
 DOCS = flags.DEFINE_string("docs", None, "A Markdown file of which the marked part is replaced.")
@@ -120,7 +121,7 @@ def ablation_row(workdir: pathlib.Path, name: str, base: dict[str, Any]) -> list
         ],
     )
     value, low, high = (found["difference"][end] for end in ("value", "low", "high"))
-    ablated, whole = paper.ABLATIONS[name]
+    ablated, whole = published.ABLATIONS[name]
     clear = low > 0 or high < 0
     verdict = "not clear" if not clear else "yes" if (value > 0) == (ablated > whole) else "no"
     return [

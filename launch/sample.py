@@ -19,15 +19,14 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from data_pipelines import files
-from data_pipelines.batches import keep_part
-from data_pipelines.chunk_database import ChunkDatabase
-from data_pipelines.retriever import Retriever
-from data_pipelines.revisions import latest, open_database
-from data_pipelines.tokenizer import UNK_ID, Tokenizer
-from launch import app, configurables, runs
-from launch.progress import progress_bar
-from launch.shared_flags import (
+from data_pipelines.batches.batches import keep_part
+from data_pipelines.chunk_database.database import ChunkDatabase
+from data_pipelines.chunk_database.tokenizer import UNK_ID, Tokenizer
+from data_pipelines.evaluation.text_view import Viewer, sample_chunk_from_json
+from data_pipelines.retriever.retriever import Retriever
+from data_pipelines.retriever.revisions import latest, open_database
+from launch.common import app, configurables
+from launch.common.flags import (
     AVERAGED,
     DATA,
     MAX_TOKENS,
@@ -35,11 +34,13 @@ from launch.shared_flags import (
     RETRIEVAL,
     data_directory,
 )
-from launch.side_by_side import side_by_side
-from launch.views import Viewer, sample_chunk_from_json
+from launch.runs import trained_run
+from retro_jax.distributed.progress import progress_bar
 from retro_jax.errors import UserError
-from retro_jax.evaluate.report import SampleChunk
 from retro_jax.generate.sample import Generation, Generator, Sample, SamplingConfig, sample_text
+from retro_jax.report.side_by_side import side_by_side
+from retro_jax.report.views import SampleChunk
+from retro_jax.storage import files
 
 PROMPT = flags.DEFINE_multi_string("prompt", None, "The text to continue.")
 MIN_TOKENS = flags.DEFINE_integer("min_tokens", 0, "The text does not end before so many.")
@@ -57,7 +58,7 @@ def main() -> None:
     """Samples, or reads what was sampled before, and prints it."""
     workdir = pathlib.Path(app.required(app.WORKDIR, "the directory of a run"))
     data = data_directory(DATA.value or workdir)
-    runs.refuse_gin_file()
+    trained_run.refuse_gin_file()
     prompts = app.required(PROMPT, "a text to continue")
     sampling = SamplingConfig(
         max_tokens=MAX_TOKENS.value,
@@ -67,10 +68,10 @@ def main() -> None:
         top_p=TOP_P.value,
         seed=SEED.value,
     )
-    run = runs.open_run(
+    run = trained_run.open_run(
         workdir / "retro", configurables.GIN_BINDINGS.value, averaged=AVERAGED.value
     )
-    runs.check_data(run, data)
+    trained_run.check_data(run, data)
     k = _neighbours(run)
     request = {
         "prompts": prompts,
@@ -96,7 +97,7 @@ def main() -> None:
     print(f"written to {path}")
 
 
-def _neighbours(run: runs.Run) -> int:
+def _neighbours(run: trained_run.Run) -> int:
     """How many neighbours a chunk has; 0 with --retrieval=off."""
     chosen = RETRIEVAL.value if RETRIEVAL.value is not None else ["on"]
     if chosen not in (["on"], ["off"]):
@@ -136,7 +137,7 @@ def _key(chunk: np.ndarray) -> bytes:
 
 def make_samples(
     data: pathlib.Path,
-    run: runs.Run,
+    run: trained_run.Run,
     k: int,
     *,
     sampling: SamplingConfig,
@@ -150,7 +151,7 @@ def make_samples(
     )
     special = (tokenizer.pad_id, tokenizer.bos_id, UNK_ID)
     generator = Generator(
-        nnx.merge(*runs.load_model(run)),
+        nnx.merge(*trained_run.load_model(run)),
         chunks=run.chunks,
         eos_id=tokenizer.eos_id,
         retrieve=retrieve,

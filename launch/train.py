@@ -35,28 +35,23 @@ from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
 
-from data_pipelines import files, revisions, urls
-from data_pipelines.batches import BatchConfig, Batches
-from data_pipelines.chunk_database import CHUNK_LENGTH, ChunkDatabase
-from data_pipelines.manifest import MANIFEST_FILE
-from data_pipelines.materialise import MaterialisedBatches
-from data_pipelines.neighbours import NeighbourTable
-from launch import app, configurables, mirror, replay, staged, workdir
+from data_pipelines.batches.batches import BatchConfig, Batches
+from data_pipelines.chunk_database.database import CHUNK_LENGTH
 from launch.autopsy import Autopsy
-from launch.held_out import SPLIT as HELD_OUT
-from launch.held_out import held_out_evaluation, open_held_out
-from launch.preparation import parents_of
+from launch.common import app, configurables
+from launch.common.flags import DATA
 from launch.processes import join
-from launch.runs import CHECKPOINTS
-from launch.shared_flags import DATA
+from launch.runs import mirror, record, replay
+from launch.runs.training_data import Data, _find_data
 from retro_jax.batch import RetroBatch
 from retro_jax.config import ExecutionConfig, RetroConfig
+from retro_jax.distributed import processes
 from retro_jax.errors import SharedError, UserError
-from retro_jax.flops import training_flops
 from retro_jax.host_memory import keep_freed_memory
 from retro_jax.model import Retro
-from retro_jax.model.copying import begin_with_copying
-from retro_jax.model.fused_attention import check_attention
+from retro_jax.model.attention_kernels import check_attention
+from retro_jax.model.copying_init import begin_with_copying
+from retro_jax.model.flops import training_flops
 from retro_jax.sharding import (
     MESH_SHARDINGS,
     MeshConfig,
@@ -64,22 +59,23 @@ from retro_jax.sharding import (
     check_mesh,
     make_mesh,
 )
-from retro_jax.train import loop, processes, step
-from retro_jax.train.checkpoint import Checkpoints, find_damage, latest_step
-from retro_jax.train.evaluation import Evaluate
-from retro_jax.train.inputs import global_batches, local_rows
+from retro_jax.train import loop, step
+from retro_jax.train.bad_batches import BadBatches
+from retro_jax.train.checkpoint import CHECKPOINTS, Checkpoints, find_damage, latest_step
+from retro_jax.train.curves import Observer, Watched
+from retro_jax.train.global_batches import global_batches, local_rows
+from retro_jax.train.held_out import Evaluate, held_out_evaluation
 from retro_jax.train.loop import TrainConfig
-from retro_jax.train.metrics import BadBatches, Observer, Watched
 from retro_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from retro_jax.train.phases import Watchdog
-from retro_jax.train.start import StartConfig, begin, trainable
 from retro_jax.train.utilisation import Machine, Profile, parse_steps, peak_flops
+from retro_jax.train.warm_start import StartConfig, begin, trainable
+from retro_jax.train.watchdog import Watchdog
 
 BASELINE = flags.DEFINE_bool(
     "baseline", False, "Train the transformer of equal decoder, without retrieval, in W/baseline."
 )
 
-HELP_ALSO = ("launch.processes", "launch.replay", "launch.staged", "launch.mirror")
+HELP_ALSO = ("launch.processes", "launch.runs.replay", "launch.runs.training_data", "launch.runs.mirror")
 PROFILE_STEPS = flags.DEFINE_string(
     "profile_steps", None, "Trace these steps, as in 100:102, into the run's folder `profile`."
 )
@@ -92,27 +88,6 @@ FREE = (
     "BatchConfig.prefetch",
     *(f"TrainConfig.{field}" for field in loop.FREE_SETTINGS),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """The training split.
-
-    Attributes:
-      directory: what launch.prepare has filled. database: its chunks. batches: made of them.
-      parents: hashes of the artefacts that were opened.
-      source: where the directory is a copy from, as in gs://B/W; "" where it is none.
-    """
-
-    directory: pathlib.Path
-    database: ChunkDatabase | MaterialisedBatches
-    batches: Batches
-    parents: dict[str, str]
-    source: str = ""
-
-    def held_out(self) -> Batches:
-        """The validation split, with sequences and neighbours as here."""
-        return open_held_out(self.directory, self.batches.config, self.database)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +165,7 @@ def prepare(
     run = directory / (BASELINE_RUN if BASELINE.value else RETRO_RUN)
     source = DATA.value or str(directory)
     if recorded is not None:
-        configurables.load(str(recorded / workdir.CONFIG_FILE), configurables.GIN_BINDINGS.value)
+        configurables.load(str(recorded / record.CONFIG_FILE), configurables.GIN_BINDINGS.value)
         source, run = DATA.value or replay.data_place(recorded), directory / recorded.name
     else:
         configurables.load_from_flags()
@@ -220,21 +195,10 @@ def _check_profile(steps: str, run: pathlib.Path, end: int) -> None:
         _say(f"--profile_steps={steps}: no trace, {run} is at step {reached}", file=sys.stderr)
 
 
-def _find_data(source: str, run: pathlib.Path) -> Data:
-    """Opens the data of a run, or of the run that it makes again, staged where it is in a bucket."""
-    prepared = staged.local_databases(source)
-    revision = recorded_revision(run, prepared)
-    if not urls.is_url(source):
-        return open_data(prepared, revision)
-    held_out = HELD_OUT if configurables.make(TrainConfig).evaluate_every else ""
-    staged.stage_tables(source, prepared, revision, configurables.make(BatchConfig), held_out)
-    return dataclasses.replace(open_data(prepared, revision), source=source)
-
-
 def _claim(run: pathlib.Path, data: Data, steps: int) -> str:
     """Makes the run's directory this run's own; says "done" when it is trained to its end."""
     reached = latest_step(run / CHECKPOINTS)
-    workdir.claim(
+    record.claim(
         run,
         configurables.operative_config(),
         parents=data.parents,
@@ -250,40 +214,6 @@ def _say(text: str, **options: Any) -> None:
     """Prints a line, in the first process only."""
     if processes.is_first():
         print(text, **options)
-
-
-def recorded_revision(run: pathlib.Path, prepared: pathlib.Path) -> int | None:
-    """The revision of the database that a run began with; None where there is no such run yet."""
-    path = run / workdir.PARENTS_FILE
-    if latest_step(run / CHECKPOINTS) is None or not path.is_file():
-        return None
-    if (prepared / MANIFEST_FILE).is_file():  # batches that were written are of one revision
-        return None
-    digest = files.read_json(path).get("database")
-    return 0 if digest is None else revisions.find(prepared, digest)
-
-
-def open_data(directory: pathlib.Path, revision: int | None = None) -> Data:
-    """Opens the training split as BatchConfig asks for it.
-
-    Args:
-      directory: what launch.prepare has filled, or its batches, W/materialised.
-      revision: of the database; None for the newest.
-
-    Raises:
-      UserError: an artefact is missing, damaged or of other parents.
-    """
-    config = configurables.make(BatchConfig)
-    if (directory / MANIFEST_FILE).is_file():  # W/materialised, and not W
-        written = MaterialisedBatches.read(directory, config)
-        return Data(directory, written, written, written.lineage)
-    chunks = revisions.open_database(directory, revision)
-    parents = parents_of(directory, chunks)
-    if not config.neighbours:
-        return Data(directory, chunks, Batches(config, chunks), parents)
-    table = NeighbourTable.of(directory, "train", chunks, chunks)
-    parents = parents_of(directory, chunks, table)
-    return Data(directory, chunks, Batches(config, chunks, table, chunks), parents)
 
 
 def make_settings(data: Data) -> Settings:

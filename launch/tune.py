@@ -12,9 +12,17 @@ import dataclasses
 import os
 import pathlib
 
-from data_pipelines import files, revisions
-from data_pipelines.tune import Point, TuneConfig, bindings, choose, frontier, measure
-from launch import app, configurables
+from data_pipelines.retriever import revisions
+from data_pipelines.retriever.index_tuning import (
+    Point,
+    TuneConfig,
+    bindings,
+    choose,
+    frontier,
+    measure,
+)
+from launch.common import app, configurables
+from retro_jax.storage import files
 
 FILE = "tune.json"
 _HEADING = (

@@ -1,14 +1,10 @@
 """Windows of evaluation: their flags, and figures by how much of a window is context only."""
 
 import math
-import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from absl import flags
 
-from launch import runs
-from retro_jax.evaluate.report import condition_name, condition_order
+from launch.runs import trained_run
 from retro_jax.evaluate.score import WindowConfig
 
 STRIDE = flags.DEFINE_integer(
@@ -29,8 +25,6 @@ WINDOW = flags.DEFINE_integer(
 BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 8, "Windows at once, rounded up to a multiple of the devices.", lower_bound=1
 )
-
-FIGURES = {"word_perplexity": ("Perplexity by word", 2), "bits_per_byte": ("Bits per byte", 4)}
 
 
 def overlaps() -> list[float | None]:
@@ -53,7 +47,7 @@ def overlaps() -> list[float | None]:
     return [*sorted(set(found))] if found else [None]
 
 
-def windows_of(run: runs.Run, overlap: float | None) -> WindowConfig:
+def windows_of(run: trained_run.Run, overlap: float | None) -> WindowConfig:
     """Windows of the trained length, or of the one that is asked for.
 
     Raises:
@@ -71,55 +65,3 @@ def windows_of(run: runs.Run, overlap: float | None) -> WindowConfig:
     if stride > chunks:
         raise flags.Error(f"--stride_chunks={stride}: expected at most {chunks}, the window")
     return WindowConfig(chunks=chunks, stride=stride, batch_size=BATCH_SIZE.value)
-
-
-def windows_file(folder: pathlib.Path, split: str) -> pathlib.Path:
-    """Where the figures of several overlaps are, in W/evaluation."""
-    return folder / f"{split}-windows.json"
-
-
-def compared(by_overlap: Mapping[float, Mapping[str, Any]]) -> dict[str, Any]:
-    """What the file of several overlaps holds.
-
-    Args:
-      by_overlap: results by condition, by overlap.
-    """
-    last = by_overlap[max(by_overlap)]
-    names = ("tokens", "nats", *FIGURES)
-    rows = [
-        {
-            "overlap": overlap,
-            "figures": {
-                name: {figure: result["all"][figure] for figure in names}
-                for name, result in sorted(by_overlap[overlap].items())
-            },
-        }
-        for overlap in sorted(by_overlap)
-    ]
-    models = {name: result["model"] for name, result in last.items()}
-    return {"chunks": last_window(last), "models": models, "rows": rows}
-
-
-def last_window(results: Mapping[str, Any]) -> int:
-    """Chunks of a window."""
-    return next(iter(results.values()))["settings"]["window_chunks"]
-
-
-def tables(found: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Title, header and rows of each figure by overlap, of what `compared` found."""
-    conditions = sorted(found["rows"][0]["figures"], key=condition_order)
-    for figure, (title, digits) in FIGURES.items():
-        rows = [
-            [f"{row['overlap']:.4g}", *_cells(row["figures"], conditions, figure, digits)]
-            for row in found["rows"]
-        ]
-        heading = f"{title}, by overlap of windows of {found['chunks']} chunks"
-        yield heading, ["overlap", *map(condition_name, conditions)], rows
-
-
-def _cells(
-    figures: Mapping[str, Any], conditions: Sequence[str], figure: str, digits: int
-) -> list[str]:
-    """A figure of every condition."""
-    values = [figures[name][figure] for name in conditions]
-    return ["" if value is None else f"{value:.{digits}f}" for value in values]

@@ -5,9 +5,11 @@ K neighbours per chunk, R neighbour length (a retrieved chunk and its continuati
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
+import numpy as np
 
 Array = Any  # NumPy on the host, JAX on the device
 
@@ -41,3 +43,49 @@ class RetroBatch:
     def without_neighbours(self) -> "RetroBatch":
         """The same sequences with retrieval off."""
         return dataclasses.replace(self, neighbours=None)
+
+
+class SizedDocument(Protocol):
+    """What is known of a document: its corpus, UTF-8 bytes, whitespace words and line ends."""
+
+    @property
+    def corpus(self) -> str: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def words(self) -> int: ...
+    @property
+    def lines(self) -> int: ...
+
+
+def text_mask(tokens: np.ndarray, documents: np.ndarray, *, eos_id: int, pad_id: int) -> np.ndarray:
+    """[n, M] bool: the tokens of the documents' text, without bos, eos and padding.
+
+    Args:
+      tokens: [n, M]. documents: [n], the document of each chunk; a document's chunks are consecutive.
+    """
+    first = np.ones(len(documents), bool)
+    first[1:] = documents[1:] != documents[:-1]
+    mask = (tokens != pad_id) & (tokens != eos_id)
+    mask[first, 0] = False
+    return mask
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkText:
+    """What is scored: whole documents, as chunks in order.
+
+    Attributes:
+      ids: [n] int64, the chunk ids.
+      documents: [n] int, the document number of each chunk; a document's chunks are consecutive.
+      chunks: gives [len(ids), M] tokens for an array of ids, all pad_id for the id -1.
+      neighbours: gives [len(ids), K, R] tokens for an array of ids (-1 as above); None is
+        retrieval off.
+      pad_id: the token that means "nothing here".
+    """
+
+    ids: np.ndarray
+    documents: np.ndarray
+    chunks: Callable[[np.ndarray], np.ndarray]
+    neighbours: Callable[[np.ndarray], np.ndarray] | None
+    pad_id: int

@@ -30,10 +30,10 @@ pytest_plugins = ["tests.conftest_prepared"]
 _FIRST = (
     "launch/test_train.py",
     "model/test_sharding.py",
-    "train/test_processes.py",
+    "distributed/test_processes.py",
     "launch/test_results.py",
     "launch/test_prepare.py",
-    "data_pipelines/test_ray_runner.py",
+    "data_pipelines/artefacts/test_ray_runner.py",
 )
 
 

@@ -56,7 +56,8 @@ def write_slice(folder: pathlib.Path, *more: str) -> pathlib.Path:
 
 def run_prepare(workdir: pathlib.Path, settings: pathlib.Path | None, *more: str) -> int:
     """Runs launch.prepare in this process and returns its exit status."""
-    from launch import app, prepare  # not for tests that prepare nothing: it takes seconds
+    from launch import prepare
+    from launch.common import app
 
     arguments = [f"--workdir={workdir}", *more]
     if settings is not None:

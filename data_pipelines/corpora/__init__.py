@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterator
 
 from data_pipelines.corpora.config import CODE_KINDS, KINDS, SPLITS, CorpusConfig
 from data_pipelines.corpora.document import Document, Reading, Record, short_label
-from data_pipelines.corpora.folders import read_text
-from data_pipelines.corpora.json_lines import read_json_lines
+from data_pipelines.corpora.json_lines import read_json_lines, read_text
 from data_pipelines.corpora.parquet import read_parquet
 from data_pipelines.corpora.sources import SourceFile, find_files
 from data_pipelines.corpora.wikipedia import FILE, installed_file, read_wikipedia
 from data_pipelines.corpora.wikitext import read_articles
-from data_pipelines.urls import is_url
 from retro_jax.errors import UserError
+from retro_jax.storage.urls import is_url
 
 __all__ = [
     "CODE_KINDS",

@@ -9,8 +9,7 @@ from typing import Any, BinaryIO, cast
 import zstandard
 
 from data_pipelines.corpora.config import CorpusConfig
-from data_pipelines.corpora.document import Reading, Record
-from data_pipelines.corpora.rows import record_of
+from data_pipelines.corpora.document import Reading, Record, record_of
 from data_pipelines.corpora.sources import SourceFile, find_files, open_file
 from retro_jax.errors import UserError
 
@@ -107,3 +106,12 @@ def _zstandard_blocks(file: BinaryIO) -> Iterator[bytes]:
             frame = None if frame.eof else frame
     if frame is not None:
         raise EOFError("the last frame ends too early")
+
+
+def read_text(config: CorpusConfig, file: SourceFile, reading: Reading) -> Iterator[Record]:
+    """One file as one document; the id is its relative path."""
+    with open_file(file) as opened:
+        data = opened.read()
+    text = reading.decode(data, file.path)
+    if text is not None:
+        yield Record(file.name, text)

@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_pipelines.corpora.config import CorpusConfig
-from data_pipelines.corpora.document import Reading, Record
-from data_pipelines.corpora.rows import record_of
+from data_pipelines.corpora.document import Reading, Record, record_of
 from data_pipelines.corpora.sources import SourceFile, open_file
 from retro_jax.errors import UserError
 

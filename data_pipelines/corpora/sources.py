@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 
 from data_pipelines.corpora.config import CorpusConfig
-from data_pipelines.urls import file_system, is_url
 from retro_jax.errors import UserError
+from retro_jax.storage.urls import file_system, is_url
 
 _ENTRIES = 1 << 16  # of a folder that are sorted at once
 _file_system = functools.partial(file_system, use_listings_cache=False)  # files come and go

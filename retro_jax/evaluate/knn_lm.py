@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retro_jax.batch import RetroBatch
+from retro_jax.batch import ChunkText, RetroBatch
 from retro_jax.config import require
-from retro_jax.evaluate.score import ChunkText, WindowConfig, batches
+from retro_jax.evaluate.score import WindowConfig, batches
 
 States = Callable[[RetroBatch], jax.Array | np.ndarray]  # final activations [B, N, D] of a batch
 _QUERIES, _KEYS = 1024, 1 << 15  # compared at once

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from retro_jax.batch import RetroBatch
+from retro_jax.batch import ChunkText, RetroBatch
 from retro_jax.config import require
 from retro_jax.model import Retro
 
@@ -54,26 +54,6 @@ class WindowConfig:
             f"1 to chunks = {self.chunks}",
         )
         require(self.batch_size > 0, self, "batch_size", "a positive integer")
-
-
-@dataclasses.dataclass(frozen=True)
-class ChunkText:
-    """What is scored: whole documents, as chunks in order.
-
-    Attributes:
-      ids: [n] int64, the chunk ids.
-      documents: [n] int, the document number of each chunk; a document's chunks are consecutive.
-      chunks: gives [len(ids), M] tokens for an array of ids, all pad_id for the id -1.
-      neighbours: gives [len(ids), K, R] tokens for an array of ids (-1 as above); None is
-        retrieval off.
-      pad_id: the token that means "nothing here".
-    """
-
-    ids: np.ndarray
-    documents: np.ndarray
-    chunks: Callable[[np.ndarray], np.ndarray]
-    neighbours: Callable[[np.ndarray], np.ndarray] | None
-    pad_id: int
 
 
 def windows(num_chunks: int, chunks: int, stride: int) -> np.ndarray:

@@ -22,9 +22,9 @@ import numpy as np
 from flax import nnx
 
 from retro_jax.config import RetroConfig
-from retro_jax.model import attention as ops
 from retro_jax.model.attention import Attention, Widths
 from retro_jax.model.layers import Layout
+from retro_jax.model.positions import distances, rotate
 
 
 class ChunkedCrossAttention(nnx.Module):
@@ -66,11 +66,11 @@ class ChunkedCrossAttention(nnx.Module):
         query, key, value = self.attention.project(h_BxCxMxD, context)
         table = None
         if self.attention.positions == "rotary":
-            query = ops.rotate(query, np.arange(chunk_length) + ahead)
-            key = ops.rotate(key, np.tile(np.arange(neighbour_length), neighbours))
+            query = rotate(query, np.arange(chunk_length) + ahead)
+            key = rotate(key, np.tile(np.arange(neighbour_length), neighbours))
         elif self.attention.positions == "relative":
             table = self.attention.position_keys(
-                ops.distances(chunk_length, neighbour_length, offset=ahead)
+                distances(chunk_length, neighbour_length, offset=ahead)
             )
         mask_BxCxS = present.reshape(batch, chunks, -1)
         mask = mask_BxCxS[:, :, None, None, :] & self._may_read(documents, chunk_length)

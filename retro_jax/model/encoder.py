@@ -6,17 +6,10 @@ import numpy as np
 from flax import nnx
 
 from retro_jax.config import RetroConfig
-from retro_jax.model import attention as ops
 from retro_jax.model.attention import Attention, Widths
-from retro_jax.model.layers import (
-    Embedding,
-    FeedForward,
-    Layout,
-    RMSNorm,
-    dropout,
-    stack_layers,
-    take_layer,
-)
+from retro_jax.model.layer_stack import stack_layers, take_layer
+from retro_jax.model.layers import Embedding, FeedForward, Layout, RMSNorm, dropout
+from retro_jax.model.positions import distances, rotate
 
 
 class EncoderLayer(nnx.Module):
@@ -112,9 +105,9 @@ def _self_attention(attention: Attention, e: jax.Array, present: jax.Array) -> j
     table = None
     if attention.positions == "rotary":
         positions = np.arange(length)
-        query, key = ops.rotate(query, positions), ops.rotate(key, positions)
+        query, key = rotate(query, positions), rotate(key, positions)
     else:
-        table = attention.position_keys(ops.distances(length, length))
+        table = attention.position_keys(distances(length, length))
     return attention.read_out(attention.attend(query, key, value, present, table))
 
 
@@ -126,10 +119,10 @@ def _cross_attention(
     query, key, value = attention.project(e, h)
     table = None
     if attention.positions == "rotary":
-        query = ops.rotate(query, np.arange(length))
-        key = ops.rotate(key, np.arange(chunk_length))
+        query = rotate(query, np.arange(length))
+        key = rotate(key, np.arange(chunk_length))
     else:
-        table = attention.position_keys(ops.distances(length, chunk_length))
+        table = attention.position_keys(distances(length, chunk_length))
     key = jnp.broadcast_to(key, (*query.shape[:-3], *key.shape[-3:]))
     value = jnp.broadcast_to(value, key.shape)
     return attention.read_out(attention.attend(query, key, value, readable, table))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from retro_jax.config import ExecutionConfig, RetroConfig
-from retro_jax.model.products import product
+from retro_jax.model.matmul import product
 from retro_jax.sharding import Shardings, lay_out
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -125,19 +125,6 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     if not sharding.mesh.empty:
         keep = jax.sharding.reshard(keep, sharding.spec)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
-
-
-def stack_layers(make: Callable[[nnx.Rngs], Module], count: int, rngs: nnx.Rngs) -> Module:
-    """A module like make(rngs) whose every parameter has a leading axis of `count` layers."""
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
-    keys = jax.random.split(rngs.params(), count)
-    return nnx.merge(graphdef, jax.vmap(lambda key: nnx.split(make(nnx.Rngs(key)))[1])(keys))
-
-
-def take_layer(stacked: Module, index: int) -> Module:
-    """Layer `index` (from 0) of a stack."""
-    graphdef, params = nnx.split(stacked)
-    return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], params))
 
 
 def largest_divisor(length: int, limit: int) -> int:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from retro_jax.model.layers import Layout, largest_divisor
-from retro_jax.model.products import product
+from retro_jax.model.matmul import product
 from retro_jax.sharding import lay_out
 
 

@@ -22,21 +22,13 @@ from flax import nnx
 from retro_jax.batch import RetroBatch
 from retro_jax.config import ExecutionConfig, RetroConfig
 from retro_jax.errors import UserError
-from retro_jax.model import depth, loss
+from retro_jax.model import layer_stack, loss
 from retro_jax.model.attention import Attention, Widths
+from retro_jax.model.causal_attention import causal_attention
 from retro_jax.model.chunked_cross_attention import ChunkedCrossAttention
 from retro_jax.model.encoder import Encoder
-from retro_jax.model.layers import (
-    Embedding,
-    FeedForward,
-    Layout,
-    RMSNorm,
-    dropout,
-    normal,
-    stack_layers,
-    take_layer,
-)
-from retro_jax.model.self_attention import causal_attention
+from retro_jax.model.layer_stack import stack_layers, take_layer
+from retro_jax.model.layers import Embedding, FeedForward, Layout, RMSNorm, dropout, normal
 from retro_jax.sharding import Shardings
 
 
@@ -159,7 +151,7 @@ class Retro(nnx.Module):
         context = Context(documents=documents, dropout_key=dropout_key)
         h = dropout(self.embedding(tokens), self.config.dropout, self._key(context, 0))
         if self.layout.execution.scan_layers:
-            h = depth.scan_layers(self, h, tokens, neighbours, context)
+            h = layer_stack.scan_layers(self, h, tokens, neighbours, context)
         else:
             h = self._loop_layers(h, tokens, neighbours, context)
         return self.norm(h)
@@ -179,10 +171,12 @@ class Retro(nnx.Module):
             if neighbours is not None and p in cca_layers:
                 cca = take_layer(self.cca, cca_layers.index(p))
             if neighbours is not None and p == cca_layers[0]:
-                h, context = depth.first_retrieval(self, layer, cca, h, tokens, neighbours, context)
+                h, context = layer_stack.first_retrieval(
+                    self, layer, cca, h, tokens, neighbours, context
+                )
             else:
                 run_layer = functools.partial(self.run_layer, layer, cca)
-                h = depth.rematerialised(run_layer, self.layout)(h, p, context)
+                h = layer_stack.rematerialised(run_layer, self.layout)(h, p, context)
         return h
 
     def run_layer(

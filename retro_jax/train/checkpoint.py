@@ -24,10 +24,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from retro_jax.distributed.processes import from_first, together
 from retro_jax.errors import UserError
-from retro_jax.train.processes import from_first, together
+from retro_jax.train.parameter_names import named_leaves
 from retro_jax.train.step import TrainState
-from retro_jax.train.trees import named_leaves
+
+CHECKPOINTS = "checkpoints"
 
 FORMAT_VERSION = 1
 SEAL, _ITEM = "sealed.json", "default"

@@ -23,8 +23,8 @@ import jax
 from retro_jax.batch import RetroBatch
 from retro_jax.config import require
 from retro_jax.train.checkpoint import Checkpoints
-from retro_jax.train.evaluation import Evaluate
-from retro_jax.train.metrics import Observer
+from retro_jax.train.curves import Observer
+from retro_jax.train.held_out import Evaluate
 from retro_jax.train.step import StepMetrics, TrainState, TrainStep
 
 INITIAL_RETRIEVAL = ("random", "copying")

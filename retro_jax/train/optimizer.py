@@ -15,7 +15,7 @@ import optax
 
 from retro_jax.config import require
 from retro_jax.errors import UserError
-from retro_jax.train.trees import map_named
+from retro_jax.train.parameter_names import map_named
 
 # Whether a parameter is trained, by its name ("encoder.layers.attention.query"); None trains all.
 Trainable = Callable[[str], bool]

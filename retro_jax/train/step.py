@@ -15,7 +15,7 @@ from retro_jax.batch import RetroBatch
 from retro_jax.config import require
 from retro_jax.sharding import parameter_shardings
 from retro_jax.train.optimizer import Trainable
-from retro_jax.train.trees import map_named
+from retro_jax.train.parameter_names import map_named
 
 _RECENT = 0.99  # decay of the mean that a loss is compared with
 _WEIGHT_TO_JUDGE = 1 - _RECENT**20  # none is compared before 20 good ones

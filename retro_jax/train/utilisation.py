@@ -7,8 +7,8 @@ import sys
 
 import jax
 
+from retro_jax.chips import CHIPS
 from retro_jax.errors import UserError
-from retro_jax.roofline import CHIPS
 
 _GIB = 2**30
 # As JAX calls the devices -> dense bfloat16 operations a second, as their makers publish them.

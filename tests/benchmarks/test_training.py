@@ -9,10 +9,10 @@ import pytest
 
 from benchmarks import evaluation, rival, saving, scaling, train_step, training, variants
 from benchmarks.timing import table
-from launch import app
+from launch.common import app
 from retro_jax.config import PRESETS
 from retro_jax.errors import UserError
-from retro_jax.flops import training_flops
+from retro_jax.model.flops import training_flops
 
 # An interpreter that speaks as benchmarks/rival_worker.py does: 2 x 128 tokens in half a second.
 RIVAL = """#!/bin/sh

@@ -5,7 +5,7 @@ import itertools
 import json
 
 from data_pipelines.corpora import CorpusConfig
-from data_pipelines.documents import DocumentsConfig, prepare_documents
+from data_pipelines.documents.documents import DocumentsConfig, prepare_documents
 
 WORDS = 102  # 90 grams of 13
 

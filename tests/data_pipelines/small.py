@@ -3,10 +3,10 @@
 import pathlib
 import random
 
-from data_pipelines.chunk_database import prepare_chunks
+from data_pipelines.chunk_database.database import prepare_chunks
+from data_pipelines.chunk_database.tokenizer import TokenizerConfig, train_tokenizer
 from data_pipelines.corpora import SPLITS, CorpusConfig
-from data_pipelines.documents import DocumentsConfig, prepare_documents
-from data_pipelines.tokenizer import TokenizerConfig, train_tokenizer
+from data_pipelines.documents.documents import DocumentsConfig, prepare_documents
 
 _TEXT = "the lobster = is a blue crustacean of\tthe Atlantic \u2581 def f(x):\n    return ½ 日本 \0"
 TOKENIZER = TokenizerConfig(vocab_size=320, character_coverage=1.0)

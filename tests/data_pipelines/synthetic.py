@@ -5,11 +5,11 @@ import pathlib
 
 import numpy as np
 
-from data_pipelines.chunk_database import ChunkDatabase
-from data_pipelines.index import Index, IndexConfig, prepare_index
-from data_pipelines.keys import Keys
-from data_pipelines.manifest import Stage, shard_name
-from data_pipelines.retriever import Retriever
+from data_pipelines.artefacts.manifest import Stage, shard_name
+from data_pipelines.chunk_database.database import ChunkDatabase
+from data_pipelines.retriever.index import Index, IndexConfig, prepare_index
+from data_pipelines.retriever.keys import Keys
+from data_pipelines.retriever.retriever import Retriever
 
 
 def write_database(

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from retro_jax.evaluate.score import ChunkText
+from retro_jax.batch import ChunkText
 
 PAD, BOS, EOS = 0, 1, 2
 

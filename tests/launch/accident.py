@@ -13,8 +13,9 @@ import sys
 import time
 from collections.abc import Callable
 
-from launch import app, train
-from retro_jax.train.metrics import Observer
+from launch import train
+from launch.common import app
+from retro_jax.train.curves import Observer
 from retro_jax.train.step import StepMetrics
 
 _SECONDS_A_STEP = 0.5

@@ -12,7 +12,7 @@ import pytest
 @pytest.fixture(scope="session")
 def trained(prepared_workdir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The flags of a workdir with a RETRO and a baseline, trained on the slice."""
-    from launch import train  # not for tests that train nothing: it takes seconds
+    from launch import train
     from tests.launch.trained import TINY, call
 
     root = tmp_path_factory.mktemp("results")

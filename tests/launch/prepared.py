@@ -8,9 +8,9 @@ import pathlib
 
 import numpy as np
 
-from data_pipelines.chunk_database import ChunkDatabase
-from data_pipelines.manifest import Stage
-from data_pipelines.neighbours import IDS, KIND, SCORES
+from data_pipelines.artefacts.manifest import Stage
+from data_pipelines.chunk_database.database import ChunkDatabase
+from data_pipelines.retriever.neighbours import IDS, KIND, SCORES
 from tests.data_pipelines.small import documents_config, prepare, write_texts
 
 TINY = """

@@ -16,7 +16,8 @@ import subprocess
 import jsonschema
 import pytest
 
-from launch import app, cluster
+from launch import cluster
+from launch.common import app
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "data" / "cluster"
 _TRAIN = ["--gin_file=experiments/retro_172m.gin", "--workdir=/mnt/shared/retro"]

@@ -9,9 +9,10 @@ import jax
 import pytest
 from jax.experimental import topologies
 
-from launch import app, compile_check
-from retro_jax import ahead_of_time, topology
-from retro_jax.roofline import Bound, parse_slice
+from launch import compile_check
+from launch.common import app
+from retro_jax.costs import step_report, topology
+from retro_jax.costs.roofline import Bound, parse_slice
 
 SMALL = """
 RetroConfig.vocab_size = 512
@@ -90,13 +91,13 @@ def test_a_slice_of_chips_has_memory_and_a_roofline(settings, capsys, monkeypatc
     bound = Bound(
         {"compute": 2.0, "HBM": 0.5, "ICI": 1.5}, 1.5 * slice_.chip.peak, slice_.chip.peak
     )
-    report = ahead_of_time.Report(
+    report = step_report.Report(
         mesh={"data": 1, "fsdp": 4, "tensor": 1},
-        memory=ahead_of_time.Memory(2**30, 2**31, 0.0, 2**32),
+        memory=step_report.Memory(2**30, 2**31, 0.0, 2**32),
         model_flops=1.5e12,
-        costs=ahead_of_time.Costs(2e12, 3e9, ()),
+        costs=step_report.Costs(2e12, 3e9, ()),
         exchanges=(
-            ahead_of_time.Exchange("all-gather", "fsdp", 7, 5e9, 0.1, {"here": 4e9, "there": 1e9}),
+            step_report.Exchange("all-gather", "fsdp", 7, 5e9, 0.1, {"here": 4e9, "there": 1e9}),
         ),
         bound=bound,
         compile_seconds=3.0,

@@ -4,10 +4,10 @@ import pathlib
 
 import pytest
 
-from data_pipelines.batches import BatchConfig
-from data_pipelines.chunk_database import CHUNK_LENGTH
-from data_pipelines.tokenizer import TokenizerConfig
-from launch import configurables
+from data_pipelines.batches.batches import BatchConfig
+from data_pipelines.chunk_database.database import CHUNK_LENGTH
+from data_pipelines.chunk_database.tokenizer import TokenizerConfig
+from launch.common import configurables
 from retro_jax.config import PRESETS, RetroConfig
 from retro_jax.train.loop import TrainConfig
 from retro_jax.train.optimizer import OptimizerConfig, learning_rate

@@ -11,15 +11,17 @@ import time
 import numpy as np
 import pytest
 
-from data_pipelines.batches import BatchConfig, Batches
-from data_pipelines.chunk_database import ChunkDatabase
+from data_pipelines.artefacts.manifest import MANIFEST_FILE
+from data_pipelines.batches.batches import BatchConfig, Batches
+from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.corpora import SPLITS
-from data_pipelines.manifest import MANIFEST_FILE
-from data_pipelines.neighbours import NeighbourTable
-from data_pipelines.retriever import Retriever
-from data_pipelines.slices import SliceConfig
-from launch import configurables, slices, splits, train
+from data_pipelines.evaluation import prepare_text, splits
+from data_pipelines.evaluation.texts import SliceConfig
+from data_pipelines.retriever.neighbours import NeighbourTable
+from data_pipelines.retriever.retriever import Retriever
+from launch.common import configurables
 from launch.prepare import ALL_STAGES, only_one
+from launch.runs import training_data
 from retro_jax.errors import UserError
 from tests.conftest_prepared import run_prepare, write_slice
 
@@ -209,7 +211,7 @@ def test_documents_are_appended_and_removed(tiny, tmp_path, capsys):
     )
     more = _more_documents(tmp_path, held_out["text"])
     (tmp_path / "mine.jsonl").write_text('{"text": "A lobster is a crustacean."}\n')
-    slices.prepare_slice(workdir, SliceConfig("mine", str(tmp_path / "mine.jsonl")))
+    prepare_text.prepare_slice(workdir, SliceConfig("mine", str(tmp_path / "mine.jsonl")))
     capsys.readouterr()
     withdraw = f"--remove={gone.corpus}/{gone.id}"
     unknown = refused(capsys, workdir, None, "--remove=wikipedia/Nobody")
@@ -244,7 +246,7 @@ def test_documents_are_appended_and_removed(tiny, tmp_path, capsys):
         UserError, match=r"neighbours-00001 is missing: .* revision 1 now; expected"
     ):
         splits.open_split(workdir, "mine", neighbours=1)
-    slices.prepare_slice(workdir, SliceConfig("mine"))
+    prepare_text.prepare_slice(workdir, SliceConfig("mine"))
     table = splits.open_split(workdir, "mine", neighbours=1).table
     assert (table.manifest.revision, table.directory.name) == (1, "neighbours-00001")
     found, _ = retriever.neighbours(database.chunks(np.array([len(before)])), 1)
@@ -285,20 +287,20 @@ def test_training_begins_with_the_newest_revision_and_stays_with_its_own(tiny, t
     workdir = shutil.copytree(tiny[0].parent / "W", tmp_path / "W")
     first = next(ChunkDatabase.open(workdir / "chunks" / "train").records())
     configurables.load(None, ["BatchConfig.sequence_length = 64", "BatchConfig.batch_size = 2"])
-    before = train.open_data(workdir)
+    before = training_data.open_data(workdir)
     assert run_prepare(workdir, None, f"--remove={first.corpus}/{first.id}") == 0
     configurables.load(None, ["BatchConfig.sequence_length = 64", "BatchConfig.batch_size = 2"])
-    after = train.open_data(workdir)
+    after = training_data.open_data(workdir)
     assert after.database.removed.tolist() == [0]
     assert after.parents["chunks/train"] == before.parents["chunks/train"]
     assert after.parents["neighbours/train"] != before.parents["neighbours/train"]
-    assert train.open_data(workdir, 0).parents == before.parents
+    assert training_data.open_data(workdir, 0).parents == before.parents
     run = tmp_path / "run"
-    assert train.recorded_revision(run, workdir) is None
+    assert training_data.recorded_revision(run, workdir) is None
     for revision, parents in enumerate((before.parents, after.parents)):
         (run / "checkpoints" / "1").mkdir(parents=True, exist_ok=True)
         (run / "parents.json").write_text(json.dumps(parents))
-        assert train.recorded_revision(run, workdir) == revision
+        assert training_data.recorded_revision(run, workdir) == revision
 
 
 def test_training_reads_materialised_batches_as_it_reads_the_tables(tiny, tmp_path, capsys):
@@ -309,9 +311,11 @@ def test_training_reads_materialised_batches_as_it_reads_the_tables(tiny, tmp_pa
     assert "materialised: 10 sequences of 5 steps" in capsys.readouterr().out
     for neighbours in (2, 0):
         configurables.load(None, [*settings, f"BatchConfig.neighbours = {neighbours}"])
-        tables, written = (train.open_data(place) for place in (workdir, workdir / "materialised"))
+        tables, written = (
+            training_data.open_data(place) for place in (workdir, workdir / "materialised")
+        )
         assert written.parents == tables.parents
-        assert train.recorded_revision(tmp_path / "none", workdir / "materialised") is None
+        assert training_data.recorded_revision(tmp_path / "none", workdir / "materialised") is None
         for step in range(5):
             one, other = (data.batches.rows(step) for data in (tables, written))
             np.testing.assert_array_equal(one.tokens, other.tokens)

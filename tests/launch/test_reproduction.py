@@ -6,11 +6,12 @@ import pathlib
 import pytest
 from absl import flags
 
-from data_pipelines.batches import BatchConfig
-from launch import app, configurables, results
+from data_pipelines.batches.batches import BatchConfig
+from launch import results
+from launch.common import app, configurables
 from retro_jax.config import RetroConfig
 from retro_jax.errors import UserError
-from retro_jax.evaluate import paper
+from retro_jax.report import published
 
 FOLDER = pathlib.Path(__file__).parents[2] / "experiments"
 CHANGED = {
@@ -38,7 +39,7 @@ def _settings(path: pathlib.Path) -> dict:
 def test_each_ablation_changes_one_setting(monkeypatch):
     monkeypatch.chdir(FOLDER.parent)
     base = _settings(FOLDER / "code_small.gin")
-    assert results.ablations(None) == sorted(CHANGED) == sorted(paper.ABLATIONS)
+    assert results.ablations(None) == sorted(CHANGED) == sorted(published.ABLATIONS)
     for name, changed in CHANGED.items():
         found = _settings(FOLDER / "ablations" / f"{name}.gin")
         assert {key: found[key] for key in found if found[key] != base[key]} == changed

@@ -12,11 +12,12 @@ import xml.etree.ElementTree
 import numpy as np
 import pytest
 
-from data_pipelines.chunk_database import ChunkDatabase
-from data_pipelines.retriever import Retriever
-from data_pipelines.tokenizer import Tokenizer
-from launch import compare, evaluate, report, runs, sample
-from launch.splits import open_split
+from data_pipelines.chunk_database.database import ChunkDatabase
+from data_pipelines.chunk_database.tokenizer import Tokenizer
+from data_pipelines.evaluation.splits import open_split
+from data_pipelines.retriever.retriever import Retriever
+from launch import compare, evaluate, report, sample
+from launch.runs import trained_run
 from retro_jax.evaluate import score
 from tests.conftest_prepared import SLICE
 from tests.launch.test_tutorial import ONE_MACHINE
@@ -74,9 +75,9 @@ def test_the_arrays_hold_what_was_summed(
 def test_scores_over_eight_devices_are_those_of_one(
     condition: str, evaluated: dict, workdir: pathlib.Path, prepared_workdir: pathlib.Path
 ):
-    run = runs.open_run(workdir / ("baseline" if condition == "baseline" else "retro"))
+    run = trained_run.open_run(workdir / ("baseline" if condition == "baseline" else "retro"))
     text = open_split(prepared_workdir, "test", neighbours=2).text(2 if condition == "on" else 0)
-    losses = score.compiled_token_losses(*runs.load_model(run))
+    losses = score.compiled_token_losses(*trained_run.load_model(run))
     alone = score.score_chunks(losses, text, score.WindowConfig(chunks=4, stride=2, batch_size=3))
     together = np.load(workdir / "evaluation" / evaluated[condition]["nll"])
     assert np.abs(alone - together).max() < 1e-4 * alone.max()
@@ -85,7 +86,7 @@ def test_scores_over_eight_devices_are_those_of_one(
 def test_the_table_is_printed_and_what_is_there_is_reused(
     evaluated: dict, trained: list[str], monkeypatch, capsys
 ):
-    monkeypatch.setattr(runs, "load_model", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(trained_run, "load_model", lambda *_: pytest.fail("scored again"))
     assert call(evaluate.main, *trained) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == [
@@ -290,7 +291,7 @@ def test_samples_hold_the_neighbours_of_their_own_chunks(
 def test_the_same_request_is_read_and_shown_again(
     sampled: dict, trained: list[str], monkeypatch, capsys
 ):
-    monkeypatch.setattr(runs, "load_model", lambda *_: pytest.fail("sampled again"))
+    monkeypatch.setattr(trained_run, "load_model", lambda *_: pytest.fail("sampled again"))
     assert call(sample.main, *trained, *PROMPTS, *SETTINGS) == 0
     shown = capsys.readouterr().out
     assert "sample 2 of 2" in shown

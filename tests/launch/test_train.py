@@ -16,12 +16,14 @@ import jax
 import numpy as np
 import pytest
 
-from launch import app, configurables, runs, train
+from launch import train
 from launch.autopsy import Autopsy
+from launch.common import app, configurables
+from launch.runs import trained_run, training_data
 from retro_jax.train.checkpoint import latest_step
-from retro_jax.train.evaluation import OFF, ON
-from retro_jax.train.metrics import read_curve, without_clock
-from retro_jax.train.trees import named_leaves
+from retro_jax.train.curves import read_curve, without_clock
+from retro_jax.train.held_out import OFF, ON
+from retro_jax.train.parameter_names import named_leaves
 from tests.launch.prepared import prepare_workdir
 from tests.ports import free_port
 
@@ -54,8 +56,8 @@ def _whole(workdir, tmp_path_factory):
 
 
 def _params(directory):
-    run = runs.open_run(directory)
-    _, params = runs.load_model(run)
+    run = trained_run.open_run(directory)
+    _, params = trained_run.load_model(run)
     return run, {name: np.asarray(leaf) for name, leaf in named_leaves(params).items()}
 
 
@@ -283,7 +285,7 @@ def test_a_run_is_replayed_to_the_same_bits(workdir, whole, tmp_path, capsys, ca
 
 def test_a_bad_batch_is_told_by_its_documents(workdir, tmp_path):
     configurables.load(str(workdir.parent / "tiny.gin"))
-    data = train.open_data(workdir)
+    data = training_data.open_data(workdir)
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     told = Autopsy(tmp_path, data.batches)(7)
     (line,) = (tmp_path / "bad_batches.jsonl").read_text().splitlines()

@@ -11,8 +11,8 @@ import shlex
 
 import pytest
 
-from data_pipelines.chunk_database import CHUNK_LENGTH
-from launch import app, configurables
+from data_pipelines.chunk_database.database import CHUNK_LENGTH
+from launch.common import app, configurables
 from retro_jax.config import RetroConfig
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -1,6 +1,6 @@
 """Entry points run in the test's own process, and the settings of a RETRO of a few steps."""
 
-from launch import app
+from launch.common import app
 
 TINY = """
 RetroConfig.d_model = 32

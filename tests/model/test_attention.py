@@ -12,21 +12,22 @@ from flax import nnx
 from retro_jax.config import ExecutionConfig
 from retro_jax.model import attention as ops
 from retro_jax.model.attention import Attention, Widths
+from retro_jax.model.causal_attention import causal_attention
 from retro_jax.model.layers import Layout
-from retro_jax.model.self_attention import causal_attention
+from retro_jax.model.positions import distances, rotate, shift, shift_by_slices, sinusoids
 from retro_jax.sharding import Shardings
 from tests.model.tiny import TINY, assert_close
 from tests.reference import retro_numpy
 
 
-@pytest.mark.parametrize("shift", [ops.shift, ops.shift_by_slices])
+@pytest.mark.parametrize("shift", [shift, shift_by_slices])
 @pytest.mark.parametrize("offset", [0, 3, -2])
 @pytest.mark.parametrize(
     ("queries", "keys"), [(1, 1), (1, 5), (5, 1), (3, 4), (4, 3), (6, 6), (12, 7)]
 )
 def test_shift_moves_each_distance_to_its_key(queries, keys, offset, shift):
     """Columns hold their own distance: after the shift, entry (i, j) is i - j + offset."""
-    columns = ops.distances(queries, keys, offset)
+    columns = distances(queries, keys, offset)
     assert columns.shape == (queries + keys - 1,)
     by_distance = jnp.broadcast_to(columns, (2, queries, queries + keys - 1))
     shifted = shift(by_distance, keys)
@@ -34,10 +35,10 @@ def test_shift_moves_each_distance_to_its_key(queries, keys, offset, shift):
     np.testing.assert_array_equal(shifted, np.broadcast_to(expected, (2, queries, keys)))
 
 
-@pytest.mark.parametrize("shift", [ops.shift, ops.shift_by_slices])
+@pytest.mark.parametrize("shift", [shift, shift_by_slices])
 def test_shift_keeps_rows_apart(shift):
     """A row reads its own values only: row i, distance d holds 100 i + d."""
-    table = 100 * np.arange(3)[:, None] + np.asarray(ops.distances(3, 4))
+    table = 100 * np.arange(3)[:, None] + np.asarray(distances(3, 4))
     expected = 100 * np.arange(3)[:, None] + np.arange(3)[:, None] - np.arange(4)
     np.testing.assert_array_equal(shift(jnp.asarray(table), 4), expected)
 
@@ -45,7 +46,7 @@ def test_shift_keeps_rows_apart(shift):
 def test_a_tpu_is_given_slices(monkeypatch):
     """libtpu takes hours over the reshape: a program for it has none of a row's whole width."""
     monkeypatch.setattr(ops, "target_platform", lambda: "tpu")
-    program = jax.jit(lambda x: ops.shift(x, 7)).lower(jnp.zeros((12, 18))).as_text()
+    program = jax.jit(lambda x: shift(x, 7)).lower(jnp.zeros((12, 18))).as_text()
     assert "slice" in program
     assert f"tensor<{12 * 18}xf32>" not in program
 
@@ -53,19 +54,19 @@ def test_a_tpu_is_given_slices(monkeypatch):
 def test_sinusoids_are_the_references():
     distances = [-130, -1, 0, 1, 63, 2047]
     expected = np.stack([retro_numpy.sinusoid(d, 12) for d in distances])
-    assert_close(np.asarray(ops.sinusoids(jnp.asarray(distances), 12)), expected, 1e-4)
+    assert_close(np.asarray(sinusoids(jnp.asarray(distances), 12)), expected, 1e-4)
 
 
 def test_rotary_is_the_references_and_relative():
     """Equal to the reference, and a product of turned vectors depends on the distance alone."""
     x = np.random.default_rng(0).normal(size=(5, 2, 8)).astype(np.float32)
     positions = np.array([0, 1, 2, 40, 100])
-    turned = np.asarray(ops.rotate(jnp.asarray(x), jnp.asarray(positions)))
+    turned = np.asarray(rotate(jnp.asarray(x), jnp.asarray(positions)))
     for t, position in enumerate(positions):
         for head in range(2):
             wanted = retro_numpy.rotate(x[t, head], position)
             np.testing.assert_allclose(turned[t, head], wanted, atol=1e-5)
-    moved = np.asarray(ops.rotate(jnp.asarray(x), jnp.asarray(positions + 17)))
+    moved = np.asarray(rotate(jnp.asarray(x), jnp.asarray(positions + 17)))
     before = np.einsum("thk,shk->hts", turned, turned)
     np.testing.assert_allclose(np.einsum("thk,shk->hts", moved, moved), before, atol=1e-4)
 

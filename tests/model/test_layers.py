@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from retro_jax.config import PRESETS, RetroConfig
 from retro_jax.model import Retro
-from retro_jax.model.depth import Run, plain_runs, runs_after
+from retro_jax.model.layer_stack import Run, plain_runs, runs_after
 from tests.model.tiny import TINY
 
 

@@ -13,8 +13,8 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from retro_jax.ahead_of_time import Work, lower
 from retro_jax.config import PRESETS, ExecutionConfig, RetroConfig
+from retro_jax.costs.step_report import Work, lower
 from retro_jax.errors import UserError
 from retro_jax.model import Retro
 from retro_jax.model.loss import read_out
@@ -29,7 +29,7 @@ from retro_jax.sharding import (
     parameter_specs,
 )
 from retro_jax.train.optimizer import OptimizerConfig
-from retro_jax.train.trees import named_leaves
+from retro_jax.train.parameter_names import named_leaves
 from tests.model.tiny import TINY, assert_close, make_batch, make_model
 
 # Divisible by every mesh below: 8 ways of fsdp, 4 ways of tensor.

@@ -14,7 +14,7 @@ import pytest
 from retro_jax.errors import UserError
 from retro_jax.sharding import MeshConfig, make_mesh
 from retro_jax.train.checkpoint import Checkpoints, find_damage, latest_step, restore_params
-from retro_jax.train.trees import map_named, named_leaves
+from retro_jax.train.parameter_names import map_named, named_leaves
 from tests.train.small import Trainer
 
 

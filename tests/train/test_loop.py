@@ -13,12 +13,13 @@ from flax import nnx
 
 from retro_jax.errors import UserError
 from retro_jax.sharding import MeshConfig, batch_sharding, make_mesh
+from retro_jax.train.bad_batches import BadBatches
 from retro_jax.train.checkpoint import Checkpoints, latest_step
-from retro_jax.train.evaluation import OFF, ON, make_evaluation
-from retro_jax.train.inputs import global_batch, global_batches, local_rows
+from retro_jax.train.curves import Observer, Watched, read_curve, without_clock
+from retro_jax.train.global_batches import global_batch, global_batches, local_rows
+from retro_jax.train.held_out import OFF, ON, make_evaluation
 from retro_jax.train.loop import StopRequest, TrainConfig, train
-from retro_jax.train.metrics import BadBatches, Observer, Watched, read_curve, without_clock
-from retro_jax.train.trees import named_leaves
+from retro_jax.train.parameter_names import named_leaves
 from retro_jax.train.utilisation import Profile
 from tests.train.small import PAD, Trainer, host_batch
 

@@ -12,7 +12,7 @@ from retro_jax.config import RetroConfig
 from retro_jax.errors import UserError
 from retro_jax.model import Retro
 from retro_jax.train.optimizer import OptimizerConfig, decays, learning_rate, make_optimizer
-from retro_jax.train.trees import map_named, named_leaves
+from retro_jax.train.parameter_names import map_named, named_leaves
 
 _CONFIG = OptimizerConfig(max_learning_rate=2e-4, warmup_steps=750)
 

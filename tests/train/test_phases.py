@@ -2,7 +2,8 @@
 
 import pytest
 
-from retro_jax.train.phases import Phases, Report, blame
+from retro_jax.train.phases import Phases
+from retro_jax.train.watchdog import Report, blame
 
 
 def test_the_clock_is_split_by_phase(monkeypatch):

@@ -11,8 +11,8 @@ from flax import nnx
 from retro_jax.errors import UserError
 from retro_jax.sharding import MeshConfig, make_mesh
 from retro_jax.train.optimizer import OptimizerConfig
+from retro_jax.train.parameter_names import named_leaves
 from retro_jax.train.step import StepConfig, compile_train_step, drop_neighbours
-from retro_jax.train.trees import named_leaves
 from tests.train.small import CHUNKS, PAD, Trainer, host_batch
 
 

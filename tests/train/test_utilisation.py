@@ -4,7 +4,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from retro_jax.errors import UserError
-from retro_jax.train.metrics import CurveWriter, read_curve
+from retro_jax.train.curves import CurveWriter, read_curve
 from retro_jax.train.utilisation import Machine, memory, parse_steps, peak_flops
 
 

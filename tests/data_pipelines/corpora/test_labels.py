@@ -7,10 +7,10 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from data_pipelines.chunk_database import ChunkDatabase
+from data_pipelines.artefacts.manifest import Manifest
+from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.corpora import CorpusConfig, Reading, read_corpus
-from data_pipelines.documents import DocumentsConfig, prepare_documents, read_documents
-from data_pipelines.manifest import Manifest
+from data_pipelines.documents.documents import DocumentsConfig, prepare_documents, read_documents
 from retro_jax.errors import UserError
 from tests.data_pipelines.small import prepare
 

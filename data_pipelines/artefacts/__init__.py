@@ -1,0 +1,1 @@
+"""What every stage writes: shards, their manifest, and the runner that makes them."""

@@ -1,0 +1,444 @@
+"""Identity and lineage of every artefact on disk.
+
+A stage's output is a directory: shard files and `manifest.json`, which names every shard with its
+size and SHA-256, the stage's settings, the manifest hash of each parent, and measured facts. The
+order of writing is what makes a killed run safe:
+
+    stage.json            settings and parents, before anything else
+    .shards/NAME.json     one shard's size, hash and facts, after its bytes are safe in a temporary file
+    NAME                  the shard, renamed into place
+    manifest.json         last; then stage.json and .shards are removed
+
+so a shard that stands under its own name is whole, and a directory with a manifest is complete.
+Nothing written holds a time, a host name or an absolute path. Nothing is deleted on a mismatch.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from retro_jax.errors import UserError
+from retro_jax.storage import files
+
+FORMAT_VERSION = 1
+
+MANIFEST_FILE = "manifest.json"
+STAGE_FILE = "stage.json"
+STAGED_FILE = (
+    "staged.json"  # of a copy: where it is from, and which shards it leaves out (staging.py)
+)
+RECORDS_FOLDER = ".shards"
+
+Path = str | os.PathLike[str]
+Parents = Mapping[str, tuple["Manifest", Path]]
+
+
+def shard_name(prefix: str, index: int, suffix: str = ".npy") -> str:
+    """The name of shard `index`: chunks-00007.npy."""
+    return f"{prefix}-{index:05d}{suffix}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One file of an artefact: its name within the directory, bytes, and SHA-256 in hexadecimal."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a finished directory is.
+
+    Attributes:
+      format_version: FORMAT_VERSION of the code that wrote it.
+      kind: what it holds: "documents", "tokenizer", "chunks", "keys", "index", "neighbours".
+      settings: everything the bytes depend on, as plain JSON.
+      shards: every file, in the order in which they are read.
+      parents: role (mostly the parent's kind) -> the hash of that parent's manifest.
+      facts: what was measured while it was made, as plain JSON.
+      revision: 0 when first made; one more whenever documents are appended or removed.
+    """
+
+    format_version: int
+    kind: str
+    settings: dict[str, Any]
+    shards: tuple[Shard, ...]
+    parents: dict[str, str]
+    facts: dict[str, Any]
+    revision: int = 0
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """SHA-256 of the canonical JSON: equal for equal artefacts on any machine."""
+        return hashlib.sha256(self.to_json()).hexdigest()
+
+    def fact(self, name: str) -> Any:
+        """One measured fact; a UserError if this artefact does not state it."""
+        if name not in self.facts:
+            known = ", ".join(sorted(self.facts)) or "none"
+            raise UserError(f"the {self.kind} manifest states no {name!r}: expected one of {known}")
+        return self.facts[name]
+
+    def shard_names(self, prefix: str = "", suffix: str = "") -> list[str]:
+        """Names of the shards that begin and end so, in order."""
+        names = (shard.name for shard in self.shards)
+        return [name for name in names if name.startswith(prefix) and name.endswith(suffix)]
+
+    def to_json(self) -> bytes:
+        """The bytes of manifest.json."""
+        return files.to_json(dataclasses.asdict(self))
+
+    @classmethod
+    def open(
+        cls, directory: Path, kind: str, parents: Parents | None = None, verify: bool = False
+    ) -> "Manifest":
+        """Reads and checks a finished directory.
+
+        Args:
+          directory: the stage's output.
+          kind: what it must hold.
+          parents: role -> (manifest, directory) of artefacts that it must have been made from.
+          verify: also hash every shard again.
+
+        Raises:
+          UserError: no or bad manifest, another version or kind, a shard that is missing, truncated
+            or changed, or a parent that does not belong to it; it names the file or directories.
+        """
+        folder = pathlib.Path(directory)
+        manifest = cls.read(directory)
+        if manifest.kind != kind:
+            raise UserError(f"{folder} holds {manifest.kind!r}: expected {kind!r}")
+        for role, (parent, place) in (parents or {}).items():
+            recorded = manifest.parents.get(role)
+            if recorded is None:
+                raise UserError(
+                    f"{folder} was not made from any {role!r}: expected that of {place}"
+                )
+            if recorded != parent.hash:
+                raise UserError(
+                    f"{folder} and {place} do not belong together: expected {role} {recorded[:12]},"
+                    f" found {parent.hash[:12]}"
+                )
+        staged = folder / STAGED_FILE
+        left_out = files.read_json(staged)["left_out"] if staged.is_file() else ()
+        for shard in manifest.shards:
+            if shard.name not in left_out or (folder / shard.name).is_file():
+                _check_shard(folder / shard.name, shard, verify)
+        return manifest
+
+    @classmethod
+    def read(cls, directory: Path) -> "Manifest":
+        """Reads manifest.json alone: the shards and parents are not looked at."""
+        folder = pathlib.Path(directory)
+        path = folder / MANIFEST_FILE
+        if not path.is_file():
+            if (folder / STAGE_FILE).is_file():
+                raise UserError(
+                    f"{folder} is unfinished: expected {MANIFEST_FILE}; run its stage again"
+                )
+            raise UserError(
+                f"{folder} has no {MANIFEST_FILE}: expected the directory of a finished stage"
+            )
+        return cls.parse(path.read_bytes(), path)
+
+    @classmethod
+    def parse(cls, data: bytes, path: Path) -> "Manifest":
+        """The manifest in some bytes; `path` is where they are from, for messages."""
+        fields = files.parse_json(data, path)
+        version = fields.get("format_version")
+        if version != FORMAT_VERSION:
+            raise UserError(f"{path} has format version {version!r}: expected {FORMAT_VERSION}")
+        try:
+            shards = tuple(Shard(**shard) for shard in fields.pop("shards"))
+            return cls(shards=shards, **fields)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path} is no manifest of format {FORMAT_VERSION}: {error}") from error
+
+
+class Stage:
+    """The one way to write an artefact: resumable, shard by shard, the manifest last.
+
+        stage = Stage(directory, "keys", settings, {"chunks": (chunks, chunks_directory)})
+        if not stage.done:
+            for name in stage.missing(names):
+                stage.write_array(name, make(name))
+            stage.finish({"keys": total}, names)
+
+    Shards may be written by several processes: each needs `Stage.attach(directory)` only.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        kind: str,
+        settings: Any = None,
+        parents: Parents | None = None,
+        *,
+        claim: bool = True,
+    ):
+        """Claims the directory, or takes up what an equal stage left there.
+
+        Args:
+          directory: made if it is not there.
+          kind: what it will hold.
+          settings: a mapping or a dataclass of everything the bytes depend on.
+          parents: role -> (manifest, directory) of what it is made from.
+          claim: False leaves the directory as it is until `claim` is called, for a stage that wants to
+            know that its input is good before anything stands on the disk.
+
+        Raises:
+          UserError: the directory is of another kind, other settings or other parents (it says which,
+            old -> new), or holds files of nobody's stage.
+        """
+        self.directory = pathlib.Path(directory)
+        self.kind = kind
+        self.settings: dict[str, Any] = files.plain(settings or {})
+        self.parents = {role: parent.hash for role, (parent, _) in (parents or {}).items()}
+        if self.done:
+            self._refuse_other(dataclasses.asdict(Manifest.read(self.directory)))
+            self._clean()
+        elif (self.directory / STAGE_FILE).is_file():
+            self._refuse_other(files.read_json(self.directory / STAGE_FILE))
+        if claim:
+            self.claim()
+
+    def claim(self) -> None:
+        """Makes the directory this stage's own, by stage.json; nothing if it is already."""
+        if self.done:
+            return
+        with files.writing(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+        names = {p.name for p in self.directory.iterdir() if not p.name.startswith(files.TEMPORARY)}
+        if STAGE_FILE in names:
+            self._refuse_other(files.read_json(self.directory / STAGE_FILE))
+            return
+        if names:
+            raise UserError(
+                f"{self.directory} holds {min(names)!r} but no {STAGE_FILE}: expected an empty"
+                f" directory for the {self.kind} stage"
+            )
+        fields = {
+            "format_version": FORMAT_VERSION,
+            "kind": self.kind,
+            "settings": self.settings,
+            "parents": self.parents,
+        }
+        files.write_atomically(self.directory / STAGE_FILE, files.to_json(fields))
+
+    @classmethod
+    def attach(cls, directory: Path) -> "Stage":
+        """The unfinished stage of a directory, for a process that writes some of its shards."""
+        path = pathlib.Path(directory) / STAGE_FILE
+        if not path.is_file():
+            raise UserError(f"{path} is missing: expected the directory of an unfinished stage")
+        fields = files.read_json(path)
+        stage = cls.__new__(cls)
+        stage.directory = path.parent
+        stage.kind, stage.settings, stage.parents = (
+            fields[name] for name in ("kind", "settings", "parents")
+        )
+        return stage
+
+    @property
+    def done(self) -> bool:
+        """Whether the manifest is there; then there is nothing to do."""
+        return (self.directory / MANIFEST_FILE).is_file()
+
+    def manifest(self) -> Manifest:
+        """The checked manifest of a finished stage."""
+        return Manifest.open(self.directory, self.kind)
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Those of the shards that are not there yet, in the given order."""
+        return [name for name in names if self._record(name) is None]
+
+    def shard_facts(self, name: str) -> Any:
+        """The facts that were written with a shard of this unfinished stage."""
+        record = self._record(name)
+        if record is None:
+            raise UserError(f"{self.directory / name} is missing: expected a shard of this stage")
+        return record["facts"]
+
+    def write_array(self, name: str, array: np.ndarray, facts: Any = None) -> Shard:
+        """Writes one array as a .npy shard; `facts` (plain JSON) wait in `shard_facts` for finish."""
+        if not name.endswith(".npy"):
+            raise ValueError(f"{name!r}: an array's shard is called *.npy")
+        contiguous = np.ascontiguousarray(array)
+
+        def write(file: BinaryIO) -> None:
+            np.lib.format.write_array(file, contiguous, version=(1, 0), allow_pickle=False)
+
+        return self.write_file(name, write, facts)
+
+    def write_file(self, name: str, writer: Callable[[BinaryIO], None], facts: Any = None) -> Shard:
+        """Writes one shard of any format by `writer(file)`; the rest as `write_array`."""
+        self._check_open(name)
+        path = self.directory / name
+        with files.temporary_name(path) as temporary:
+            size, digest = files.write_hashed(temporary, writer)
+            return self._publish(temporary, Shard(name, size, digest), facts)
+
+    def write_files(self, writer: Callable[[pathlib.Path], None]) -> list[Shard]:
+        """Adopts all files that `writer(folder)` leaves in an empty temporary folder, as shards."""
+        with files.writing(self.directory):
+            folder = pathlib.Path(tempfile.mkdtemp(prefix=files.TEMPORARY, dir=self.directory))
+        try:
+            with files.writing(self.directory, folder):
+                writer(folder)
+                shards = []
+                for path in sorted(folder.iterdir()):
+                    self._check_open(path.name)
+                    with open(path, "rb") as file:
+                        os.fsync(file.fileno())
+                    shards.append(self._publish(path, Shard(path.name, *files.measure(path)), None))
+                return shards
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def finish(
+        self,
+        facts: Mapping[str, Any] | None = None,
+        names: Sequence[str] | None = None,
+        revision: int = 0,
+    ) -> Manifest:
+        """Writes the manifest over the shards `names` (all that were written, sorted, by default)."""
+        if names is None:
+            records = (self.directory / RECORDS_FOLDER).glob("*.json")
+            names = sorted(path.name.removesuffix(".json") for path in records)
+        shards = []
+        for name in names:
+            record = self._record(name)
+            if record is None:
+                raise ValueError(
+                    f"{self.directory / name} was never written: the stage is not finished"
+                )
+            shards.append(Shard(name, record["size"], record["sha256"]))
+        manifest = Manifest(
+            FORMAT_VERSION,
+            self.kind,
+            self.settings,
+            tuple(shards),
+            self.parents,
+            files.plain(facts or {}),
+            revision,
+        )
+        files.write_atomically(self.directory / MANIFEST_FILE, manifest.to_json())
+        self._clean()
+        return manifest
+
+    def _refuse_other(self, found: Mapping[str, Any]) -> None:
+        """Raises unless the directory was begun with this stage's kind, settings and parents."""
+        mine = {"format_version": FORMAT_VERSION, "kind": self.kind}
+        changes = _differences({name: found.get(name) for name in mine}, mine)
+        changes += _differences(found.get("settings", {}), self.settings)
+        old, new = found.get("parents", {}), self.parents
+        changes += _differences(_shortened(old), _shortened(new), "parent ")
+        if changes:
+            raise UserError(
+                f"{self.directory} was made with other settings: {'; '.join(changes)};"
+                f" expected the same, or another directory"
+            )
+
+    def _record(self, name: str) -> dict[str, Any] | None:
+        """Size, hash and facts of a shard that stands in its place; None if it does not."""
+        path = self.directory / RECORDS_FOLDER / f"{name}.json"
+        if not (path.is_file() and (self.directory / name).is_file()):
+            return None
+        return files.read_json(path)
+
+    def _publish(self, temporary: pathlib.Path, shard: Shard, facts: Any) -> Shard:
+        """Writes the record, then renames: a shard in its place always has its record."""
+        path = self.directory / shard.name
+        record = self.directory / RECORDS_FOLDER / f"{shard.name}.json"
+        with files.writing(path):
+            record.parent.mkdir(exist_ok=True)
+            fields = {"size": shard.size, "sha256": shard.sha256, "facts": files.plain(facts)}
+            files.write_atomically(record, files.to_json(fields))
+            os.replace(temporary, path)
+            files.sync_folder(path.parent)
+        return shard
+
+    def _check_open(self, name: str) -> None:
+        """Finished artefacts are never written to; names stay inside the directory."""
+        if self.done:
+            raise ValueError(f"{self.directory} is finished: {name} cannot be written")
+        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name):
+            raise ValueError(f"{name!r} is no name for a shard")
+
+    def _clean(self) -> None:
+        """Removes what only an unfinished stage needs, and what killed writers left."""
+        shutil.rmtree(self.directory / RECORDS_FOLDER, ignore_errors=True)
+        (self.directory / STAGE_FILE).unlink(missing_ok=True)
+        for path in self.directory.glob(f"{files.TEMPORARY}*"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _shortened(parents: Mapping[str, str]) -> dict[str, str]:
+    """Hashes as a reader can compare them."""
+    return {role: digest[:12] for role, digest in parents.items()}
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Dotted names whose values differ, as "name: old -> new"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for name in sorted(set(old) | set(new)):
+            inner = f"{prefix}{name}"
+            if name not in old or name not in new:
+                was, now = (json.dumps(s[name]) if name in s else "absent" for s in (old, new))
+                lines.append(f"{inner}: {was} -> {now}")
+            else:
+                deeper = isinstance(old[name], dict) and isinstance(new[name], dict)
+                lines += _differences(old[name], new[name], f"{inner}." if deeper else inner)
+        return lines
+    return [] if old == new else [f"{prefix}: {json.dumps(old)} -> {json.dumps(new)}"]
+
+
+def _check_shard(path: pathlib.Path, shard: Shard, verify: bool) -> None:
+    """Presence, size, .npy header and, on request, the hash."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing: expected a shard of {shard.size} bytes")
+    size = path.stat().st_size
+    if size != shard.size:
+        raise UserError(f"{path} has {size} bytes: expected {shard.size}")
+    if path.suffix == ".npy":
+        _check_header(path, size)
+    if verify:
+        _, digest = files.measure(path)
+        if digest != shard.sha256:
+            raise UserError(f"{path} has SHA-256 {digest[:12]}: expected {shard.sha256[:12]}")
+
+
+def _check_header(path: pathlib.Path, size: int) -> None:
+    """Raises unless the .npy header describes a C-ordered array that fills the file exactly."""
+    with open(path, "rb") as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            if version != (1, 0):
+                raise ValueError(f"version {version}")
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        except ValueError as error:
+            raise UserError(
+                f"{path} has a bad .npy header ({error}): expected format 1.0"
+            ) from error
+        expected = file.tell() + math.prod(shape) * dtype.itemsize
+    if fortran or dtype.hasobject or expected != size:
+        raise UserError(
+            f"{path} has {size} bytes: expected {expected}, a C-ordered {dtype} array of shape {shape}"
+        )

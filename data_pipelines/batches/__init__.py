@@ -1,0 +1,1 @@
+"""Chunk databases and neighbour tables as training batches, made on the fly or written out."""

@@ -1,0 +1,1 @@
+"""Corpora to shards of documents by split, in an order that never changes."""

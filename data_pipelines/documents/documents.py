@@ -1,0 +1,195 @@
+"""The documents stage: corpora in, one directory of sorted JSON lines for each split out.
+
+    corpus --read in portions, by the runner--> .spill/CORPUS/portion-00000/run-00000... sorted by a hash
+           --one pass over the rows of all runs--> .spill/plan/train-00000.npy ...: which lines a shard holds
+           --by the runner--> {train,validation,test}/documents-00000.jsonl, ...
+
+The order in which a corpus is read, the portions, the runs and the runner do not show in the result.
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from absl import logging
+
+from data_pipelines.artefacts.manifest import Manifest, Path, Stage, shard_name
+from data_pipelines.artefacts.runner import InProcess, Runner, run_counted
+from data_pipelines.corpora import SPLITS, CorpusConfig, Document
+from data_pipelines.documents.external_sort import SORT_BYTES
+from data_pipelines.documents.hashing import split_of, stable_fraction, stable_hash
+from data_pipelines.documents.reading import Sorting, read_corpora
+from data_pipelines.documents.selection import Counts, KnownDocuments, WriteShard, plan_shards
+from retro_jax.config import require
+from retro_jax.errors import UserError
+from retro_jax.storage import files
+
+__all__ = [
+    "KIND",
+    "DocumentsConfig",
+    "KnownDocuments",
+    "prepare_documents",
+    "read_documents",
+    "read_shard",
+    "split_of",
+    "stable_fraction",
+    "stable_hash",
+]
+
+KIND = "documents"
+_SPILL, _PLAN = ".spill", "plan"
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentsConfig:
+    """Which documents there are, and which split each belongs to.
+
+    Attributes:
+      corpora: the corpora, each of its own name.
+      validation, test: the shares of documents in these splits, by a hash of the id: a document never
+        changes its split when others come or go, or moves but out of train when a share grows.
+      skip_bad_documents: count documents that cannot be read, and go on.
+      shard_bytes: size at which a shard ends.
+      sort_bytes: documents that a process holds in memory while they are sorted; the result is the same.
+    """
+
+    corpora: tuple[CorpusConfig, ...]
+    validation: float = 0.05
+    test: float = 0.05
+    skip_bad_documents: bool = False
+    shard_bytes: int = 64 << 20
+    sort_bytes: int = SORT_BYTES
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "corpora", tuple(self.corpora))  # gin gives lists
+        names = [corpus.name for corpus in self.corpora]
+        require(bool(names), self, "corpora", "at least one CorpusConfig")
+        require(len(set(names)) == len(names), self, "corpora", "a name of its own for each")
+        trains = any(corpus.split in (None, "train") for corpus in self.corpora)
+        require(trains, self, "corpora", "a corpus that is not put into another split than train")
+        for field in ("validation", "test"):
+            require(0 <= getattr(self, field) < 1, self, field, "a share from 0 to 1")
+        require(self.validation + self.test < 1, self, "test", "validation + test less than 1")
+        require(self.shard_bytes > 0, self, "shard_bytes", "a positive number")
+        require(self.sort_bytes > 0, self, "sort_bytes", "a positive number")
+
+    def settings(self, split: str) -> dict[str, Any]:
+        """What a split's manifest holds: all that its bytes depend on."""
+        corpora = {corpus.name: corpus.settings for corpus in self.corpora}
+        fields = ("validation", "test", "skip_bad_documents", "shard_bytes")
+        return {"split": split, "corpora": corpora} | {name: getattr(self, name) for name in fields}
+
+
+def prepare_documents(
+    directory: Path,
+    config: DocumentsConfig,
+    *,
+    known: KnownDocuments | None = None,
+    runner: Runner = InProcess(),
+) -> dict[str, Manifest]:
+    """Writes DIRECTORY/{train,validation,test}, or what is missing of them.
+
+    Args:
+      directory: where they go.
+      config: the corpora.
+      known: documents of an earlier database, which are left out; there may be no others.
+      runner: where corpora are read and shards written; the bytes do not depend on it.
+
+    Returns:
+      The manifest of each split. Facts: documents, bytes, per corpus documents and bytes, what each
+      shard holds, and what was left out while reading each corpus and why.
+
+    Raises:
+      UserError: a corpus that is missing, empty or bad, two documents of one id, no training
+        document, or a directory made with other settings.
+    """
+    folder = pathlib.Path(directory)
+    parents = {} if known is None else known.parents
+    stages = {
+        split: Stage(folder / split, KIND, config.settings(split), parents, claim=False)
+        for split in SPLITS
+    }
+    if not all(stage.done for stage in stages.values()):
+        _write_splits(folder, stages, config, known, runner)
+    shutil.rmtree(folder / _SPILL, ignore_errors=True)
+    return {split: stage.manifest() for split, stage in stages.items()}
+
+
+def _write_splits(
+    folder: pathlib.Path,
+    stages: Mapping[str, Stage],
+    config: DocumentsConfig,
+    known: KnownDocuments | None,
+    runner: Runner,
+) -> None:
+    """Reads all corpora and writes what the stages have not got yet."""
+    corpora = sorted(config.corpora, key=lambda corpus: corpus.name)
+    sorting = Sorting(config.validation, config.test, config.skip_bad_documents, config.sort_bytes)
+    done, read = read_corpora(folder / _SPILL, corpora, sorting, runner), {}
+    for corpus in corpora:
+        reading, runs = done[corpus.name]
+        if reading.first_bad:
+            told = f"{reading.counts['bad']} bad documents left out; {reading.first_bad}"
+            logging.warning("corpus %r: %s", corpus.name, told)
+        counts: Counts = {name: reading.counts[name] for name in ("documents", "bad", "empty")}
+        counts |= {"duplicates": 0, "beyond_limit": 0, "source": reading.source}
+        if reading.labels:
+            counts["labels"] = dict(sorted(reading.labels.items()))
+        read[corpus.name] = corpus, counts, runs
+    plans = folder / _SPILL / _PLAN
+    with files.writing(plans):
+        plans.mkdir(exist_ok=True)
+    shards = plan_shards(plans, read, config.shard_bytes, known)
+    if not shards["train"] and known is None:
+        names = ", ".join(read)
+        raise UserError(f"{folder}: no document of {names} is in the training split: expected some")
+    counted = {name: counts for name, (_, counts, _) in read.items()}
+    _write_shards(folder, stages, shards, counted, runner)
+
+
+def _write_shards(
+    folder: pathlib.Path,
+    stages: Mapping[str, Stage],
+    shards: Mapping[str, list[Counts]],
+    counted: Mapping[str, Counts],
+    runner: Runner,
+) -> None:
+    """Writes the shards and manifests that are missing."""
+    for stage in stages.values():
+        stage.claim()  # not before every corpus has proved good: a typing error claims nothing
+    every = [(split, i) for split in SPLITS for i in range(len(shards[split]))]
+    plans = files.absolute(folder / _SPILL / _PLAN)
+    work = WriteShard(files.absolute(folder), plans, tuple(every))
+    missing = [
+        index
+        for index, (split, i) in enumerate(every)
+        if not stages[split].done and stages[split].missing([shard_name(KIND, i, ".jsonl")])
+    ]
+    sizes = [shards[split][i]["documents"] for split, i in every]
+    run_counted(runner, work, missing, sizes, what="documents", unit="document", logged=False)
+    for split, stage in stages.items():
+        if stage.done:
+            continue
+        facts: dict[str, Any] = {
+            "documents": sum(shard["documents"] for shard in shards[split]),
+            "bytes": sum(shard["bytes"] for shard in shards[split]),
+            "shards": shards[split],
+            "reading": counted,
+        }
+        stage.finish(facts, [shard_name(KIND, i, ".jsonl") for i in range(len(shards[split]))])
+
+
+def read_shard(path: Path) -> Iterator[Document]:
+    """The documents of one shard, in order."""
+    with open(path, "rb") as file:
+        for line in file:
+            yield Document(**json.loads(line))
+
+
+def read_documents(directory: Path, manifest: Manifest) -> Iterator[Document]:
+    """The documents of one split, in order."""
+    for shard in manifest.shards:
+        yield from read_shard(pathlib.Path(directory) / shard.name)

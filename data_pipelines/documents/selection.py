@@ -1,0 +1,224 @@
+"""Which documents are kept, and which line of which run goes into which shard.
+
+One pass over the sorted rows of all corpora decides, without reading a text; it holds one range of rows
+at a time. What it decides is left in a file for each shard, for workers to follow.
+"""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from data_pipelines.artefacts.manifest import Parents, Stage, shard_name
+from data_pipelines.artefacts.runner import silent
+from data_pipelines.corpora import SPLITS, CorpusConfig
+from data_pipelines.documents.external_sort import ROW, Runs, read_lines, repeated
+from data_pipelines.documents.hashing import stable_hash
+from retro_jax.errors import UserError
+from retro_jax.storage import files
+
+Counts = dict[str, Any]
+_STEMS = "stems.json"
+
+
+class KnownDocuments:
+    """Documents that need not be taken again, by corpus and id.
+
+    Attributes:
+      parents: the database that holds them, for `Stage`.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[tuple[int, str]],
+        name_of: Callable[[int], tuple[str, str]],
+        parents: Parents,
+    ) -> None:
+        """Keeps 16 bytes of each.
+
+        Args:
+          names: number and id of each.
+          name_of: corpus and id of a number: equal hashes are only a reason to look.
+          parents: as the attribute.
+        """
+        pairs = ((_half(name), number) for number, name in names)
+        known = np.fromiter(pairs, [("half", "<u8"), ("number", "<i8")])
+        self._known = known[np.argsort(known["half"], kind="stable")]
+        self._name_of = name_of
+        self.parents = parents
+
+    def among(
+        self, rows: np.ndarray, corpus: str, id_of: Callable[[np.ndarray], str]
+    ) -> np.ndarray:
+        """[n] bool: which rows of a corpus are known."""
+        starts = np.searchsorted(self._known["half"], rows["o0"], side="left")
+        stops = np.searchsorted(self._known["half"], rows["o0"], side="right")
+        found = np.zeros(len(rows), bool)
+        for place in np.flatnonzero(starts < stops).tolist():
+            name = corpus, id_of(rows[place])
+            numbers = self._known["number"][starts[place] : stops[place]].tolist()
+            found[place] = any(self._name_of(number) == name for number in numbers)
+        return found
+
+
+def _half(name: str) -> int:
+    """The first number of a document's order."""
+    return int.from_bytes(stable_hash(name, "order")[:8], "big")
+
+
+class ShardPlan:
+    """Cuts the rows of one split into shards."""
+
+    def __init__(self, folder: pathlib.Path, split: str, shard_bytes: int) -> None:
+        """Leaves a file for each shard in `folder`."""
+        self._folder, self._split, self._limit = folder, split, shard_bytes
+        self._held: list[np.ndarray] = []
+        self._size = 0
+        self.shards: list[Counts] = []
+
+    def add(self, corpus: str, rows: np.ndarray) -> None:
+        """Takes rows in order; a shard ends before the one that would overfill it."""
+        while len(rows):
+            ends = np.cumsum(rows["length"].astype(np.int64)) + self._size
+            room = int(np.searchsorted(ends, self._limit, side="right"))
+            if room == 0 and not self._size:
+                room = 1  # larger than a shard, so in one of its own
+            self._held.append(rows[:room])
+            self._size = int(ends[room - 1]) if room else self._size
+            rows = rows[room:]
+            if len(rows):
+                self.cut(corpus)
+
+    def cut(self, corpus: str) -> None:
+        """Ends the shard."""
+        if not self._size:
+            return
+        rows = np.concatenate(self._held)
+        with files.writing(self._folder):
+            np.save(plan_path(self._folder, self._split, len(self.shards)), rows)
+        self.shards.append({"corpus": corpus, "documents": len(rows), "bytes": self._size})
+        self._held, self._size = [], 0
+
+
+def plan_path(folder: pathlib.Path, split: str, number: int) -> pathlib.Path:
+    """Where the rows of a shard wait."""
+    return folder / f"{split}-{number:05d}.npy"
+
+
+def plan_shards(
+    folder: pathlib.Path,
+    read: Mapping[str, tuple[CorpusConfig, Counts, Runs]],
+    shard_bytes: int,
+    known: KnownDocuments | None,
+) -> dict[str, list[Counts]]:
+    """Decides what every shard holds.
+
+    Args:
+      folder: where the decisions go.
+      read: of each corpus its settings, its counts, which are completed, and its runs.
+      shard_bytes: size at which a shard ends.
+      known: documents that are left out.
+
+    Returns:
+      For each split its shards: corpus, documents, bytes.
+
+    Raises:
+      UserError: two documents of one id, or two corpora of one name.
+    """
+    plans = {split: ShardPlan(folder, split, shard_bytes) for split in SPLITS}
+    stems = [stem for _, _, runs in read.values() for stem in runs.stems]
+    files.write_atomically(folder / _STEMS, files.to_json({"stems": stems}))
+    firsts = dict(
+        zip(read, itertools.accumulate((len(r[2].stems) for r in read.values()), initial=0))
+    )
+    for name in read:
+        _, counts, runs = read[name]
+        place = folder / name
+        place.mkdir(exist_ok=True)
+        counts["duplicates"] = runs.find_duplicates(place)
+    held = sorted((name, owner) for owner, (_, _, runs) in read.items() for name in runs.corpora)
+    for (name, owner), (other, rival) in itertools.pairwise(held):
+        if name == other:
+            raise UserError(
+                f"the corpora {owner!r} and {rival!r} both hold documents of {name!r}: expected"
+                " other names"
+            )
+    for name, owner in held:
+        corpus, counts, runs = read[owner]
+        for rows in _kept(name, corpus, counts, runs, known):
+            for split, plan in plans.items():
+                chosen = rows[rows["split"] == SPLITS.index(split)]
+                chosen["run"] += firsts[owner]
+                plan.add(name, chosen)
+        for plan in plans.values():
+            plan.cut(name)  # a shard holds one corpus
+    return {split: plan.shards for split, plan in plans.items()}
+
+
+def _kept(
+    name: str, corpus: CorpusConfig, counts: Counts, runs: Runs, known: KnownDocuments | None
+) -> Iterator[np.ndarray]:
+    """The rows of a corpus that are kept, in order; completes the counts."""
+
+    def id_of(row: np.ndarray) -> str:
+        return json.loads(runs.line(row))["id"]
+
+    taken = size = 0
+    for rows, duplicate in runs.sorted(name):
+        again = repeated(rows)
+        if again is not None:
+            raise UserError(
+                f"corpus {name!r} has two documents {id_of(again)!r}: expected an id of its own for"
+                " each"
+            )
+        rows = rows[~duplicate]
+        # Nothing later is taken either, however short: the selection is a prefix of the order.
+        sizes = np.cumsum(rows["size"].astype(np.int64)) + size
+        most = len(rows) if corpus.max_documents is None else corpus.max_documents - taken
+        if corpus.max_bytes is not None:
+            most = min(most, int(np.searchsorted(sizes, corpus.max_bytes, side="right")))
+        most = max(0, min(most, len(rows)))
+        counts["beyond_limit"] += len(rows) - most
+        size = int(sizes[-1]) if len(rows) else size
+        rows = rows[:most]
+        taken += most
+        if known is not None:
+            there = known.among(rows, name, id_of)
+            counts["known"] = counts.get("known", 0) + int(there.sum())
+            rows = rows[~there]
+        yield rows
+
+
+@dataclasses.dataclass(frozen=True)
+class WriteShard:
+    """Writes documents shards by their plans.
+
+    Attributes:
+      directory: of the documents, with a folder for each split.
+      plans: where `plan_shards` left its decisions.
+      shards: split and number of each.
+    """
+
+    directory: str
+    plans: str
+    shards: tuple[tuple[str, int], ...]
+
+    def __call__(self, index: int, report: Callable[[int], object] = silent) -> int:
+        """Writes shard `index`; returns its documents."""
+        split, number = self.shards[index]
+        folder = pathlib.Path(self.plans)
+        rows = np.load(plan_path(folder, split, number))
+        assert rows.dtype == ROW
+        stems = files.read_json(folder / _STEMS)["stems"]
+
+        def write(file: BinaryIO) -> None:
+            file.writelines(read_lines(stems, rows))
+
+        stage = Stage.attach(pathlib.Path(self.directory, split))
+        stage.write_file(shard_name("documents", number, ".jsonl"), write)
+        report(len(rows))
+        return len(rows)

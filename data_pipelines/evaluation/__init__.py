@@ -1,0 +1,1 @@
+"""Evaluation texts: splits of a workdir and texts beside them, as rows of chunks."""

@@ -1,0 +1,53 @@
+"""Prepares a text for evaluation: chunks, keys and neighbours beside those of the splits."""
+
+import pathlib
+
+from data_pipelines.artefacts.manifest import MANIFEST_FILE
+from data_pipelines.chunk_database.database import ChunkDatabase, prepare_chunks
+from data_pipelines.documents.documents import KIND as DOCUMENTS
+from data_pipelines.evaluation.splits import slice_table
+from data_pipelines.evaluation.texts import SliceConfig, prepare_texts
+from data_pipelines.retriever.keys import Keys, KeysConfig, prepare_keys
+from data_pipelines.retriever.neighbours import prepare_neighbours
+from data_pipelines.retriever.retriever import Queries, Retriever
+from data_pipelines.retriever.revisions import latest
+from launch.prepare import only_one
+from launch.slices import BERT
+
+FOLDER = "slices"
+_NEIGHBOURS = 40  # of the paper's evaluation; fewer can be used of them
+_RECALL_QUERIES = 100
+
+
+def prepare_slice(data: pathlib.Path, config: SliceConfig) -> str:
+    """Prepares a slice with the data's tokeniser and retrieval database, or what is missing of it.
+
+    After an update of the database that is a table against its newest revision.
+
+    Returns:
+      The name that open_split knows it by.
+    """
+    folder = data / FOLDER / config.key
+    table = slice_table(folder, latest(data))
+    if (table / MANIFEST_FILE).is_file():
+        return config.key
+    with only_one(data):
+        print(f"preparing {config.key} ...", flush=True)
+        prepare_texts(folder, config)
+        prepare_chunks(folder / "chunks", folder / DOCUMENTS, data / "tokenizer")
+        retriever = Retriever.open(data, model=BERT.value)
+        chunks = ChunkDatabase.open(folder / "chunks")
+        queries: Queries = chunks
+        if retriever.ranking.by_keys:
+            made = retriever.keys.manifest.settings
+            keys = KeysConfig(BERT.value or made["embedder"]["model"], made["dtype"])
+            prepare_keys(folder / "keys", folder / "chunks", data / "tokenizer", keys)
+            queries = Keys.open(folder / "keys", chunks)
+        prepare_neighbours(
+            table,
+            queries,
+            retriever,
+            k=_NEIGHBOURS,
+            recall_queries=_RECALL_QUERIES,
+        )
+    return config.key

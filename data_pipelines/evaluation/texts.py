@@ -1,0 +1,267 @@
+"""Texts that models are compared on: WikiText-103, the Pile, summaries, LAMBADA, and any JSON lines.
+
+A slice is prepared as one split of documents is, beside W's own, with W's tokeniser and retrieval
+database:
+
+    W/slices/NAME/documents     what is scored, sorted as W's documents are
+    W/slices/NAME/measures      [documents, 4] int64: denominators, and where in the text scoring begins
+    W/slices/NAME/chunks, W/slices/NAME/neighbours
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from data_pipelines.artefacts.manifest import Manifest, Path, Stage, shard_name
+from data_pipelines.corpora import CorpusConfig, Reading
+from data_pipelines.corpora.document import short_label as pile_subset
+from data_pipelines.corpora.json_lines import read_objects
+from data_pipelines.corpora.wikitext import read_wikitext
+from data_pipelines.documents.documents import KIND, stable_hash
+from data_pipelines.documents.external_sort import SORT_BYTES, Entry, Runs, RunWriter, read_lines
+from data_pipelines.evaluation.detokenise import detokenise
+from retro_jax.errors import UserError
+
+MEASURES = "measures"
+MEASURE_NAMES = ("bytes", "words", "lines", "scored_from")
+_SHARD_BYTES = 64 << 20
+_LOOK = 256  # documents between looks at a shard's size
+_SPILL = ".spill"
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceConfig:
+    """Which texts a slice is made of.
+
+    Attributes:
+      name: of the slice: one of KINDS, else any name for JSON lines with a text field.
+      path: the file or folder; None for a slice that was prepared before.
+      subsets: of the Pile: these only. () for all.
+      max_documents: of each corpus, the first so many in the order of a hash of their ids.
+    """
+
+    name: str
+    path: str | None = None
+    subsets: tuple[str, ...] = ()
+    max_documents: int | None = None
+
+    @property
+    def key(self) -> str:
+        """The name of its directory, and of the split that results are of."""
+        some = [] if self.max_documents is None else [f"first{self.max_documents}"]
+        return "-".join([self.name, *self.subsets, *some])
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a manifest holds: all but the path, which need not be there once it was read."""
+        fields = dataclasses.asdict(self)
+        del fields["path"]
+        return fields
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A document of a slice.
+
+    Attributes:
+      id, corpus, text: as every document has.
+      bytes, words, lines: denominators, of what is scored, in the text's original form.
+      scored_from: bytes of the text before what is scored: an article before its summary.
+    """
+
+    id: str
+    corpus: str
+    text: str
+    bytes: int
+    words: int
+    lines: int
+    scored_from: int = 0
+
+
+def prepare_texts(directory: Path, config: SliceConfig) -> Manifest:
+    """Writes DIRECTORY/documents and DIRECTORY/measures, unless they are there.
+
+    Returns:
+      The manifest of the documents, as `prepare_documents` would have made it.
+
+    Raises:
+      UserError: no path for a slice that is not there yet, a bad or empty file, an unknown subset.
+    """
+    folder = pathlib.Path(directory)
+    done = Stage(folder / KIND, KIND, config.settings, claim=False)
+    if done.done:
+        return done.manifest()
+    if config.path is None:
+        raise UserError(
+            f"the slice {config.key} is not prepared: expected --slice_paths={config.name}=PATH"
+        )
+    runs = _fill(folder / _SPILL, config)
+    done.claim()
+    measures: list[list[int]] = []
+    shards: list[dict[str, Any]] = []
+    for corpus in runs.corpora:
+        lines: list[bytes] = []
+        for number, line in enumerate(_sorted_lines(runs, corpus, config.max_documents)):
+            text = Text(**json.loads(line))
+            measures.append([getattr(text, name) for name in MEASURE_NAMES])
+            lines.append(_document_line(text))
+            if number % _LOOK == 0 and sum(map(len, lines)) >= _SHARD_BYTES:
+                shards.append(_write_shard(done, len(shards), corpus, lines))
+                lines = []
+        if lines:
+            shards.append(_write_shard(done, len(shards), corpus, lines))
+    stage = Stage(folder / MEASURES, MEASURES, {"names": MEASURE_NAMES})
+    if not stage.done:
+        name = shard_name(MEASURES, 0)
+        stage.write_array(name, np.array(measures, np.int64))
+        stage.finish({"documents": len(measures)}, [name])
+    shutil.rmtree(folder / _SPILL, ignore_errors=True)
+    facts = {
+        "documents": len(measures),
+        "bytes": sum(shard["bytes"] for shard in shards),
+        "shards": shards,
+        "reading": {},
+    }
+    return done.finish(facts, [shard_name(KIND, i, ".jsonl") for i in range(len(shards))])
+
+
+def read_measures(directory: Path) -> np.ndarray:
+    """[documents, 4] int64 of a prepared slice, in the order of MEASURE_NAMES."""
+    folder = pathlib.Path(directory) / MEASURES
+    Manifest.open(folder, MEASURES)
+    return np.load(folder / shard_name(MEASURES, 0))
+
+
+def read_texts(config: SliceConfig, reading: Reading) -> Iterator[Text]:
+    """The documents of a slice's file, in the file's order."""
+    return KINDS.get(config.name, _plain)(config, reading)
+
+
+def _fill(folder: pathlib.Path, config: SliceConfig) -> Runs:
+    """The documents by corpus, sorted on disk."""
+    seen: set[str] = set()
+    shutil.rmtree(folder, ignore_errors=True)
+    writer = RunWriter(folder, folder, SORT_BYTES)
+    for text in read_texts(config, Reading()):
+        seen.add(text.corpus)
+        if config.subsets and text.corpus not in config.subsets:
+            continue
+        line = json.dumps(dataclasses.asdict(text), ensure_ascii=False).encode() + b"\n"
+        order = stable_hash(text.id, "order")
+        writer.add(Entry(text.corpus, order, None, "test", text.bytes, line))
+    writer.flush()
+    unknown = sorted(set(config.subsets) - seen)
+    if unknown or not writer.runs:
+        held = ", ".join(sorted(seen)) or "nothing"
+        wanted = f"subset {unknown[0]!r}" if unknown else "documents"
+        raise UserError(f"{config.path} has no {wanted}: it holds {held}")
+    return Runs([folder])
+
+
+def _sorted_lines(runs: Runs, corpus: str, most: int | None) -> Iterator[bytes]:
+    """The lines of a corpus in order, or the first of them."""
+    left = sys.maxsize if most is None else most
+    for rows, _ in runs.sorted(corpus):
+        for start in range(0, min(left, len(rows)), _LOOK):
+            yield from read_lines(runs.stems, rows[:left][start : start + _LOOK])
+        left -= min(left, len(rows))
+
+
+def _document_line(text: Text) -> bytes:
+    """A line of a documents shard."""
+    fields = {"id": text.id, "corpus": text.corpus, "text": text.text}
+    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+def _write_shard(stage: Stage, number: int, corpus: str, lines: list[bytes]) -> dict[str, Any]:
+    """Writes a shard of one corpus; what the manifest says of it."""
+
+    def write(file: BinaryIO) -> None:
+        file.writelines(lines)
+
+    name = shard_name(KIND, number, ".jsonl")
+    if stage.missing([name]):
+        stage.write_file(name, write)
+    return {"corpus": corpus, "documents": len(lines), "bytes": sum(map(len, lines))}
+
+
+def _of_text(name: str, corpus: str, text: str) -> Text:
+    """A document that is scored whole."""
+    counts = (len(text.encode()), len(text.split()), text.count("\n"))
+    return Text(name, corpus, text, *counts)
+
+
+def _objects(
+    config: SliceConfig, reading: Reading, *fields: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Ids and objects of JSON lines, each with these fields of text."""
+    corpus = CorpusConfig("slice", "jsonl", config.path, text_field=fields[0])
+    for name, found in read_objects(corpus, reading):
+        for field in fields[1:]:
+            if not isinstance(found.get(field), str):
+                raise UserError(f"{name} has no text in {field!r}: expected a string")
+        if found[fields[0]].strip():
+            yield name, found
+
+
+def _plain(config: SliceConfig, reading: Reading) -> Iterator[Text]:
+    """JSON lines with a text each, as C4's."""
+    for name, found in _objects(config, reading, "text"):
+        yield _of_text(name, config.name.replace(".", "_"), found["text"])
+
+
+def _wikitext(config: SliceConfig, reading: Reading) -> Iterator[Text]:
+    """Articles of a wiki.*.tokens file as they are."""
+    for name, text in read_wikitext(CorpusConfig("wikitext", "wikitext", config.path), reading):
+        if text.strip():
+            yield _of_text(name, config.name, text)
+
+
+def _detokenised(config: SliceConfig, reading: Reading) -> Iterator[Text]:
+    """The same articles as prose, with the words and line ends of the original."""
+    for text in _wikitext(config, reading):
+        prose = detokenise(text.text)
+        yield dataclasses.replace(text, text=prose, bytes=len(prose.encode()))
+
+
+def _pile(config: SliceConfig, reading: Reading) -> Iterator[Text]:
+    """The Pile's JSON lines, a corpus for each of its sets."""
+    for name, found in _objects(config, reading, "text"):
+        meta = found.get("meta")
+        subset = meta.get("pile_set_name") if isinstance(meta, dict) else None
+        if not isinstance(subset, str):
+            raise UserError(f"{name} has no meta.pile_set_name: expected the Pile's JSON lines")
+        yield _of_text(name, pile_subset(subset), found["text"])
+
+
+def _summaries(config: SliceConfig, reading: Reading) -> Iterator[Text]:
+    """Articles with their summaries, of which the summary is scored."""
+    for name, found in _objects(config, reading, "article", "summary"):
+        before, summary = f"{found['article']}\n\nTL;DR:\n\n", found["summary"]
+        whole = _of_text(name, config.name, summary)
+        start = len(before.encode())
+        yield dataclasses.replace(whole, text=before + summary, scored_from=start)
+
+
+def _lambada(config: SliceConfig, reading: Reading) -> Iterator[Text]:
+    """Passages of which the last word is scored."""
+    for name, found in _objects(config, reading, "text"):
+        text = found["text"].rstrip()
+        before, _, word = text.rpartition(" ")
+        start = len(before.encode()) + 1 if before else 0
+        yield Text(name, config.name, text, len(word.encode()), 1, 0, start)
+
+
+KINDS: dict[str, Callable[[SliceConfig, Reading], Iterator[Text]]] = {
+    "wikitext103": _wikitext,
+    "wikitext103_detokenised": _detokenised,
+    "pile": _pile,
+    "curation": _summaries,
+    "lambada": _lambada,
+}

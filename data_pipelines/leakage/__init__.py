@@ -1,0 +1,1 @@
+"""Training documents that are near-copies of held-out ones."""

@@ -1,0 +1,358 @@
+"""Chunks to keys: one path from tokens to vectors, for the database's keys and for queries alike.
+
+    tokens [n, 64] --tokeniser--> text --WordPiece--> BERT --> [n, d] --rounded to the stored dtype
+
+A chunk's text is what its tokens decode to; where a chunk cuts a character, that is U+FFFD, which
+WordPiece drops. A chunk without any word piece (a lone eos, padding, white space) has no key: a row of
+NaN, which is neither indexed nor used as a query.
+"""
+
+import dataclasses
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, ClassVar, SupportsIndex
+
+import grain
+import ml_dtypes
+import numpy as np
+
+from data_pipelines.artefacts.manifest import Manifest, Path, Stage, shard_name
+from data_pipelines.artefacts.runner import InProcess, Runner, run_counted, silent
+from data_pipelines.artefacts.sharded_rows import bounds_of, gather
+from data_pipelines.chunk_database.database import ChunkDatabase
+from data_pipelines.chunk_database.tokenizer import Tokenizer
+from data_pipelines.retriever.embedder import PACKAGED_MODELS, BertFolder, Embedder, WordPieces
+from retro_jax.config import require
+from retro_jax.errors import UserError
+from retro_jax.storage import files
+
+KIND = "keys"
+# Chunks embedded together, sorted by length. Not a setting: the last bits of a key depend on it.
+BLOCK = 1024
+# How keys lie on the disk; bfloat16 as the integers of its bits, which every NumPy can map.
+_STORED: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(np.uint16),
+}
+_COUNTS = ("keys", "positions", "truncated", "computed")
+
+
+@dataclasses.dataclass(frozen=True)
+class KeysConfig:
+    """How keys are made.
+
+    Attributes:
+      model: a packaged BERT ("minilm") or a Hugging Face folder.
+      dtype: "float32", or "bfloat16" for half the bytes.
+    """
+
+    model: str = "minilm"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        require(self.dtype in _STORED, self, "dtype", f"one of {tuple(_STORED)}")
+
+    @property
+    def folder(self) -> str | None:
+        """The model's folder; None for a packaged one."""
+        return None if self.model in PACKAGED_MODELS else self.model
+
+
+class ChunkEncoder:
+    """The one path from a chunk's tokens to its key.
+
+    Attributes:
+      dimension: d.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, embedder: Embedder, dtype: str) -> None:
+        self._tokenizer, self._embedder, self._dtype = tokenizer, embedder, dtype
+        self.dimension = embedder.dimension
+
+    def pieces(self, tokens: np.ndarray) -> WordPieces:
+        """The word pieces of chunks [n, 64]."""
+        return self._embedder.word_piece.encode([self._tokenizer.decode(row) for row in tokens])
+
+    def stored(self, pieces: WordPieces) -> tuple[np.ndarray, int]:
+        """Keys [n, d] as they are stored, and how many positions BERT computed for them."""
+        vectors, computed = self._embedder.embed_pieces(pieces)
+        if self._dtype == "bfloat16":
+            return vectors.astype(ml_dtypes.bfloat16).view(np.uint16), computed
+        return vectors, computed
+
+    def keys(self, tokens: np.ndarray) -> np.ndarray:
+        """Keys of chunks [n, 64] as [n, d] float32, rounded as stored ones; NaN without text."""
+        return as_float32(self.stored(self.pieces(tokens))[0])
+
+    def counts(self, pieces: WordPieces) -> dict[str, int]:
+        """Chunks with text, positions of their word pieces, and how many were too long."""
+        limit = self._embedder.model.max_length
+        lengths = pieces.lengths[pieces.lengths > 0] + 2
+        return {
+            "keys": len(lengths),
+            "positions": int(np.minimum(lengths, limit).sum()),
+            "truncated": int((lengths > limit).sum()),
+        }
+
+
+def as_float32(stored: np.ndarray) -> np.ndarray:
+    """Stored keys as float32."""
+    if stored.dtype == np.uint16:
+        return stored.view(ml_dtypes.bfloat16).astype(np.float32)
+    return np.asarray(stored, np.float32)
+
+
+def prepare_keys(
+    directory: Path,
+    chunks_directory: Path,
+    tokenizer_directory: Path,
+    config: KeysConfig,
+    *,
+    runner: Runner = InProcess(),
+) -> Manifest:
+    """Embeds every chunk of a database, or what is missing.
+
+    An interrupted run goes on at the block of 1,024 chunks it was in.
+
+    Args:
+      directory: where the keys go, one shard for each chunk shard.
+      chunks_directory: the chunk database.
+      tokenizer_directory: the tokeniser it was made with.
+      config: the model and the stored precision.
+      runner: where shards are made; the bytes do not depend on it.
+
+    Returns:
+      The manifest. Facts: chunks; keys (chunks with text); positions of word pieces; padding, the
+      share of computed positions beyond those; truncated, texts longer than the model reads.
+
+    Raises:
+      UserError: no such model, parents that do not belong together, or a directory made with other
+        settings.
+    """
+    database = ChunkDatabase.open(chunks_directory)
+    tokenizer = Tokenizer.open(tokenizer_directory)
+    parents = {"tokenizer": (tokenizer.manifest, tokenizer_directory)}
+    Manifest.open(chunks_directory, "chunks", parents)
+    model = BertFolder.open(config.model)
+    settings = {"embedder": model.identity, "dtype": config.dtype}
+    stage = Stage(directory, KIND, settings, {"chunks": (database.manifest, chunks_directory)})
+    if stage.done:
+        return stage.manifest()
+    names = [shard_name(KIND, i) for i in range(len(database.shards))]
+    missing = [i for i, name in enumerate(names) if stage.missing([name])]
+    work = KeyShard(
+        files.absolute(directory),
+        files.absolute(chunks_directory),
+        files.absolute(tokenizer_directory),
+        files.absolute(model.folder),
+        model.name,
+    )
+    sizes = [len(ids) for ids in database.shards]
+    run_counted(runner, work, missing, sizes, what="keys", unit="chunk")
+    sums = _sums([stage.shard_facts(name) for name in names])
+    computed = sums.pop("computed")
+    padding = 1 - sums["positions"] / computed if computed else 0.0
+    shape = {"chunks": len(database), "dimension": model.config.hidden_size}
+    return stage.finish(shape | sums | {"padding": padding}, names)
+
+
+class Keys:
+    """The keys of a chunk database, read from memory maps; row i is chunk i's.
+
+    Attributes:
+      directory, manifest: where they are from.
+      database: the chunks.
+      dimension: d.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest, database: ChunkDatabase) -> None:
+        """Use `open`."""
+        self.directory, self.manifest = pathlib.Path(directory), manifest
+        self.database = database
+        self.dimension: int = manifest.fact("dimension")
+        names = manifest.shard_names(f"{KIND}-", ".npy")
+        self._shards = [np.load(self.directory / name, mmap_mode="r") for name in names]
+        self._bounds = bounds_of(self._shards)
+        dtype = _STORED[manifest.settings["dtype"]]
+        lengths = [len(ids) for ids in database.shards]
+        for name, shard in zip(names, self._shards, strict=True):
+            if shard.dtype != dtype or shard.shape[1:] != (self.dimension,):
+                raise UserError(
+                    f"{self.directory / name} holds {shard.dtype} of shape {shard.shape}: expected "
+                    f"{dtype} of [n, {self.dimension}]"
+                )
+        if [len(shard) for shard in self._shards] != lengths:
+            raise UserError(
+                f"{self.directory} holds keys of {self._bounds[-1]} chunks: expected one "
+                f"for each of the {len(database)} of {database.directory}"
+            )
+
+    @classmethod
+    def open(cls, directory: Path, database: ChunkDatabase, *, verify: bool = False) -> "Keys":
+        """Opens the keys of a database.
+
+        Raises:
+          UserError: none there, damaged, or those of another database.
+        """
+        parents = {"chunks": (database.manifest, database.directory)}
+        return cls(directory, Manifest.open(directory, KIND, parents, verify), database)
+
+    def __reduce__(self) -> tuple[Callable[..., "Keys"], tuple[str, Manifest, ChunkDatabase]]:
+        """Pickles by its place, so that worker processes map the files themselves."""
+        return Keys, (files.absolute(self.directory), self.manifest, self.database)
+
+    def __len__(self) -> int:
+        """Chunks, with text or without."""
+        return int(self._bounds[-1])
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """[n, d] float32 keys of chunks `ids` [n]; NaN for a chunk without text."""
+        ids = np.asarray(ids, np.int64)
+        if len(ids) and not (ids.min() >= 0 and ids.max() < len(self)):
+            raise IndexError(f"chunk {ids.min()} or {ids.max()} of {len(self)} in {self.directory}")
+        rows = np.empty((len(ids), self.dimension), np.float32)
+        gather(self._shards, self._bounds, ids, rows, convert=as_float32)
+        return rows
+
+    def blocks(
+        self, size: int = BLOCK, within: range | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Ids [n] and keys [n, d] float32 of all chunks with text, or of those within a range."""
+        every = range(len(self)) if within is None else within
+        for start in range(every.start, every.stop, size):
+            ids = np.arange(start, min(start + size, every.stop))
+            rows = self.rows(ids)
+            has_text = ~np.isnan(rows[:, 0])
+            yield ids[has_text], rows[has_text]
+
+
+class BlockSource(grain.sources.RandomAccessDataSource):
+    """Grain's view of a range of chunk ids: element i is the i-th block of them, [n] int64."""
+
+    def __init__(self, ids: range, size: int = BLOCK) -> None:
+        self._ids, self._size = ids, size
+
+    def __len__(self) -> int:
+        """Blocks."""
+        return -(-len(self._ids) // self._size)
+
+    def __getitem__(self, index: SupportsIndex) -> np.ndarray:
+        """The ids of one block."""
+        start = int(index) * self._size
+        ids = self._ids[start : start + self._size]
+        return np.arange(ids.start, ids.stop)
+
+
+def iterate(blocks: grain.MapDataset) -> Iterator[Any]:
+    """The blocks of a Grain pipeline in order, one made ahead by a thread.
+
+    One is enough: decoding and WordPiece take a fiftieth of BERT's time.
+    """
+    iterator = iter(blocks.to_iter_dataset(grain.ReadOptions(1, 1)))
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyShard:
+    """Makes one shard of keys of one chunk shard, block by block.
+
+    Attributes:
+      directory, chunks_directory, tokenizer_directory: as for `prepare_keys`.
+      model_folder, model_name: of the BERT.
+    """
+
+    directory: str
+    chunks_directory: str
+    tokenizer_directory: str
+    model_folder: str
+    model_name: str
+
+    wants_accelerator: ClassVar[bool] = True
+
+    def __call__(self, index: int, report: Callable[[int], object] = silent) -> int:
+        """Writes shard `index`, each block to the disk before the next; returns its number of rows."""
+        stage, name = Stage.attach(self.directory), shard_name(KIND, index)
+        try:
+            return self._make(stage, index, report)
+        except (UserError, OSError):
+            # A worker that was taken for dead may finish a shard, and clear up, while another is at it.
+            if stage.missing([name]):
+                raise
+            return len(np.load(stage.directory / name, mmap_mode="r"))
+
+    def _make(self, stage: Stage, index: int, report: Callable[[int], object]) -> int:
+        """Makes what is missing of a shard."""
+        database = ChunkDatabase.open(self.chunks_directory)
+        name = shard_name(KIND, index)
+        parts = _Parts(stage.directory / f"{files.TEMPORARY}{name}")
+        report(sum(len(stored) for stored, _ in parts.all()))
+        tokenizer, dtype = Tokenizer.open(self.tokenizer_directory), stage.settings["dtype"]
+        encoder = ChunkEncoder(tokenizer, Embedder.shared(self._model()), dtype)
+        first = parts.count()
+        blocks = grain.MapDataset.source(BlockSource(database.shards[index]))
+        missing = blocks[first:].map(lambda ids: encoder.pieces(database.chunks(ids)))
+        for number, pieces in enumerate(iterate(missing), first):
+            stored, computed = encoder.stored(pieces)
+            parts.add(number, stored, encoder.counts(pieces) | {"computed": computed})
+            report(len(stored))
+        every = parts.all()
+        empty = np.empty((0, encoder.dimension), _STORED[dtype])
+        keys = np.concatenate([empty, *(stored for stored, _ in every)])
+        stage.write_array(name, keys, facts=_sums([counts for _, counts in every]))
+        parts.remove()
+        return len(keys)
+
+    def _model(self) -> BertFolder:
+        """The BERT, under the name that its identity has."""
+        return dataclasses.replace(BertFolder.open(self.model_folder), name=self.model_name)
+
+
+class _Parts:
+    """The finished blocks of an unfinished shard, in a temporary folder of the stage."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self._folder = folder
+        with files.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def count(self) -> int:
+        """How many blocks are there; they are made in order."""
+        return len(list(self._folder.glob("[0-9]*.npy")))
+
+    def all(self) -> list[tuple[np.ndarray, dict[str, int]]]:
+        """Stored keys and counts of every block, in order."""
+        parts = []
+        for i in range(self.count()):
+            with open(self._path(i), "rb") as file:
+                counts = dict(zip(_COUNTS, np.load(file).tolist(), strict=True))
+                parts.append((np.load(file), counts))
+        return parts
+
+    def add(self, index: int, stored: np.ndarray, counts: dict[str, int]) -> None:
+        """Writes a block: its counts, then its keys. Two workers may write the same one."""
+        path = self._path(index)
+
+        def write(file: BinaryIO) -> None:
+            for array in (np.array([counts[name] for name in _COUNTS]), stored):
+                np.lib.format.write_array(file, array, allow_pickle=False)
+
+        with files.temporary_name(path) as temporary:
+            files.write_hashed(temporary, write)
+            temporary.rename(path)
+
+    def remove(self) -> None:
+        """Removes all of them, when the shard stands in its place."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _path(self, index: int) -> pathlib.Path:
+        """Where a block is."""
+        return self._folder / f"{index:05d}.npy"
+
+
+def _sums(counts: list[dict[str, int]]) -> dict[str, int]:
+    """The counts of blocks or shards, added up."""
+    return {name: sum(part[name] for part in counts) for name in _COUNTS}

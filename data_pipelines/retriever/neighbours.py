@@ -1,0 +1,495 @@
+"""The neighbour table: for each chunk of a split, its nearest chunks in the retrieval database.
+
+The retrieval database is made of training documents. A chunk is never given a neighbour of its own
+document: documents are told apart by corpus and id, so that this holds for every split.
+
+Where the index has several shards, one of them is held at a time:
+
+    query shard q, index shard s --search--> .tmp-found-s-q      for every q, then the next s
+    .tmp-found-0-q, .tmp-found-1-q, ... --merge--> shard q of the table
+
+The table of a database that was updated is made from the one before: of its rows, neighbours that were
+removed go, what the new index shards find comes in, and only rows that lost a neighbour are searched
+for anew.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from data_pipelines.artefacts import bucket_copy
+from data_pipelines.artefacts.manifest import Manifest, Parents, Path, Stage, shard_name
+from data_pipelines.artefacts.runner import InProcess, Runner, run_counted, silent
+from data_pipelines.artefacts.sharded_rows import bounds_of, gather
+from data_pipelines.chunk_database.database import ChunkDatabase
+from data_pipelines.retriever.index import IndexShard, merge
+from data_pipelines.retriever.keys import BlockSource, Keys
+from data_pipelines.retriever.retriever import (
+    RETRIEVERS,
+    Found,
+    OwnDocuments,
+    Queries,
+    Ranking,
+    Retriever,
+    chunks_of,
+)
+from data_pipelines.retriever.revisions import folder_of
+from retro_jax.config import require
+from retro_jax.errors import UserError
+from retro_jax.storage import files
+
+KIND = "neighbours"
+IDS, SCORES = "neighbours", "scores"
+_SOURCE_ROWS = 20_000  # that say how many neighbours are of their query's corpus
+_QUANTILE_ROWS = 10_000_000  # of a larger table every so many-th row
+
+
+@dataclasses.dataclass(frozen=True)
+class NeighboursConfig:
+    """How many neighbours are kept, by split, which ones, and how many queries measure the recall.
+
+    Attributes:
+      train, validation, test: k of the split's table.
+      recall_queries: chunks of each split whose neighbours are also found by comparing every key.
+      retriever: "dense" (the nearest keys), "bm25" (the best by BM25), or "dense+bm25": the best by
+        BM25 of the nearest keys.
+      candidates: how many of these "dense+bm25" chooses from.
+    """
+
+    train: int = 4
+    validation: int = 40
+    test: int = 40
+    recall_queries: int = 500
+    retriever: str = "dense"
+    candidates: int = 100
+
+    def __post_init__(self) -> None:
+        for field in ("train", "validation", "test"):
+            value = getattr(self, field)
+            require(isinstance(value, int) and value > 0, self, field, "a positive integer")
+        require(self.recall_queries >= 0, self, "recall_queries", "a number of chunks")
+        require(self.retriever in RETRIEVERS, self, "retriever", f"one of {RETRIEVERS}")
+        require(self.candidates > 0, self, "candidates", "a positive number")
+
+    @property
+    def ranking(self) -> Ranking:
+        """What is near."""
+        return Ranking(self.retriever, self.candidates)
+
+
+def prepare_neighbours(
+    directory: Path,
+    queries: Queries,
+    retriever: Retriever,
+    *,
+    k: int,
+    recall_queries: int,
+    base: "NeighbourTable | None" = None,
+    runner: Runner = InProcess(),
+) -> Manifest:
+    """Makes the table of one split, or the shards that are missing of it.
+
+    Args:
+      directory: where it goes.
+      queries: the split's chunks; their keys, made as the retrieval database's were, where it has any.
+      retriever: the retrieval database.
+      k: neighbours a chunk.
+      recall_queries: sample size of the measured recall.
+      base: the split's table against the database's previous revision, of the same k; of keys only.
+      runner: where shards are made; given the index, the bytes do not depend on it.
+
+    Returns:
+      The manifest. Facts: chunks; queries (chunks with text); filled, for each slot the share of
+      queries that have a neighbour in it; nearest, quantiles of the first slot's score; same_corpus, the
+      share of neighbours of their query's own corpus; retriever; recall, with its k and its number of queries: the
+      share of the true neighbours that the table holds; database, the chunk ids that it points into.
+    """
+    chunks = chunks_of(queries)
+    settings = {"k": k, "recall_queries": recall_queries} | retriever.ranking.settings
+    stage = Stage(directory, KIND, settings, _parents(queries, retriever, base))
+    if stage.done:
+        return stage.manifest()
+    if isinstance(queries, Keys):
+        _check_alike(queries, retriever.keys)
+    names = [_shard_names(i) for i in range(len(chunks.shards))]
+    missing = [i for i, pair in enumerate(names) if stage.missing(pair)]
+    own = OwnDocuments(chunks, retriever.database)
+    work = NeighbourShard(files.absolute(directory), queries, retriever, k, own, base)
+    sizes = [len(ids) for ids in chunks.shards]
+    if len(retriever.parts) > 1:
+        pairs = [(s, q) for s in range(len(retriever.parts)) for q in work.asks(s, missing)]
+        found = [i for i, pair in enumerate(pairs) if not work.found_path(*pair).is_file()]
+        search = FindShard(work, tuple(pairs))
+        of_pairs = [sizes[q] for _, q in pairs]
+        run_counted(runner, search, found, of_pairs, what="candidates", unit="chunk")
+    run_counted(runner, work, missing, sizes, what="neighbours", unit="chunk")
+    ordered = [ids for ids, _ in names] + [scores for _, scores in names]
+    facts = _facts(stage, names, work, recall_queries)
+    return stage.finish(facts, ordered, revision=retriever.database.manifest.revision)
+
+
+def _parents(queries: Queries, retriever: Retriever, base: "NeighbourTable | None") -> Parents:
+    """What a table is made from."""
+    chunks = chunks_of(queries)
+    parents = {
+        "chunks": (chunks.manifest, chunks.directory),
+        "database": (retriever.database.manifest, retriever.database.directory),
+    }
+    if retriever.ranking.by_keys:
+        parents["keys"] = (retriever.keys.manifest, retriever.keys.directory)
+        parents["index"] = (retriever.index.manifest, retriever.index.directory)
+    if retriever.ranking.by_terms:
+        parents["bm25"] = (retriever.bm25.manifest, retriever.bm25.directory)
+    if isinstance(queries, Keys) and queries.manifest.hash != retriever.keys.manifest.hash:
+        parents["queries"] = (queries.manifest, queries.directory)
+    if base is not None:
+        parents["base"] = (base.manifest, base.directory)
+    return parents
+
+
+class NeighbourTable:
+    """A split's neighbour table, read from memory maps.
+
+    Attributes:
+      directory, manifest: where it is from.
+      k: neighbours a chunk, at most.
+      database: chunks of the retrieval database that its ids point into; 0 in a table that does not say.
+      score: "squared_l2" or "bm25". retriever: what found them.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        """Use `open`."""
+        self.directory, self.manifest = pathlib.Path(directory), manifest
+        self.k: int = manifest.settings["k"]
+        self.database: int = manifest.facts.get("database", 0)
+        self.score: str = manifest.settings["score"]
+        self.retriever: str = manifest.settings.get("retriever", "dense")
+        self._ids = [self._map(name) for name in manifest.shard_names(f"{IDS}-")]
+        self._bounds = bounds_of(self._ids)
+
+    @classmethod
+    def open(
+        cls,
+        directory: Path,
+        queries: ChunkDatabase | None = None,
+        retrieval: ChunkDatabase | None = None,
+        *,
+        verify: bool = False,
+    ) -> "NeighbourTable":
+        """Opens a table.
+
+        Args:
+          directory: where it is.
+          queries: the chunks it must be of.
+          retrieval: the database its ids must point into.
+          verify: hash every shard again.
+
+        Raises:
+          UserError: none there, damaged, or one of other databases; it names the directories.
+        """
+        given = {"chunks": queries, "database": retrieval}
+        parents = {role: (db.manifest, db.directory) for role, db in given.items() if db}
+        return cls(directory, Manifest.open(directory, KIND, parents, verify))
+
+    @classmethod
+    def of(
+        cls, workdir: Path, split: str, queries: ChunkDatabase, database: ChunkDatabase
+    ) -> "NeighbourTable":
+        """Opens the table of a split of a workdir against a database, whatever its revision is.
+
+        Raises:
+          UserError: none there, damaged, or one of other databases; it names the directories.
+        """
+        place = folder_of(workdir, database.manifest.revision) / KIND / split
+        return cls.open(place, queries, database)
+
+    def __reduce__(self) -> tuple[Callable[..., "NeighbourTable"], tuple[str, Manifest]]:
+        """Pickles by its place, so that worker processes map the files themselves."""
+        return NeighbourTable, (files.absolute(self.directory), self.manifest)
+
+    def __len__(self) -> int:
+        """Chunks."""
+        return int(self._bounds[-1])
+
+    def ids(self, chunk_ids: np.ndarray, k: int | None = None) -> np.ndarray:
+        """[..., k] int64 neighbours of chunks [...], nearest first; -1 for none.
+
+        Raises:
+          UserError: k is larger than what the table holds.
+        """
+        return self._gather(self._ids, chunk_ids, k)
+
+    def scores(self, chunk_ids: np.ndarray, k: int | None = None) -> np.ndarray:
+        """[..., k] float32: squared L2 distances, ascending, or BM25's scores, descending.
+
+        Infinity, or minus infinity, where there is no neighbour.
+        """
+        return self._gather(self._scores, chunk_ids, k)
+
+    @functools.cached_property
+    def _scores(self) -> list[np.ndarray]:
+        """Training does without them, and so does its copy of a table."""
+        names = self.manifest.shard_names(f"{SCORES}-")
+        return [self._map(bucket_copy.fetch(self.directory, name).name) for name in names]
+
+    def _map(self, name: str) -> np.ndarray:
+        """A shard as a read-only memory map."""
+        shard = np.load(self.directory / name, mmap_mode="r")
+        if shard.ndim != 2 or shard.shape[1] != self.k:
+            raise UserError(
+                f"{self.directory / name} has shape {shard.shape}: expected [n, {self.k}]"
+            )
+        return shard
+
+    def _gather(self, shards: list[np.ndarray], chunk_ids: np.ndarray, k: int | None) -> np.ndarray:
+        """The first k columns of some rows."""
+        k = self.k if k is None else k
+        if not 0 < k <= self.k:
+            raise UserError(f"k is {k}: expected at most {self.k}, which {self.directory} holds")
+        chunk_ids = np.asarray(chunk_ids, np.int64)
+        flat = chunk_ids.ravel()
+        if flat.size and not (flat.min() >= 0 and flat.max() < len(self)):
+            raise IndexError(
+                f"chunk {flat.min()} or {flat.max()} of {len(self)} in {self.directory}"
+            )
+        rows = np.empty((flat.size, k), shards[0].dtype if shards else np.int64)
+        gather(shards, self._bounds, flat, rows)
+        return rows.reshape(*chunk_ids.shape, k)
+
+
+@dataclasses.dataclass(frozen=True)
+class NeighbourShard:
+    """Makes one shard of the table: searches with the keys of one chunk shard.
+
+    Attributes:
+      directory: the table's.
+      queries, retriever, k, base: as for `prepare_neighbours`.
+      own: which documents the queries are of.
+    """
+
+    directory: str
+    queries: Queries
+    retriever: Retriever
+    k: int
+    own: OwnDocuments
+    base: "NeighbourTable | None" = None
+
+    @property
+    def wants_accelerator(self) -> bool:
+        """Whether keys are compared, which is faster on one."""
+        return self.retriever.ranking.by_keys
+
+    def __call__(self, index: int, report: Callable[[int], object] = silent) -> int:
+        """Writes shard `index`; returns its number of rows."""
+        stage = Stage.attach(self.directory)
+        shards = self.retriever.parts
+        asked = [s for s in range(len(shards)) if self.asks(s, [index])]
+        if len(shards) > 1:
+            parts = [read_found(self.found_path(s, index)) for s in asked]
+        else:
+            parts = [self.find(shards[s], index, report) for s in asked]
+        if self._is_old(index):
+            parts.append(self._kept(index))
+        ids, scores = self._ranked(index, parts)
+        rows = len(ids)
+        count = sum(
+            int(self.retriever.has_text(self.queries, block).sum()) for block in self._blocks(index)
+        )
+        names = _shard_names(index)
+        facts = {"queries": count, "filled": (ids >= 0).sum(0).tolist()}
+        stage.write_array(names[1], scores)
+        stage.write_array(names[0], ids, facts)
+        if len(shards) > 1 or not asked:
+            report(rows)
+        return rows
+
+    def _ranked(self, index: int, parts: list[Found]) -> Found:
+        """The table's rows of query shard `index`, from what each part of the database found."""
+        if not self.retriever.ranking.by_keys:
+            return parts[0]
+        rows, most = len(self.database.shards[index]), self.retriever.fetched(self.k)
+        empty = (np.full((rows, most), -1), np.full((rows, most), np.inf, np.float32))
+        found = merge([*parts, empty], most)
+        ids, scores = np.empty((rows, self.k), np.int64), np.empty((rows, self.k), np.float32)
+        place = 0
+        for block in self._blocks(index):
+            part = slice(place, place + len(block))
+            of_block = (found[0][part], found[1][part])
+            tokens = self.database.chunks(block)
+            ids[part], scores[part] = self.retriever.ranked(of_block, tokens, self.k)
+            place += len(block)
+        return ids, scores
+
+    @property
+    def database(self) -> ChunkDatabase:
+        """The chunks that are searched for."""
+        return chunks_of(self.queries)
+
+    def asks(self, shard: int, queries: Sequence[int]) -> list[int]:
+        """Those of some query shards that index shard `shard` is searched for."""
+        if self.base is None or self.retriever.index.shards[shard].ids.start >= self.base.database:
+            return list(queries)
+        return [q for q in queries if not self._is_old(q)]
+
+    def find(self, shard: IndexShard | None, index: int, report: Callable[[int], object]) -> Found:
+        """The candidates of one part of the retriever for the chunks of query shard `index`."""
+        rows, most = len(self.database.shards[index]), self.retriever.fetched(self.k)
+        ids, scores = np.empty((rows, most), np.int64), np.empty((rows, most), np.float32)
+        place = 0
+        for block in self._blocks(index):
+            part = slice(place, place + len(block))
+            ids[part], scores[part] = self.retriever.candidates(
+                shard, self.queries, block, self.k, self.own.of(block)
+            )
+            place += len(block)
+            report(len(block))
+        return ids, scores
+
+    def found_path(self, shard: int, index: int) -> pathlib.Path:
+        """Where the candidates of a query shard from an index shard wait."""
+        return pathlib.Path(self.directory, f"{files.TEMPORARY}found-{shard:05d}-{index:05d}.npy")
+
+    def _is_old(self, index: int) -> bool:
+        """Whether the table of the previous revision has the rows of query shard `index`."""
+        return self.base is not None and self.database.shards[index].stop <= len(self.base)
+
+    def _kept(self, index: int) -> Found:
+        """What stays of the previous table's rows; those that lost a neighbour are found anew."""
+        assert self.base is not None and isinstance(self.queries, Keys)
+        chunks = np.array(self.database.shards[index])
+        ids, scores = self.base.ids(chunks), self.base.scores(chunks)
+        database = self.retriever.database
+        lost = database.is_removed(database.documents(ids)) & (ids >= 0)
+        ids, scores = np.where(lost, -1, ids), np.where(lost, np.inf, scores).astype(np.float32)
+        rows = np.flatnonzero(lost.any(1))
+        if len(rows):
+            own, keys, found = self.own.of(chunks[rows]), self.queries.rows(chunks[rows]), []
+            for shard in self.retriever.index.shards:
+                found.append(self.retriever.search_shard(shard, keys, self.k, own))
+                shard.release()
+            ids[rows], scores[rows] = merge(found, self.k)
+        return ids, scores
+
+    def _blocks(self, index: int) -> Iterator[np.ndarray]:
+        """The chunk ids of a query shard, some at a time."""
+        blocks = BlockSource(self.database.shards[index])
+        for i in range(len(blocks)):
+            yield blocks[i]
+
+    def recall(self, table: list[np.ndarray], sample: int) -> dict[str, Any]:
+        """How many of the true neighbours of some queries the table's scores hold."""
+        ids = sample_ids(len(self.queries), sample)
+        if not len(ids):
+            return {"k": self.k, "queries": 0, "recall": 1.0}
+        ids = ids[self.retriever.has_text(self.queries, ids)]
+        _, truth = self.retriever.truth(self.queries, ids, self.k, self.own.of(ids))
+        bounds = np.cumsum([0] + [len(shard) for shard in table])
+        shards = np.searchsorted(bounds, ids, side="right") - 1
+        held = [table[shard][i - bounds[shard]] for shard, i in zip(shards, ids, strict=True)]
+        share = recall(np.reshape(held, truth.shape), truth, self.retriever.ranking.by_terms)
+        return {"k": self.k, "queries": len(ids), "recall": share}
+
+
+@dataclasses.dataclass(frozen=True)
+class FindShard:
+    """Searches one index shard for one query shard, (s, q), and leaves the candidates in a file."""
+
+    work: NeighbourShard
+    pairs: tuple[tuple[int, int], ...]
+
+    wants_accelerator: ClassVar[bool] = True
+
+    def __call__(self, index: int, report: Callable[[int], object] = silent) -> int:
+        """Searches pair `index`; pairs of one index shard follow each other, so one is held."""
+        s, q = self.pairs[index]
+        shards = self.work.retriever.index.shards
+        for other in shards[:s]:
+            other.release()
+        found = self.work.find(shards[s], q, report)
+        files.write_arrays(self.work.found_path(s, q), found)
+        return len(found[0])
+
+
+def read_found(path: pathlib.Path) -> Found:
+    """The candidates that `FindShard` left."""
+    ids, scores = files.read_arrays(path, 2)
+    return ids, scores
+
+
+def sample_ids(total: int, sample: int, seed: int = 0) -> np.ndarray:
+    """Some of range(total), in order; the same ones each time."""
+    random = np.random.Generator(np.random.Philox(seed))
+    return np.sort(random.choice(total, min(sample, total), replace=False))
+
+
+def recall(found: np.ndarray, truth: np.ndarray, descending: bool = False) -> float:
+    """The share of the true neighbours that were found.
+
+    Scores are compared, not ids: of chunks at one distance, any is a true neighbour.
+
+    Args:
+      found, truth: [n, k] squared distances, infinity where there are no more; or scores.
+      descending: whether they are scores, of which larger ones are better, and minus infinity none.
+    """
+    if descending:
+        found, truth = -found, -truth
+    there = np.isfinite(truth).sum(1)
+    furthest = np.where(np.isfinite(truth), truth, -np.inf).max(1, initial=-np.inf)
+    furthest = np.where(there > 0, furthest, 0)
+    hits = (found <= (furthest + 1e-5 * np.abs(furthest) + 1e-6)[:, None]).sum(1)
+    return float(np.minimum(hits, there).sum() / there.sum()) if there.sum() else 1.0
+
+
+def _check_alike(queries: Keys, keys: Keys) -> None:
+    """Raises unless queries were made as the keys that they are compared with."""
+    if queries.manifest.settings != keys.manifest.settings:
+        raise UserError(
+            f"{queries.directory} and {keys.directory} do not belong together: expected keys of the"
+            " same model and precision"
+        )
+
+
+def _facts(
+    stage: Stage, names: list[tuple[str, str]], work: NeighbourShard, recall_queries: int
+) -> dict[str, Any]:
+    """What the manifest states, from the shards' facts and the table itself."""
+    shards = [stage.shard_facts(ids) for ids, _ in names]
+    count = sum(shard["queries"] for shard in shards)
+    filled = [sum(slot) for slot in zip(*(shard["filled"] for shard in shards))]
+    scores = [np.load(stage.directory / name, mmap_mode="r") for _, name in names]
+    stride = 1 + count // _QUANTILE_ROWS
+    nearest = np.concatenate([np.empty(0), *(shard[::stride, 0] for shard in scores)])
+    nearest = nearest[np.isfinite(nearest)]
+    steps = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+    quantiles = np.quantile(nearest, steps) if len(nearest) else []
+    return {
+        "chunks": len(work.queries),
+        "retriever": work.retriever.ranking.retriever,
+        "database": len(work.retriever.database),
+        "queries": count,
+        "filled": [slot / count if count else 0.0 for slot in filled],
+        "nearest": {f"{step:g}": float(value) for step, value in zip(steps, quantiles)},
+        "same_corpus": _same_corpus(stage, [ids for ids, _ in names], work),
+        "recall": work.recall(scores, recall_queries),
+    }
+
+
+def _same_corpus(stage: Stage, names: list[str], work: NeighbourShard) -> float:
+    """The share of neighbours, of all slots of some rows, that are of their query's corpus."""
+    queries, database = work.database, work.retriever.database
+    tables = [np.load(stage.directory / name, mmap_mode="r") for name in names]
+    rows = sample_ids(len(queries), _SOURCE_ROWS)
+    found = np.empty((len(rows), work.k), np.int64)
+    gather(tables, bounds_of(tables), rows, found)
+    same = database.corpus_of(found) == queries.corpus_of(rows)[:, None]
+    there = found >= 0
+    return float(same[there].mean()) if there.any() else 0.0
+
+
+def _shard_names(index: int) -> tuple[str, str]:
+    """The two files of a shard: ids, and their scores."""
+    return shard_name(IDS, index), shard_name(SCORES, index)

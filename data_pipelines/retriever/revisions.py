@@ -1,0 +1,358 @@
+"""A retrieval database that grows and shrinks: revisions, each on top of the one before.
+
+    W/chunks/train  W/keys/train  W/index            revision 0, what `prepare` made first
+    W/revisions/00001/chunks/train  keys/train  index    what revision 1 adds, nothing where it only removes
+    W/revisions/00001/database                           published last: which documents are removed, the sums
+    W/revisions/00001/neighbours/SPLIT                   the tables against revision 1
+
+Nothing that an earlier revision reads is ever written to, so a run goes on with the revision it began
+with, and removing the newest folder goes back. Chunks of revision 0 keep their ids, those that a
+revision adds follow; documents are numbered in the same way. Removed documents keep their numbers.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.artefacts.manifest import MANIFEST_FILE, Manifest, Path, Stage
+from data_pipelines.artefacts.sharded_rows import bounds_of
+from data_pipelines.chunk_database.database import KIND as CHUNKS_KIND
+from data_pipelines.chunk_database.database import ChunkDatabase, DocumentRecord
+from data_pipelines.retriever.index import Index
+from data_pipelines.retriever.keys import KIND as KEYS_KIND
+from data_pipelines.retriever.keys import Keys
+from retro_jax.errors import UserError
+from retro_jax.storage import files
+
+KIND = "database"
+FOLDER = "revisions"
+REMOVED_FILE = "removed.npy"
+_SUMS = ("documents", "chunks", "tokens", "bytes", "words", "lines")
+
+
+def folder_of(workdir: Path, revision: int) -> pathlib.Path:
+    """Where a revision lies: W itself for revision 0."""
+    folder = pathlib.Path(workdir)
+    return folder / FOLDER / f"{revision:05d}" if revision else folder
+
+
+def latest(workdir: Path) -> int:
+    """The newest published revision."""
+    revision = 0
+    while (folder_of(workdir, revision + 1) / KIND / MANIFEST_FILE).is_file():
+        revision += 1
+    return revision
+
+
+def find(workdir: Path, digest: str) -> int:
+    """The revision whose database has this hash; a UserError if there is none."""
+    for revision in range(1, latest(workdir) + 1):
+        if Manifest.read(folder_of(workdir, revision) / KIND).hash == digest:
+            return revision
+    raise UserError(
+        f"{pathlib.Path(workdir) / FOLDER} holds no database {digest[:12]}: expected the revision that"
+        " was read before"
+    )
+
+
+def open_database(
+    workdir: Path, revision: int | None = None, *, verify: bool = False
+) -> ChunkDatabase:
+    """Opens the retrieval database of a workdir.
+
+    Args:
+      workdir: where `prepare` put it.
+      revision: which one; None for the newest.
+      verify: hash every file again.
+
+    Raises:
+      UserError: something is missing, damaged, or does not belong to the rest.
+    """
+    folder = pathlib.Path(workdir)
+    revision = latest(folder) if revision is None else revision
+    base = ChunkDatabase.open(folder / "chunks" / "train", verify=verify)
+    if not revision:
+        return base
+    parts, previous = [base], base.manifest
+    for r in range(1, revision + 1):
+        place = folder_of(folder, r)
+        manifest = Manifest.open(place / KIND, KIND, verify=verify)
+        if manifest.parents["previous"] != previous.hash:
+            raise UserError(
+                f"{place / KIND} and {folder_of(folder, r - 1)} do not belong together: expected the"
+                f" revision that it was made on"
+            )
+        if "chunks" in manifest.parents:
+            part = ChunkDatabase.open(place / "chunks" / "train", verify=verify)
+            _check_parent(manifest, "chunks", place / KIND, part.manifest, part.directory)
+            parts.append(part)
+        previous = manifest
+    return JoinedDatabase(folder_of(folder, revision) / KIND, previous, parts)
+
+
+class JoinedDatabase(ChunkDatabase):
+    """The chunk databases of several revisions as one.
+
+    Attributes:
+      parts: of revision 0 and of each that added something.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest, parts: Sequence[ChunkDatabase]) -> None:
+        """Use `open_database`."""
+        self.directory, self.manifest, self.parts = pathlib.Path(directory), manifest, tuple(parts)
+        first = parts[0]
+        self.pad_id, self.bos_id, self.eos_id = first.pad_id, first.bos_id, first.eos_id
+        self.vocab_size = first.vocab_size
+        self._chunks = list(itertools.chain.from_iterable(part._chunks for part in parts))
+        self._owners = list(itertools.chain.from_iterable(part._owners for part in parts))
+        self._bounds = bounds_of(self._chunks)
+        self._part_chunks = np.cumsum([0, *map(len, parts)])
+        self._part_documents = np.cumsum([0, *(part.num_documents for part in parts)])
+        bounds = self._bounds.tolist()
+        self.shards = [range(a, b) for a, b in itertools.pairwise(bounds)]
+        self.corpora = _ranges(manifest.fact("corpora"))
+        self.removed = np.load(self.directory / REMOVED_FILE)
+
+    def __reduce__(self) -> tuple[Callable[..., ChunkDatabase], tuple[Any, ...]]:
+        """Pickles by its places."""
+        return JoinedDatabase, (files.absolute(self.directory), self.manifest, self.parts)
+
+    def documents(self, ids: np.ndarray) -> np.ndarray:
+        """[...] int64: the document numbers of chunks `ids` [...]; -1 for -1."""
+        ids = np.asarray(ids, np.int64)
+        part = np.searchsorted(self._part_chunks, ids, side="right") - 1
+        return super().documents(ids) + np.where(ids < 0, 0, self._part_documents[part])
+
+    def record(self, d: int) -> DocumentRecord:
+        """What is known of document number d, removed or not."""
+        if not 0 <= d < self.num_documents:
+            raise IndexError(f"document {d} of {self.num_documents}")
+        part = int(np.searchsorted(self._part_documents, d, side="right")) - 1
+        record = self.parts[part].record(d - int(self._part_documents[part]))
+        return _shifted(record, int(self._part_chunks[part]))
+
+    def records(self) -> Iterator[DocumentRecord]:
+        """All documents, in order, removed ones too."""
+        for part, first in zip(self.parts, self._part_chunks.tolist()):
+            for record in part.records():
+                yield _shifted(record, first)
+
+
+def open_keys(database: ChunkDatabase, workdir: Path, *, verify: bool = False) -> Keys:
+    """Opens the keys of a retrieval database, of all its revisions.
+
+    Raises:
+      UserError: none there, damaged, those of another database, or made differently from each other.
+    """
+    if not isinstance(database, JoinedDatabase):
+        return Keys.open(pathlib.Path(workdir) / "keys" / "train", database, verify=verify)
+    parts = [Keys.open(_beside(part, "keys/train"), part, verify=verify) for part in database.parts]
+    return JoinedKeys(database, parts)
+
+
+class JoinedKeys(Keys):
+    """The keys of several revisions as one."""
+
+    def __init__(self, database: JoinedDatabase, parts: Sequence[Keys]) -> None:
+        """Use `open_keys`."""
+        first = parts[0]
+        for part in parts[1:]:
+            if part.manifest.settings != first.manifest.settings:
+                raise UserError(
+                    f"{part.directory} and {first.directory} do not belong together: expected keys of"
+                    " the same model and precision"
+                )
+        self.database, self.parts = database, tuple(parts)
+        self.directory, self.dimension = database.directory, first.dimension
+        sums = {
+            name: sum(part.manifest.fact(name) for part in parts) for name in ("keys", "chunks")
+        }
+        facts = sums | {"dimension": self.dimension}
+        self.manifest = _joined(KEYS_KIND, database, [part.manifest for part in parts], facts)
+        self._shards = list(itertools.chain.from_iterable(part._shards for part in parts))
+        self._bounds = bounds_of(self._shards)
+
+    def __reduce__(self) -> tuple[Callable[..., Keys], tuple[Any, ...]]:
+        """Pickles by its places."""
+        return JoinedKeys, (self.database, self.parts)
+
+
+def open_index(keys: Keys, workdir: Path, *, verify: bool = False) -> Index:
+    """Opens the index over the keys of a retrieval database: its shards are those of all revisions.
+
+    Raises:
+      UserError: none there, damaged, or one over other keys.
+    """
+    if not isinstance(keys, JoinedKeys):
+        return Index.open(pathlib.Path(workdir) / "index", keys, verify=verify)
+    shards, manifests, first = [], [], 0
+    for part in keys.parts:
+        index = Index.open(_beside(part.database, "index"), part, verify=verify)
+        shards += [shard.moved(first) for shard in index.shards]
+        manifests.append(index.manifest)
+        first += len(part)
+    count = sum(manifest.fact("keys") for manifest in manifests)
+    plan = max(manifests, key=lambda manifest: manifest.fact("keys")).fact("plan")
+    manifest = _joined("index", keys.database, manifests, {"keys": count, "plan": plan})
+    return Index(keys.directory, manifest, shards)
+
+
+def publish(
+    workdir: Path,
+    revision: int,
+    removed: Sequence[int],
+    added: Keys | ChunkDatabase | None = None,
+) -> Manifest:
+    """Publishes a revision: from now on it is the newest.
+
+    Args:
+      workdir: W.
+      revision: its number, one more than the newest.
+      removed: numbers of documents of the previous revision that are removed by this one.
+      added: the chunks that it adds, and their keys where the database has any.
+
+    Returns:
+      The manifest of W/revisions/REVISION/database. Facts: as those of a chunk database, of the documents
+      that are not removed, but `documents`, `chunks` and `shards` count all; added and removed documents.
+    """
+    previous = open_database(workdir, revision - 1)
+    parents = {"previous": (previous.manifest, previous.directory)}
+    parts = list(previous.parts) if isinstance(previous, JoinedDatabase) else [previous]
+    chunks = added.database if isinstance(added, Keys) else added
+    if chunks is not None:
+        parents["chunks"] = (chunks.manifest, chunks.directory)
+        parts.append(chunks)
+    if isinstance(added, Keys):
+        parents["keys"] = (added.manifest, added.directory)
+    _check_same_tokens(parts)
+    every = np.unique(np.concatenate([previous.removed, np.asarray(removed, np.int64)]))
+    digest = hashlib.sha256(np.asarray(removed, np.int64).tobytes()).hexdigest()
+    settings = parts[0].manifest.settings | {"removed": digest}
+    stage = Stage(folder_of(workdir, revision) / KIND, KIND, settings, parents)
+    if stage.done:
+        return stage.manifest()
+    if stage.missing([REMOVED_FILE]):
+        stage.write_array(REMOVED_FILE, every)
+    facts = {
+        "documents": sum(part.num_documents for part in parts),
+        "chunks": sum(map(len, parts)),
+        "shards": [len(ids) for part in parts for ids in part.shards],
+        "corpora": _corpora(previous, parts, np.asarray(removed, np.int64), chunks),
+        "added": chunks.num_documents if chunks is not None else 0,
+        "removed": len(every),
+    }
+    return stage.finish(facts, revision=revision)
+
+
+def numbers_of(database: ChunkDatabase, names: Iterable[tuple[str, str]]) -> list[int]:
+    """The numbers of documents, by corpus and id; those that were removed before are left out.
+
+    Raises:
+      UserError: the database never had such a document.
+    """
+    wanted, numbers = set(names), []
+    left = set(wanted)
+    for number, record in enumerate(database.records()):
+        name = (record.corpus, record.id)
+        if name in wanted:
+            left.discard(name)
+            if not database.is_removed(np.array(number)):
+                numbers.append(number)
+    if left:
+        corpus, missing = min(left)
+        raise UserError(
+            f"{database.directory} holds no document {missing!r} of the corpus {corpus!r}: expected one"
+            f" of its {database.num_documents - len(database.removed)} documents"
+        )
+    return sorted(numbers)
+
+
+def _corpora(
+    previous: ChunkDatabase,
+    parts: Sequence[ChunkDatabase],
+    removed: np.ndarray,
+    added: ChunkDatabase | None,
+) -> dict[str, dict[str, Any]]:
+    """Sums and ranges of each corpus, without what is removed."""
+    corpora = json.loads(json.dumps(previous.manifest.fact("corpora")))
+    if added is not None:
+        first = sum(map(len, parts[:-1]))
+        for name, fact in added.manifest.fact("corpora").items():
+            ranges = [[a + first, b + first] for a, b in fact["ranges"]]
+            known = corpora.setdefault(name, {"ranges": []})
+            known["ranges"] += ranges
+            for field in _SUMS:
+                if field in fact:
+                    known[field] = known.get(field, 0) + fact[field]
+    for number in removed.tolist():
+        record = previous.record(number)
+        fact = corpora[record.corpus]
+        ids = np.arange(record.first_chunk, record.first_chunk + record.chunks)
+        tokens = int((previous.chunks(ids) != previous.pad_id).sum())
+        of_record = dataclasses.asdict(record) | {"documents": 1, "tokens": tokens}
+        for field in _SUMS:
+            if field in fact:
+                fact[field] -= of_record[field]
+        cut = range(record.first_chunk, record.first_chunk + record.chunks)
+        fact["ranges"] = list(_without(fact["ranges"], cut))
+    return corpora
+
+
+def _without(ranges: Sequence[Sequence[int]], cut: range) -> Iterator[list[int]]:
+    """Ranges without another one."""
+    for start, stop in ranges:
+        for a, b in ((start, min(stop, cut.start)), (max(start, cut.stop), stop)):
+            if a < b:
+                yield [a, b]
+
+
+def _ranges(corpora: Mapping[str, Mapping[str, Any]]) -> dict[str, list[range]]:
+    """The ranges of chunk ids of each corpus."""
+    return {name: [range(a, b) for a, b in corpora[name]["ranges"]] for name in sorted(corpora)}
+
+
+def _joined(
+    kind: str, database: ChunkDatabase, parts: Sequence[Manifest], facts: Mapping[str, Any]
+) -> Manifest:
+    """What identifies the parts together; it stands on no disk, but depends on nothing else."""
+    parents = {f"part-{i}": part.hash for i, part in enumerate(parts)}
+    parents[CHUNKS_KIND] = database.manifest.hash
+    first, revision = parts[0], database.manifest.revision
+    return Manifest(first.format_version, kind, first.settings, (), parents, dict(facts), revision)
+
+
+def _beside(part: ChunkDatabase, place: str) -> pathlib.Path:
+    """Another directory of the revision that a part is of: chunks/train stands beside it."""
+    return part.directory.parent.parent / place
+
+
+def _check_parent(
+    manifest: Manifest, role: str, place: Path, parent: Manifest, directory: Path
+) -> None:
+    """Raises unless a directory was made from another."""
+    if manifest.parents.get(role) != parent.hash:
+        raise UserError(
+            f"{place} and {directory} do not belong together: expected {role}"
+            f" {manifest.parents.get(role, 'none')[:12]}, found {parent.hash[:12]}"
+        )
+
+
+def _check_same_tokens(parts: Sequence[ChunkDatabase]) -> None:
+    """Raises unless all parts were made with one tokeniser."""
+    for part in parts[1:]:
+        if part.manifest.parents.get("tokenizer") != parts[0].manifest.parents.get("tokenizer"):
+            raise UserError(
+                f"{part.directory} and {parts[0].directory} do not belong together: expected chunks of"
+                " the same tokeniser"
+            )
+
+
+def _shifted(record: DocumentRecord, first: int) -> DocumentRecord:
+    """A part's record in the numbering of the whole."""
+    return dataclasses.replace(record, first_chunk=record.first_chunk + first)

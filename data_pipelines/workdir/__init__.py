@@ -1,0 +1,1 @@
+"""A workdir W: its stages, updates, verification and summary."""

@@ -1,0 +1,102 @@
+"""Settings of a preparation, and what both its stages and its updates do."""
+
+import dataclasses
+import pathlib
+
+from data_pipelines.artefacts.manifest import Manifest
+from data_pipelines.artefacts.runner import Runner
+from data_pipelines.batches.batches import BatchConfig
+from data_pipelines.batches.materialised import RETRIEVED, prepare_batches
+from data_pipelines.chunk_database.database import ChunkDatabase
+from data_pipelines.chunk_database.tokenizer import TokenizerConfig
+from data_pipelines.documents.documents import DocumentsConfig
+from data_pipelines.leakage.near_documents import LeakageConfig
+from data_pipelines.retriever import revisions
+from data_pipelines.retriever.bm25 import Bm25Config
+from data_pipelines.retriever.index import IndexConfig
+from data_pipelines.retriever.keys import Keys, KeysConfig
+from data_pipelines.retriever.neighbours import NeighboursConfig, NeighbourTable, prepare_neighbours
+from data_pipelines.retriever.retriever import Queries, Retriever
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """Where, and every setting.
+
+    Attributes:
+      directory: W.
+      runner: where shards are made.
+    """
+
+    directory: pathlib.Path
+    documents: DocumentsConfig
+    tokenizer: TokenizerConfig
+    keys: KeysConfig
+    index: IndexConfig
+    neighbours: NeighboursConfig
+    leakage: LeakageConfig
+    bm25: Bm25Config
+    runner: Runner
+
+
+def prepare_table(
+    p: Preparation, split: str, retriever: Retriever, base: NeighbourTable | None = None
+) -> Manifest:
+    """Finds the neighbours of a split's chunks in some revision of the database."""
+    revision = retriever.database.manifest.revision
+    queries = queries_of(p.directory, split, retriever)
+    k = getattr(p.neighbours, split)
+    return prepare_neighbours(
+        revisions.folder_of(p.directory, revision) / "neighbours" / split,
+        queries,
+        retriever,
+        k=k,
+        recall_queries=p.neighbours.recall_queries,
+        base=base if base is not None and base.k == k and base.score == "squared_l2" else None,
+        runner=p.runner,
+    )
+
+
+def queries_of(directory: pathlib.Path, split: str, retriever: Retriever) -> Queries:
+    """The chunks of a split as a retriever is asked for their neighbours."""
+    # The training split is the database, whose revision may have more chunks.
+    if not retriever.ranking.by_keys:
+        chunks = directory / "chunks" / split
+        return retriever.database if split == "train" else ChunkDatabase.open(chunks)
+    return retriever.keys if split == "train" else open_keys(directory, split)
+
+
+def parents_of(
+    directory: pathlib.Path, database: ChunkDatabase, table: NeighbourTable | None = None
+) -> dict[str, str]:
+    """The hashes that a training run records of the data it reads."""
+    parents = {"chunks/train": Manifest.read(directory / "chunks" / "train").hash}
+    if database.manifest.revision:
+        parents["database"] = database.manifest.hash
+    if table is not None:
+        parents[RETRIEVED] = table.manifest.hash
+    return parents
+
+
+def materialise(directory: pathlib.Path, config: BatchConfig, steps: int, runner: Runner) -> str:
+    """Writes W/materialised, or what is missing of it; returns a line about it."""
+    database, table = revisions.open_database(directory), None
+    if config.neighbours:
+        table = NeighbourTable.of(directory, "train", database, database)
+    manifest = prepare_batches(
+        directory / "materialised",
+        config,
+        database,
+        table,
+        steps=steps,
+        lineage=parents_of(directory, database, table),
+        runner=runner,
+    )
+    size = sum(shard.size for shard in manifest.shards)
+    return f"{manifest.fact('rows'):,} sequences of {steps:,} steps, {size / 1e6:,.1f} MB"
+
+
+def open_keys(directory: pathlib.Path, split: str) -> Keys:
+    """The keys of a split's chunks."""
+    chunks = ChunkDatabase.open(directory / "chunks" / split)
+    return Keys.open(directory / "keys" / split, chunks)

@@ -1,0 +1,151 @@
+"""What a prepared workdir holds, as a table."""
+
+import pathlib
+from collections.abc import Sequence
+
+from data_pipelines.artefacts.manifest import MANIFEST_FILE, Manifest
+from data_pipelines.corpora import SPLITS
+from data_pipelines.retriever import revisions
+from retro_jax.errors import UserError
+
+_NOTHING = "-"
+_QUANTILES = {"0.05": "5 %", "0.5": "median", "0.95": "95 %"}
+_MEASURES = ("documents", "chunks", "tokens", "bytes")
+
+
+def table(directory: pathlib.Path) -> str:
+    """A row for each fact, a column for each split.
+
+    Args:
+      directory: W; stages that have not been run are left out.
+
+    Raises:
+      UserError: there is nothing in it yet, or something is damaged.
+    """
+    chunks = _manifests(directory, "chunks")
+    if not any(chunks.values()):
+        raise UserError(f"{directory} holds no chunk database: expected what launch.prepare makes")
+    rows = _chunk_rows(list(chunks.values()))
+    rows += _leakage_rows(directory)
+    rows += _key_rows(directory)
+    rows += _revision_rows(directory)
+    tables = revisions.folder_of(directory, revisions.latest(directory))
+    rows += _neighbour_rows(list(_manifests(tables, "neighbours").values()))
+    return _aligned([["", *SPLITS], *rows])
+
+
+def _manifests(directory: pathlib.Path, kind: str) -> dict[str, Manifest | None]:
+    """The manifest of each split; None where it has not been made."""
+    return {split: _manifest(directory / kind / split, kind) for split in SPLITS}
+
+
+def _manifest(folder: pathlib.Path, kind: str) -> Manifest | None:
+    """A finished directory's manifest; None for one that is not there or not finished."""
+    return Manifest.open(folder, kind) if (folder / MANIFEST_FILE).is_file() else None
+
+
+def _chunk_rows(splits: Sequence[Manifest | None]) -> list[list[str]]:
+    """Documents, chunks, tokens and bytes by corpus, and the share of padding."""
+    rows = []
+    held = [m.fact("corpora") if m else {} for m in splits]
+    for corpus in sorted({name for corpora in held for name in corpora}):
+        for measure in _MEASURES:
+            counts = [corpora.get(corpus, {}).get(measure) for corpora in held]
+            rows.append([f"{corpus}: {measure}", *map(_count, counts)])
+        rates = [c[corpus]["bytes"] / c[corpus]["tokens"] if corpus in c else None for c in held]
+        rows.append([f"{corpus}: bytes a token", *(_share(rate, "{:.2f}") for rate in rates)])
+    padding = [m.fact("padding") if m else None for m in splits]
+    return [*rows, ["padding", *map(_share, padding)]]
+
+
+def _leakage_rows(directory: pathlib.Path) -> list[list[str]]:
+    """What was withdrawn of the training split, and which chunks are in two splits."""
+    none = [_NOTHING] * (len(SPLITS) - 1)
+    rows = []
+    documents = _manifest(directory / "leakage", "leakage")
+    if documents:
+        threshold = documents.settings["threshold"]
+        names = {"withdrawn": f"withdrawn documents, from {threshold:g}", "equal": "of these equal"}
+        names["duplicates"] = "documents equal to others of the split"
+        rows += [[name, _count(documents.fact(fact)), *none] for fact, name in names.items()]
+    chunks = _manifest(directory / "duplicates", "duplicates")
+    if chunks:
+        held_out = chunks.fact("held_out")
+        sides = [chunks.facts, *(held_out[split] for split in SPLITS if split != "train")]
+        for fact, name in (("near", "near-duplicate chunks"), ("equal", "of these equal tokens")):
+            rows.append([name, *(_count(side[fact]) for side in sides)])
+    return rows
+
+
+def _key_rows(directory: pathlib.Path) -> list[list[str]]:
+    """The retrieval database, which is made of the training split."""
+    none = [_NOTHING] * (len(SPLITS) - 1)
+    keys, index = (
+        _manifest(directory / place, kind)
+        for place, kind in (("keys/train", "keys"), ("index", "index"))
+    )
+    rows = []
+    if keys:
+        rows.append(["keys", _count(keys.fact("keys")), *none])
+    if index:
+        rows.append(["index", index.fact("plan")["kind"].replace("_", " "), *none])
+    return rows
+
+
+def _revision_rows(directory: pathlib.Path) -> list[list[str]]:
+    """What the newest revision of the retrieval database has more, and less."""
+    newest = revisions.latest(directory)
+    if not newest:
+        return []
+    manifest = Manifest.open(
+        revisions.folder_of(directory, newest) / revisions.KIND, revisions.KIND
+    )
+    none = [_NOTHING] * (len(SPLITS) - 1)
+    counts = {"revision": newest, "chunk ids of all revisions": manifest.fact("chunks")}
+    counts["removed documents"] = manifest.fact("removed")
+    return [[name, _count(count), *none] for name, count in counts.items()]
+
+
+def _neighbour_rows(splits: Sequence[Manifest | None]) -> list[list[str]]:
+    """Slots, how many of them are filled, and the recall."""
+    if not any(splits):
+        return []
+    # A split without documents has no shard, and so no slots.
+    shares = [m.fact("filled") if m else [] for m in splits]
+    nearest = [m.fact("nearest") if m else {} for m in splits]
+    made_by = {m.settings["score"] for m in splits if m}
+    score = "distance" if "squared_l2" in made_by else "BM25"
+    names = sorted({m.settings.get("retriever", "dense") for m in splits if m})
+    same = [m.facts.get("same_corpus") if m else None for m in splits]
+    return [
+        ["retriever", " ".join(names), *[_NOTHING] * (len(SPLITS) - 1)],
+        ["neighbours a chunk", *(_count(m.settings["k"] if m else None) for m in splits)],
+        ["slots filled", *(_share(sum(s) / len(s) if s else None) for s in shares)],
+        *(
+            [f"nearest: {name} {score}", *(_share(q.get(step), "{:.3f}") for q in nearest)]
+            for step, name in _QUANTILES.items()
+        ),
+        ["of the same corpus", *map(_share, same)],
+        ["recall", *(_share(m.fact("recall")["recall"] if m else None) for m in splits)],
+    ]
+
+
+def _count(value: int | None) -> str:
+    """A number with separators."""
+    return _NOTHING if value is None else f"{value:,}"
+
+
+def _share(value: float | None, form: str = "{:.1%}") -> str:
+    """A share as a percentage, or a number in another form."""
+    return _NOTHING if value is None else form.format(value)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as text: names to the left, figures to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:])]
+        return "  ".join([f"{row[0]:<{widths[0]}}", *cells])
+
+    return "\n".join(map(line, rows))

@@ -1,0 +1,153 @@
+"""`prepare --append` and `--remove`: a new revision of the retrieval database on top of the newest."""
+
+import pathlib
+import shutil
+from collections.abc import Sequence
+
+from data_pipelines.artefacts.manifest import Manifest
+from data_pipelines.chunk_database.database import ChunkDatabase, prepare_chunks
+from data_pipelines.corpora import SPLITS
+from data_pipelines.documents.documents import KnownDocuments, prepare_documents
+from data_pipelines.retriever import revisions
+from data_pipelines.retriever.bm25 import KIND as BM25
+from data_pipelines.retriever.bm25 import prepare_bm25
+from data_pipelines.retriever.index import prepare_index
+from data_pipelines.retriever.keys import Keys, prepare_keys
+from data_pipelines.retriever.neighbours import NeighbourTable
+from data_pipelines.retriever.retriever import Queries, Ranking, Retriever
+from data_pipelines.workdir import leakage_report
+from data_pipelines.workdir.preparation import Preparation, prepare_table
+from retro_jax.errors import UserError
+
+
+def update(p: Preparation, *, append: bool, remove: Sequence[str]) -> None:
+    """Publishes the next revision, then makes its tables; what a killed run left is taken up.
+
+    Removing comes first, so that a document can be replaced: the removed one, and the text that its
+    corpus has for it now.
+
+    Args:
+      p: W and every setting; with `append`, p.documents are what the database should hold too.
+      append: whether to add them.
+      remove: CORPUS/ID of documents of the database, or @FILE of such lines.
+
+    Raises:
+      UserError: W is not prepared, a document is not there, or another update was begun.
+    """
+    current = revisions.latest(p.directory)
+    database = revisions.open_database(p.directory, current)
+    for split in SPLITS:  # tables are made from those before: refuse before anything is written
+        Manifest.read(p.directory / "neighbours" / split)
+    _check_ranking(p)
+    place = revisions.folder_of(p.directory, current + 1)
+    if not append and place.exists():
+        raise UserError(f"{place} is unfinished: expected --append, which began it, first")
+    removed = revisions.numbers_of(database, _names(remove))
+    added = _append(p, place, database, removed) if append else None
+    if added is None and not removed:
+        print(f"revision {current}: nothing to change", flush=True)
+    else:
+        current += 1
+        manifest = revisions.publish(p.directory, current, removed, added)
+        count = manifest.fact("documents") - manifest.fact("removed")
+        print(
+            f"revision {current}: {manifest.fact('added'):,} documents added, {len(removed):,} removed;"
+            f" {count:,} documents, {manifest.fact('chunks'):,} chunk ids",
+            flush=True,
+        )
+    make_tables(p, current)
+
+
+def make_tables(p: Preparation, revision: int) -> None:
+    """Makes what is missing of the tables of all revisions up to one, each from the one before."""
+    for r in range(1, revision + 1):
+        if p.neighbours.ranking.by_terms:
+            place = revisions.folder_of(p.directory, r) / BM25
+            prepare_bm25(place, revisions.open_database(p.directory, r), p.bm25)
+        retriever = Retriever.open(p.directory, revision=r)
+        before = revisions.open_database(p.directory, r - 1)
+        for split in SPLITS:
+            queries = before if split == "train" else _chunks(p.directory, split)
+            base = NeighbourTable.of(p.directory, split, queries, before)
+            manifest = prepare_table(p, split, retriever, base)
+            recall = manifest.fact("recall")
+            print(
+                f"revision {r}, neighbours/{split}: {manifest.fact('chunks'):,} chunks,"
+                f" {recall['k']} a chunk, recall {recall['recall']:.3f}",
+                flush=True,
+            )
+
+
+def _check_ranking(p: Preparation) -> None:
+    """Raises unless neighbours are to be found as those of W's tables were."""
+    found, wanted = Ranking.of(p.directory), p.neighbours.ranking
+    if found.settings != wanted.settings:
+        raise UserError(
+            f"NeighboursConfig.retriever is {wanted}: expected {found}, by which {p.directory}'s tables"
+            " were made"
+        )
+
+
+def _append(
+    p: Preparation, place: pathlib.Path, database: ChunkDatabase, removed: Sequence[int]
+) -> Queries | None:
+    """Makes chunks, and where they are needed keys and index, of the documents that are new; None if there are none."""
+    gone = set(removed) | set(database.removed.tolist())
+    names = ((number, r.id) for number, r in enumerate(database.records()) if number not in gone)
+
+    def name_of(number: int) -> tuple[str, str]:
+        record = database.record(number)
+        return record.corpus, record.id
+
+    parent = (database.manifest, database.directory)
+    known = KnownDocuments(names, name_of, {"database": parent})
+    manifests = prepare_documents(place / "documents", p.documents, known=known, runner=p.runner)
+    if not manifests["train"].fact("documents"):
+        shutil.rmtree(place)  # nothing but three empty splits
+        return None
+    held_out = sum(manifests[split].fact("documents") for split in SPLITS if split != "train")
+    if held_out:
+        print(f"{held_out:,} documents are of held-out splits: left out", flush=True)
+    withdrawn = leakage_report.withdraw(p, place)
+    if withdrawn is not None:
+        print(leakage_report.told(withdrawn), flush=True)
+        if withdrawn.fact("withdrawn") == withdrawn.fact("documents"):
+            shutil.rmtree(place)
+            return None
+    tokenizer, chunks = p.directory / "tokenizer", place / "chunks" / "train"
+    prepare_chunks(
+        chunks,
+        place / "documents" / "train",
+        tokenizer,
+        leakage_directory=leakage_report.directory_of(p, place),
+        runner=p.runner,
+    )
+    leakage_report.count_added(p, place)
+    if not p.neighbours.ranking.by_keys:
+        return ChunkDatabase.open(chunks)
+    prepare_keys(place / "keys" / "train", chunks, tokenizer, p.keys, runner=p.runner)
+    keys = Keys.open(place / "keys" / "train", ChunkDatabase.open(chunks))
+    prepare_index(place / "index", keys, p.index, runner=p.runner)
+    return keys
+
+
+def _names(given: Sequence[str]) -> list[tuple[str, str]]:
+    """(corpus, id) of what --remove names."""
+    lines: list[str] = []
+    for value in given:
+        if value.startswith("@"):
+            lines += pathlib.Path(value[1:]).read_text(encoding="utf-8").splitlines()
+        else:
+            lines.append(value)
+    names = []
+    for line in filter(None, lines):
+        corpus, slash, name = line.partition("/")
+        if not (corpus and slash and name):
+            raise UserError(f"--remove={line}: expected CORPUS/ID of a document, or @FILE of them")
+        names.append((corpus, name))
+    return names
+
+
+def _chunks(directory: pathlib.Path, split: str) -> ChunkDatabase:
+    """The chunks of a held-out split, which no revision changes."""
+    return ChunkDatabase.open(directory / "chunks" / split)

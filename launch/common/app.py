@@ -1,0 +1,174 @@
+"""Runs an entry point: flags, help, and errors of the user's told in one line.
+
+    from launch import app
+    ...
+    if __name__ == "__main__":
+        app.run(main)
+
+Exit statuses:
+
+    0    done
+    1    bad input (UserError) or a failing file system; a defect of this project, with its traceback
+    2    bad flags
+    75   asked to stop, saved: the same command goes on
+    76   another process of the run was lost or hangs: start all of them again
+    130  Ctrl-C
+"""
+
+import logging
+import os
+import signal
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable
+
+from absl import flags
+
+from retro_jax.errors import LostPeerError, SharedError, UserError, describe
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the whole run, artefacts and models.")
+flags.register_validator(
+    "workdir",
+    lambda value: "://" not in (value or ""),
+    message="expected a directory; prepared data in a bucket is given to launch.train as --data",
+)
+flags.DEFINE_bool("debug", False, "Show the traceback of every error.")
+
+SAVED, LOST = 75, 76
+
+_who: list[str] = []  # this process's name, where several make one run
+
+# Flags that every entry point may use. --help shows them, the module's own, and those of the
+# modules that it names in HELP_ALSO.
+_SHARED_MODULES = ("launch.common.configurables", "launch.common.app")
+_HELP = ("--help", "-help", "-h", "--helpshort", "--helpfull")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses sys.argv, runs `main` and exits with one of the statuses above."""
+    sys.exit(execute(main, sys.argv))
+
+
+def execute(main: Callable[[], None], argv: list[str]) -> int:
+    """Runs `main` under the flags of `argv` and returns the exit status.
+
+    Flags have their previous values again afterwards, so a test can run entry points in its own
+    process, one after the other.
+
+    Args:
+      main: the entry point's function, without arguments; it reads its own flags.
+      argv: the program's name and its arguments.
+    """
+    if any(argument in _HELP for argument in argv[1:]):
+        print(usage(main))
+        return 0
+    saved = {name: dict(flags.FLAGS[name].__dict__) for name in flags.FLAGS}
+    try:
+        return _guarded(main, argv)
+    finally:
+        for name, values in saved.items():
+            flags.FLAGS[name].__dict__.update(values)
+
+
+def name_process(name: str) -> None:
+    """Says which of several processes this is: its errors and warnings begin with it."""
+    _who[:] = [f"{name}: "] if name else []
+    _set_up_logging(debug=False)
+
+
+def required(flag: flags.FlagHolder, expected: str) -> str:
+    """The value of a flag that this entry point cannot do without.
+
+    Raises:
+      flags.Error: it was not given; told as "--name is missing: expected ...".
+    """
+    if flag.value in (None, "", []):
+        raise flags.Error(f"--{flag.name} is missing: expected {expected}")
+    return flag.value
+
+
+def usage(main: Callable[[], None]) -> str:
+    """The help text: the entry point's docstring, then its own and the shared flags."""
+    module = sys.modules[main.__module__]
+    lines = [(module.__doc__ or "").strip(), "", "Flags:"]
+    held = [value for value in vars(module).values() if isinstance(value, flags.FlagHolder)]
+    own = {holder.name for holder in held}  # defined by the module, or imported into it
+    by_module = flags.FLAGS.flags_by_module_dict()
+    others = (*getattr(module, "HELP_ALSO", ()), *_SHARED_MODULES)
+    shared = {flag.name for name in others for flag in by_module.get(name, [])}
+    for name in [*sorted(own), *sorted(shared - own)]:
+        lines += _flag_help(flags.FLAGS[name])
+    return "\n".join(lines)
+
+
+def _flag_help(flag: flags.Flag) -> list[str]:
+    """Two or more lines about one flag."""
+    head = f"  --[no]{flag.name}" if flag.boolean else f"  --{flag.name}=..."
+    if isinstance(flag, flags.MultiFlag):
+        head += " (may be repeated)"
+    unsaid = flag.default is None or flag.default is False or flag.default == []
+    default = "" if unsaid else f" Default: {flag.default}."
+    text = flag.help.split(";\n", 1)[0]  # absl adds a line to those that may be repeated
+    wrapped = textwrap.wrap(f"{text}{default}", width=92)
+    return [head, *(f"      {line}" for line in wrapped)]
+
+
+def _guarded(main: Callable[[], None], argv: list[str]) -> int:
+    """Runs main, turning the user's errors into a line on standard error and a status."""
+    try:
+        rest = flags.FLAGS(argv)
+        if len(rest) > 1:
+            raise flags.Error(f"unexpected argument {rest[1]!r}: expected --flag=value only")
+        _set_up_logging(debug="--debug" in argv)
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except (flags.Error, UserError, OSError, KeyboardInterrupt) as error:
+        if "--debug" in argv:
+            raise
+        status, message = _status_and_message(error)
+        tell(message)
+        if _who and not isinstance(error, SharedError):
+            leave(status)
+        return status
+    except Exception:  # a defect: by the usual end this process would wait for the others
+        if not _who:
+            raise
+        print(f"{_who[0]}{traceback.format_exc()}", file=sys.stderr)
+        leave(1)
+    return 0
+
+
+def tell(message: str) -> None:
+    """Prints an error as one line on standard error."""
+    print(f"{''.join(_who)}error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def leave(status: int) -> None:
+    """Ends this process at once: by the usual way it would wait for the others, who wait for it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _set_up_logging(debug: bool) -> None:
+    """Warnings as lines on standard error; no second account of errors that main raises."""
+    who = "".join(_who)
+    form = f"{who}%(levelname)s: %(message)s"
+    logging.basicConfig(format=form, level=logging.WARNING, force=bool(who))
+    # Orbax logs the traceback of every failed write, several times, and then raises it.
+    logging.getLogger("absl").setLevel(logging.WARNING if debug else logging.CRITICAL)
+
+
+def _status_and_message(error: BaseException) -> tuple[int, str]:
+    """What the user is told about an error of theirs."""
+    if isinstance(error, flags.Error):
+        return 2, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted: run the same command again to go on"
+    if isinstance(error, LostPeerError):
+        return LOST, str(error)
+    return 1, describe(error)

@@ -1,0 +1,227 @@
+"""kNN-LM on a trained model and W's own training text, as a condition of launch.evaluate.
+
+The datastore is made of the first chunks of the training split, whose documents stand in random order
+within each corpus: W/evaluation/knn-*.npy. Weight and temperature are tuned on the validation split.
+A large datastore is searched by ScaNN, with the index that a retrieval database of as many keys would
+have; --knn_exact compares every key instead, which takes a hundred times as long for a million.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from data_pipelines.evaluation.splits import Split, open_split
+from data_pipelines.retriever import index
+from launch.runs import trained_run
+from retro_jax.batch import RetroBatch, text_mask
+from retro_jax.distributed import processes
+from retro_jax.distributed.progress import progress_bar
+from retro_jax.errors import UserError
+from retro_jax.evaluate import knn_lm, score
+from retro_jax.evaluate.scorer import Pass, Scorer, forget
+from retro_jax.model import Retro
+from retro_jax.storage import files
+from retro_jax.storage.files import read_array, write_array
+
+KNN = flags.DEFINE_bool("knn", False, "Also score kNN-LM: the baseline, where there is one.")
+KNN_TOKENS = flags.DEFINE_integer(
+    "knn_tokens", 2_000_000, "Tokens of the training split in its datastore.", lower_bound=64
+)
+KNN_NEIGHBOURS = flags.DEFINE_integer("knn_neighbours", 64, "Tokens it looks up.", lower_bound=1)
+KNN_EXACT = flags.DEFINE_bool("knn_exact", False, "Compares every token of a large datastore too.")
+
+_SEARCHED = 1 << 12  # tokens that pass over the datastore together
+_RECALL_QUERIES = 128  # of which the neighbours are compared with the true ones
+_REORDERED = 4  # candidates that ScaNN compares again exactly, for each neighbour
+_TUNING_CHUNKS = 512  # of the validation split
+
+_LookUp = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Store:
+    """The datastore: keys [S, D] float16 and the tokens [S] that followed."""
+
+    keys: np.ndarray
+    values: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class KnnScoring:
+    """How kNN-LM is scored.
+
+    Attributes:
+      run: the model. windows: of texts. scorer: holds the model. data, folder: as everywhere.
+    """
+
+    run: trained_run.Run
+    windows: score.WindowConfig
+    scorer: Scorer
+    data: pathlib.Path
+    folder: pathlib.Path
+
+    def score(self, split: Split, text: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+        """[n, 64] nats of a split, and what was tuned.
+
+        Args:
+          split: what is scored. text: [n, 64] bool, the tokens that count.
+        """
+        store = self._store()
+        look_up, how = search(store.keys)
+        tuning = open_split(self.data, "validation", neighbours=0)
+        owners = tuning.database.documents(tuning.ids)
+        last = owners[min(_TUNING_CHUNKS, len(owners)) - 1]
+        tuning = dataclasses.replace(tuning, ids=tuning.ids[owners <= last])
+        few = text_mask(
+            tuning.database.chunks(tuning.ids),
+            tuning.database.documents(tuning.ids),
+            eos_id=tuning.database.eos_id,
+            pad_id=tuning.database.pad_id,
+        )
+        found, _ = self._find(tuning, few, store.values, look_up)
+        unit = float(np.median(found.distances.min(axis=1))) or 1.0
+        config = knn_lm.tune(found, unit, neighbours=found.distances.shape[1])
+        found, nll = self._find(split, text, store.values, look_up)
+        nll = nll.copy()
+        nll[text] = found.nll(config, unit)
+        states_of, rows = self._states()
+        queries = knn_lm.activations(states_of, tuning.text(0), self.windows, rows=rows)
+        sample = next(queries)[1]
+        k = found.distances.shape[1]
+        facts = dataclasses.asdict(config) | {"unit": unit, "search": how}
+        facts |= {"recall": _recall(look_up, sample[:_RECALL_QUERIES], store.keys, k)}
+        facts |= {"datastore_tokens": len(store.values)}
+        return nll.astype(np.float32), facts
+
+    def _find(
+        self, split: Split, text: np.ndarray, values_of: np.ndarray, look_up: _LookUp
+    ) -> tuple[knn_lm.Found, np.ndarray]:
+        """What the datastore holds for each token that counts, and [n, 64] of the model alone."""
+        source = split.text(0)
+        partial = self.folder / f".partial-knn-{self._digest(split)}"
+        one = Pass(self.run, Retro.token_losses, self.windows, "kNN-LM: model", partial)
+        nll = self.scorer.nll(one, source)
+        forget(one)
+        k = min(KNN_NEIGHBOURS.value, len(values_of))
+        distances = np.zeros((text.size, k), np.float32)
+        values = np.zeros((text.size, k), values_of.dtype)
+        with progress_bar(int(text.sum()), "kNN-LM: search", "token") as bar:
+            states_of, rows = self._states()
+            queries = knn_lm.activations(states_of, source, self.windows, rows=rows)
+            for places, states in knn_lm.batched(queries, _SEARCHED):
+                inside = text.ravel()[places]
+                places = places[inside]
+                distances[places], found = look_up(states[inside], k)
+                values[places] = values_of[found]
+                bar.update(len(places))
+        here = text.ravel()
+        targets = split.database.chunks(split.ids).ravel()[here]
+        return knn_lm.Found(nll[text], targets, distances[here], values[here]), nll
+
+    def _digest(self, split: Split) -> str:
+        """Names the model's losses on a split: other ones have another name."""
+        told = [self.run.identity(), split.database.manifest.hash, dataclasses.asdict(self.windows)]
+        digest = hashlib.sha256(files.to_json(told) + split.ids.tobytes())
+        return digest.hexdigest()[:12]
+
+    def _store(self) -> _Store:
+        """The datastore, read where it is there already."""
+        split = open_split(self.data, "train", neighbours=0)
+        split = dataclasses.replace(split, ids=_spread(split, KNN_TOKENS.value))
+        digest = f"{self.run.checkpoint[:12]}-{split.database.manifest.hash[:12]}-{len(split.ids)}"
+        paths = [self.folder / f"knn-{what}-{digest}.npy" for what in ("keys", "values")]
+        if all(processes.as_first([path.is_file() for path in paths])):
+            return _Store(*map(read_array, paths))
+        tokens = split.database.chunks(split.ids).ravel()
+        keys, values = [], []
+        with progress_bar(len(split.ids), "kNN-LM: datastore", "chunk") as bar:
+            source = split.text(0)
+            states_of, rows = self._states()
+            found = knn_lm.activations(states_of, source, self.windows, rows=rows)
+            for places, states in found:
+                keys.append(states.astype(np.float16))
+                values.append(tokens[places])
+                bar.update(len(places) // split.database.chunks(split.ids[:1]).shape[1])
+        if not keys:
+            raise UserError(f"{self.data}: the training split has no token to look up")
+        store = _Store(np.concatenate(keys), np.concatenate(values))
+        for path, array in zip(paths, (store.keys, store.values), strict=True):
+            write_array(path, array)
+        return store
+
+    def _states(self) -> tuple[Callable[[RetroBatch], np.ndarray], Sequence[int] | None]:
+        """The model's final activations of a batch, and the rows of it that it is given."""
+        compiled = self.scorer.compiled(self.run, _hidden_states, self.windows)
+        assert compiled.windows == self.windows
+
+        def states(batch: RetroBatch) -> np.ndarray:
+            with jax.set_mesh(compiled.mesh):
+                return np.asarray(compiled.losses(batch))
+
+        return states, compiled.rows
+
+
+def knn_scoring(
+    run: trained_run.Run,
+    windows: score.WindowConfig,
+    scorer: Scorer,
+    *,
+    data: pathlib.Path,
+    folder: pathlib.Path,
+) -> KnnScoring:
+    """A scoring whose batches every device has an equal part of."""
+    rounded = scorer.compiled(run, _hidden_states, windows).windows
+    return KnnScoring(run, rounded, scorer, data, folder)
+
+
+def knn_settings() -> dict[str, Any]:
+    """What a result of kNN-LM depends on besides the model and the text."""
+    return {
+        "knn_tokens": KNN_TOKENS.value,
+        "knn_neighbours": KNN_NEIGHBOURS.value,
+        "knn_exact": KNN_EXACT.value,
+    }
+
+
+def search(keys: np.ndarray) -> tuple[_LookUp, str]:
+    """Finds the k nearest keys of queries: squared distances and places [n, k]; and its name."""
+    plan = index.plan_index(len(keys), keys.shape[1], index.IndexConfig())
+    if KNN_EXACT.value or plan.kind == "brute_force":
+        return lambda queries, k: knn_lm.nearest(queries, keys, k), "exact"
+    plan = dataclasses.replace(plan, reorder=_REORDERED * KNN_NEIGHBOURS.value)
+    searcher = index.build_searcher(
+        keys.astype(np.float32), plan, index.IndexConfig.training_sample
+    )
+
+    def look_up(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        places, distances = index.search_searcher(searcher, plan, queries, k, limit=len(keys))
+        found = np.isfinite(distances)  # fewer in the leaves that were looked into
+        return np.where(found, distances, np.inf), np.where(found, places, 0).astype(np.int64)
+
+    return look_up, f"ScaNN ({plan.kind})"
+
+
+def _recall(look_up: _LookUp, queries: np.ndarray, keys: np.ndarray, k: int) -> float:
+    """The share of the k nearest keys that are found."""
+    found, true = look_up(queries, k)[1], knn_lm.nearest(queries, keys, k)[1]
+    return float(np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(found, true, strict=True)]))
+
+
+def _hidden_states(model: Retro, batch: RetroBatch) -> jax.Array:
+    """[B, N, D] with retrieval off."""
+    return model.hidden_states(batch.tokens, None, batch.documents)
+
+
+def _spread(split: Split, tokens: int) -> np.ndarray:
+    """Ids of the first chunks of each corpus, in proportion, of about so many tokens in all."""
+    share = min(1.0, tokens / max(1, split.database.manifest.fact("tokens")))
+    ranges = [part for parts in split.database.corpora.values() for part in parts]
+    chosen = [np.arange(part.start, part.start + round(share * len(part))) for part in ranges]
+    return functools.reduce(np.union1d, chosen, np.zeros(0, np.int64)).astype(np.int64)

@@ -1,0 +1,162 @@
+"""Results of launch.evaluate: read where they exist, else computed and written."""
+
+import dataclasses
+import hashlib
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.evaluation.splits import Split
+from launch.evaluate import MAX_DOCUMENTS
+from launch.evaluation.conditions import Condition, condition_settings, neighbour_tokens
+from launch.evaluation.figures import share_with_interval
+from launch.evaluation.knn import knn_scoring, knn_settings
+from launch.windows import windows_of
+from retro_jax.distributed import processes
+from retro_jax.evaluate import bits_per_byte, score
+from retro_jax.evaluate.conditions import condition_name
+from retro_jax.evaluate.k_sweep import sweep_losses
+from retro_jax.evaluate.scorer import Pass, Scorer, forget
+from retro_jax.model import Retro
+from retro_jax.storage import files
+from retro_jax.storage.files import write_array
+
+_ID_DIGITS = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What is evaluated.
+
+    Attributes:
+      folder: W/evaluation. data: the directory of the prepared data. split: of it, or a slice.
+      text: [n, 64] bool, the tokens of the split that count. lengths: [V] bytes of each token.
+      scorer: what scores them. overlap: of its windows; None for the default.
+    """
+
+    folder: pathlib.Path
+    data: pathlib.Path
+    split: Split
+    text: np.ndarray
+    lengths: np.ndarray
+    scorer: Scorer = dataclasses.field(default_factory=Scorer)
+    overlap: float | None = None
+
+
+def evaluate(work: Work, conditions: Sequence[Condition]) -> dict[str, dict[str, Any]]:
+    """The results of one pass by name: read where they are there already, else computed and written.
+
+    Several processes compute together; the first one alone writes, and has what is returned.
+    """
+    folder, split = work.folder, work.split
+    heads = {c.name: _head(work, c) for c in conditions}
+    names = {
+        c.name: f"{split.name}-{c.name}-{c.run.step:08d}-{_digest(heads[c.name])}"
+        for c in conditions
+    }
+    there = processes.as_first([_is_there(folder, names[c.name]) for c in conditions])
+    missing = [c for c, is_there in zip(conditions, there, strict=True) if not is_there]
+    if missing:
+        found, more = _score(work, missing)
+        for condition, nll in zip(missing, found, strict=True):
+            name = names[condition.name]
+            result = heads[condition.name] | {"nll": f"{name}.npy", **figures(work, nll), **more}
+            if split.name.startswith("lambada") and condition.kind not in ("knn", "k"):
+                right = documents_right(work, condition)
+                result["last_word_accuracy"] = share_with_interval(right)
+            if processes.is_first():
+                write_array(folder / f"{name}.npy", nll)
+                files.write_atomically(folder / f"{name}.json", files.to_json(result))
+    if not processes.is_first():
+        return {}
+    return {c.name: files.read_json(folder / f"{names[c.name]}.json") for c in conditions}
+
+
+def _is_there(folder: pathlib.Path, name: str) -> bool:
+    """Whether a condition has been scored."""
+    return (folder / f"{name}.json").is_file() and (folder / f"{name}.npy").is_file()
+
+
+def _head(work: Work, condition: Condition) -> dict[str, Any]:
+    """What a result depends on."""
+    split = work.split
+    cut = windows_of(condition.run, work.overlap)
+    return {
+        "condition": condition.name,
+        "settings": {
+            "split": split.name,
+            "window_chunks": cut.chunks,
+            "stride_chunks": cut.stride,
+            "neighbours": condition.neighbours,
+            "max_documents": MAX_DOCUMENTS.value,
+            "execution": dataclasses.asdict(condition.run.execution),
+            **(knn_settings() if condition.kind == "knn" else condition_settings(condition)),
+        },
+        "model": condition.run.identity(),
+        "manifests": split.hashes(bool(condition.neighbours)),
+    }
+
+
+def _digest(head: Mapping[str, Any]) -> str:
+    """A few digits that differ where any of it does."""
+    return hashlib.sha256(files.to_json(head)).hexdigest()[:_ID_DIGITS]
+
+
+def documents_right(work: Work, condition: Condition) -> np.ndarray:
+    """[D] bool: of which documents every scored token is the model's most likely one."""
+    tokens = neighbour_tokens(work.split, condition, work.folder, work.data)
+    text = dataclasses.replace(work.split.text(0), neighbours=tokens)
+    digest = _digest({"hits": _head(work, condition)})
+    cut = windows_of(condition.run, work.overlap)
+    what = f"{condition_name(condition.name)}, last words"
+    one = Pass(condition.run, score.token_hits, cut, what, work.folder / f".partial-{digest}")
+    hits = work.scorer.nll(one, text)
+    forget(one)
+    return bits_per_byte.documents_hit(hits == 1, work.text, text.documents)
+
+
+def _score(
+    work: Work, conditions: Sequence[Condition]
+) -> tuple[np.ndarray, dict[str, dict[str, Any]]]:
+    """[len(conditions), n, 64] float32 nats, and what else is to be said of them."""
+    folder, split = work.folder, work.split
+    last = max(conditions, key=lambda c: c.neighbours)
+    cut = windows_of(last.run, work.overlap)
+    if last.kind == "knn":
+        scoring = knn_scoring(last.run, cut, work.scorer, data=work.data, folder=folder)
+        nll, facts = scoring.score(split, work.text)
+        return nll[None], {"knn": facts}
+    sweep = last.kind == "k"
+    losses = sweep_losses([c.neighbours for c in conditions]) if sweep else Retro.token_losses
+    tokens = neighbour_tokens(split, last, folder, work.data)
+    text = dataclasses.replace(split.text(0), neighbours=tokens)
+    partial = folder / f".partial-{_digest({c.name: _head(work, c) for c in conditions})}"
+    what = "k sweep" if sweep else condition_name(last.name)
+    one = Pass(last.run, losses, cut, what, partial)
+    nll = work.scorer.nll(one, text)
+    forget(one)
+    return (nll if sweep else nll[None]), {}
+
+
+def figures(work: Work, nll: np.ndarray) -> dict[str, Any]:
+    """Sums and figures of scored chunks: by corpus, and of all."""
+    database, ids = work.split.database, work.split.ids
+    scores = bits_per_byte.measure(
+        nll,
+        database.chunks(ids),
+        database.documents(ids),
+        records=work.split.records(),
+        eos_id=database.eos_id,
+        pad_id=database.pad_id,
+        text=work.text,
+    )
+    by_corpus = {name: _plain(result) for name, result in scores.items()}
+    return {"corpora": by_corpus, "all": _plain(bits_per_byte.total(scores.values()))}
+
+
+def _plain(result: bits_per_byte.Score) -> dict[str, float | None]:
+    """A Score for JSON, which has no NaN."""
+    return {name: v if math.isfinite(v) else None for name, v in result.to_dict().items()}

@@ -1,0 +1,164 @@
+"""A run's directory kept in a bucket as well, for hosts whose disks go away with them.
+
+    python -m launch.train ... --mirror=gs://B/runs/W
+
+Checkpoints are written to W as ever. Once one is whole there, the first process copies it, its seal
+last, with the run's other files; what W keeps no longer is removed there too. A run that starts in an
+empty or older W first brings the newest whole checkpoint back. Nothing waits for the copies but the
+end of the run.
+"""
+
+import contextlib
+import logging
+import pathlib
+import shutil
+import threading
+from collections.abc import Iterator
+
+from absl import flags
+
+from data_pipelines.artefacts.bucket_copy import Bucket
+from retro_jax.distributed import processes
+from retro_jax.errors import UserError
+from retro_jax.train.checkpoint import CHECKPOINTS, SEAL, find_damage, latest_step
+
+MIRROR = flags.DEFINE_string(
+    "mirror", None, "Place in a bucket that the run's directory is copied to, as in gs://B/runs/W."
+)
+_SECONDS = 10.0  # between looks at what is new
+_FETCHED = "orbax-checkpoint-tmp-fetched"  # a name that Orbax removes when a copy was cut short
+
+_logger = logging.getLogger(__name__)
+
+
+def fetch(run: pathlib.Path) -> str:
+    """Brings the newest whole checkpoint of a run back, if it is newer than what stands here.
+
+    Args:
+      run: the run's directory, whose name it has in the bucket too.
+
+    Returns:
+      A line about it; empty where nothing was brought.
+
+    Raises:
+      UserError: the bucket cannot be read.
+    """
+    if MIRROR.value is None:
+        return ""
+    bucket = Bucket(MIRROR.value)
+    names = bucket.list(run.name)
+    here = latest_step(run / CHECKPOINTS)
+    for step in sorted(_sealed(names), reverse=True):
+        if here is not None and step <= here:
+            break
+        inside = f"{CHECKPOINTS}/{step}/"
+        temporary = run / CHECKPOINTS / f"{step}.{_FETCHED}"
+        for name in names:
+            if name.startswith(inside):
+                bucket.get(f"{run.name}/{name}", temporary / name.removeprefix(inside))
+        problem = find_damage(temporary)
+        if problem is not None:
+            _logger.warning("%s/%s/%s is damaged (%s)", bucket.url, run.name, inside, problem)
+            shutil.rmtree(temporary)
+            continue
+        for name in names:
+            if "/" not in name:
+                bucket.get(f"{run.name}/{name}", run / name)
+        temporary.rename(run / CHECKPOINTS / str(step))
+        return f"{run}: brought step {step} back from {bucket.url}"
+    return ""
+
+
+@contextlib.contextmanager
+def following(run: pathlib.Path) -> Iterator[None]:
+    """Copies what is new in a run's directory while inside, and all of it at the end.
+
+    Raises:
+      UserError: the last copies cannot be written.
+    """
+    if MIRROR.value is None or not processes.is_first():
+        yield
+        return
+    copies, left = _Copies(run, Bucket(MIRROR.value)), threading.Event()
+
+    def follow() -> None:
+        told = ""
+        while not left.wait(_SECONDS):
+            try:
+                copies.update()
+            except UserError as error:  # perhaps it can be written later
+                if str(error) != told:
+                    _logger.warning("%s", error)
+                told = str(error)
+
+    thread = threading.Thread(target=follow, name="mirror", daemon=True)
+    thread.start()
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        left.set()
+        thread.join()
+        try:
+            copies.update()
+        except UserError as error:
+            if not failed:
+                raise
+            _logger.warning("%s", error)  # what ended the run is told as its error
+
+
+class _Copies:
+    """What of a run's directory stands in a bucket."""
+
+    def __init__(self, run: pathlib.Path, bucket: Bucket) -> None:
+        self._run, self._bucket = run, bucket
+        self._steps = _sealed(bucket.list(run.name))
+        self._mine: set[int] = set()  # seen here: removed there once they are gone here
+        self._files: dict[str, tuple[int, int]] = {}
+
+    def update(self) -> None:
+        """Copies what is new and whole."""
+        folder = self._run / CHECKPOINTS
+        steps = {int(p.parent.name) for p in folder.glob(f"*/{SEAL}") if p.parent.name.isdecimal()}
+        for step in sorted(steps - self._steps):
+            with contextlib.suppress(FileNotFoundError):  # the run may keep it no longer
+                self._copy_step(folder / str(step))
+                self._steps.add(step)
+        for step in sorted(self._mine - steps):
+            self._bucket.remove(f"{self._run.name}/{CHECKPOINTS}/{step}")
+            self._steps.discard(step)
+        self._mine = steps & self._steps
+        for path in sorted(self._run.glob("*")):
+            if path.is_file() and path.suffix != ".tmp":
+                self._copy_file(path)
+
+    def _copy_step(self, path: pathlib.Path) -> None:
+        """A checkpoint; its seal, without which it does not count, comes last."""
+        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        for file in sorted(files, key=lambda file: file.name == SEAL):
+            self._put(file)
+
+    def _copy_file(self, path: pathlib.Path) -> None:
+        """A file beside the checkpoints, where it has changed."""
+        with contextlib.suppress(FileNotFoundError):
+            status = path.stat()
+            state = (status.st_size, status.st_mtime_ns)
+            if self._files.get(path.name) != state:
+                self._put(path)
+                self._files[path.name] = state
+
+    def _put(self, path: pathlib.Path) -> None:
+        """Copies one file to its place."""
+        name = path.relative_to(self._run).as_posix()
+        self._bucket.put(path, f"{self._run.name}/{name}")
+
+
+def _sealed(names: list[str]) -> set[int]:
+    """The steps whose checkpoints are whole, of names in a run's directory."""
+    parts = [name.split("/") for name in names]
+    return {
+        int(p[1])
+        for p in parts
+        if len(p) == 3 and p[0] == CHECKPOINTS and p[2] == SEAL and p[1].isdecimal()
+    }

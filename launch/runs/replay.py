@@ -1,0 +1,161 @@
+"""Makes a recorded run again from its directory, and says whether it came out the same.
+
+What the directory holds is enough: config.gin has every setting, parents.json the hashes of the
+data, versions.json where the data was, the code's revision, the packages and the hardware,
+metrics.jsonl the losses to compare with.
+"""
+
+import json
+import logging
+import pathlib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from absl import flags
+
+from data_pipelines.artefacts.manifest import MANIFEST_FILE
+from launch.common import app, configurables
+from launch.runs import record
+from retro_jax.errors import UserError
+from retro_jax.storage import urls
+from retro_jax.train.curves import METRICS_FILE, read_curve, without_clock
+
+REPLAY = flags.DEFINE_string(
+    "replay", None, "A workdir, or a run in it, to make again from what it recorded."
+)
+_SHOWN = 5  # differences that are told
+
+
+def find_run(baseline: str, retro: str, is_baseline: bool) -> pathlib.Path | None:
+    """The run that --replay names; None without the flag.
+
+    Args:
+      baseline, retro: names of runs in a workdir. is_baseline: which of them is wanted.
+
+    Raises:
+      flags.Error: --replay and --gin_file together, or into the directory of the run itself.
+      UserError: there is no recorded run.
+    """
+    if REPLAY.value is None:
+        return None
+    if configurables.GIN_FILE.value is not None:
+        raise flags.Error("--replay has settings of its own: expected no --gin_file beside it")
+    given = pathlib.Path(REPLAY.value)
+    run = given if (given / record.CONFIG_FILE).is_file() else None
+    run = run or given / (baseline if is_baseline else retro)
+    for name in (record.CONFIG_FILE, record.PARENTS_FILE, record.VERSIONS_FILE):
+        if not (run / name).is_file():
+            raise UserError(f"--replay={given}: there is no {run / name}, expected a run's record")
+    if pathlib.Path(app.WORKDIR.value or "").resolve() == run.parent.resolve():
+        raise flags.Error(
+            f"--workdir={app.WORKDIR.value} holds the run to replay: expected another"
+        )
+    return run
+
+
+def data_place(run: pathlib.Path) -> str:
+    """Where the data of a recorded run was: a bucket or a directory as recorded, or the workdir around it.
+
+    Raises:
+      UserError: it is in neither place.
+    """
+    recorded = _last_start(run).get("data", "")
+    if urls.is_url(recorded):
+        return recorded
+    for place in (recorded, run.parent):
+        folder = pathlib.Path(place)
+        if place and ((folder / "chunks").is_dir() or (folder / MANIFEST_FILE).is_file()):
+            return str(place)
+    raise UserError(f"the data of {run} is no longer at {recorded or run.parent}: expected --data")
+
+
+def check(run: pathlib.Path, parents: Mapping[str, str], free: Collection[str]) -> None:
+    """Refuses other data and settings than a recorded run had; warns of other versions.
+
+    Args:
+      run: the recorded one. parents: hashes of the data that was opened.
+      free: settings that may differ, as in workdir.claim.
+
+    Raises:
+      UserError: the run cannot be replayed with them.
+    """
+    recorded = json.loads((run / record.PARENTS_FILE).read_text(encoding="utf-8"))
+    for name in sorted({*recorded, *parents}):
+        held, found = recorded.get(name, "(none)")[:12], parents.get(name, "(none)")[:12]
+        if held != found:
+            raise UserError(f"{run} was trained on {name} {held}: expected that, found {found}")
+    old = configurables.parse_bindings((run / record.CONFIG_FILE).read_text(encoding="utf-8"))
+    new = configurables.parse_bindings(configurables.operative_config())
+    for name in sorted({*old, *new}):
+        if old.get(name) == new.get(name) or name in free or name.split(".")[0] in free:
+            continue
+        if name in old:
+            told = f"{name} = {old[name]}"
+            raise UserError(
+                f"{run} has {told}: expected the same, found {new.get(name, 'no such')}"
+            )
+        _warn(f"{run} is older than the setting {name}: {new[name]} is taken")
+    for line in differences(_last_start(run), record.versions()):
+        _warn(f"not as in {run}: {line}")
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two entries of versions.json, a line each: "packages.jax 0.9 -> 0.10"."""
+    lines = []
+    for part in ("python", "git", "hardware", "environment", "packages"):
+        before, after = _flat(part, old.get(part)), _flat(part, new.get(part))
+        names = sorted(n for n in {*before, *after} if before.get(n) != after.get(n))
+        lines += [
+            f"{n} {before.get(n, '(none)')} -> {after.get(n, '(none)')}" for n in names[:_SHOWN]
+        ]
+        if len(names) > _SHOWN:
+            lines.append(f"{part}: {len(names) - _SHOWN} more")
+    return lines
+
+
+def compare(run: pathlib.Path, again: pathlib.Path) -> str:
+    """Compares the curves of a run and of its replay.
+
+    Returns:
+      What to say when they are the same bit for bit.
+
+    Raises:
+      UserError: they differ; names the first step and both values.
+    """
+    before = {line["step"]: without_clock(line) for line in read_curve(run / METRICS_FILE)}
+    lines = 0
+    for line in read_curve(again / METRICS_FILE):
+        old, new = before.get(line["step"]), without_clock(line)
+        if old is None or old["steps"] != new["steps"]:  # one of them was interrupted there
+            continue
+        lines += 1
+        for name in sorted({*old, *new}):
+            if old.get(name) != new.get(name):
+                raise UserError(
+                    f"{again} is not as {run}: at step {line['step']} {name} was {old.get(name)} and "
+                    f"is {new.get(name)}; expected the same bits"
+                )
+    if not lines:
+        raise UserError(f"{again} and {run} have no line of {METRICS_FILE} to compare")
+    return f"{again}: the same as {run} bit for bit, in all {lines} lines of {METRICS_FILE}"
+
+
+def _last_start(run: pathlib.Path) -> dict[str, Any]:
+    """The newest entry of a run's versions.json."""
+    path = run / record.VERSIONS_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["starts"][-1]
+    except (ValueError, KeyError, IndexError) as error:
+        raise UserError(f"{path}: expected what launch.train records") from error
+
+
+def _flat(name: str, value: Any) -> dict[str, str]:
+    """Nested entries as {"a.b": text}."""
+    if not isinstance(value, Mapping):
+        return {} if value is None else {name: str(value)}
+    return {n: t for key, inner in value.items() for n, t in _flat(f"{name}.{key}", inner).items()}
+
+
+def _warn(text: str) -> None:
+    """A line on standard error."""
+    logging.getLogger(__name__).warning("%s", text)

@@ -1,0 +1,153 @@
+"""Trained runs of a workdir, as evaluation, sampling and the report open them."""
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from absl import flags
+from flax import nnx
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from data_pipelines.artefacts.manifest import Manifest
+from data_pipelines.batches.batches import BatchConfig
+from launch.common import configurables
+from launch.runs.record import CONFIG_FILE, PARENTS_FILE
+from retro_jax.config import ExecutionConfig, RetroConfig
+from retro_jax.errors import UserError
+from retro_jax.model import Retro
+from retro_jax.sharding import MESH_SHARDINGS, MeshConfig, Shardings, parameter_shardings
+from retro_jax.storage import files
+from retro_jax.train.checkpoint import CHECKPOINTS, SEAL, latest_step, restore_params
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A training run and its newest checkpoint.
+
+    Attributes:
+      directory: W/retro or W/baseline.
+      model, execution, batches, mesh: the run's settings, from its config.gin.
+      step: of the newest checkpoint. checkpoint: what identifies it, a hash.
+      averaged: whether the moving average of the parameters is meant.
+    """
+
+    directory: pathlib.Path
+    model: RetroConfig
+    execution: ExecutionConfig
+    batches: BatchConfig
+    mesh: MeshConfig
+    step: int
+    checkpoint: str
+    averaged: bool = False
+
+    @property
+    def chunks(self) -> int:
+        """C, chunks of a training sequence."""
+        return self.batches.sequence_length // self.model.chunk_length
+
+    def identity(self) -> dict[str, Any]:
+        """What a result says of the run it is of."""
+        found = {"run": self.directory.name, "step": self.step, "checkpoint": self.checkpoint}
+        return found | ({"averaged": True} if self.averaged else {})
+
+
+def refuse_gin_file() -> None:
+    """Refuses flags that a trained run has no use for, rather than ignoring them.
+
+    Raises:
+      flags.Error: --gin_file or --print_config was given.
+    """
+    if configurables.GIN_FILE.value is not None or configurables.PRINT_CONFIG.value:
+        raise flags.Error(
+            "--gin_file and --print_config are of training: expected none, a trained run's settings "
+            f"stand in its {CONFIG_FILE} (--gin_bindings overrides how it is computed)"
+        )
+
+
+def is_trained(directory: pathlib.Path) -> bool:
+    """Whether a run has a checkpoint."""
+    return latest_step(directory / CHECKPOINTS) is not None
+
+
+def open_run(
+    directory: pathlib.Path, bindings: Sequence[str] = (), *, averaged: bool = False
+) -> Run:
+    """Reads a run's settings and finds its newest checkpoint; loads no parameters.
+
+    Args:
+      directory: of the run.
+      bindings: gin bindings that override its config.gin (how it is computed, not what).
+      averaged: whether the moving average of its parameters is meant.
+
+    Raises:
+      UserError: there is no run or no checkpoint, or a setting is bad.
+    """
+    step = latest_step(directory / CHECKPOINTS)
+    if step is None:
+        raise UserError(
+            f"{directory / CHECKPOINTS} has no checkpoint: expected a trained model (launch.train)"
+        )
+    configurables.load(str(directory / CONFIG_FILE), bindings)
+    seal = directory / CHECKPOINTS / str(step) / SEAL
+    digest = hashlib.sha256(seal.read_bytes() if seal.is_file() else b"").hexdigest()
+    return Run(
+        directory=directory,
+        model=configurables.make(RetroConfig),
+        execution=configurables.make(ExecutionConfig),
+        batches=configurables.make(BatchConfig),
+        mesh=configurables.make(MeshConfig),
+        step=step,
+        checkpoint=digest,
+        averaged=averaged,
+    )
+
+
+def check_data(run: Run, data: pathlib.Path) -> None:
+    """Refuses prepared data that a run was not trained on.
+
+    What was appended to them or removed from them since is no other data: a trained model reads the
+    newest revision of its database at once.
+
+    Raises:
+      UserError: naming both directories.
+    """
+    recorded = files.read_json(run.directory / PARENTS_FILE)["chunks/train"]
+    found = Manifest.read(data / "chunks" / "train").hash
+    if found != recorded:
+        raise UserError(
+            f"{run.directory} and {data / 'chunks' / 'train'} do not belong together: "
+            f"expected chunks {recorded[:12]}, found {found[:12]}"
+        )
+
+
+def load_model(run: Run, mesh: Mesh | None = None) -> tuple[nnx.GraphDef, nnx.State]:
+    """Restores a run's parameters, on a mesh or on the first device.
+
+    Raises:
+      UserError: the newest checkpoint is damaged, or of another model.
+    """
+    layout = Shardings() if mesh is None else MESH_SHARDINGS
+    graphdef, params = nnx.split(
+        nnx.eval_shape(lambda: Retro(run.model, run.execution, shardings=layout, rngs=nnx.Rngs(0)))
+    )
+    if mesh is None:
+        places = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), params)
+    else:
+        places = parameter_shardings(params, mesh)
+
+    def struct(leaf: Any, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    step, restored = restore_params(
+        run.directory / CHECKPOINTS,
+        jax.tree.map(struct, params, places),
+        part="average" if run.averaged else "params",
+    )
+    if step != run.step:
+        raise UserError(
+            f"{run.directory / CHECKPOINTS / str(run.step)} is damaged: move it away to use step {step}"
+        )
+    return graphdef, restored

@@ -1,0 +1,338 @@
+"""What one device does in a compiled program: operations, bytes of HBM, collectives.
+
+Counted over everything that is scheduled, loops as often as they run (XLA's own cost analysis counts
+a loop's body once):
+
+    operations    2 x multiply-adds of dots and convolutions, which is what TPUs make of dots, and of
+                  splash attention's kernels, whose text says no more than their operands
+    HBM           what an instruction reads and writes at its border; inside of a fusion nothing is.
+                  A slice of a larger array counts as the slice, an update in place as the update,
+                  the chip's own vector memory not at all
+    collectives   bytes that one device receives, which a ring or torus cannot do with less of:
+                  (g - 1) / g of what is gathered, scattered or exchanged by g devices, twice that
+                  for an all-reduce, all of it for a permutation
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from retro_jax.costs.hlo import Array, Computation, Instruction, Module
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-broadcast",
+    "collective-permute",
+)
+# Neither reads nor writes memory, or is counted where its parts are.
+_FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "call",
+    "conditional",
+    "after-all",
+    "opt-barrier",
+    "optimization-barrier",
+    "partition-id",
+    "replica-id",
+    "add-dependency",
+    "domain",
+}
+_KERNEL_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}  # of queries, keys and head_dim
+_SLICES = ("dynamic-slice", "slice", "gather")
+_PAIRS = re.compile(r"\{(\d+),(\d+)\}")
+_IOTA = re.compile(r"^\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH = re.compile(r"^mesh\[(.*?)\].*\{(.*?)\}$")
+_MESH_AXIS = re.compile(r"'(\w+)'=(\d+)")
+_GROUP_AXIS = re.compile(r"'(\w+)'(?::\((\d+)\)(\d+))?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One exchange between devices.
+
+    Attributes:
+      kind: one of COLLECTIVES. arrays: what each device ends with, or for a reduce-scatter begins
+        with. groups: device numbers that exchange with one another. times: how often a step.
+      operation: where the program asks for it, as JAX names it.
+    """
+
+    kind: str
+    arrays: tuple[Array, ...]
+    groups: tuple[tuple[int, ...], ...]
+    times: int
+    operation: str
+
+    @property
+    def received(self) -> float:
+        """Bytes that a device receives each time."""
+        whole, group = sum(array.nbytes for array in self.arrays), len(self.groups[0])
+        if self.kind in ("collective-permute", "collective-broadcast"):
+            return whole
+        return (2 if self.kind == "all-reduce" else 1) * whole * (group - 1) / group
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Of one device and one run: operations, bytes of HBM, collectives."""
+
+    flops: float
+    hbm_bytes: float
+    collectives: tuple[Collective, ...]
+
+
+def program_costs(module: Module, devices: int) -> Costs:
+    """Counts a compiled program.
+
+    Args:
+      module: the parsed text. devices: that the program runs on.
+    """
+    flops = hbm = 0.0
+    collectives: list[Collective] = []
+    for computation, instruction, times in module.executed():
+        hbm += times * hbm_bytes(module, computation, instruction)
+        for where, inner in [(computation, instruction), *_parts(module, instruction)]:
+            flops += times * product_flops(where, inner)
+            found = _collective(where, inner, times, devices)
+            if found is not None:
+                collectives.append(found)
+    return Costs(flops, hbm, tuple(collectives))
+
+
+def product_flops(computation: Computation, instruction: Instruction) -> float:
+    """Operations of a dot, a convolution or an attention kernel; 0 for anything else."""
+    if instruction.opcode == "custom-call":
+        return _kernel_flops(computation, instruction)
+    if instruction.opcode == "dot":
+        left = _array(computation, instruction, 0)
+        contracted = _numbers(instruction.attribute("lhs_contracting_dims"))
+        depth = math.prod(left.extents[axis] for axis in contracted)
+        return 2.0 * instruction.arrays[0].size * depth
+    if instruction.opcode != "convolution":
+        return 0.0
+    left, right = (_array(computation, instruction, i) for i in range(2))
+    labels = instruction.attribute("dim_labels") or ""
+    left_labels, right_labels, out_labels = re.split(r"_|->", labels)
+    out = instruction.arrays[0]
+    batch = out.extents[out_labels.index("b")]
+    features = out.extents[out_labels.index("f")]
+    depth = right.extents[right_labels.index("i")]
+    taps = 1.0
+    for label in sorted(set(left_labels) - {"b", "f"}):
+        taps *= _taps(
+            instruction,
+            int(label),
+            left.extents[left_labels.index(label)],
+            out.extents[out_labels.index(label)],
+        )
+    groups = int(instruction.attribute("batch_group_count") or 1)
+    return 2.0 * batch * features * depth * taps / groups
+
+
+def _kernel_flops(computation: Computation, instruction: Instruction) -> float:
+    """Operations of splash attention, which makes the blocks on and below the diagonal."""
+    made = [n for name, n in _KERNEL_PRODUCTS.items() if instruction.name.startswith(name)]
+    if not made:
+        return 0.0
+    operands = [_array(computation, instruction, i) for i in range(len(instruction.operands))]
+    blocks = operands[0].extents[-1]  # a block of the mask for each of queries and keys
+    batch, heads, length, head_dim = next(a.extents for a in operands if len(a.extents) == 4)
+    square = 2.0 * batch * heads * length**2 * head_dim
+    return made[0] * square * (blocks + 1) / (2 * blocks)
+
+
+def hbm_bytes(module: Module, computation: Computation, instruction: Instruction) -> float:
+    """Bytes that an instruction moves between HBM and the chip."""
+    opcode = instruction.opcode
+    if opcode in _FREE or opcode.endswith("-done"):
+        return 0.0
+    if opcode.endswith("-start") or opcode in COLLECTIVES:
+        return _bytes_of_copy(computation, instruction)
+    if opcode == "fusion":
+        return _bytes_of_fusion(module, computation, instruction)
+    written = sum(_bytes(array) for array in instruction.arrays)
+    if opcode in _SLICES:
+        return 2 * written
+    if opcode == "dynamic-update-slice":
+        return 2 * _bytes(_array(computation, instruction, 1))
+    read = sum(_bytes(a) for name in instruction.operands for a in _arrays_of(computation, name))
+    return written + read
+
+
+def _bytes_of_copy(computation: Computation, instruction: Instruction) -> float:
+    """What a copy or exchange reads, and as much written; a start's shape repeats its operands."""
+    read = [a for name in instruction.operands for a in _arrays_of(computation, name)]
+    written = list(instruction.arrays)
+    if instruction.opcode.endswith("-start"):
+        sliced = instruction.opcode in ("slice-start", "dynamic-slice-start", "async-start")
+        made = [array for array in written if array.size > 1]
+        target = made[0] if sliced or instruction.opcode == "copy-start" else made[-1]
+        if sliced:
+            target = min(made, key=lambda array: array.size)
+            read = [dataclasses.replace(target, in_hbm=any(a.in_hbm for a in read))]
+        written = [target]
+    return sum(map(_bytes, read)) + sum(map(_bytes, written))
+
+
+def _bytes_of_fusion(module: Module, computation: Computation, instruction: Instruction) -> float:
+    """Operands and results of a fusion, slices and updates in place as large as they are."""
+    fused = module.computations[instruction.called[0]]
+    total = 0.0
+    updated: set[str] = set()
+    root = fused.root
+    outputs = root.operands if root.opcode == "tuple" else (root.name,)
+    for name, array in zip(outputs, instruction.arrays):
+        made = _behind_bitcasts(fused, name)
+        if made.opcode == "dynamic-update-slice":
+            updated.add(_behind_bitcasts(fused, made.operands[0]).name)
+            update = _array(fused, made, 1)
+            total += update.nbytes * array.in_hbm
+        else:
+            total += _bytes(array)
+    for inner in fused.instructions.values():
+        if inner.opcode != "parameter" or inner.name in updated:
+            continue
+        operand = instruction.operands[int(inner.operands[0])]
+        arrays = _arrays_of(computation, operand)
+        slices = _slices_of(fused, inner.name)
+        if slices is None:
+            total += sum(map(_bytes, arrays))
+        elif arrays and arrays[0].in_hbm:
+            total += min(sum(array.nbytes for array in slices), arrays[0].nbytes)
+    return total
+
+
+def _slices_of(fused: Computation, name: str) -> list[Array] | None:
+    """The slices that a fusion takes of a parameter, if it reads nothing else of it."""
+    slices: list[Array] = []
+    for user in fused.instructions.values():
+        if name not in user.operands or user.opcode == "parameter":
+            continue
+        if user.opcode in _SLICES and user.operands[0] == name:
+            slices.append(user.arrays[0])
+        elif user.opcode == "bitcast":
+            deeper = _slices_of(fused, user.name)
+            if deeper is None:
+                return None
+            slices += deeper
+        else:
+            return None
+    return slices
+
+
+def _parts(module: Module, instruction: Instruction) -> Iterator[tuple[Computation, Instruction]]:
+    """What an instruction is made of, where `executed` does not follow it."""
+    if instruction.opcode not in ("while", "call", "conditional"):
+        yield from module.inside(instruction)
+
+
+def _collective(
+    computation: Computation, instruction: Instruction, times: int, devices: int
+) -> Collective | None:
+    """The exchange that an instruction is or begins, if it is one."""
+    kind = instruction.opcode.removesuffix("-start")
+    if kind not in COLLECTIVES:
+        return None
+    operands = tuple(a for name in instruction.operands for a in _arrays_of(computation, name))
+    arrays = instruction.arrays
+    if instruction.opcode.endswith("-start") and kind != "all-reduce":
+        arrays = arrays[len(operands) : 2 * len(operands)]
+    if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"
+    elif kind == "reduce-scatter":
+        arrays = operands
+    name = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    groups = _groups(instruction, devices)
+    if len(groups[0]) == 1:
+        return None
+    return Collective(kind, arrays, groups, times, name[1] if name else "")
+
+
+def _groups(instruction: Instruction, devices: int) -> tuple[tuple[int, ...], ...]:
+    """Who exchanges with whom."""
+    pairs = instruction.attribute("source_target_pairs")
+    if pairs is not None:
+        return tuple((int(source), int(target)) for source, target in _PAIRS.findall(pairs))
+    text = instruction.attribute("replica_groups") or ""
+    iota = _IOTA.match(text)
+    if iota:
+        shape, base, order = (_numbers(part) for part in iota.groups(default=""))
+        ids = np.arange(math.prod(base)).reshape(base)
+        ids = ids.transpose(order) if order else ids
+        return tuple(tuple(map(int, row)) for row in ids.reshape(shape))
+    mesh = _MESH.match(text)
+    if mesh:
+        return _mesh_groups(mesh[1], mesh[2])
+    groups = [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", text)]
+    return tuple(map(tuple, groups)) or (tuple(range(devices)),)
+
+
+def _mesh_groups(axes: str, varying: str) -> tuple[tuple[int, ...], ...]:
+    """Groups along some axes of a mesh, or along parts of axes: 'a':(2)4 is the 4 behind the first 2."""
+    sizes = {name: int(size) for name, size in _MESH_AXIS.findall(axes)}
+    parts: dict[str, list[tuple[int, bool]]] = {
+        name: [(size, False)] for name, size in sizes.items()
+    }
+    for name, before, size in _GROUP_AXIS.findall(varying):
+        first, length = (int(before), int(size)) if size else (1, sizes[name])
+        rest = sizes[name] // (first * length)
+        parts[name] = [(first, False), (length, True), (rest, False)]
+    flat = [part for name in sizes for part in parts[name]]
+    ids = np.arange(math.prod(sizes.values())).reshape([size for size, _ in flat])
+    order = sorted(range(len(flat)), key=lambda axis: flat[axis][1])
+    group = math.prod(size for size, varies in flat if varies)
+    return tuple(tuple(map(int, row)) for row in ids.transpose(order).reshape(-1, group))
+
+
+def _taps(instruction: Instruction, axis: int, size: int, out_size: int) -> float:
+    """Pairs of an output position and a tap of the window that meet an element of the input."""
+    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", instruction.attribute("window") or ""))
+
+    def value(name: str, default: str) -> str:
+        return window[name].split("x")[axis] if name in window else default
+
+    taps, stride = int(value("size", "1")), int(value("stride", "1"))
+    low = int(value("pad", "0_0").split("_")[0])
+    left, right = int(value("lhs_dilate", "1")), int(value("rhs_dilate", "1"))
+    places = np.arange(out_size)[:, None] * stride + np.arange(taps) * right - low
+    return float(np.sum((places >= 0) & (places % left == 0) & (places // left < size)))
+
+
+def _behind_bitcasts(computation: Computation, name: str) -> Instruction:
+    """What a bitcast, or a chain of them, shows under another shape."""
+    instruction = computation.instructions[name]
+    while instruction.opcode == "bitcast":
+        instruction = computation.instructions[instruction.operands[0]]
+    return instruction
+
+
+def _array(computation: Computation, instruction: Instruction, index: int) -> Array:
+    """The only array of an operand."""
+    return computation.operand(instruction, index).arrays[0]
+
+
+def _arrays_of(computation: Computation, name: str) -> tuple[Array, ...]:
+    """An operand's arrays; none for what is no instruction's name."""
+    instruction = computation.instructions.get(name)
+    return () if instruction is None else instruction.arrays
+
+
+def _bytes(array: Array) -> float:
+    """An array's bytes in HBM."""
+    return array.nbytes if array.in_hbm else 0.0
+
+
+def _numbers(text: str | None) -> list[int]:
+    """The whole numbers in a text such as {0,2}."""
+    return [int(number) for number in re.findall(r"\d+", text or "")]

@@ -1,0 +1,194 @@
+"""How much of a text stands in the training data, and figures among the chunks with little of it.
+
+r(C) of a chunk C is the length of the longest run of tokens that C shares with one of its nearest
+training neighbours (each a chunk and its continuation), over the chunk length; section 2.6 of the
+paper. Figures among the chunks with r(C) <= alpha tell what a model gains beyond copying.
+"""
+
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping
+
+import numpy as np
+
+from retro_jax.evaluate.bootstrap import Interval, intervals, resampled_sums
+
+NEIGHBOURS = 10  # of each evaluation chunk that the paper looks at
+THRESHOLDS = tuple(i / 8 for i in range(1, 9))
+_BLOCK = 256  # chunks compared at once
+
+
+def longest_shared_runs(
+    chunks: np.ndarray, neighbours: np.ndarray, ignored: Collection[int]
+) -> np.ndarray:
+    """Length of the longest run of tokens that each chunk shares with any of its neighbours.
+
+    Args:
+      chunks: [n, M] tokens.
+      neighbours: [n, K, R] tokens of each chunk's neighbours.
+      ignored: tokens that are like no other, nor like themselves (padding, bos, eos).
+
+    Returns:
+      [n] int64, 0 to M.
+    """
+    longest = np.zeros(len(chunks), np.int64)
+    for here, near in _blocks(neighbours, ignored):
+        most = np.zeros(near.shape, np.uint16)
+        for ends in _run_ends(chunks[here], near):
+            np.maximum(most, ends, out=most)
+        longest[here] = most.max(axis=(1, 2), initial=0)
+    return longest
+
+
+def shared_ngrams(
+    texts: np.ndarray, neighbours: np.ndarray, ignored: Collection[int], size: int = 13
+) -> np.ndarray:
+    """The share of each text's n-grams that each of its neighbours holds too.
+
+    Args:
+      texts: [n, L] tokens, n-grams of which hold no ignored token.
+      neighbours: [n, K, R] tokens. ignored: as above. size: of the n-grams.
+
+    Returns:
+      [n, K] float64; 0 for a text without any n-gram.
+    """
+    held = np.zeros(neighbours.shape[:2], np.int64)
+    for here, near in _blocks(neighbours, ignored):
+        for ends in _run_ends(texts[here], near):
+            held[here] += (ends >= size).any(axis=2)
+    usual = np.lib.stride_tricks.sliding_window_view(~np.isin(texts, list(ignored)), size, axis=1)
+    count = usual.all(axis=2).sum(axis=1)
+    return held / np.maximum(count, 1)[:, None]
+
+
+def _blocks(neighbours: np.ndarray, ignored: Collection[int]) -> Iterator[tuple[slice, np.ndarray]]:
+    """Rows, and their neighbours with -1 for ignored tokens, few enough for the processor's cache."""
+    for first in range(0, len(neighbours), _BLOCK):
+        here = slice(first, first + _BLOCK)
+        yield here, np.where(np.isin(neighbours[here], list(ignored)), -1, neighbours[here])
+
+
+def _run_ends(texts: np.ndarray, near: np.ndarray) -> Iterator[np.ndarray]:
+    """For each token of texts [n, L] in turn, [n, K, R]: how long the common run is that ends at this
+    token of the text and that one of the neighbours; the same array each time."""
+    ends = np.zeros(near.shape, np.uint16)
+    for token in texts.T:
+        ends[..., 1:] = ends[..., :-1] + np.uint16(1)
+        ends[..., 0] = 1
+        ends *= near == token[:, None, None]
+        yield ends
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredChunks:
+    """The same chunks, scored under several conditions.
+
+    Attributes:
+      bits: condition -> [n] bits of the chunk's text.
+      bytes: [n] UTF-8 bytes of the chunk's text.
+      documents: [n] number of the document that the chunk is of.
+      corpora: [n] name of its corpus.
+      runs: [n] its longest shared run in tokens. chunk_length: M.
+    """
+
+    bits: Mapping[str, np.ndarray]
+    bytes: np.ndarray
+    documents: np.ndarray
+    corpora: np.ndarray
+    runs: np.ndarray
+    chunk_length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """Figures of one corpus among its chunks with r(C) <= at_most.
+
+    Attributes:
+      corpus: "" for all of them together.
+      at_most: alpha, a share of the chunk length.
+      documents, chunks, bytes: with text, under the threshold.
+      bits_per_byte: by condition.
+      differences: by (condition, the one it is compared with).
+    """
+
+    corpus: str
+    at_most: float
+    documents: int
+    chunks: int
+    bytes: int
+    bits_per_byte: Mapping[str, Interval]
+    differences: Mapping[tuple[str, str], Interval]
+
+
+def overlap_curve(
+    scored: ScoredChunks,
+    pairs: Collection[tuple[str, str]],
+    *,
+    thresholds: Collection[float] = THRESHOLDS,
+    samples: int = 1000,
+    seed: int = 0,
+) -> list[Point]:
+    """Bits per byte by the overlap allowed, with intervals of a bootstrap over documents.
+
+    Args:
+      scored: the chunks.
+      pairs: conditions to take the difference of, first minus second, over the same resamples.
+      thresholds: values of alpha, ascending.
+      samples, seed: of the bootstrap. All corpora together are resampled corpus by corpus.
+
+    Returns:
+      A Point for each corpus and threshold, in this order, all corpora together last.
+    """
+    names = list(scored.bits)
+    values = np.stack([scored.bytes, *(scored.bits[name] for name in names)], axis=1)
+    under = np.stack([scored.runs <= alpha * scored.chunk_length for alpha in thresholds], axis=1)
+    under &= (scored.bytes > 0)[:, None]
+    points: list[Point] = []
+    sums: list[np.ndarray] = []
+    draws: list[np.ndarray] = []
+    corpora = sorted(set(scored.corpora.tolist()))
+    for corpus in [*corpora, ""]:
+        here = under & (scored.corpora == corpus)[:, None] if corpus else under
+        if corpus:
+            by_document = _sums_by_document(values, here, scored.documents)
+            sums.append(by_document.sum(axis=0))
+            draws.append(resampled_sums(by_document, samples=samples, seed=seed + len(draws)))
+            total, drawn = sums[-1], draws[-1]
+        else:
+            total, drawn = np.sum(sums, axis=0), np.sum(draws, axis=0)
+        for i, alpha in enumerate(thresholds):
+            chunks = np.flatnonzero(here[:, i])
+            figures, differences = _figures(total[i], drawn[:, i], names, pairs)
+            documents = len(np.unique(scored.documents[chunks]))
+            size = int(scored.bytes[chunks].sum())
+            points.append(Point(corpus, alpha, documents, len(chunks), size, figures, differences))
+    return points
+
+
+def _sums_by_document(values: np.ndarray, under: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    """[D, A, F]: sums of values [n, F] under each threshold's mask [n, A], by document.
+
+    Every document with a chunk under any threshold counts, also where it adds nothing.
+    """
+    kept = under.any(axis=1)
+    numbers, owner = np.unique(documents[kept], return_inverse=True)
+    sums = np.zeros((len(numbers), under.shape[1], values.shape[1]))
+    for i in range(under.shape[1]):
+        for j in range(values.shape[1]):
+            weights = np.where(under[kept, i], values[kept, j], 0.0)
+            sums[:, i, j] = np.bincount(owner, weights, minlength=len(numbers))
+    return sums
+
+
+def _figures(
+    total: np.ndarray, drawn: np.ndarray, names: list[str], pairs: Collection[tuple[str, str]]
+) -> tuple[dict[str, Interval], dict[tuple[str, str], Interval]]:
+    """Ratios of sums [F] and of resampled sums [S, F]; the first of F is bytes, then bits."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value, sampled = total[1:] / total[0], drawn[:, 1:] / drawn[:, :1]
+    figures = dict(zip(names, intervals(value, sampled), strict=True))
+    columns = [(names.index(first), names.index(second)) for first, second in pairs]
+    differences = {
+        pair: intervals(value[[a]] - value[[b]], sampled[:, [a]] - sampled[:, [b]])[0]
+        for pair, (a, b) in zip(pairs, columns, strict=True)
+    }
+    return figures, differences

@@ -1,0 +1,174 @@
+"""Scores a pass of conditions over a text, in segments that an interrupted run need not repeat."""
+
+import dataclasses
+import itertools
+import pathlib
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from launch.runs import trained_run
+from retro_jax.batch import ChunkText, RetroBatch
+from retro_jax.distributed import processes
+from retro_jax.distributed.progress import progress_bar
+from retro_jax.errors import UserError
+from retro_jax.evaluate import score
+from retro_jax.model import Retro
+from retro_jax.sharding import batch_sharding, make_mesh, replicated
+from retro_jax.storage.files import read_array, write_array
+from retro_jax.train.global_batches import global_batch, local_rows
+
+# Chunks of a segment; not a setting, as documents at its ends have windows of their own.
+SEGMENT = 1 << 14
+
+Losses = Callable[[Retro, RetroBatch], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """What is scored at once.
+
+    Attributes:
+      run: the model. losses: of it and a batch, [..., B, N].
+      windows: how the text is cut. what: for the progress bar.
+      partial: where finished segments are kept until all are done.
+    """
+
+    run: trained_run.Run
+    losses: Losses
+    windows: score.WindowConfig
+    what: str
+    partial: pathlib.Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What runs batches.
+
+    Attributes:
+      mesh: of all devices of all processes. losses: of the rows of a batch that are this process's;
+        every process gets those of the whole batch.
+      windows: with batches of which every device has an equal part. rows: see losses; None for all.
+    """
+
+    mesh: Mesh
+    losses: score.TokenLosses
+    windows: score.WindowConfig
+    rows: Sequence[int] | None
+
+
+class Scorer:
+    """Scores passes one after the other; a model is loaded and compiled once for all of its passes.
+
+    Several processes call it together, each with the whole text.
+    """
+
+    def __init__(self) -> None:
+        self._compiled: dict[Any, Compiled] = {}
+
+    def nll(self, one: Pass, text: ChunkText) -> np.ndarray:
+        """[..., n, M] float32: the model over all windows, batches spread over all devices.
+
+        Raises:
+          UserError: a loss that is not finite.
+        """
+        parts = segments(text.documents)
+        paths = [one.partial / f"{i:05d}.npy" for i in range(len(parts))]
+        texts = [
+            dataclasses.replace(text, ids=text.ids[p], documents=text.documents[p]) for p in parts
+        ]
+        counts = [len(score.windows(len(t.ids), *_shape(one.windows))) for t in texts]
+        there = processes.as_first([path.is_file() for path in paths])
+        missing = [i for i in range(len(parts)) if not there[i]]
+        found: dict[int, np.ndarray] = {}
+        if missing:
+            with_what = self.compiled(one.run, one.losses, one.windows)
+            bar = progress_bar(sum(counts), one.what, "window")
+            bar.update(sum(counts) - sum(counts[i] for i in missing))
+            with jax.set_mesh(with_what.mesh), bar:
+                for i in missing:
+                    found[i] = score.score_chunks(
+                        with_what.losses,
+                        texts[i],
+                        with_what.windows,
+                        rows=with_what.rows,
+                        on_windows=bar.update,
+                    )
+                    _refuse_infinite(found[i], one.run)
+                    if len(parts) > 1:
+                        write_array(paths[i], found[i])
+        every = [found[i] if i in found else read_array(path) for i, path in enumerate(paths)]
+        return np.concatenate(every, axis=-2)
+
+    def compiled(
+        self, run: trained_run.Run, losses: Losses, windows: score.WindowConfig
+    ) -> Compiled:
+        """A model's losses as a program for all devices, and how it takes its batches."""
+        mesh = make_mesh(run.mesh)
+        rounded = _rounded(windows, mesh)
+        key = (run.directory, losses, rounded.chunks, rounded.batch_size)
+        if key not in self._compiled:
+            processes.connect(mesh)
+            with jax.set_mesh(mesh):
+                model = trained_run.load_model(run, mesh)
+                self._compiled[key] = _compile(model, losses, mesh, rounded)
+        return dataclasses.replace(self._compiled[key], windows=rounded)
+
+
+def _compile(
+    model: tuple[nnx.GraphDef, nnx.State], losses: Losses, mesh: Mesh, windows: score.WindowConfig
+) -> Compiled:
+    """A program for the devices of this process, or for those of several, which share its answers."""
+    if jax.process_count() == 1:
+        whole = batch_sharding(mesh)
+        function = score.compiled_token_losses(
+            *model, place=lambda batch: jax.device_put(batch, whole), losses=losses
+        )
+        return Compiled(mesh, function, windows, None)
+    size, rows = windows.batch_size, local_rows(mesh, windows.batch_size)
+    function = score.compiled_token_losses(
+        *model,
+        place=lambda batch: global_batch(batch, mesh, size, rows),
+        losses=lambda *arguments: replicated(losses(*arguments)),
+    )
+    return Compiled(mesh, function, windows, rows)
+
+
+def _shape(windows: score.WindowConfig) -> tuple[int, int]:
+    """Chunks and stride."""
+    return windows.chunks, windows.stride
+
+
+def _rounded(windows: score.WindowConfig, mesh: Any) -> score.WindowConfig:
+    """The windows in batches that every device has an equal part of."""
+    divisor = mesh.size // batch_sharding(mesh).shard_shape((mesh.size,))[0]
+    size = -(-windows.batch_size // divisor) * divisor
+    return dataclasses.replace(windows, batch_size=size)
+
+
+def forget(one: Pass) -> None:
+    """Removes the finished segments of a pass whose result stands in its place."""
+    if processes.is_first():
+        shutil.rmtree(one.partial, ignore_errors=True)
+
+
+def segments(documents: np.ndarray) -> Sequence[Any]:
+    """Slices of whole documents, each of SEGMENT chunks or, at its last document, more."""
+    ends = np.append(np.flatnonzero(documents[1:] != documents[:-1]) + 1, len(documents))
+    cuts = [0]
+    while cuts[-1] < len(documents):
+        at = np.searchsorted(ends, min(cuts[-1] + SEGMENT, len(documents)))
+        cuts.append(int(ends[at]))
+    return [slice(a, b) for a, b in itertools.pairwise(cuts)]
+
+
+def _refuse_infinite(nll: np.ndarray, run: trained_run.Run) -> None:
+    """Raises where a loss is not finite."""
+    bad = int(np.count_nonzero(~np.isfinite(nll)))
+    if bad:
+        raise UserError(f"{run.directory}: the loss of {bad} tokens is not finite")

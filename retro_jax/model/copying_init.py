@@ -1,0 +1,99 @@
+"""Initial values with which a RETRO copies from its neighbours before it has learnt anything.
+
+Copying needs three things that are of no use alone: a neighbour's token must know which token stands
+before it, CCA must look for this token there, and what it reads must reach the read-out. From random
+values none of them shows after a million tokens (docs/results.md). Here one head of each begins as
+its part of an induction head (Olsson et al. 2022, arXiv 2209.11895):
+
+    encoder, layer 1, head 0    reads the token before, and writes it to a subspace of the stream
+    every CCA, head 0           query: the decoder's token;  key: that subspace of a neighbour's token
+                                value: a neighbour's token, written as it is embedded
+
+What a model computes stays Algorithm 1; all values, these included, are trained.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from retro_jax.config import RetroConfig
+from retro_jax.errors import UserError
+from retro_jax.model.attention import Attention
+from retro_jax.model.positions import frequencies, sinusoids
+from retro_jax.model.retro import Retro
+
+# Logits that the token before has over its own neighbours in the encoder are about 2 * _SHARPNESS.
+_SHARPNESS = 2.0
+# Only sinusoids that turn this fast (radians a token) tell one token from the next.
+_SLOWEST = 0.1
+
+
+def check_can_copy(config: RetroConfig) -> None:
+    """Refuses a model whose parts cannot be set up to copy.
+
+    Raises:
+      UserError: naming the field and what copying needs.
+    """
+    needs = {
+        "share_embeddings": True,  # a neighbour's token is written as the decoder embeds it
+        "positions": "relative",  # a bias alone makes the head that reads the token before
+        "encoder_head_dim": config.head_dim,  # query and key are made of one head's values
+    }
+    for field, needed in needs.items():
+        value = getattr(config, field)
+        if value != needed:
+            raise UserError(
+                f"TrainConfig.initial_retrieval is 'copying' and RetroConfig.{field} is {value!r}: "
+                f"expected {needed!r}, or 'random'"
+            )
+
+
+def begin_with_copying(model: Retro) -> None:
+    """Sets the first heads of encoder and CCA so that the model copies; the rest stays as it is.
+
+    Args:
+      model: just made, with random values; changed in place. A baseline is left alone.
+
+    Raises:
+      UserError: the configuration does not allow it.
+    """
+    if not model.config.has_retrieval:
+        return
+    check_can_copy(model.config)
+    encoder, cca = model.encoder.layers.attention, model.cca.attention
+    seen_DxH, written_HxD = _read_token_before(encoder)
+    width, head_dim = seen_DxH.shape
+
+    # |query|^2 is about head_dim: where the tokens are equal the logit is about its root.
+    cca.query[...] = cca.query[...].at[:, :, 0].set(seen_DxH)
+    key_DxH = 1.5 * head_dim / math.sqrt(width) * written_HxD.T
+    cca.key_value[...] = cca.key_value[...].at[:, :, 0, 0].set(key_DxH)
+    if cca.positions == "relative":
+        cca.relative[...] = cca.relative[...].at[:, :, 0].set(0.0)
+
+    # Reading by V and writing by its transpose is a projection, scaled by head_dim / width.
+    value_LxDxH = cca.key_value[...][:, :, 1, 0]
+    gain = 2.0 * math.sqrt(width) / head_dim
+    cca.output[...] = cca.output[...].at[:, 0].set(gain * jnp.swapaxes(value_LxDxH, 1, 2))
+
+
+def _read_token_before(attention: Attention) -> tuple[jax.Array, jax.Array]:
+    """Makes head 0 of layer 1 read the token before: its value map [D, H] and output map [H, D]."""
+    fused = attention.query_key_value[...].at[0, :, 0, 0].multiply(0.1)
+    attention.query_key_value[...] = fused
+    value_DxH, output_HxD = fused[0, :, 2, 0], attention.output[...][0, 0]
+    width, head_dim = value_DxH.shape
+
+    # v.R(d) is largest at distance 1: the sum of cos(w (d - 1)) over the fast frequencies w.
+    at_one_D = sinusoids(jnp.ones(1), width)[0]
+    fast_D = jnp.tile(frequencies(width) > _SLOWEST, 2)
+    column_D = _SHARPNESS / math.sqrt(head_dim) * jnp.where(fast_D, at_one_D, 0.0)
+    relative_DxH = jnp.broadcast_to(column_D[:, None], (width, head_dim))
+    attention.relative[...] = attention.relative[...].at[0, :, 0].set(relative_DxH)
+    attention.position_bias[...] = attention.position_bias[...].at[0, 0].set(1.0)
+
+    # Of norm 1, as an embedding is.
+    output_HxD = output_HxD / (jnp.std(output_HxD) * math.sqrt(head_dim * width))
+    attention.output[...] = attention.output[...].at[0, 0].set(output_HxD)
+    return value_DxH, output_HxD

@@ -1,0 +1,327 @@
+"""Curves of a run: metrics.jsonl, TensorBoard event files, and the progress bar.
+
+A line of metrics.jsonl describes the updates since the line before it:
+
+    step              updates made so far          steps             updates in this line
+    loss              nats a token, over them      loss/CORPUS       the same of one corpus
+    tokens            targets they had             tokens_per_second, over the last 30 seconds
+    grad_norm         their mean, before clipping  param_norm, learning_rate: of the last one
+    skipped           bad batches among the steps; their losses count nowhere; absent without any
+    seconds           of a step, by the clock      seconds/PHASE     of it, as phases.py has them
+    mfu               part of the devices' peak    memory/device, memory/host: the most so far, GiB
+    validation/on, validation/off     nats a token of held-out batches, at steps that evaluate
+
+The files are opened at the step that a run resumes from: later lines are dropped, as those updates
+are made again. A curve therefore never doubles back.
+"""
+
+import collections
+import dataclasses
+import json
+import logging
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorboardX
+import tqdm
+
+from retro_jax.distributed import processes
+from retro_jax.errors import SharedError, UserError
+from retro_jax.train.bad_batches import BadBatches
+from retro_jax.train.phases import Phases
+from retro_jax.train.step import StepMetrics
+from retro_jax.train.utilisation import Machine, Profile, memory
+
+METRICS_FILE = "metrics.jsonl"
+_TERMINAL_SECONDS, _LOG_SECONDS = 0.2, 10.0  # between refreshes of the progress bar
+_RATE_SECONDS = 30.0  # that tokens_per_second is a mean over
+_MOST_SKIPPED = 10  # bad batches one after the other that end a run even where they are skipped
+_CLOCKED = ("tokens_per_second", "seconds", "mfu", "memory")
+
+_logger = logging.getLogger(__name__)
+
+
+class Averager:
+    """Means over a window of steps. Sums are kept in float64 on the host."""
+
+    def __init__(self, corpora: Sequence[str]):
+        self._corpora = corpora
+        self._times: collections.deque[tuple[float, int]] = collections.deque()
+        self._reset()
+
+    def skip(self) -> None:
+        """Counts a step whose batch was bad."""
+        self._steps += 1
+        self._skipped += 1
+
+    def add(self, metrics: StepMetrics) -> None:
+        """Adds one step's metrics, NumPy on the host."""
+        tokens = int(metrics.tokens)
+        self._steps += 1
+        self._loss += float(metrics.loss) * tokens
+        self._tokens += tokens
+        self._grad_norm += float(metrics.grad_norm)
+        self._param_norm = float(metrics.param_norm)
+        self._corpus_losses += np.asarray(metrics.corpus_losses)
+        self._corpus_tokens += np.asarray(metrics.corpus_tokens)
+        self._times.append((time.perf_counter(), tokens))
+        while self._times[-1][0] - self._times[1 % len(self._times)][0] > _RATE_SECONDS:
+            self._times.popleft()
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens a second over the last steps; None before there are two, as the first compiles."""
+        if len(self._times) < 2:
+            return None
+        seconds = self._times[-1][0] - self._times[0][0]
+        return (sum(tokens for _, tokens in self._times) - self._times[0][1]) / max(seconds, 1e-9)
+
+    def flush(self) -> dict[str, float]:
+        """The window's means, as the module's docstring names them; begins another window."""
+        means = {"loss": self._loss / max(self._tokens, 1)}
+        for name, loss, tokens in zip(
+            self._corpora, self._corpus_losses, self._corpus_tokens, strict=True
+        ):
+            if tokens:
+                means[f"loss/{name}"] = float(loss) / float(tokens)
+        means |= {
+            "grad_norm": self._grad_norm / max(self._steps - self._skipped, 1),
+            "param_norm": self._param_norm,
+        }
+        means |= {"steps": self._steps, "tokens": self._tokens}
+        if self._skipped:
+            means["skipped"] = self._skipped
+        if self.rate is not None:
+            means["tokens_per_second"] = self.rate
+        self._reset()
+        return means
+
+    def _reset(self) -> None:
+        """Empties the window."""
+        self._steps, self._tokens, self._skipped = 0, 0, 0
+        self._loss, self._grad_norm, self._param_norm = 0.0, 0.0, 0.0
+        self._corpus_losses: np.ndarray = np.zeros(len(self._corpora), np.float64)
+        self._corpus_tokens: np.ndarray = np.zeros(len(self._corpora), np.int64)
+
+
+class CurveWriter:
+    """Appends to metrics.jsonl and to TensorBoard's event files."""
+
+    def __init__(self, directory: str | os.PathLike, start_step: int):
+        """Opens the files of a run that has made `start_step` updates.
+
+        Args:
+          directory: the run's. start_step: what lies after it is dropped.
+        """
+        self._path = pathlib.Path(directory) / METRICS_FILE
+        truncate_curve(self._path, start_step)
+        # A file's name has its second only: a start within the same one would replace the other's.
+        self._events = tensorboardX.SummaryWriter(
+            str(directory), purge_step=start_step + 1, filename_suffix=f".{start_step}"
+        )
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Adds one line: `values` after `step` updates."""
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Closes the event file."""
+        self._events.close()
+
+
+def read_curve(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; none where there is no file.
+
+    Raises:
+      UserError: a line in the middle that is not JSON.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return []
+    entries = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entries.append(json.loads(line))
+            entries[-1]["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):  # a killed run's last line
+                return entries
+            raise UserError(f"{path}:{number}: expected a line of metrics in JSON") from error
+    return entries
+
+
+def truncate_curve(path: str | os.PathLike, step: int) -> None:
+    """Drops the lines after a step, and half a last line; atomic."""
+    path = pathlib.Path(path)
+    kept = [entry for entry in read_curve(path) if entry["step"] <= step]
+    if not path.exists():
+        return
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def without_clock(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of a curve without what depends on the clock, for comparing runs."""
+    return {name: value for name, value in line.items() if name.split("/")[0] not in _CLOCKED}
+
+
+class Progress:
+    """A bar on standard error with steps, loss, tokens a second and the time left."""
+
+    def __init__(self, start_step: int, steps: int, shown: bool = True):
+        interval = _TERMINAL_SECONDS if sys.stderr.isatty() else _LOG_SECONDS
+        self._bar = tqdm.tqdm(
+            total=steps,
+            initial=start_step,
+            unit="step",
+            mininterval=interval,
+            dynamic_ncols=True,
+            disable=not shown,
+        )
+
+    def update(self, loss: float, rate: float | None) -> None:
+        """One more step was made."""
+        text = f"loss={loss:.4f}" + (f", {rate:,.0f} tokens/s" if rate else "")
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update()
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        self._bar.refresh()
+        self._bar.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Watched:
+    """What is watched beside the losses.
+
+    Attributes:
+      bad_batches: what happens at one; by default the run stops.
+      machine: what speed is related to. profile: steps that are traced.
+    """
+
+    bad_batches: BadBatches = dataclasses.field(default_factory=BadBatches)
+    machine: Machine | None = None
+    profile: Profile | None = None
+
+
+class Observer:
+    """Receives every step's metrics and keeps the curves; the loop's only way to the outside.
+
+    Attributes:
+      phases: counts where the time goes.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        *,
+        corpora: Sequence[str],
+        learning_rate: Callable[[int], Any],
+        start_step: int,
+        steps: int,
+        log_every: int,
+        watched: Watched | None = None,
+    ):
+        """Opens the run's curves.
+
+        Args:
+          directory: of the run. corpora: names, in the order of StepMetrics.corpus_losses.
+          learning_rate: the schedule. start_step: updates made already. steps: of the whole run.
+          log_every: steps a line. watched: what else is done. Only the first process writes and shows
+            anything.
+        """
+        self.phases = Phases()
+        self._averager = Averager(corpora)
+        self._learning_rate, self._log_every, self._steps = learning_rate, log_every, steps
+        first = processes.is_first()
+        self._writer = CurveWriter(directory, start_step) if first else None
+        self._progress = Progress(start_step, steps, shown=first)
+        self._watched, self._skipped_in_a_row = watched or Watched(), 0
+        self._noted: dict[str, float] = {}
+
+    def begin(self, step: int) -> None:
+        """Update number `step` is about to be made."""
+        if self._watched.profile is not None:
+            self._watched.profile.begin_step(step)
+
+    def note(self, values: Mapping[str, float]) -> None:
+        """Adds values to the line that is written next."""
+        self._noted |= values
+
+    def observe(self, step: int, metrics: StepMetrics) -> None:
+        """Takes the metrics of update number `step`, counted from 1.
+
+        Raises:
+          SharedError: its batch is bad, and is not skipped, or is one of too many.
+        """
+        problem = _problem(step, metrics)
+        if problem:
+            self._skip_or_stop(step, problem)
+        else:
+            self._averager.add(metrics)
+            self._skipped_in_a_row = 0
+        self._progress.update(float(metrics.loss), self._averager.rate)
+        if step % self._log_every == 0 or step == self._steps:
+            values = self._averager.flush() | {
+                "learning_rate": float(self._learning_rate(step - 1))
+            }
+            values |= self._measured(int(values["steps"])) | self._noted
+            self._noted = {}
+            if self._writer is not None:
+                self._writer.write(step, values)
+
+    def close(self) -> None:
+        """Closes files, bar and trace."""
+        if self._watched.profile is not None:
+            self._watched.profile.close()
+        self._progress.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _measured(self, steps: int) -> dict[str, float]:
+        """Where the time of a line's steps went, and what of the machine they used."""
+        values, machine = self.phases.flush(steps), self._watched.machine
+        if machine is not None:
+            values |= machine.mfu(values["seconds"])
+        return values | memory()
+
+    def _skip_or_stop(self, step: int, problem: str) -> None:
+        """Tells of a bad batch; raises unless the run goes on without it."""
+        told = f"{problem}{self._watched.bad_batches.describe(step)}"
+        self._skipped_in_a_row += 1
+        if not self._watched.bad_batches.skip:
+            raise SharedError(
+                f"{told}; nothing was saved after it (TrainConfig.skip_bad_batches = True leaves such "
+                "batches out, a lower OptimizerConfig.max_learning_rate may help)"
+            )
+        if self._skipped_in_a_row >= _MOST_SKIPPED:
+            raise SharedError(f"{told}; the last {_MOST_SKIPPED} batches were all bad")
+        if self._writer is not None:
+            _logger.warning("%s: its update is left out", told)
+        self._averager.skip()
+
+
+def _problem(step: int, metrics: StepMetrics) -> str:
+    """What is wrong with a step, if anything is."""
+    for name in ("loss", "grad_norm"):
+        value = float(getattr(metrics, name))
+        if not math.isfinite(value):
+            return f"{name} is {value} at step {step}: expected a finite number"
+    if metrics.bad:
+        mean = float(metrics.recent_loss)
+        loss = float(metrics.loss)
+        return f"loss is {loss:.4f} at step {step}: expected no jump from a mean of {mean:.4f}"
+    return ""

@@ -1,0 +1,64 @@
+"""Losses of held-out batches while a run trains, with retrieval on and off."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from data_pipelines.batches.batches import Batches
+from retro_jax.batch import RetroBatch
+from retro_jax.train.global_batches import global_batch, local_rows
+from retro_jax.train.step import Model, TrainState
+
+ON, OFF = "validation/on", "validation/off"
+
+Evaluate = Callable[[TrainState], dict[str, float]]
+
+
+def make_evaluation(
+    graphdef: nnx.GraphDef, batches: Callable[[], Iterable[RetroBatch]], pad_id: int
+) -> Evaluate:
+    """Builds what the loop calls now and then.
+
+    Args:
+      graphdef: of the model. batches: gives the same global batches each time.
+      pad_id: RetroConfig.pad_id.
+
+    Returns:
+      A function of the state: mean nats a token, by ON (where batches have neighbours) and OFF.
+    """
+
+    @jax.jit
+    def sums(params: Any, batch: RetroBatch) -> jax.Array:
+        model: Model = nnx.merge(graphdef, params)
+        present_BxN = batch.targets != pad_id
+        losses_BxN = jnp.where(present_BxN, model.token_losses(batch), 0.0)
+        return jnp.stack([jnp.sum(losses_BxN), jnp.sum(present_BxN, dtype=jnp.float32)])
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        totals: dict[str, list[jax.Array]] = {}
+        for batch in batches():
+            if batch.neighbours is not None:
+                totals.setdefault(ON, []).append(sums(state.params, batch))
+            totals.setdefault(OFF, []).append(sums(state.params, batch.without_neighbours()))
+        found = {name: sum(jax.device_get(parts)) for name, parts in totals.items()}
+        return {name: float(loss / max(tokens, 1)) for name, (loss, tokens) in found.items()}
+
+    return evaluate
+
+
+def held_out_evaluation(
+    graphdef: nnx.GraphDef, batches: Batches, mesh: Mesh, *, count: int, pad_id: int
+) -> Evaluate:
+    """Evaluation on the first `count` batches of a split; each process makes its own rows."""
+    size = batches.config.batch_size
+    rows = local_rows(mesh, size)
+
+    def made() -> Iterator[RetroBatch]:
+        for number in range(count):
+            yield global_batch(batches.rows(number, rows), mesh, size, rows)
+
+    return make_evaluation(graphdef, made, pad_id)

@@ -1,0 +1,111 @@
+"""What a run begins with, and which of its parameters it trains.
+
+Fine-tuning begins with the parameters of a trained run, on other data or with another database, and
+with a schedule and moments of its own. RETRO-fitting (paper, section 4.3) begins with a transformer
+without retrieval, adds encoder and CCA, and trains nothing else:
+
+    StartConfig.run = 'W/baseline'
+    StartConfig.fresh = ('encoder.*', 'cca.*')
+    StartConfig.trained = ('encoder.*', 'cca.*')
+"""
+
+import dataclasses
+import fnmatch
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from retro_jax.config import require
+from retro_jax.errors import UserError
+from retro_jax.train.checkpoint import restore_params
+from retro_jax.train.optimizer import Trainable
+from retro_jax.train.parameter_names import map_named, named_leaves
+from retro_jax.train.step import TrainState
+
+_ALL = ("*",)
+_SHOWN = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class StartConfig:
+    """Where a run's first parameters are from, and which are trained.
+
+    Attributes:
+      run: directory of a trained run (W/retro) whose parameters it begins with; "" for the seed's.
+      step: of which of its checkpoints; 0 for the newest.
+      averaged: whether it begins with the moving average of them.
+      fresh: patterns of parameters that begin with the seed's values even so.
+      trained: patterns of the parameters that are trained; the others stay as they begin. A pattern
+        is of the name as errors and checkpoints show it: 'encoder.*', '*.norm.scale'.
+    """
+
+    run: str = ""
+    step: int = 0
+    averaged: bool = False
+    fresh: Sequence[str] = ()
+    trained: Sequence[str] = _ALL
+
+    def __post_init__(self) -> None:
+        require(self.step >= 0, self, "step", "the step of a checkpoint, or 0 for the newest")
+        for field in ("fresh", "trained"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        require(bool(self.trained), self, "trained", "at least one pattern, as in ('*',)")
+        idle = self.run or not (self.step or self.averaged or self.fresh)
+        require(bool(idle), self, "run", "a run's directory, as step, averaged or fresh are given")
+
+
+def trainable(config: StartConfig, params: Any) -> Trainable | None:
+    """Which parameters are trained, by name; None for all.
+
+    Args:
+      config: of the run. params: a tree of them, or of their shapes.
+
+    Raises:
+      UserError: a pattern that matches none.
+    """
+    names = list(named_leaves(params))
+    _check_patterns(config, "trained", names)
+    _check_patterns(config, "fresh", names)
+    if set(config.trained) & set(_ALL):
+        return None
+    return lambda name: _matches(name, config.trained)
+
+
+def begin(config: StartConfig, state: TrainState, checkpoints: str | os.PathLike) -> TrainState:
+    """The first state of a run with the parameters of another.
+
+    Args:
+      config: of the run. state: made of its seed. checkpoints: of the run to begin with.
+
+    Raises:
+      UserError: the other run lacks a parameter that is not `fresh`, or has another shape of it.
+    """
+    wanted = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        for name, leaf in named_leaves(state.params).items()
+        if not _matches(name, config.fresh)
+    }
+    part = "average" if config.averaged else "params"
+    _, found = restore_params(checkpoints, wanted, config.step or None, part=part, all_of_it=False)
+    params = map_named(lambda name, leaf: found.get(name, leaf), state.params)
+    average = None if state.average is None else jax.tree.map(jnp.copy, params)
+    return dataclasses.replace(state, params=params, average=average)
+
+
+def _check_patterns(config: StartConfig, field: str, names: Sequence[str]) -> None:
+    """Refuses a pattern that no parameter's name matches."""
+    for pattern in getattr(config, field):
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            shown = ", ".join(names[:: max(1, len(names) // _SHOWN)][:_SHOWN])
+            raise UserError(
+                f"StartConfig.{field} has {pattern!r}, which no parameter matches: expected patterns "
+                f"of names such as {shown}"
+            )
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name matches one of some patterns."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,265 @@
+"""BM25 equals its formula written out, as a retriever of its own and as a judge of dense candidates."""
+
+import math
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+from data_pipelines.artefacts.runner import LocalProcesses
+from data_pipelines.chunk_database.database import ChunkDatabase
+from data_pipelines.retriever import bm25, neighbours, revisions
+from data_pipelines.retriever.bm25 import Bm25, Bm25Config, prepare_bm25
+from data_pipelines.retriever.keys import Keys
+from data_pipelines.retriever.neighbours import NeighboursConfig, NeighbourTable, prepare_neighbours
+from data_pipelines.retriever.retriever import OwnDocuments, Ranking, Retriever
+from retro_jax.errors import UserError
+from tests.data_pipelines.small import tree
+from tests.data_pipelines.synthetic import clustered, retriever, write_database
+
+LENGTHS = [3, 1, 4, 2, 5, 1, 6, 3, 2, 4, 1, 8]
+N = sum(LENGTHS)
+
+
+def fill(database, seed=0):
+    """Gives a database chunks whose tokens repeat, some short, one with nothing but eos."""
+    rng = np.random.default_rng(seed)
+    rows = np.minimum(3 + rng.geometric(0.04, (len(database), 64)), 299).astype(np.uint16)
+    for row in range(0, len(rows), 7):
+        rows[row, rng.integers(5, 60) :] = database.pad_id
+    rows[1, 0], rows[1, 1], rows[1, 2:] = database.bos_id, database.eos_id, database.pad_id
+    rows[5] = rows[-1]
+    for number, ids in enumerate(database.shards):
+        np.save(database.directory / f"chunks-{number:05d}.npy", rows[ids.start : ids.stop])
+    return ChunkDatabase.open(database.directory)
+
+
+def reference(queries, rows, k1=1.5, b=0.75, kept=None):
+    """[q, n] scores by the formula, term by term; minus infinity for a chunk that is not kept."""
+    terms = [[token for token in row.tolist() if token > 2] for row in rows]
+    kept = [n for n in range(len(rows)) if terms[n] and (kept is None or n in kept)]
+    mean = sum(len(terms[n]) for n in kept) / len(kept)
+    found = np.full((len(queries), len(rows)), -np.inf)
+    for q, query in enumerate(queries.tolist()):
+        for n in kept:
+            total = 0.0
+            for token in query:
+                held = sum(token in terms[other] for other in kept)
+                count = terms[n].count(token)
+                if token > 2 and count:
+                    idf = math.log(1 + (len(kept) - held + 0.5) / (held + 0.5))
+                    total += idf * count / (count + k1 * (1 - b + b * len(terms[n]) / mean))
+            found[q, n] = total if total else -np.inf
+    return found
+
+
+def best(scores, k):
+    """The k best of each row: scores, minus infinity where there are no more."""
+    return -np.sort(-scores, axis=1)[:, :k]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A database with keys, its terms, and the scores of each chunk for each by the formula."""
+    folder = tmp_path_factory.mktemp("bm25")
+    found = retriever(folder, LENGTHS, clustered(N), shards=3)
+    database = fill(found.database)
+    prepare_bm25(folder / "bm25", database, Bm25Config())
+    rows = database.chunks(np.arange(N))
+    return folder, database, reference(rows, rows)
+
+
+def own(database, scores):
+    """Scores without those of the query's document."""
+    owners = database.documents(np.arange(N))
+    return np.where(owners[:, None] == owners[None], -np.inf, scores)
+
+
+def open_retriever(made, name, candidates=10):
+    folder, database, _ = made
+    keys = Keys.open(folder / "keys" / "train", database)
+    index = revisions.open_index(keys, folder)
+    terms = Bm25.open(folder / "bm25", database)
+    return Retriever(database, keys, index=index, ranking=Ranking(name, candidates), bm25=terms)
+
+
+def test_scores_are_those_of_the_formula(made):
+    folder, database, expected = made
+    terms = Bm25.open(folder / "bm25", database, verify=True)
+    every = np.tile(np.arange(N), (N, 1))
+    scores = terms.score(database.chunks(np.arange(N)), every)
+    np.testing.assert_allclose(scores, np.maximum(expected, 0), rtol=1e-5, atol=1e-6)
+    none = terms.score(database.chunks(np.arange(2)), np.array([[3, -1], [-1, -1]]))
+    assert np.isneginf(none[[0, 1, 1], [1, 0, 1]]).all() and np.isfinite(none[0, 0])
+    assert terms.manifest.fact("indexed") == N - 1
+
+
+@pytest.mark.parametrize("k", [1, 4, N + 5])
+def test_search_finds_the_best_of_other_documents(made, k):
+    folder, database, expected = made
+    terms = Bm25.open(folder / "bm25", database)
+    tokens, owners = database.chunks(np.arange(N)), database.documents(np.arange(N))
+    ids, scores = terms.search(tokens, k, owners)
+    truth = np.pad(own(database, expected), ((0, 0), (0, 5)), constant_values=-np.inf)
+    np.testing.assert_allclose(scores, best(truth, k), rtol=1e-5)
+    np.testing.assert_array_equal(ids >= 0, np.isfinite(scores))
+    assert not (database.documents(ids) == owners[:, None])[ids >= 0].any()
+    assert (ids[1] == -1).all(), "a chunk without terms"
+    assert all(len(set(row[row >= 0])) == (row >= 0).sum() for row in ids)
+    free, _ = terms.search(tokens, 2)
+    assert free[-1].tolist() == [5, N - 1], "equal chunks by id"
+
+
+def test_so_many_terms_that_counts_do_not_fit_are_counted_in_parts(made, monkeypatch):
+    folder, database, _ = made
+    terms = Bm25.open(folder / "bm25", database)
+    tokens, ids = database.chunks(np.arange(N)), np.arange(2 * N).reshape(N, 2) % N
+    whole = terms.score(tokens, ids)
+    monkeypatch.setattr(bm25, "_COUNTS", 1000)
+    np.testing.assert_array_equal(terms.score(tokens, ids), whole)
+
+
+@pytest.mark.parametrize("name", ["bm25", "dense+bm25"])
+def test_a_table_is_what_live_retrieval_finds_and_the_formula(made, tmp_path, name):
+    _, database, expected = made
+    found = open_retriever(made, name)
+    queries = found.keys if name == "dense+bm25" else database
+    settings = {"k": 4, "recall_queries": N}
+    manifest = prepare_neighbours(tmp_path / "table", queries, found, **settings)
+    table = NeighbourTable.open(tmp_path / "table", database, database)
+    ids, owners = np.arange(N), database.documents(np.arange(N))
+    truth = own(database, expected)
+    if name == "dense+bm25":  # among the ten nearest keys
+        near, _ = found.exact(found.keys.rows(ids), 10, owners)
+        among = np.zeros((N, N), bool)
+        among[ids[:, None], near] = True
+        truth = np.where(among, np.maximum(truth, 0), -np.inf)
+        np.testing.assert_array_equal(manifest.settings["candidates"], 10)
+        assert {"keys", "index", "bm25"} < set(manifest.parents)
+    else:
+        assert set(manifest.parents) == {"chunks", "database", "bm25"}
+    np.testing.assert_allclose(table.scores(ids), best(truth, 4), rtol=1e-5, atol=1e-6)
+    assert (table.retriever, table.score) == (name, "bm25")
+    assert manifest.fact("retriever") == manifest.settings["retriever"] == name
+    assert manifest.fact("recall")["recall"] == 1.0
+    assert manifest.fact("queries") == (N - 1 if name == "bm25" else N)
+    live, scores = found.find(queries, ids, 4, owners)
+    np.testing.assert_array_equal(live, table.ids(ids))
+    np.testing.assert_array_equal(scores, table.scores(ids))
+    np.testing.assert_allclose(
+        found.scores_of(queries, ids, live), np.where(live < 0, -np.inf, scores), rtol=1e-6
+    )
+
+
+def test_tables_are_the_same_over_processes_and_index_shards(made, tmp_path):
+    _, database, _ = made
+    found = open_retriever(made, "bm25")
+    settings = {"k": 3, "recall_queries": 5}
+    prepare_neighbours(tmp_path / "a", database, found, **settings)
+    prepare_neighbours(tmp_path / "b", database, found, **settings, runner=LocalProcesses(1))
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    for place, most in (("one", 0), ("more", 20)):
+        folder = tmp_path / place
+        dense = retriever(folder, LENGTHS, clustered(N), shards=3, shard_keys=most)
+        database = fill(dense.database)
+        prepare_bm25(folder / "bm25", database, Bm25Config())
+        judged = open_retriever((folder, database, None), "dense+bm25")
+        assert len(judged.parts) == (1 if place == "one" else 2)
+        prepare_neighbours(folder / "table", judged.keys, judged, **settings)
+    for name in ("neighbours-00001.npy", "scores-00002.npy"):
+        one, more = (np.load(tmp_path / place / "table" / name) for place in ("one", "more"))
+        np.testing.assert_array_equal(one, more)
+
+
+def test_recall_counts_scores_from_above():
+    found = np.array([[9.0, 5.0], [3.0, -np.inf], [-np.inf, -np.inf]])
+    truth = np.array([[9.0, 7.0], [3.0, -np.inf], [-np.inf, -np.inf]])
+    assert neighbours.recall(found, truth, True) == 2 / 3
+    assert neighbours.recall(truth, truth, True) == 1.0
+
+
+def test_removed_documents_and_the_same_document_elsewhere_are_left_out(made, tmp_path):
+    folder, _, _ = made
+    workdir = shutil.copytree(folder, tmp_path / "W")
+    base = ChunkDatabase.open(workdir / "chunks" / "train")
+    revisions.publish(workdir, 1, [4, 6])
+    database = revisions.open_database(workdir)
+    manifest = prepare_bm25(workdir / "revisions/00001/bm25", database, Bm25Config(k1=1.2, b=0.5))
+    assert manifest.revision == 1
+    terms = Bm25.open(workdir / "revisions/00001/bm25", database)
+    names = ["document-2", "elsewhere"]
+    queries = fill(write_database(tmp_path / "queries", [3, 3], names=names), seed=1)
+    tokens, ids = queries.chunks(np.arange(6)), np.arange(N)
+    kept = set(np.flatnonzero(~np.isin(base.documents(ids), [4, 6])).tolist())
+    truth = reference(tokens, base.chunks(ids), 1.2, 0.5, kept)
+    truth[:3, base.documents(ids) == 2] = -np.inf
+    found, scores = terms.search(tokens, 6, OwnDocuments(queries, database).of(np.arange(6)))
+    np.testing.assert_allclose(scores, best(truth, 6), rtol=1e-5)
+    assert not database.is_removed(database.documents(found)).any()
+
+
+def test_is_made_once_and_other_settings_or_databases_are_refused(made, tmp_path):
+    folder, database, _ = made
+    again = prepare_bm25(tmp_path / "again", database, Bm25Config())
+    assert tree(tmp_path / "again") == tree(folder / "bm25")
+    assert prepare_bm25(tmp_path / "again", database, Bm25Config()) == again
+    with pytest.raises(UserError, match=r"other settings: k1: 1\.5 -> 2\.0; expected"):
+        prepare_bm25(tmp_path / "again", database, Bm25Config(k1=2.0))
+    other = write_database(tmp_path / "other", [2, 2], seed=3)
+    with pytest.raises(UserError, match="do not belong together: expected database"):
+        Bm25.open(folder / "bm25", other)
+
+
+def test_a_database_without_terms_finds_nothing(tmp_path):
+    database = write_database(tmp_path / "chunks", [1, 1])
+    np.save(tmp_path / "chunks" / "chunks-00000.npy", np.zeros((2, 64), np.uint16))
+    manifest = prepare_bm25(tmp_path / "bm25", database, Bm25Config())
+    assert (manifest.fact("indexed"), manifest.fact("postings")) == (0, 0)
+    ids, scores = Bm25.open(tmp_path / "bm25", database).search(np.full((1, 64), 7), 2)
+    assert ids.tolist() == [[-1, -1]] and np.isneginf(scores).all()
+
+
+def test_the_ranking_is_that_of_the_tables(made, tmp_path):
+    _, database, _ = made
+    assert Ranking.of(tmp_path) == Ranking()
+    for name in ("bm25", "dense+bm25", "dense"):
+        found = open_retriever(made, name, candidates=7)
+        queries = database if name == "bm25" else found.keys
+        place = tmp_path / name / "neighbours" / "train"
+        manifest = prepare_neighbours(place, queries, found, k=2, recall_queries=0)
+        assert Ranking.of(tmp_path / name).settings == found.ranking.settings
+        assert ("retriever" in manifest.settings) == (name != "dense")
+    with pytest.raises(UserError, match=r"score: \"bm25\" -> \"squared_l2\""):
+        prepare_neighbours(
+            tmp_path / "bm25/neighbours/train", found.keys, found, k=2, recall_queries=0
+        )
+
+
+def test_keys_that_are_not_there_are_one_line(made):
+    found = Retriever(made[1], None, index=None, ranking=Ranking("bm25"))
+    with pytest.raises(
+        UserError, match="is searched by BM25 alone: expected the retriever 'dense'"
+    ):
+        _ = found.keys
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"retriever": "bm26"}, r"NeighboursConfig.retriever is 'bm26': expected one of \('dense'"),
+        ({"candidates": 0}, "NeighboursConfig.candidates is 0: expected a positive number"),
+    ],
+)
+def test_bad_settings_are_one_line(settings, message):
+    with pytest.raises(UserError, match=message):
+        NeighboursConfig(**settings)
+
+
+def test_bad_numbers_and_a_missing_package_are_one_line(monkeypatch):
+    for settings, message in (({"k1": -1.0}, "k1 is -1.0"), ({"b": 2.0}, "b is 2.0: expected a")):
+        with pytest.raises(UserError, match=f"Bm25Config.{message}"):
+            Bm25Config(**settings)
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    with pytest.raises(UserError, match="retriever needs the package bm25s: expected it installed"):
+        bm25.import_bm25s()

@@ -1,0 +1,101 @@
+"""launch/workdir.py: what is recorded, and what is refused."""
+
+import json
+
+import pytest
+
+from launch.runs import record
+from retro_jax.errors import UserError
+
+_SETTINGS = "A.steps = 100\nA.log_every = 5\nB.width = 8\n"
+_PARENTS = {"tokenizer": "a" * 64, "chunks/train": "b" * 64}
+
+
+def _claim(directory, settings=_SETTINGS, parents=_PARENTS, free=()):
+    record.claim(directory, settings, parents=parents, free=free)
+
+
+def test_everything_is_recorded_and_nothing_else(tmp_path):
+    run = tmp_path / "W" / "retro"
+    _claim(run)
+    assert sorted(p.name for p in run.iterdir()) == ["config.gin", "parents.json", "versions.json"]
+    assert (run / "config.gin").read_text() == _SETTINGS
+    (start,) = json.loads((run / "versions.json").read_text())["starts"]
+    assert start["packages"]["jax"]
+    assert start["hardware"]["platform"] == "cpu"
+    assert set(start["git"]) == {"revision", "dirty"}
+    assert len(start["git"]["revision"]) == 40
+
+
+def test_the_same_run_again_changes_nothing(tmp_path):
+    _claim(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    _claim(tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_other_settings_are_refused_old_to_new(tmp_path):
+    _claim(tmp_path)
+    other = "A.steps = 200\nA.log_every = 5\nC.depth = 2\n"
+    with pytest.raises(UserError) as error:
+        _claim(tmp_path, other)
+    expected = "A.steps 100 -> 200; B.width 8 -> (absent); C.depth (absent) -> 2; expected the same"
+    assert expected in str(error.value)
+    assert str(tmp_path) in str(error.value)
+    assert (tmp_path / "config.gin").read_text() == _SETTINGS
+
+
+def test_a_setting_that_did_not_exist_yet_had_its_default(tmp_path):
+    _claim(tmp_path)
+    newer = f"{_SETTINGS}BatchConfig.neighbour_part = 'both'\n"
+    _claim(tmp_path, newer)
+    assert (tmp_path / "config.gin").read_text() == newer
+    _claim(other := tmp_path / "other")
+    with pytest.raises(UserError, match=r"neighbour_part \(absent\) -> 'chunk'"):
+        _claim(other, newer.replace("both", "chunk"))
+
+
+def test_free_settings_may_change_and_are_recorded(tmp_path):
+    _claim(tmp_path)
+    other = "A.steps = 100\nA.log_every = 7\nB.width = 9\n"
+    with pytest.raises(UserError, match=r"settings: B\.width 8 -> 9; expected"):
+        _claim(tmp_path, other, free=["A.log_every"])
+    _claim(tmp_path, other, free=["A.log_every", "B"])
+    assert (tmp_path / "config.gin").read_text() == other
+
+
+def test_other_data_is_refused(tmp_path):
+    _claim(tmp_path)
+    with pytest.raises(UserError, match="other data: chunks/train bbbbbbbbbbbb -> cccccccccccc;"):
+        _claim(tmp_path, parents={**_PARENTS, "chunks/train": "c" * 64})
+
+
+def test_a_directory_without_results_can_be_claimed_anew(tmp_path):
+    _claim(tmp_path)
+    other = _SETTINGS.replace("8", "9")
+    record.claim(tmp_path, other, parents={}, begun=False)
+    assert (tmp_path / "config.gin").read_text() == other
+    assert json.loads((tmp_path / "parents.json").read_text()) == {}
+
+
+def test_another_version_is_appended(tmp_path, monkeypatch):
+    _claim(tmp_path)
+    monkeypatch.setattr(record, "git_revision", lambda: None)
+    _claim(tmp_path)
+    starts = json.loads((tmp_path / "versions.json").read_text())["starts"]
+    assert len(starts) == 2
+    assert starts[0]["git"]
+    assert starts[1]["git"] is None
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    _claim(tmp_path)
+
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        _claim(tmp_path, _SETTINGS.replace("5", "6"), free=["A.log_every"])
+    assert (tmp_path / "config.gin").read_text() == _SETTINGS
+    assert not list(tmp_path.glob("*.tmp"))

@@ -1,0 +1,146 @@
+"""Fused kernels against the plain form, where this machine can run them, and which one is chosen."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from retro_jax.config import PRESETS, ExecutionConfig
+from retro_jax.errors import UserError
+from retro_jax.model import attention as ops
+from retro_jax.model import attention_kernels as fused
+from retro_jax.sharding import MESH_SHARDINGS, MeshConfig, make_mesh, target_platform
+from tests.model.tiny import assert_close
+
+ROWS, LENGTH, HEADS, HEAD_DIM = 2, 256, 2, 64
+
+
+def example() -> tuple[list[jax.Array], jax.Array]:
+    """Queries, keys, values [B, N, H, head_dim]; documents that end inside and at ends of blocks."""
+    rng = np.random.default_rng(0)
+    shape = (ROWS, LENGTH, HEADS, HEAD_DIM)
+    arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(3)]
+    ends = np.array([[64, 192], [128, 128]])
+    segments = (np.arange(LENGTH) >= ends[:, :, None]).sum(axis=1)
+    return arrays, jnp.asarray(segments, jnp.int32)
+
+
+def plain(query: Any, key: Any, value: Any, segments: Any) -> jax.Array:
+    """Softmax over all [N, N] pairs, masked."""
+    mask = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))[None, None]
+    if segments is not None:
+        mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
+    return ops.attend(query, key, value, mask)
+
+
+def output_and_gradients(attend: Any, arrays: list[jax.Array], segments: Any) -> list[np.ndarray]:
+    """The output and its gradients by queries, keys and values, for a random cotangent."""
+    cotangent = jnp.asarray(np.random.default_rng(1).normal(size=arrays[0].shape), jnp.float32)
+
+    @jax.jit
+    def compute(*arrays: jax.Array) -> list[jax.Array]:
+        out, pull = jax.vjp(lambda *qkv: attend(*qkv, segments), *arrays)
+        return [out, *pull(cotangent)]
+
+    return [np.asarray(x) for x in compute(*arrays)]
+
+
+KERNELS = {
+    "splash": lambda *args: fused.splash_attention(*args, interpret=True),
+    "cudnn": lambda *args: fused.cudnn_attention(*args, implementation="xla"),
+}
+
+
+@pytest.mark.parametrize("documents", [True, False])
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_are_the_plain_form(name, documents):
+    """Output and gradients; Pallas is interpreted, and cuDNN's place is taken by XLA."""
+    arrays, segments = example()
+    own = segments if documents else None
+    wanted = output_and_gradients(plain, arrays, own)
+    for actual, expected in zip(output_and_gradients(KERNELS[name], arrays, own), wanted):
+        assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("documents", [True, False])
+def test_on_a_mesh_each_device_runs_its_rows_and_heads(monkeypatch, documents):
+    """Under explicit axes, by shard_map: the same numbers, sharded by batch and heads."""
+    arrays, segments = example()
+    wanted = np.asarray(plain(*arrays, segments if documents else None))
+    shapes = []
+
+    def kernel(query: jax.Array, *rest: Any) -> jax.Array:
+        shapes.append(query.shape)
+        return fused.cudnn_attention(query, *rest, implementation="xla")
+
+    monkeypatch.setattr(fused, "splash_attention", kernel)
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        heads, rows = MESH_SHARDINGS.heads(4), MESH_SHARDINGS.rows(2)
+        placed = [jax.sharding.reshard(x, heads) for x in arrays]
+        out = jax.jit(
+            lambda *args: fused.fused_attention(*args, platform="tpu", shardings=MESH_SHARDINGS)
+        )(*placed, jax.sharding.reshard(segments, rows) if documents else None)
+    assert shapes == [(1, LENGTH, 1, HEAD_DIM)]
+    assert out.sharding.spec == heads
+    assert_close(np.asarray(out), wanted)
+
+
+def kind(attention: str, platform: str, **changes: Any) -> str:
+    """What runs of one published size with one change."""
+    given = {"positions": "rotary", "head_dim": 64, "length": 2048, "dtype": "bfloat16"} | changes
+    execution = ExecutionConfig(attention=attention, activation_dtype=given.pop("dtype"))
+    return fused.attention_kind(execution, platform=platform, **given)
+
+
+def test_auto_takes_a_kernel_where_there_is_one():
+    assert (kind("auto", "tpu"), kind("auto", "gpu"), kind("auto", "cpu")) == (
+        "fused",
+        "fused",
+        "chunked",
+    )
+    assert kind("auto", "gpu", positions="relative") == "chunked"
+    assert kind("auto", "gpu", dtype="float32") == "chunked"
+    assert kind("auto", "tpu", length=192) == "chunked"
+    assert (kind("plain", "tpu"), kind("chunked", "gpu"), kind("fused", "tpu")) == (
+        "plain",
+        "chunked",
+        "fused",
+    )
+
+
+@pytest.mark.parametrize(
+    ("platform", "changes", "message"),
+    [
+        ("cpu", {}, "cpu has no fused kernel"),
+        ("tpu", {"positions": "relative"}, "no fused kernel has relative positions"),
+        ("gpu", {"dtype": "float32"}, "computes in bfloat16 and activation_dtype is 'float32'"),
+        ("gpu", {"head_dim": 256}, "up to 128 and head_dim is 256"),
+        ("gpu", {"head_dim": 20}, "multiple of 8 up to 128 and head_dim is 20"),
+        ("tpu", {"length": 192}, "a multiple of 128 and this one has 192"),
+    ],
+)
+def test_a_kernel_that_does_not_exist_is_refused_in_one_line(platform, changes, message):
+    with pytest.raises(UserError, match=message) as raised:
+        kind("fused", platform, **changes)
+    assert str(raised.value).startswith("ExecutionConfig.attention is 'fused', but ")
+    assert str(raised.value).endswith(": expected 'auto', 'chunked' or 'plain'")
+
+
+def test_a_run_is_checked_before_it_begins():
+    fused.check_attention(PRESETS["172m"], ExecutionConfig(), platform="cpu", length=2048)
+    with pytest.raises(UserError, match="no fused kernel has relative positions"):
+        fused.check_attention(
+            PRESETS["172m"], ExecutionConfig(attention="fused"), platform="tpu", length=2048
+        )
+
+
+def test_the_program_is_for_the_devices_of_the_mesh(monkeypatch):
+    """Not for the process that traces it: compile_check describes chips that are not there."""
+    assert target_platform() == "cpu"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert target_platform() == "gpu"
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        assert target_platform() == "cpu"

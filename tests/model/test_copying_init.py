@@ -1,0 +1,144 @@
+"""A model that begins with copying: it copies at once, and nothing else is changed."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from retro_jax.batch import RetroBatch
+from retro_jax.config import RetroConfig
+from retro_jax.errors import UserError
+from retro_jax.model import Retro
+from retro_jax.model.copying_init import begin_with_copying
+from retro_jax.train.loop import TrainConfig
+from tests.model.test_layers import parameters
+from tests.model.tiny import token_losses, with_neighbours
+
+_CONFIG = RetroConfig(
+    vocab_size=400,
+    d_model=64,
+    num_layers=3,
+    num_heads=2,
+    head_dim=32,
+    d_ff=64,
+    cca_layers=(2, 3),
+    chunk_length=8,
+    neighbour_length=16,
+    encoder_d_model=64,
+    encoder_num_layers=2,
+    encoder_num_heads=3,
+    encoder_head_dim=32,
+    encoder_d_ff=64,
+    share_embeddings=True,
+)
+_SET = {
+    "encoder.layers.attention.query_key_value",
+    "encoder.layers.attention.output",
+    "encoder.layers.attention.relative",
+    "encoder.layers.attention.position_bias",
+    "cca.attention.query",
+    "cca.attention.key_value",
+    "cca.attention.relative",
+    "cca.attention.output",
+}
+
+
+@pytest.fixture(scope="module")
+def random() -> Retro:
+    """A model of random values."""
+    return Retro(_CONFIG, rngs=nnx.Rngs(3))
+
+
+@pytest.fixture(scope="module")
+def copying() -> Retro:
+    """The same, set up to copy."""
+    model = Retro(_CONFIG, rngs=nnx.Rngs(3))
+    begin_with_copying(model)
+    return model
+
+
+def _batch() -> tuple[RetroBatch, np.ndarray]:
+    """Sequences of distinct tokens, the first neighbour of each chunk holding the next chunk.
+
+    Also gives which losses [B, N] that can help: those from the first chunk's last token on.
+    """
+    rng = np.random.default_rng(0)
+    m, r = _CONFIG.chunk_length, _CONFIG.neighbour_length
+    text = np.stack([rng.permutation(np.arange(1, 200))[: 4 * m + r] for _ in range(3)])
+    neighbours = rng.integers(200, 400, (3, 4, 2, r))
+    for chunk in range(4):
+        start = chunk * m + m - 3
+        neighbours[:, chunk, 0] = text[:, start : start + r]
+    helped = np.zeros((3, 4 * m), bool)
+    helped[:, m - 1 :] = True
+    return RetroBatch(
+        tokens=text[:, : 4 * m].astype(np.int32),
+        targets=text[:, 1 : 4 * m + 1].astype(np.int32),
+        documents=np.zeros((3, 4), np.int32),
+        corpus=np.zeros(3, np.int32),
+        neighbours=neighbours.astype(np.int32),
+    ), helped
+
+
+def test_it_copies_what_follows_the_same_token_in_a_neighbour(random, copying):
+    batch, helped = _batch()
+    gains = {}
+    for name, model in {"random": random, "copying": copying}.items():
+        on = token_losses(model, batch)
+        off = token_losses(model, with_neighbours(batch, None))
+        gains[name] = (off - on)[helped].mean()
+        np.testing.assert_array_equal(on[~helped], off[~helped])
+    assert gains["copying"] > 2.0 > 10 * abs(gains["random"])
+
+
+def test_it_copies_from_any_slot_and_not_from_the_tokens_alone(copying):
+    batch, helped = _batch()
+    swapped = with_neighbours(batch, batch.neighbours[:, :, ::-1])
+    shuffled = with_neighbours(
+        batch, np.random.default_rng(1).permuted(batch.neighbours[:, :, :1], axis=-1)
+    )
+    aligned = token_losses(copying, batch)[helped].mean()
+    np.testing.assert_allclose(token_losses(copying, swapped)[helped].mean(), aligned, rtol=1e-5)
+    assert token_losses(copying, shuffled)[helped].mean() > aligned + 1.0
+
+
+def test_nothing_but_the_first_heads_is_set(random, copying):
+    before, after = parameters(random), parameters(copying)
+    assert {path for path in before if not np.array_equal(before[path], after[path])} == _SET
+    output = "encoder.layers.attention.output"  # [L, H, head_dim, D]
+    np.testing.assert_array_equal(before[output][1], after[output][1])
+    np.testing.assert_array_equal(before[output][0, 1:], after[output][0, 1:])
+    query = "cca.attention.query"  # [P, D, H, head_dim]
+    np.testing.assert_array_equal(before[query][:, :, 1:], after[query][:, :, 1:])
+
+
+def test_a_baseline_is_left_alone():
+    model = Retro(_CONFIG.baseline(), rngs=nnx.Rngs(3))
+    before = parameters(model)
+    begin_with_copying(model)
+    for path, value in parameters(model).items():
+        np.testing.assert_array_equal(before[path], value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "needed"),
+    [
+        ("share_embeddings", False, "True"),
+        ("positions", "rotary", "'relative'"),
+        ("encoder_head_dim", 16, "32"),
+    ],
+)
+def test_a_model_that_cannot_copy_is_refused(field, value, needed):
+    config = dataclasses.replace(_CONFIG, **{field: value})
+    model = nnx.eval_shape(lambda: Retro(config, rngs=nnx.Rngs(0)))
+    message = rf"^TrainConfig.initial_retrieval is 'copying' and RetroConfig.{field} is .*: expected {needed}"
+    with pytest.raises(UserError, match=message):
+        begin_with_copying(model)
+
+
+def test_another_way_to_begin_is_refused():
+    with pytest.raises(
+        UserError, match=r"^TrainConfig.initial_retrieval is 'copy': expected one of"
+    ):
+        TrainConfig(steps=1, initial_retrieval="copy")

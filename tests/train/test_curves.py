@@ -1,0 +1,157 @@
+"""Curves: window means, appending, and resuming without doubling."""
+
+import json
+
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from retro_jax.errors import UserError
+from retro_jax.train.curves import Averager, CurveWriter, Observer, read_curve, truncate_curve
+from retro_jax.train.step import StepMetrics
+
+
+def _step(loss: float, tokens: list[int], grad_norm: float = 1.0) -> StepMetrics:
+    """Metrics of one step whose corpora have the given tokens, all of the same loss."""
+    return StepMetrics(
+        loss=np.float32(loss),
+        tokens=np.int32(sum(tokens)),
+        grad_norm=np.float32(grad_norm),
+        param_norm=np.float32(7.0),
+        corpus_losses=np.float32(loss) * np.array(tokens, np.float32),
+        corpus_tokens=np.array(tokens, np.int32),
+        bad=np.bool_(False),
+        recent_loss=np.float32(0),
+    )
+
+
+def test_means_weigh_tokens_not_steps():
+    averager = Averager(["code", "wiki"])
+    averager.add(_step(2.0, [10, 0], grad_norm=1.0))
+    averager.add(_step(4.0, [10, 20], grad_norm=2.0))
+    means = averager.flush()
+    assert means["loss"] == pytest.approx((20 + 40 + 80) / 40)
+    assert means["loss/code"] == pytest.approx(3.0)
+    assert means["loss/wiki"] == pytest.approx(4.0)
+    assert (means["grad_norm"], means["param_norm"]) == (1.5, 7.0)
+    assert (means["steps"], means["tokens"]) == (2, 40)
+    averager.add(_step(1.0, [0, 3]))
+    assert "loss/code" not in averager.flush()  # no token of it: nothing to say
+
+
+def test_the_rate_is_of_the_last_seconds_and_not_of_compilation(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    averager = Averager(["code"])
+
+    def step_after(seconds: float, tokens: int) -> float | None:
+        now[0] += seconds
+        averager.add(_step(1.0, [tokens]))
+        return averager.rate
+
+    assert step_after(60.0, 1000) is None  # compilation
+    assert "tokens_per_second" not in averager.flush()
+    assert step_after(2.0, 300) == pytest.approx(150.0)
+    assert averager.flush()["tokens_per_second"] == pytest.approx(150.0)
+    assert step_after(4.0, 900) == pytest.approx(200.0)  # 1200 in 6 seconds
+    for _ in range(20):
+        rate = step_after(5.0, 500)
+    assert rate == pytest.approx(100.0)  # what was before the last half minute is forgotten
+
+
+def test_a_resumed_curve_goes_on_where_the_checkpoint_was(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    writer = CurveWriter(tmp_path, 0)
+    for step in (10, 20, 30):
+        writer.write(step, {"loss": 1.0})
+    writer.close()
+    with open(path, "a", encoding="utf-8") as file:
+        file.write('{"step": 40, "lo')  # killed while writing
+    writer = CurveWriter(tmp_path, 20)
+    writer.write(30, {"loss": 2.0})
+    writer.close()
+    assert [(e["step"], e["loss"]) for e in read_curve(path)] == [(10, 1.0), (20, 1.0), (30, 2.0)]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def _shown(directory):
+    """What TensorBoard shows of a run: {(name, step): value}, later starts in place of earlier ones."""
+    shown = {}
+    for path in sorted(directory.glob("events.*")):  # a name begins with its time
+        data = path.read_bytes()
+        while data:
+            size = int.from_bytes(
+                data[:8], "little"
+            )  # and a checksum of 4 bytes, after the data too
+            event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
+            if event.session_log.status == SessionLog.START:
+                shown = {(name, step): v for (name, step), v in shown.items() if step < event.step}
+            shown |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
+    return shown
+
+
+def test_tensorboard_shows_what_the_curve_holds(tmp_path):
+    for start, losses in ((0, [1 / 3, 0.25, 0.2]), (20, [7.125, 1e-9])):  # the step of 30 again
+        writer = CurveWriter(tmp_path, start)
+        for i, loss in enumerate(losses, 1):
+            writer.write(start + 10 * i, {"loss": loss, f"seconds/{start}": i * 0.1, "tokens": 9})
+        writer.close()
+    lines = read_curve(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [10, 20, 30, 40]
+    assert len(list(tmp_path.glob("events.*"))) == 2
+    assert _shown(tmp_path) == {
+        (name, line["step"]): np.float32(value)
+        for line in lines
+        for name, value in line.items()
+        if name != "step"
+    }
+
+
+def test_a_curve_of_whole_lines_is_kept_byte_for_byte(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    text = "".join(json.dumps({"step": i, "loss": 1 / (i + 3)}) + "\n" for i in range(5))
+    path.write_text(text)
+    truncate_curve(path, 99)
+    assert path.read_text() == text
+    assert read_curve(tmp_path / "none.jsonl") == []
+
+
+def test_a_line_that_is_no_json_is_told(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n[]\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: expected a line of metrics"):
+        read_curve(path)
+
+
+def _observer(directory, start_step=0, steps=4):
+    return Observer(
+        directory,
+        corpora=["code"],
+        learning_rate=lambda t: 0.5 * t,
+        start_step=start_step,
+        steps=steps,
+        log_every=3,
+    )
+
+
+def test_lines_come_every_so_many_steps_and_at_the_end(tmp_path, capsys):
+    observer = _observer(tmp_path)
+    for step in range(1, 5):
+        observer.observe(step, _step(float(step), [10]))
+    observer.close()
+    lines = read_curve(tmp_path / "metrics.jsonl")
+    seen = [(line["step"], line["steps"], line["loss"], line["learning_rate"]) for line in lines]
+    assert seen == [(3, 3, 2.0, 1.0), (4, 1, 4.0, 1.5)]  # update 3 is t = 2
+    shown = capsys.readouterr().err
+    assert "4/4" in shown
+    assert "loss=4.0000" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "step"), [("loss", _step(np.nan, [1])), ("grad_norm", _step(1.0, [1], np.inf))]
+)
+def test_what_is_not_finite_stops_with_the_step(tmp_path, name, step):
+    observer = _observer(tmp_path)
+    with pytest.raises(UserError, match=rf"{name} is (nan|inf) at step 3: expected a finite"):
+        observer.observe(3, step)
+    assert read_curve(tmp_path / "metrics.jsonl") == []
