@@ -18,7 +18,7 @@ from absl import flags
 
 from launch.common import app
 from retro_jax.distributed import processes
-from retro_jax.distributed.join import Place, _is_tpu_machine, find_place
+from retro_jax.distributed.join import Place, find_place, is_tpu_machine
 from retro_jax.errors import UserError
 
 COORDINATOR_ADDRESS = flags.DEFINE_string(
@@ -48,7 +48,7 @@ def join() -> None:
     if jax.distributed.is_initialized():
         return
     place = _from_flags() or find_place(os.environ)
-    if place is None and not _is_tpu_machine(os.environ):
+    if place is None and not is_tpu_machine(os.environ):
         return
     initialize = functools.partial(
         jax.distributed.initialize,

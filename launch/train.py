@@ -42,7 +42,7 @@ from launch.common import app, configurables
 from launch.common.flags import DATA
 from launch.processes import join
 from launch.runs import mirror, record, replay
-from launch.runs.training_data import Data, _find_data
+from launch.runs.training_data import Data, find_data
 from retro_jax.batch import RetroBatch
 from retro_jax.config import ExecutionConfig, RetroConfig
 from retro_jax.distributed import processes
@@ -75,7 +75,12 @@ BASELINE = flags.DEFINE_bool(
     "baseline", False, "Train the transformer of equal decoder, without retrieval, in W/baseline."
 )
 
-HELP_ALSO = ("launch.processes", "launch.runs.replay", "launch.runs.training_data", "launch.runs.mirror")
+HELP_ALSO = (
+    "launch.processes",
+    "launch.runs.replay",
+    "launch.runs.training_data",
+    "launch.runs.mirror",
+)
 PROFILE_STEPS = flags.DEFINE_string(
     "profile_steps", None, "Trace these steps, as in 100:102, into the run's folder `profile`."
 )
@@ -173,7 +178,7 @@ def prepare(
         configurables.override("RetroConfig.cca_layers", ())
         configurables.override("BatchConfig.neighbours", 0)
         configurables.override("TrainConfig.neighbour_dropout", 0.0)
-    data = _find_data(source, recorded or run)
+    data = find_data(source, recorded or run)
     settings = make_settings(data)
     if configurables.PRINT_CONFIG.value:
         _say(configurables.operative_config(), end="")

@@ -133,7 +133,7 @@ class Data:
         return open_held_out(self.directory, self.batches.config, self.database)
 
 
-def _find_data(source: str, run: pathlib.Path) -> Data:
+def find_data(source: str, run: pathlib.Path) -> Data:
     """Opens the data of a run, or of the run that it makes again, staged where it is in a bucket."""
     prepared = training_data.local_databases(source)
     revision = recorded_revision(run, prepared)

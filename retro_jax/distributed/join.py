@@ -117,7 +117,7 @@ def _number(
     return int(text)
 
 
-def _is_tpu_machine(environment: Mapping[str, str]) -> bool:
+def is_tpu_machine(environment: Mapping[str, str]) -> bool:
     """Whether this is a TPU VM whose metadata server knows its neighbours."""
     platforms = environment.get("JAX_PLATFORMS", "tpu")
     wanted = "tpu" in platforms or not platforms
