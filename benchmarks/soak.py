@@ -2,7 +2,7 @@
 
     python -m benchmarks.soak --workdir=SCRATCH --kills=30
 
-Trains a tiny model (tests/train/worker.py) in several processes to the end, once undisturbed and once
+Trains a tiny model (tests/distributed/worker.py) in several processes to the end, once undisturbed and once
 with SIGTERM or SIGKILL to a random process at random moments, started again each time. Checks that
 nothing before the last checkpoint is ever made again, that no checkpoint is lost or damaged, and that
 no more is made again than lies between two checkpoints and was being written; compares curves and

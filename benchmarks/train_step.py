@@ -3,7 +3,7 @@
     python -m benchmarks.train_step --preset=peer --against=retro-pytorch --rival_python=TORCH/bin/python
     python -m benchmarks.train_step --preset=172m --positions=rotary --remat=dots --output=172m.json
 
-Operations are counted from the configuration (retro_jax/flops.py says how): for every token twice the
+Operations are counted from the configuration (retro_jax/model/flops.py says how): for every token twice the
 weights that it passes, the products of attention over half the sequence, neighbours' as often as
 they are read, all of it three times for forward and backward; nothing that is computed again counts.
 MFU is that rate over the rate of a matrix product in the same dtype, measured in the same run, and

@@ -113,7 +113,7 @@ class Step:
     """A compiled training step with its state and a batch, on all devices (rows over them).
 
     Attributes:
-      work: what it does. tokens, flops: of a step, the latter by retro_jax.flops. temporaries: bytes
+      work: what it does. tokens, flops: of a step, the latter by retro_jax.model.flops. temporaries: bytes
         that the program needs on a device besides state and batch. parameters: how many.
     """
 

@@ -115,7 +115,8 @@ def _open(
     split = open_split(data, name, neighbours=most, max_documents=MAX_DOCUMENTS.value)
     check_split(split, conditions)
     lengths = Tokenizer.open(data / "tokenizer").byte_lengths
-    return Work(workdir / FOLDER, data, split, split.text_mask(lengths), lengths)
+    text = split.text_mask(lengths)
+    return Work(workdir / FOLDER, data, split, text, lengths, max_documents=MAX_DOCUMENTS.value)
 
 
 def _say(text: str) -> None:

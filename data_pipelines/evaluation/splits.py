@@ -31,7 +31,7 @@ class Split:
     Attributes:
       name: of the split.
       ids: [n] int64, the chunks of the chosen documents, ascending.
-      measures: [documents, 4] of a slice (data_pipelines.slices), where they are not the text's own.
+      measures: [documents, 4] of a slice (data_pipelines.evaluation.texts), where they are not the text's own.
     """
 
     name: str

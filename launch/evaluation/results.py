@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.evaluation.splits import Split
-from launch.evaluate import MAX_DOCUMENTS
 from launch.evaluation.conditions import Condition, condition_settings, neighbour_tokens
 from launch.evaluation.figures import share_with_interval
 from launch.evaluation.knn import knn_scoring, knn_settings
@@ -35,6 +34,7 @@ class Work:
       folder: W/evaluation. data: the directory of the prepared data. split: of it, or a slice.
       text: [n, 64] bool, the tokens of the split that count. lengths: [V] bytes of each token.
       scorer: what scores them. overlap: of its windows; None for the default.
+      max_documents: of each corpus that are scored; None for all.
     """
 
     folder: pathlib.Path
@@ -44,6 +44,7 @@ class Work:
     lengths: np.ndarray
     scorer: Scorer = dataclasses.field(default_factory=Scorer)
     overlap: float | None = None
+    max_documents: int | None = None
 
 
 def evaluate(work: Work, conditions: Sequence[Condition]) -> dict[str, dict[str, Any]]:
@@ -91,7 +92,7 @@ def _head(work: Work, condition: Condition) -> dict[str, Any]:
             "window_chunks": cut.chunks,
             "stride_chunks": cut.stride,
             "neighbours": condition.neighbours,
-            "max_documents": MAX_DOCUMENTS.value,
+            "max_documents": work.max_documents,
             "execution": dataclasses.asdict(condition.run.execution),
             **(knn_settings() if condition.kind == "knn" else condition_settings(condition)),
         },

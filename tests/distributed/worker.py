@@ -1,6 +1,6 @@
 """One of several processes that train together.
 
-python -m tests.train.worker ID COUNT PORT DIRECTORY STEPS DATA,FSDP,TENSOR [WHAT ID STEP]
+python -m tests.distributed.worker ID COUNT PORT DIRECTORY STEPS DATA,FSDP,TENSOR [WHAT ID STEP]
 
 At the batch of STEP, process ID is killed (WHAT = kill) or waits for ever (WHAT = hang). Writes to
 DIRECTORY/rows-ID.json the step that it began with and checksums of the rows of the first batch that

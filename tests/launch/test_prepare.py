@@ -102,7 +102,7 @@ def test_batches_of_the_real_artefacts(prepared_workdir, mixture):
 def test_run_again_it_makes_nothing_and_imports_no_tensorflow(prepared_workdir):
     before = artefacts(prepared_workdir)
     code = (
-        "import sys; from launch import app, prepare; "
+        "import sys; from launch import prepare; from launch.common import app; "
         "status = app.execute(prepare.main, sys.argv); "
         "sys.exit(status or bool({'tensorflow', 'scann'} & set(sys.modules)))"
     )

@@ -11,6 +11,7 @@ from flax import nnx
 
 from retro_jax.config import ExecutionConfig
 from retro_jax.model import attention as ops
+from retro_jax.model import positions
 from retro_jax.model.attention import Attention, Widths
 from retro_jax.model.causal_attention import causal_attention
 from retro_jax.model.layers import Layout
@@ -45,7 +46,7 @@ def test_shift_keeps_rows_apart(shift):
 
 def test_a_tpu_is_given_slices(monkeypatch):
     """libtpu takes hours over the reshape: a program for it has none of a row's whole width."""
-    monkeypatch.setattr(ops, "target_platform", lambda: "tpu")
+    monkeypatch.setattr(positions, "target_platform", lambda: "tpu")
     program = jax.jit(lambda x: shift(x, 7)).lower(jnp.zeros((12, 18))).as_text()
     assert "slice" in program
     assert f"tensor<{12 * 18}xf32>" not in program

@@ -81,7 +81,7 @@ def test_settings_are_checked(make, message):
 
 SLEEPER = """
 import os, pathlib, sys, time
-from data_pipelines.runner import LocalProcesses
+from data_pipelines.artefacts.runner import LocalProcesses
 
 def work(name):
     pathlib.Path(sys.argv[1], name).write_text(str(os.getpid()))

@@ -168,7 +168,7 @@ def test_bytes_depend_on_neither_place_nor_processes_nor_batches(workdir, tmp_pa
 
 _KILLED = """
 import os, pathlib, signal, sys
-from data_pipelines import manifest
+from data_pipelines.artefacts import manifest
 from tests.data_pipelines.small import documents_config, prepare
 
 workdir, left = pathlib.Path(sys.argv[1]), int(sys.argv[2])

@@ -253,7 +253,7 @@ def test_reading_begins_again_where_it_would_be_another(tmp_path, texts, monkeyp
 def test_a_full_disk_while_reading_is_one_line(tmp_path, texts):
     code = """
 import pathlib, resource, sys
-from data_pipelines.documents import prepare_documents
+from data_pipelines.documents.documents import prepare_documents
 from retro_jax.errors import UserError
 from tests.data_pipelines.small import documents_config
 folder = pathlib.Path(sys.argv[1])

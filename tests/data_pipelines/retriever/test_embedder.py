@@ -214,7 +214,7 @@ def test_refuses_a_folder_without_weights(tmp_path):
 
 def test_importing_the_pipeline_imports_neither_tensorflow_nor_scann():
     code = (
-        "import sys, data_pipelines.neighbours, data_pipelines.retriever\n"
+        "import sys, data_pipelines.retriever.neighbours, data_pipelines.retriever\n"
         "sys.exit(bool({'tensorflow', 'scann'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""launch/configurables.py: gin files in, dataclasses out, mistakes in one line."""
+"""launch/common/configurables.py: gin files in, dataclasses out, mistakes in one line."""
 
 import dataclasses
 import typing

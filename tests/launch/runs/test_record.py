@@ -1,4 +1,4 @@
-"""launch/workdir.py: what is recorded, and what is refused."""
+"""launch/runs/record.py: what is recorded, and what is refused."""
 
 import json
 
