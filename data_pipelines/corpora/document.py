@@ -3,11 +3,21 @@
 import collections
 import dataclasses
 import re
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
 from data_pipelines.corpora.config import CorpusConfig
 from retro_jax.errors import UserError
+
+# The Pile's sets whose names are longer than the paper's.
+_PILE_LABELS = {
+    "Gutenberg (PG-19)": "gutenberg",
+    "Wikipedia (en)": "wikipedia",
+    "USPTO Backgrounds": "uspto",
+}
+_SEPARATORS = frozenset(" \t\n_-./\\,:;()[]{}'\"")
+_SIGNS = {"+": "plus", "#": "sharp", "&": "and"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +46,7 @@ class Reading:
       skip_bad: count documents that cannot be read and go on, instead of stopping at the first.
       counts: "documents" given out, "bad" and "empty" ones left out.
       labels: documents of each label, those that are not wanted too.
+      spellings: each label as the corpus spells it.
       first_bad: what was wrong with the first bad one.
       source: which edition of the corpus was read, where it has one.
     """
@@ -43,8 +54,29 @@ class Reading:
     skip_bad: bool = False
     counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     labels: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    spellings: dict[str, str] = dataclasses.field(default_factory=dict)
     first_bad: str = ""
     source: str = ""
+
+    def label(self, name: str) -> str:
+        """Counts a document of a label; returns the label as a corpus's name holds it.
+
+        Raises:
+          UserError: another label of this corpus is written in the same way.
+        """
+        label = short_label(name)
+        self.labels[label] += 1
+        self._spell(label, name)
+        return label
+
+    def _spell(self, label: str, name: str) -> None:
+        """Remembers how a label was spelt; refuses two labels of one short form."""
+        known = self.spellings.setdefault(label, name)
+        if known != name:
+            raise UserError(
+                f"the labels {known!r} and {name!r} are both written {label!r}: expected labels"
+                " that differ in more than case, spaces and points"
+            )
 
     def bad(self, message: str) -> None:
         """Stops at a bad document, or counts it."""
@@ -74,6 +106,8 @@ class Reading:
         """Adds what was counted in another part of the corpus, one that is read later."""
         self.counts.update(other.counts)
         self.labels.update(other.labels)
+        for label, name in other.spellings.items():
+            self._spell(label, name)
         self.first_bad = self.first_bad or other.first_bad
         self.source = self.source or other.source
 
@@ -89,9 +123,42 @@ def lookup(fields: Mapping[str, Any], name: str) -> Any:
 
 
 def short_label(name: str) -> str:
-    """ "Gutenberg (PG-19)" as the paper writes it: gutenberg."""
-    plain = re.sub(r"[^a-z0-9]+", "_", re.sub(r"\(.*?\)", "", name.lower())).strip("_")
-    return {"uspto_backgrounds": "uspto"}.get(plain, plain)
+    """A label as a corpus's name holds it: "PubMed Central" is pubmed_central, "C++" is c_plus_plus.
+
+    Letters and digits of any script are kept, in small letters; signs other than spaces, points,
+    hyphens and the like are written out, so that labels which differ in them stay distinct.
+    """
+    if name in _PILE_LABELS:
+        return _PILE_LABELS[name]
+    written = (
+        char if char.isalnum() else "_" if char in _SEPARATORS else f"_{_name_of(char)}_"
+        for char in unicodedata.normalize("NFC", name.lower())
+    )
+    return re.sub("_+", "_", "".join(written)).strip("_")
+
+
+def _name_of(char: str) -> str:
+    """The name of a sign in small letters: "number_sign"; its number where it has none."""
+    name = _SIGNS.get(char, "") or str(unicodedata.name(char, f"u{ord(char):x}"))
+    return re.sub(r"[^a-z0-9]+", "_", name.lower())
+
+
+def check_unicode(record: Record, source: str, reading: Reading) -> bool:
+    """Whether id, text and label can be written as UTF-8: JSON can spell half a surrogate pair.
+
+    Args:
+      record: the document. source: what it is from, for the message. reading: counts bad documents.
+    """
+    for what, value in (("id", record.id), ("text", record.text), ("label", record.label or "")):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            reading.bad(
+                f"{source}: the {what} of document {record.id!a} has a lone surrogate"
+                f" at character {error.start}: expected valid Unicode"
+            )
+            return False
+    return True
 
 
 def record_of(
@@ -110,6 +177,10 @@ def record_of(
       The document; None for a bad one.
     """
     text = lookup(fields, config.text_field)
+    if isinstance(text, bytes):  # a column of bytes, or one that is not valid UTF-8
+        text = reading.decode(text, place)
+        if text is None:
+            return None
     if not isinstance(text, str):
         reading.bad(f"{place} has no text in {config.text_field!r}: expected a string")
         return None

@@ -24,17 +24,47 @@ def read_parquet(config: CorpusConfig, file: SourceFile, reading: Reading) -> It
                     _ROWS, row_groups=[group], columns=columns, use_threads=False
                 )
                 for batch in batches:
-                    for fields in batch.to_pylist():
+                    for fields in _rows(batch, f"{file.path}", number, reading):
                         number += 1
                         place = f"{file.path}:{number}"
+                        if fields is None:
+                            continue
                         record = record_of(fields, f"{file.name}:{number}", place, config, reading)
                         if record is not None:
                             yield record
-        except pyarrow.ArrowException as error:
-            reason = str(error).split("\n")[0]
+        except (pyarrow.ArrowException, OSError) as error:
+            reason = str(error).split("\n")[0].rstrip(".")
             raise UserError(
                 f"{file.path} is damaged ({reason}): expected a whole Parquet file"
             ) from error
+
+
+def _rows(batch: Any, path: str, before: int, reading: Reading) -> Iterator[dict[str, Any] | None]:
+    """The rows of a batch as Python objects; None for a bad one.
+
+    Args:
+      batch: of Arrow. path: the file. before: rows of the file before the batch.
+      reading: what is done with bad documents.
+    """
+    try:
+        yield from batch.to_pylist()
+        return
+    except (ValueError, OverflowError, TypeError):  # of some row, and it is not said of which
+        pass
+    for i in range(batch.num_rows):
+        try:
+            row = batch.slice(i, 1).to_pylist()[0]
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            place = f"{path}:{before + i + 1}"
+            reading.bad(f"{place} has byte 0x{byte:02x}: expected UTF-8")
+            row = None
+        except (ValueError, OverflowError, TypeError) as error:
+            reason = str(error).split("\n")[0]
+            place = f"{path}:{before + i + 1}"
+            reading.bad(f"{place} cannot be read ({reason}): expected plain values")
+            row = None
+        yield row
 
 
 def _columns(config: CorpusConfig) -> list[str]:

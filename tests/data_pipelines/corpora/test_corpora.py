@@ -102,7 +102,7 @@ def test_installed_packages(tmp_path):
 
 def test_text_files_are_taken_as_they_are(tmp_path):
     texts = {
-        "b.txt": "\ufeffzwei\r\n\tDrei \n",
+        "b.txt": "\ufeffzwei\r\n\t\ufeffDrei \n",
         "a.txt": "eins",
         "sub__c.txt": "\x00\u2581",
         "d.md": "#",
@@ -111,7 +111,7 @@ def test_text_files_are_taken_as_they_are(tmp_path):
     documents = _read(CorpusConfig("t", "text", place))
     assert documents == [
         Document("a.txt", "eins", "t"),
-        Document("b.txt", "\ufeffzwei\r\n\tDrei \n", "t"),
+        Document("b.txt", "zwei\r\n\t\ufeffDrei \n", "t"),
         Document("sub/c.txt", "\x00\u2581", "t"),
     ]
     chosen = CorpusConfig("t", "text", place, include=["*"], exclude=["sub/*", "b*"])
