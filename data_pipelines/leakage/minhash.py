@@ -11,6 +11,7 @@ found is then compared exactly, so that nothing is taken for similar that is not
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -18,6 +19,14 @@ import numpy as np
 from retro_jax.errors import UserError
 
 GRAM = 13
+# Scripts that write no space between words: Thai and Lao, Tibetan, Burmese, Khmer, kana and bopomofo,
+# Han. Each of their characters is a word.
+_UNSPACED = (
+    "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3031-\u318f\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U0001b000-\U0001b16f\U00020000-\U0003ffff"
+)
+_IS_UNSPACED = re.compile(f"[{_UNSPACED}]")
+_WORD = re.compile(f"[{_UNSPACED}]|[^\\s{_UNSPACED}]+")
 MISSED = 1e-6  # of the pairs at the threshold, at most
 _SEED = 0
 _STEP = np.uint64(0x9E3779B97F4A7C15)  # odd, so that it keeps every bit of what it multiplies
@@ -42,6 +51,13 @@ def import_rensa():
             " (pip install retro-jax[data]), or LeakageConfig.threshold = None"
         ) from None
     return rensa
+
+
+def words_of(text: str) -> list[str]:
+    """The words between whitespace; of scripts without spaces, the characters."""
+    if text.isascii() or not _IS_UNSPACED.search(text):
+        return text.split()
+    return _WORD.findall(text)
 
 
 def grams(words: Sequence[str]) -> set[str]:

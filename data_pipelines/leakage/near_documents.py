@@ -153,7 +153,7 @@ class LeakageShard:
         self, held_out: "HeldOut", batch: Sequence[Document]
     ) -> Iterator[tuple[int, "Match"]]:
         """Places of the documents that are withdrawn, each with its nearest held-out document."""
-        words = [document.text.split() for document in batch]
+        words = [minhash.words_of(document.text) for document in batch]
         places, bands = sketch_words(words, self.config.sketch)
         pairs = held_out.table.candidates(bands)
         for row in np.unique(pairs[:, 0]).tolist():
@@ -206,7 +206,7 @@ class HeldOut:
         with open(folder / shards[shard], "rb") as file:
             file.seek(offset)
             document = Document(**json.loads(file.readline()))
-        return name, document, minhash.grams(document.text.split())
+        return name, document, minhash.grams(minhash.words_of(document.text))
 
 
 def sketch_words(
@@ -270,7 +270,7 @@ def _write_table(
             lines = _lines(pathlib.Path(folder) / entry.name)
             for _, batch in _batches(lines):
                 new = [(offset, text) for offset, text in batch if _is_new(seen, text)]
-                words = [text.split() for _, text in new]
+                words = [minhash.words_of(text) for _, text in new]
                 rows, found = sketch_words(words, sketch)
                 places += [(split, shard, new[row][0]) for row in rows]
                 bands.append(found)

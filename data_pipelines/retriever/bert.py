@@ -26,6 +26,15 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }
+# sentence-transformers' names of the poolings: those of its older files, and of its newer ones.
+POOLINGS = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "cls",
+    "mean": "mean",
+    "cls": "cls",
+}
+# Names that the first BERTs were published with, beside those of LAYER_WEIGHTS.
+_OLDER = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 MASKED = -1e9  # logit of a padded position: exp underflows to exactly zero
 
 
@@ -39,6 +48,7 @@ class BertConfig:
       type_vocab_size: sentence types; type 0 is used throughout.
       hidden_act: the feed-forward's activation. layer_norm_eps: LayerNorm's epsilon.
       normalise: whether the pooled vector is divided by its L2 norm.
+      pooling: how a text's positions become one vector: "mean" of all, or "cls", the first alone.
     """
 
     vocab_size: int
@@ -51,6 +61,7 @@ class BertConfig:
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-12
     normalise: bool = False
+    pooling: str = "mean"
 
     def __post_init__(self) -> None:
         for field in (
@@ -74,7 +85,7 @@ class BertConfig:
             f"a multiple of {heads} heads",
         )
         require(
-            self.hidden_act in ACTIVATIONS,
+            isinstance(self.hidden_act, str) and self.hidden_act in ACTIVATIONS,
             self,
             "hidden_act",
             f"one of {sorted(ACTIVATIONS)}",
@@ -82,6 +93,7 @@ class BertConfig:
         epsilon = self.layer_norm_eps
         positive = isinstance(epsilon, (int, float)) and epsilon > 0
         require(positive, self, "layer_norm_eps", "a positive number")
+        require(self.pooling in POOLINGS.values(), self, "pooling", "'mean' or 'cls'")
 
     @classmethod
     def open(cls, folder: Path | str) -> "BertConfig":
@@ -89,7 +101,7 @@ class BertConfig:
 
         Raises:
           UserError: a file is missing or no JSON, or the model is something else than a BERT whose
-            outputs are averaged.
+            outputs are averaged, or whose first one is taken.
         """
         folder = Path(folder)
         path = folder / "config.json"
@@ -102,16 +114,17 @@ class BertConfig:
             raise UserError(
                 f"{path}: position_embedding_type is {positions!r}: expected 'absolute'"
             )
-        names = {field.name for field in dataclasses.fields(cls)} - {"normalise"}
+        names = {field.name for field in dataclasses.fields(cls)} - {"normalise", "pooling"}
         values = {name: stored[name] for name in names if name in stored}
         for field in dataclasses.fields(cls):
             if field.default is dataclasses.MISSING and field.name not in values:
                 raise UserError(f"{path}: no {field.name}: expected the configuration of a BERT")
-        return cls(normalise=_reads_normalise(folder), **values)
+        pooling, normalise = _read_modules(folder)
+        return cls(normalise=normalise, pooling=pooling, **values)
 
 
 class Bert(nnx.Module):
-    """BERT's encoder with mean pooling; every layer's weights stacked along axis 0."""
+    """BERT's encoder with pooling; every layer's weights stacked along axis 0."""
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -139,8 +152,8 @@ class Bert(nnx.Module):
           lengths: [B] int32, how many of them are the text; a row of length 0 gives zeros.
 
         Returns:
-          [B, D] float32: the mean of the last layer over the text's positions, divided by its L2
-          norm where the configuration says so.
+          [B, D] float32: the last layer's mean over the text's positions, or its first position,
+          divided by its L2 norm where the configuration says so.
         """
         config = self.config
         valid_BxN = jnp.arange(ids.shape[1])[None, :] < lengths[:, None]
@@ -163,11 +176,14 @@ class Bert(nnx.Module):
             h_BxNxD,
             layers,
         )
-        total_BxD = jnp.einsum("bnd,bn->bd", h_BxNxD, valid_BxN.astype(h_BxNxD.dtype))
-        mean_BxD = total_BxD / jnp.maximum(lengths, 1)[:, None]
+        if config.pooling == "cls":
+            pooled_BxD = h_BxNxD[:, 0] * (lengths > 0)[:, None]
+        else:
+            total_BxD = jnp.einsum("bnd,bn->bd", h_BxNxD, valid_BxN.astype(h_BxNxD.dtype))
+            pooled_BxD = total_BxD / jnp.maximum(lengths, 1)[:, None]
         if not config.normalise:
-            return mean_BxD
-        return mean_BxD / jnp.maximum(jnp.linalg.norm(mean_BxD, axis=-1, keepdims=True), 1e-12)
+            return pooled_BxD
+        return pooled_BxD / jnp.maximum(jnp.linalg.norm(pooled_BxD, axis=-1, keepdims=True), 1e-12)
 
 
 # Our name of a layer's weight -> (Hugging Face's names below encoder.layer.I, axes of the shape).
@@ -212,11 +228,14 @@ def parameter_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
 
 
 def load_bert(folder: Path | str) -> Bert:
-    """Loads a BERT from a Hugging Face folder; weights may carry the prefix `bert.`.
+    """Loads a BERT from a Hugging Face folder.
+
+    Weights may carry the prefix `bert.`, and the norms' may be called gamma and beta, as in the first
+    BERTs that were published.
 
     Raises:
-      UserError: the folder holds no BERT, or a weight is missing or of another shape than
-        config.json says; the message names it.
+      UserError: the folder holds no BERT, or a weight is missing, is not finite, or has another shape
+        than config.json says; the message names it.
     """
     config = BertConfig.open(folder)
     path = Path(folder) / "model.safetensors"
@@ -237,10 +256,10 @@ def load_bert(folder: Path | str) -> Bert:
 def read_json(path: Path, kind: type = dict) -> Any:
     """Reads a JSON object or list of a model folder; UserError when it is missing or broken."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: expected a Hugging Face BERT folder") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(value, kind):
         raise UserError(f"{path} holds a {type(value).__name__}: expected a {kind.__name__}")
@@ -321,14 +340,21 @@ def _read_weights(config: BertConfig, path: Path, weights: Any) -> dict[str, np.
     axes = _axes(config)
 
     def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        if prefix + name not in names:
+        found = prefix + name
+        for new, old in _OLDER.items():
+            if found not in names and found.endswith(new):
+                found = found.removesuffix(new) + old
+        if found not in names:
             raise UserError(f"{path}: no weight {prefix + name}: expected one of shape {shape}")
-        stored = tuple(weights.get_slice(prefix + name).get_shape())
+        stored = tuple(weights.get_slice(found).get_shape())
         if stored != shape:
             raise UserError(
-                f"{path}: weight {prefix + name} has shape {stored}: expected {shape} by config.json"
+                f"{path}: weight {found} has shape {stored}: expected {shape} by config.json"
             )
-        return np.asarray(weights.get_tensor(prefix + name), np.float32)
+        value = np.asarray(weights.get_tensor(found), np.float32)
+        if not np.isfinite(value).all():
+            raise UserError(f"{path}: weight {found} is not finite: expected numbers")
+        return value
 
     values = {
         ours: read(theirs, tuple(axes[a] for a in spec))
@@ -345,28 +371,35 @@ def _read_weights(config: BertConfig, path: Path, weights: Any) -> dict[str, np.
     return values
 
 
-def _reads_normalise(folder: Path) -> bool:
-    """Whether modules.json lists Normalize; UserError for modules that would change the mean."""
-    path = folder / "modules.json"
+def _read_modules(folder: Path) -> tuple[str, bool]:
+    """The pooling, and whether modules.json lists Normalize; UserError for what BERT does not do."""
+    path, pooling, kinds = folder / "modules.json", "mean", []
     if not path.exists():
-        return False
-    kinds = []
+        return pooling, False
     for module in read_json(path, list):
+        if not isinstance(module, dict):
+            raise UserError(f"{path}: module {module!r}: expected an object with type and path")
         kind = str(module.get("type", "")).rpartition(".")[2]
         kinds.append(kind)
         if kind not in ("Transformer", "Pooling", "Normalize"):
             raise UserError(f"{path}: module {kind!r}: expected Transformer, Pooling, Normalize")
         if kind == "Pooling":
-            pooling = read_json(folder / module["path"] / "config.json")
-            modes = sorted(
-                k for k, v in pooling.items() if k.startswith("pooling_mode") and v is True
-            )
-            if modes != ["pooling_mode_mean_tokens"]:
-                raise UserError(
-                    f"{folder / module['path'] / 'config.json'}: pooling is {modes}: "
-                    "expected pooling_mode_mean_tokens alone"
-                )
-    return "Normalize" in kinds
+            pooling = _read_pooling(folder / str(module.get("path", "")) / "config.json")
+    return pooling, "Normalize" in kinds
+
+
+def _read_pooling(path: Path) -> str:
+    """The one pooling that a configuration of sentence-transformers has on."""
+    stored = read_json(path)
+    modes = [k for k, v in stored.items() if k.startswith("pooling_mode") and v is True]
+    named = stored.get("pooling_mode")
+    modes = sorted(modes + ([named] if isinstance(named, str) else []))
+    if len(modes) != 1 or modes[0] not in POOLINGS:
+        raise UserError(
+            f"{path}: pooling is {modes}: expected pooling_mode_mean_tokens alone, or"
+            " pooling_mode_cls_token alone"
+        )
+    return POOLINGS[modes[0]]
 
 
 def _is_positive(value: Any) -> bool:

@@ -132,7 +132,7 @@ class BertFolder:
             "lower_case": self.lower_case,
             "max_length": self.max_length,
             "normalise": self.config.normalise,
-            "pooling": "mean",
+            "pooling": self.config.pooling,
         }
 
     def _digest(self, name: str) -> str:
@@ -308,7 +308,7 @@ def _padded(length: int) -> int:
 def _read_vocabulary(path: Path) -> tuple[str, ...]:
     """vocab.txt: a word piece a line."""
     try:
-        vocabulary = path.read_text(encoding="utf-8").split("\n")
+        vocabulary = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as a WordPiece vocabulary ({error})") from None
     while vocabulary and not vocabulary[-1]:

@@ -22,6 +22,7 @@ from data_pipelines.artefacts.runner import InProcess, Runner, run_counted, sile
 from data_pipelines.artefacts.sharded_rows import bounds_of, gather
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.chunk_database.tokenizer import Tokenizer
+from data_pipelines.retriever.bert import load_bert
 from data_pipelines.retriever.embedder import PACKAGED_MODELS, BertFolder, Embedder, WordPieces
 from retro_jax.config import require
 from retro_jax.errors import UserError
@@ -136,9 +137,12 @@ def prepare_keys(
     Manifest.open(chunks_directory, "chunks", parents)
     model = BertFolder.open(config.model)
     settings = {"embedder": model.identity, "dtype": config.dtype}
-    stage = Stage(directory, KIND, settings, {"chunks": (database.manifest, chunks_directory)})
+    parents = {"chunks": (database.manifest, chunks_directory)}
+    stage = Stage(directory, KIND, settings, parents, claim=False)
     if stage.done:
         return stage.manifest()
+    load_bert(model.folder)  # a model that cannot be read is refused before its name is on the disk
+    stage.claim()
     names = [shard_name(KIND, i) for i in range(len(database.shards))]
     missing = [i for i, name in enumerate(names) if stage.missing([name])]
     work = KeyShard(

@@ -155,7 +155,7 @@ def check(directory: pathlib.Path, place: pathlib.Path, sample: int, seed: int) 
 
 def _check_line(place: pathlib.Path, line: dict[str, Any], text: str, other: str) -> None:
     """Raises unless two texts are as similar as a line says."""
-    found = minhash.jaccard(minhash.grams(text.split()), minhash.grams(other.split()))
+    found = minhash.jaccard(*(minhash.grams(minhash.words_of(each)) for each in (text, other)))
     if found != line["similarity"]:
         raise UserError(
             f"{place}: the document {line['id']!r} is said to be {line['similarity']:g} similar to"

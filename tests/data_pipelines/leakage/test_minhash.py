@@ -96,3 +96,31 @@ def test_a_missing_package_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "rensa", None)
     with pytest.raises(minhash.UserError, match="threshold needs the package rensa: expected it"):
         minhash.import_rensa()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("plain words\tand\nlines", ["plain", "words", "and", "lines"]),
+        ("naïve Ελληνικά\u2003русский", ["naïve", "Ελληνικά", "русский"]),
+        ("港の朝 quiet", ["港", "の", "朝", "quiet"]),
+        ("abc港def", ["abc", "港", "def"]),
+        ("ท่าเรือ", list("ท่าเรือ")),
+        ("한국어 문장", ["한국어", "문장"]),
+        ("\U00020000\U00020001", ["\U00020000", "\U00020001"]),
+        (" \n", []),
+    ],
+)
+def test_words_of_any_script(text, words):
+    assert minhash.words_of(text) == words
+
+
+def test_near_copies_without_spaces_share_most_grams():
+    """A text of 400 characters with one changed in a hundred; split at spaces it would share none."""
+    rng = np.random.default_rng(0)
+    text = [chr(0x4E00 + n) for n in rng.integers(0, 3000, 400)]
+    other = list(text)
+    for place in range(50, 400, 100):
+        other[place] = "。" if other[place] != "。" else "一"
+    one, two = (minhash.grams(minhash.words_of("".join(each))) for each in (text, other))
+    assert minhash.jaccard(one, two) > 0.7

@@ -10,12 +10,13 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from data_pipelines.retriever.bert import Bert, BertConfig, load_bert, parameter_shapes
+from data_pipelines.retriever.embedder import BertFolder
 from retro_jax.errors import UserError
 from tests.data_pipelines.retriever import bert_folder
 from tests.data_pipelines.retriever.bert_folder import CONFIG
 
 
-def reference(arrays, config, ids, normalise):
+def reference(arrays, config, ids, normalise, pooling="mean"):
     """One text [n] to its vector by the equations of the BERT paper, in float64 and in loops."""
     w = {name: array.astype(np.float64) for name, array in arrays.items()}
 
@@ -66,8 +67,8 @@ def reference(arrays, config, ids, normalise):
             up = activation(dense(x, f"{at}intermediate.dense"))
             after.append(norm(x + dense(up, f"{at}output.dense"), f"{at}output.LayerNorm"))
         h = after
-    mean = sum(h) / len(h)
-    return mean / math.sqrt((mean**2).sum()) if normalise else mean
+    pooled = h[0] if pooling == "cls" else sum(h) / len(h)
+    return pooled / math.sqrt((pooled**2).sum()) if normalise else pooled
 
 
 def texts(seed=0):
@@ -109,6 +110,55 @@ def test_the_last_word_piece_of_a_text_counts(tmp_path):
     changed %= CONFIG["vocab_size"]
     before, after = np.asarray(model(ids, lengths)), np.asarray(model(changed, lengths))
     assert (np.abs(before - after).max(1) > 1e-3).all()
+
+
+_OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+
+
+def test_the_first_berts_names_are_read(tmp_path):
+    """gamma, beta and a prefix, as bert-base-uncased is published."""
+    arrays, older = bert_folder.weights(), {}
+    for name, array in arrays.items():
+        for new, old in _OLD_NAMES.items():
+            name = name.replace(new, old)
+        older[name] = array
+    model = load_bert(bert_folder.write(tmp_path / "a", arrays=older, prefix="bert."))
+    plain = load_bert(bert_folder.write(tmp_path / "b"))
+    ids, lengths = texts()
+    np.testing.assert_array_equal(model(ids, lengths), plain(ids, lengths))
+
+
+@pytest.mark.parametrize(
+    "pooling",
+    [
+        {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False},
+        {"pooling_mode": "cls", "word_embedding_dimension": 12},
+    ],
+)
+def test_the_first_position_is_the_vector_where_the_folder_says_so(tmp_path, pooling):
+    folder = bert_folder.write(tmp_path)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    assert BertFolder.open(folder).identity["pooling"] == "cls"
+    ids, lengths = texts()
+    vectors = np.asarray(load_bert(folder)(ids, lengths))
+    for i, length in enumerate(lengths):
+        expected = reference(bert_folder.weights(), CONFIG, ids[i, :length], True, "cls")
+        assert np.abs(vectors[i] - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_refuses_weights_that_are_not_finite(tmp_path):
+    arrays, name = bert_folder.weights(), "encoder.layer.1.output.dense.bias"
+    arrays[name][3] = np.nan
+    with pytest.raises(UserError, match=f"weight {name} is not finite: expected numbers"):
+        load_bert(bert_folder.write(tmp_path, arrays=arrays))
+
+
+def test_a_byte_order_mark_changes_nothing(tmp_path):
+    folder = bert_folder.write(tmp_path)
+    for name in ("config.json", "vocab.txt", "modules.json"):
+        text = (folder / name).read_text()
+        (folder / name).write_text(f"\ufeff{text}")
+    assert BertFolder.open(folder).vocabulary == tuple(bert_folder.VOCABULARY)
 
 
 def test_names_with_prefix_and_half_precision_weights(tmp_path):
@@ -212,14 +262,28 @@ def test_names_the_weight_that_is_missing_or_misshapen(tmp_path):
         load_bert(tmp_path)
 
 
-def test_refuses_pooling_and_modules_that_would_change_the_mean(tmp_path):
-    bert_folder.write(tmp_path)
-    modules = [*bert_folder.MODULES, {"path": "3_Dense", "type": "models.Dense"}]
-    (tmp_path / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(UserError, match="module 'Dense': expected Transformer, Pooling"):
-        load_bert(tmp_path)
-    bert_folder.write(tmp_path)
-    pooling = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
-    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
-    with pytest.raises(UserError, match="expected pooling_mode_mean_tokens alone"):
-        load_bert(tmp_path)
+@pytest.mark.parametrize(
+    ("file", "value", "message"),
+    [
+        (
+            "modules.json",
+            [*bert_folder.MODULES, {"type": "models.Dense"}],
+            "module 'Dense': expected",
+        ),
+        ("modules.json", ["Transformer"], "module 'Transformer': expected an object"),
+        ("modules.json", {}, "modules.json holds a dict: expected a list"),
+        ("modules.json", [{"type": "m.Pooling"}], "pooling is \\[\\]: expected pooling_mode_mean"),
+        ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "pooling is .*max_tokens"),
+        (
+            "1_Pooling/config.json",
+            {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True},
+            "expected pooling_mode_mean_tokens alone, or",
+        ),
+        ("config.json", CONFIG | {"hidden_act": ["gelu"]}, "hidden_act is"),
+    ],
+)
+def test_refuses_what_is_no_bert(tmp_path, file, value, message):
+    folder = bert_folder.write(tmp_path)
+    (folder / file).write_text(json.dumps(value))
+    with pytest.raises(UserError, match=message):
+        load_bert(folder)

@@ -162,6 +162,18 @@ def test_a_second_run_loads_no_model(workdir, bert, monkeypatch):
     assert manifest.hash == Manifest.read(workdir / "keys" / "train").hash
 
 
+def test_a_model_that_cannot_be_read_leaves_nothing(workdir, bert, tmp_path):
+    """So that the corrected model is not refused as another one."""
+    arrays = bert_folder.weights()
+    arrays["embeddings.LayerNorm.bias"][0] = np.nan
+    broken = bert_folder.write(tmp_path / "bert", arrays=arrays)
+    with pytest.raises(UserError, match="is not finite"):
+        make(workdir, broken, "corrected")
+    assert not (workdir / "corrected").exists()
+    bert_folder.write(tmp_path / "bert")
+    assert make(workdir, broken, "corrected").fact("keys") > 0
+
+
 def test_a_split_without_chunks_has_no_keys(workdir, bert, tmp_path):
     stage = write_database(tmp_path / "empty", [])
     assert len(stage) == 0
