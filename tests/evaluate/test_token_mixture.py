@@ -1,0 +1,78 @@
+"""The mixture of a model with votes: its sum, its optimum, and its caution."""
+
+import numpy as np
+import pytest
+
+from retro_jax.errors import UserError
+from retro_jax.evaluate.token_mixture import Votes, mixed_nll, num_classes, summary, tune_weights
+
+
+def _votes(rng: np.random.Generator, n: int, shares: np.ndarray) -> Votes:
+    lengths = rng.integers(0, 40, n)
+    counts = np.where(lengths > 0, rng.integers(1, 9, n), 0)
+    agreements = np.where(counts > 0, np.maximum(rng.random(n), shares), 0)
+    return Votes(lengths, counts, agreements, np.where(counts > 0, shares, 0))
+
+
+def test_probabilities_sum_to_one():
+    """Over a vocabulary of 50, for every class of tokens at once."""
+    rng = np.random.default_rng(0)
+    model = rng.dirichlet(np.ones(50), 2000)
+    memory = rng.dirichlet(np.ones(50) * 0.1, 2000)
+    weights = rng.random(num_classes())
+    weights[0] = 0
+    one = _votes(rng, 2000, memory[:, 0])
+    lengths, counts, agreements = one.lengths, one.counts, one.agreements
+    total = np.zeros(2000)
+    for token in range(50):
+        shares = np.where(counts > 0, memory[:, token], 0)
+        votes = Votes(lengths, counts, agreements, shares)
+        total += np.exp(-mixed_nll(-np.log(model[:, token]), votes, weights))
+    np.testing.assert_allclose(total, 1, rtol=1e-9)
+
+
+def test_tuned_weights_are_the_best_of_a_grid():
+    rng = np.random.default_rng(1)
+    n = 4000
+    shares = (rng.random(n) < 0.7).astype(float)
+    model_nll = rng.exponential(2, n)
+    votes = Votes(np.full(n, 5), np.full(n, 3), np.ones(n), shares)
+    weights = tune_weights(model_nll, votes)
+    chosen = int(votes.classes()[0])
+
+    def loss(weight: float) -> float:
+        return float(mixed_nll(model_nll, votes, np.full(num_classes(), weight)).mean())
+
+    best = min(np.linspace(0.01, 0.99, 99), key=loss)
+    assert abs(weights[chosen] - best) < 0.02
+    assert loss(weights[chosen]) < model_nll.mean()
+
+
+def test_useless_votes_cost_next_to_nothing_on_another_text():
+    """A memory that is never right loses less than 0.1% on a text that did not tune it."""
+    rng = np.random.default_rng(2)
+    n = 20_000
+    tuning, other = (_votes(rng, n, np.zeros(n)) for _ in range(2))
+    weights = tune_weights(rng.exponential(2, n), tuning)
+    model_nll = rng.exponential(2, n)
+    assert mixed_nll(model_nll, other, weights).mean() < model_nll.mean() * 1.001
+
+
+def test_few_tokens_of_a_class_do_not_decide():
+    votes = Votes(np.array([32]), np.array([1]), np.array([1.0]), np.array([1.0]))
+    weights = tune_weights(np.array([5.0]), votes)
+    assert weights.max() < 0.1
+
+
+def test_tokens_without_votes_keep_their_loss():
+    none = np.zeros(3)
+    votes = Votes(none, none, none, none)
+    nll = np.array([0.5, 1.0, 30.0])
+    np.testing.assert_allclose(mixed_nll(nll, votes, tune_weights(nll, votes)), nll, rtol=1e-12)
+    assert summary(nll, votes, tune_weights(nll, votes))[0]["tokens"] == 3
+
+
+def test_weights_of_another_version_are_refused():
+    none = np.zeros(1)
+    with pytest.raises(UserError, match="has 3 weights: expected"):
+        mixed_nll(none, Votes(none, none, none, none), np.zeros(3))
