@@ -2,7 +2,14 @@
 
 from setuptools import find_packages, setup
 
-DATA = ["tensorflow~=2.20.0", "tensorflow-text~=2.20.0", "scann==1.4.2", "rensa", "bm25s", "pydivsufsort"]
+DATA = [
+    "tensorflow~=2.20.0",
+    "tensorflow-text~=2.20.0",
+    "scann==1.4.2",
+    "rensa",
+    "bm25s",
+    "pydivsufsort",
+]
 CLUSTER = ["ray"]
 PARQUET = ["pyarrow"]
 TEST = [*CLUSTER, *PARQUET, "jsonschema", "pytest", "pytest-xdist", "hypothesis"]

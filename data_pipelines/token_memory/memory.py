@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import pathlib
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 
@@ -175,6 +176,11 @@ def _nothing() -> Match:
     return Match(0, none, none, none, none, 0)
 
 
+def _memory(array: np.ndarray) -> memoryview:
+    """An array as a view of its memory: single items and slices are ten times as fast as NumPy's."""
+    return memoryview(cast(Any, array)) if len(array) else memoryview(b"")
+
+
 class _Part:
     """One part's sorted endings, read from memory maps."""
 
@@ -189,8 +195,8 @@ class _Part:
     ):
         """Use `open`."""
         self._text, self._order, self._starts = text, order, starts
-        self._bytes = memoryview(text.view(np.uint8)) if len(text) else memoryview(b"")
-        self._places = memoryview(order)
+        self._bytes = _memory(text.view(np.uint8))
+        self._places = _memory(order)
         self._first_chunk, self._width = first_chunk, width
 
     @classmethod
