@@ -139,7 +139,7 @@ class TokenMemory:
         every = self._chosen(parts, ranges, np.arange(total), barred)
         if most and len(every.tokens) > most:
             few = np.arange(most) * len(every.tokens) // most
-            every = Match(0, *(column[few] for column in _columns(every)), every.occurrences)
+            every = _subset(every, few)
         return every if len(every.tokens) else None
 
     def _chosen(
@@ -159,15 +159,15 @@ class TokenMemory:
         documents = self.database.documents(chunks)
         if len(barred):
             free = ~np.isin(documents, barred)
-            tokens, chunks, places, documents = (
-                column[free] for column in (tokens, chunks, places, documents)
-            )
+            match = Match(0, tokens, chunks, places, documents, int(free.sum()))
+            return _subset(match, free)
         return Match(0, tokens, chunks, places, documents, len(tokens))
 
 
-def _columns(match: Match) -> tuple[np.ndarray, ...]:
-    """The arrays of a match with a row for each vote."""
-    return match.tokens, match.chunks, match.places, match.documents
+def _subset(match: Match, rows: np.ndarray) -> Match:
+    """A match with some of its votes."""
+    names = ("tokens", "chunks", "places", "documents")
+    return dataclasses.replace(match, **{name: getattr(match, name)[rows] for name in names})
 
 
 def _nothing() -> Match:
