@@ -25,7 +25,7 @@ _UNSPACED = (
     "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3031-\u318f\u31f0-\u31ff"
     "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U0001b000-\U0001b16f\U00020000-\U0003ffff"
 )
-_IS_UNSPACED = re.compile(f"[{_UNSPACED}]")
+_UNSPACED_RUN = re.compile(f"[{_UNSPACED}]+")
 _WORD = re.compile(f"[{_UNSPACED}]|[^\\s{_UNSPACED}]+")
 MISSED = 1e-6  # of the pairs at the threshold, at most
 _SEED = 0
@@ -54,8 +54,8 @@ def import_rensa():
 
 
 def words_of(text: str) -> list[str]:
-    """The words between whitespace; of scripts without spaces, the characters."""
-    if text.isascii() or not _IS_UNSPACED.search(text):
+    """The words between whitespace; in a text mostly of scripts without spaces, their characters."""
+    if text.isascii() or 2 * len(_UNSPACED_RUN.sub("", text)) > len(text):
         return text.split()
     return _WORD.findall(text)
 

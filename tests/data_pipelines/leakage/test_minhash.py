@@ -103,8 +103,10 @@ def test_a_missing_package_is_one_line(monkeypatch):
     [
         ("plain words\tand\nlines", ["plain", "words", "and", "lines"]),
         ("naïve Ελληνικά\u2003русский", ["naïve", "Ελληνικά", "русский"]),
-        ("港の朝 quiet", ["港", "の", "朝", "quiet"]),
-        ("abc港def", ["abc", "港", "def"]),
+        ("港の朝と夜 abc", [*"港の朝と夜", "abc"]),
+        ("港の朝は静か abc港", [*"港の朝は静か", "abc", "港"]),
+        ("the harbour is 港", ["the", "harbour", "is", "港"]),
+        ("the harbour 港の朝", ["the", "harbour", "港の朝"]),
         ("ท่าเรือ", list("ท่าเรือ")),
         ("한국어 문장", ["한국어", "문장"]),
         ("\U00020000\U00020001", ["\U00020000", "\U00020001"]),
