@@ -45,19 +45,28 @@ class RetroConfig:
     and the model is the baseline transformer.
 
     Attributes:
-      vocab_size: V, rows of the embedding; token ids lie in [0, V).
-      d_model, num_layers, num_heads, head_dim, d_ff: the decoder's widths and depth.
+      vocab_size: V, rows of the embedding; token ids are in [0, V).
+      d_model: D, width of the decoder.
+      num_layers: layers of the decoder.
+      num_heads: H, attention heads per layer.
+      head_dim: width of a head; it need not be d_model / num_heads.
+      d_ff: F, width of the feed-forward layers.
       cca_layers: P, the decoder layers with chunked cross-attention, increasing.
-      chunk_length: M, tokens a chunk. neighbour_length: R, tokens a neighbour.
-      encoder_*: the same for the bidirectional encoder; encoder_cca_layers is P_enc, the encoder
-        layers that attend to the decoder's activations.
-      pad_id: the id that means "nothing here" in tokens and neighbours.
+      chunk_length: M, tokens per chunk.
+      neighbour_length: R, tokens per neighbour: the chunk and its continuation.
+      encoder_d_model: E, width of the bidirectional encoder of neighbours.
+      encoder_num_layers: layers of the encoder.
+      encoder_num_heads: attention heads per encoder layer.
+      encoder_head_dim: width of an encoder head.
+      encoder_d_ff: width of the encoder's feed-forward layers.
+      encoder_cca_layers: P_enc, the encoder layers that attend to the decoder's activations.
+      pad_id: the id of padding in tokens and neighbours.
       positions: "relative" (the paper's, Transformer-XL) or "rotary".
       cca_positions: whether CCA logits depend on positions (an ablation of the paper).
       share_embeddings: the encoder reads the decoder's embedding (needs equal widths).
       tie_embeddings: the read-out is the transposed input embedding.
-      activation: the feed-forward's non-linearity.
-      dropout: rate on every residual branch, on the embedding, training only.
+      activation: the feed-forward's non-linearity, "gelu" or "relu".
+      dropout: rate on the embedding and on every residual branch, in training only.
       norm_epsilon: RMSNorm's epsilon.
     """
 
@@ -185,13 +194,15 @@ class ExecutionConfig:
 
     Attributes:
       activation_dtype: "float32" or "bfloat16"; parameters, softmax, norms and loss stay float32.
-      scan_layers: run equal groups of layers by jax.lax.scan (short compilation) or unrolled.
-      remat: what the backward pass recomputes: "none", "dots" (keep matrix products), "full".
-      attention: of the decoder's ATTN: "plain" (one [N, N] matrix), "chunked" (by blocks of queries,
-        which are the plain form where the sequence is no longer than one), "fused" (a kernel of the
-        backend: rotary positions on GPU and TPU), or "auto": fused where it exists, else chunked.
-      attention_block: queries a block in chunked attention.
-      loss_block: tokens a block of the loss, so that [B, N, V] never exists at once; 0 for one block.
+      scan_layers: run equal groups of layers by jax.lax.scan, for short compilation; or unrolled.
+      remat: how much the backward pass recomputes: "none", "dots" (all but matrix products) or
+        "full".
+      attention: how the decoder attends: "plain" (one [N, N] matrix), "chunked" (by blocks of
+        queries; plain if the sequence is one block), "fused" (the backend's kernel, for rotary
+        positions on GPU and TPU), or "auto": fused where it exists, else chunked.
+      attention_block: queries per block of chunked attention.
+      loss_block: tokens per block of the loss, so that [B, N, V] never exists at once; 0 for one
+        block.
     """
 
     activation_dtype: str = "float32"

@@ -26,7 +26,13 @@ _REPLICATED_WARNING_BYTES = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; data = -1 takes all devices that the others leave."""
+    """Devices along each mesh axis; their product is the number of devices.
+
+    Attributes:
+      data: copies of the parameters, each for other rows; -1 takes all devices that are left.
+      fsdp: parts of parameters, gradients and optimiser state; each part has rows of its own.
+      tensor: parts of heads, feed-forward layers and vocabulary.
+    """
 
     data: int = -1
     fsdp: int = 1

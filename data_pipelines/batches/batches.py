@@ -41,16 +41,16 @@ class BatchConfig:
     """Which sequences a run sees, and in which order.
 
     Attributes:
-      sequence_length: N, tokens a sequence; a multiple of the chunk length.
+      sequence_length: N, tokens per sequence; a multiple of the chunk length.
       batch_size: rows of a global batch, over all hosts.
-      neighbours: K, neighbours a chunk; 0 for batches without any (the baseline, RETRO[OFF]).
-      neighbour_part: "both" a retrieved chunk and its continuation, or only the "chunk", or only the
-        "continuation"; the rest is padding, and this holds wherever the model is used.
-      seed: of the order of sequences.
-      mixture: weight of each corpus by name, of any positive sum; corpora not named are left out. A
-        weight is honoured to half a percent of itself. None takes every corpus as it is: each
-        sequence exactly once an epoch.
-      prefetch: batches made ahead of the one that is asked for.
+      neighbours: K, neighbours per chunk; 0 for none (the baseline, RETRO[OFF]).
+      neighbour_part: "both" the retrieved chunk and its continuation, or only the "chunk", or only
+        the "continuation"; the rest is padding. The model is then always used this way.
+      seed: seed of the order of sequences.
+      mixture: weight of each corpus by name, with any positive sum; corpora not named are left out.
+        Weights are exact to half a percent of themselves. None takes every sequence exactly once an
+        epoch.
+      prefetch: batches made ahead of the current one.
     """
 
     sequence_length: int = 2048

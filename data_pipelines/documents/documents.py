@@ -48,12 +48,13 @@ class DocumentsConfig:
     """Which documents there are, and which split each belongs to.
 
     Attributes:
-      corpora: the corpora, each of its own name.
-      validation, test: the shares of documents in these splits, by a hash of the id: a document never
-        changes its split when others come or go, or moves but out of train when a share grows.
-      skip_bad_documents: count documents that cannot be read, and go on.
+      corpora: the corpora; each needs a name of its own.
+      validation: share of documents in the validation split, by a hash of the id. A document keeps
+        its split when others come or go; a larger share takes documents from train only.
+      test: share of documents in the test split, in the same way.
+      skip_bad_documents: count documents that cannot be read, and continue.
       shard_bytes: size at which a shard ends.
-      sort_bytes: documents that a process holds in memory while they are sorted; the result is the same.
+      sort_bytes: bytes of documents that a process sorts in memory; the result does not depend on it.
     """
 
     corpora: tuple[CorpusConfig, ...]

@@ -39,9 +39,9 @@ class LeakageConfig:
     """Which training documents are withdrawn.
 
     Attributes:
-      threshold: those of at least this 13-gram Jaccard similarity to a validation or test document;
-        None to withdraw none and look for none.
-      permutations: of MinHash; more find candidates by longer bands, which are fewer.
+      threshold: 13-gram Jaccard similarity to a validation or test document from which a training
+        document is withdrawn; None withdraws and compares nothing.
+      permutations: permutations of MinHash; more of them find candidates by longer, fewer bands.
     """
 
     threshold: float | None = 0.8

@@ -39,7 +39,7 @@ class Bm25Config:
     """BM25's two numbers, in the form of it that Lucene has.
 
     Attributes:
-      k1: from where on a term's repetitions add little.
+      k1: how soon repetitions of a term stop adding to the score.
       b: how much the length of a chunk counts, 0 to 1.
     """
 

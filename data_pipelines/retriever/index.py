@@ -50,13 +50,13 @@ class IndexConfig:
 
     Attributes:
       kind: "auto" (by the number of keys), "brute_force", "hashing", "tree" or "exact".
-      num_leaves: of the tree.
-      leaves_to_search: leaves that a query looks into.
+      num_leaves: leaves of the tree.
+      leaves_to_search: leaves searched per query.
       dimensions_per_block: dimensions that share one 4-bit code.
       reorder: candidates that are compared again exactly.
-      training_sample: keys that leaves and codes are trained on, at most.
-      shard_keys: keys of an index shard, at most; 0 for as many as are 3 GB in float32.
-      recall_target: of the kind "exact" on TPUs; 1 for all neighbours.
+      training_sample: keys on which leaves and codes are trained, at most.
+      shard_keys: keys per index shard, at most; 0 for 3 GB of them in float32.
+      recall_target: recall of the kind "exact" on TPUs; 1 for all neighbours.
     """
 
     kind: str = "auto"

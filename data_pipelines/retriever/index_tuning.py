@@ -31,9 +31,9 @@ class TuneConfig:
 
     Attributes:
       target_recall: recall@k that the chosen settings reach.
-      k: neighbours a query.
-      queries: sample of the keys that asks.
-      most_keys: a sample of so many keys at most is indexed: settings hold for the index shard's size.
+      k: neighbours per query.
+      queries: number of keys that serve as queries.
+      most_keys: keys that are indexed, at most; the settings are for an index shard of this size.
       leaves: numbers of leaves, as multiples of the square root of the number of keys.
       dimensions_per_block: dimensions that share a code.
       reorder: candidates that are compared again exactly.

@@ -53,11 +53,13 @@ class NeighboursConfig:
     """How many neighbours are kept, by split, which ones, and how many queries measure the recall.
 
     Attributes:
-      train, validation, test: k of the split's table.
-      recall_queries: chunks of each split whose neighbours are also found by comparing every key.
+      train: neighbours per chunk in the training split's table.
+      validation: neighbours per chunk in the validation split's table.
+      test: neighbours per chunk in the test split's table.
+      recall_queries: chunks of each split for which every key is compared, to measure recall.
       retriever: "dense" (the nearest keys), "bm25" (the best by BM25), or "dense+bm25": the best by
         BM25 of the nearest keys.
-      candidates: how many of these "dense+bm25" chooses from.
+      candidates: nearest keys among which "dense+bm25" chooses.
     """
 
     train: int = 4

@@ -36,23 +36,25 @@ class TrainConfig:
 
     Attributes:
       steps: updates of the whole run; the schedule's length.
-      seed: of the initial parameters and of dropout.
+      seed: seed of the initial parameters and of dropout.
       initial_retrieval: "random" values of encoder and CCA, or "copying": the first heads of both
-        begin as a circuit that copies from neighbours (model/copying.py).
-      neighbour_dropout: part of the sequences trained without their neighbours.
-      log_every: steps a line of metrics.jsonl.
+        begin as a circuit that copies from neighbours (model/copying_init.py).
+      neighbour_dropout: fraction of the sequences trained without their neighbours.
+      log_every: steps per line of metrics.jsonl.
       checkpoint_every: steps between checkpoints, a multiple of log_every, so that a resumed curve
         has the same lines; the last step always has one.
-      keep: newest checkpoints kept. keep_every: those at its multiples stay for ever; 0 for none.
-      accumulate: parts that a batch is computed in, one after the other, for less memory.
-      average_decay: of the moving average of the parameters that checkpoints hold beside them, as
-        in 0.9999; 0 keeps none.
+      keep: how many of the newest checkpoints are kept.
+      keep_every: checkpoints at multiples of it are kept for ever; 0 for none.
+      accumulate: parts in which a batch is computed, one after the other, for less memory.
+      average_decay: decay of a moving average of the parameters, as in 0.9999; checkpoints contain
+        it beside them. 0 for none.
       loss_jump: nats by which a step's loss may exceed the mean of the last 100 or so before the run
         stops; 0 for any.
-      skip_bad_batches: go on after a batch whose loss jumps or is not finite, without its update;
-        ten of them in a row stop the run even so.
+      skip_bad_batches: leave out the update of a batch whose loss jumps or is not finite, and
+        continue; ten of them in a row stop the run even so.
       evaluate_every: steps between evaluations on the validation split, a multiple of log_every; 0
-        for none. evaluate_batches: batches of it that are scored.
+        for none.
+      evaluate_batches: batches of the validation split that are scored.
       hang_seconds: how long one of several processes may wait before it gives up; 0 for ever.
     """
 

@@ -26,11 +26,14 @@ class OptimizerConfig:
     """AdamW and its schedule.
 
     Attributes:
-      max_learning_rate: reached after the warm-up. initial_learning_rate: that of the first update.
+      max_learning_rate: learning rate after the warm-up.
+      initial_learning_rate: learning rate of the first update.
       warmup_steps: updates of linear warm-up; less than the run's steps.
-      final_fraction: the last learning rate as a part of the maximum.
-      weight_decay: decoupled, times the learning rate.
-      beta1, beta2, epsilon: Adam's.
+      final_fraction: the last learning rate as a fraction of the maximum.
+      weight_decay: decoupled weight decay, multiplied by the learning rate.
+      beta1: Adam's decay of the first moment.
+      beta2: Adam's decay of the second moment.
+      epsilon: Adam's epsilon.
       clip_norm: largest global norm of the gradient; 0 does not clip.
     """
 

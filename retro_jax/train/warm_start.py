@@ -34,12 +34,12 @@ class StartConfig:
     """Where a run's first parameters are from, and which are trained.
 
     Attributes:
-      run: directory of a trained run (W/retro) whose parameters it begins with; "" for the seed's.
-      step: of which of its checkpoints; 0 for the newest.
-      averaged: whether it begins with the moving average of them.
+      run: directory of a trained run (W/retro) with whose parameters it begins; "" for the seed's.
+      step: which of its checkpoints; 0 for the newest.
+      averaged: whether it begins with their moving average.
       fresh: patterns of parameters that begin with the seed's values even so.
-      trained: patterns of the parameters that are trained; the others stay as they begin. A pattern
-        is of the name as errors and checkpoints show it: 'encoder.*', '*.norm.scale'.
+      trained: patterns of the parameters that are trained; the others keep their values. Names are
+        those of errors and checkpoints: 'encoder.*', '*.norm.scale'.
     """
 
     run: str = ""

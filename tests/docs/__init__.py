@@ -1,0 +1,1 @@
+"""Checks of the documentation, and the programs that write parts of it."""
