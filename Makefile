@@ -22,7 +22,7 @@ quickstart: install
 	$(BIN)/python -m launch.quickstart --workdir=$(WORKDIR)
 
 results: install
-	$(BIN)/python -m launch.results --workdir=results --docs=docs/results.md
+	$(BIN)/python -m launch.results --workdir=results --docs=docs/generated/code_small.md
 
 test: install
 	$(BIN)/python -m pytest

@@ -1,7 +1,7 @@
-"""The small-scale reproduction: every run and figure of docs/results.md that it marks as generated.
+"""The small-scale reproduction: every run and figure of docs/generated/code_small.md.
 
     python -m launch.results --workdir=W
-    python -m launch.results --workdir=W --ablations=chunk_only,cca_first_layer --docs=docs/results.md
+    python -m launch.results --workdir=W --ablations=chunk_only,cca_first_layer --docs=docs/generated/code_small.md
 
 Prepares the data of experiments/code_small.gin, trains a RETRO, its baseline and the ablations of
 experiments/ablations, each in a directory of its own on the same data, scores all of them, and writes
