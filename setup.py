@@ -13,7 +13,7 @@ DATA = [
 CLUSTER = ["ray"]
 PARQUET = ["pyarrow"]
 TEST = [*CLUSTER, *PARQUET, "jsonschema", "pytest", "pytest-xdist", "hypothesis"]
-DEV = ["ruff", "mypy"]
+DEV = ["ruff", "mypy", "mkdocs-material"]
 
 setup(
     name="retro-jax",
