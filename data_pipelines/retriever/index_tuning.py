@@ -27,7 +27,7 @@ _FULL = 0.9995  # recall at which more leaves are not worth their time
 
 @dataclasses.dataclass(frozen=True)
 class TuneConfig:
-    """What is tried, and on how much.
+    """Settings to try, and the sample of keys on which to try them.
 
     Attributes:
       target_recall: recall@k that the chosen settings reach.

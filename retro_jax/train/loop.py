@@ -32,7 +32,7 @@ INITIAL_RETRIEVAL = ("random", "copying")
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How long a run trains and what it leaves.
+    """Length, checkpoints and safeguards of a run.
 
     Attributes:
       steps: updates of the whole run; the schedule's length.
