@@ -12,7 +12,8 @@ DATA = [
 ]
 CLUSTER = ["ray"]
 PARQUET = ["pyarrow"]
-TEST = [*CLUSTER, *PARQUET, "jsonschema", "pytest", "pytest-xdist", "hypothesis"]
+FIT = ["gguf", "tokenizers"]
+TEST = [*CLUSTER, *PARQUET, *FIT, "jsonschema", "pytest", "pytest-xdist", "hypothesis"]
 DEV = ["ruff", "mypy", "mkdocs-material"]
 
 setup(
@@ -46,6 +47,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "cluster": CLUSTER,
         "parquet": PARQUET,
+        "fit": FIT,
         "gcs": ["gcsfs"],
         "s3": ["s3fs"],
         "test": DATA + TEST,
