@@ -1,0 +1,1 @@
+"""Existing language models: what they are, and where their files have their weights."""

@@ -1,0 +1,71 @@
+"""Rotary positions in config.json: the older rope_theta and rope_scaling, the newer rope_parameters."""
+
+from typing import Any
+
+from retro_jax.errors import UserError
+from retro_jax.retrofit.config import BaseConfig, RopeScaling
+from retro_jax.retrofit.fields import Fields
+
+
+def read_rope(fields: Fields, head_dim: int, *, theta: str, share: str, default: float) -> dict:
+    """BaseConfig's rotary fields.
+
+    Args:
+      fields: a config.json.
+      head_dim: width of a head.
+      theta, share: the older names of the base and of the rotated share of a head.
+      default: the share where neither the newer nor the older field is there.
+
+    Raises:
+      UserError: a scaling that is not read.
+    """
+    newer = fields.inside("rope_parameters")
+    scaling = newer or fields.inside("rope_scaling")
+    holder = newer if newer is not None and "rope_theta" in newer.values else None
+    base = holder.number("rope_theta") if holder else fields.number(theta, 10_000.0)
+    holder = newer if newer is not None and "partial_rotary_factor" in newer.values else None
+    part = holder.number("partial_rotary_factor") if holder else fields.number(share, default)
+    return {
+        "positions": "rotary",
+        "rotary_base": base,
+        "rotary_dim": int(head_dim * part),
+        "rope_scaling": None if scaling is None else _read_scaling(scaling),
+    }
+
+
+def _read_scaling(fields: Fields) -> RopeScaling | None:
+    """The scaling of rope_scaling or rope_parameters."""
+    name = "rope_type" if "rope_type" in fields.values else "type"
+    kinds = {"default": None, "linear": "linear", "llama3": "llama3"}
+    kind = fields.one_of(name, kinds, "default")
+    if kind is None:
+        return None
+    factor = fields.number("factor")
+    if kind == "linear":
+        return RopeScaling(kind, factor)
+    return RopeScaling(
+        kind,
+        factor,
+        low_factor=fields.number("low_freq_factor"),
+        high_factor=fields.number("high_freq_factor"),
+        original_context=fields.integer("original_max_position_embeddings"),
+    )
+
+
+def write_rope(config: BaseConfig, *, theta: str) -> dict[str, Any]:
+    """The older fields of config.json, which every version of transformers reads."""
+    scaling, written = config.rope_scaling, {theta: config.rotary_base}
+    if scaling is not None and scaling.kind == "factors":
+        raise UserError(
+            "rope_scaling has factors of its own: expected a formula that config.json can state"
+        )
+    if scaling is None:
+        return written
+    fields: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "llama3":
+        fields |= {
+            "low_freq_factor": scaling.low_factor,
+            "high_freq_factor": scaling.high_factor,
+            "original_max_position_embeddings": scaling.original_context,
+        }
+    return {**written, "rope_scaling": fields}
