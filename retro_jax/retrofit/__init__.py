@@ -1,1 +1,6 @@
-"""Existing language models: what they are, and where their files have their weights."""
+"""Existing language models: `from retro_jax.retrofit import open_base`."""
+
+from retro_jax.retrofit.base_model import BaseModel, open_base
+from retro_jax.retrofit.config import BaseConfig, RopeScaling
+
+__all__ = ["BaseConfig", "BaseModel", "RopeScaling", "open_base"]

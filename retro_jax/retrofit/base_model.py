@@ -1,0 +1,195 @@
+"""An existing language model on disk, read one canonical tensor at a time.
+
+    base = open_base("SmolLM2-135M")           a Hugging Face folder, or a .gguf file
+    base.config                                BaseConfig
+    parameters = base.load(place)              place(name, array) -> anything; {name: what it gave}
+
+Opening checks the names and shapes of all tensors, and reads none. See canonical.py for the names.
+"""
+
+import hashlib
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from retro_jax.errors import UserError
+from retro_jax.retrofit.architectures import ARCHITECTURES
+from retro_jax.retrofit.canonical import parameter_shapes
+from retro_jax.retrofit.config import BaseConfig
+from retro_jax.retrofit.fields import Fields, naming
+from retro_jax.retrofit.gguf_names import ROPE_FACTORS, gguf_config, gguf_tensors
+from retro_jax.retrofit.layout import FileTensor, parts_of, read_part
+from retro_jax.retrofit.safetensors_files import StoredTensor, read_header, weight_files
+from retro_jax.storage import files
+from retro_jax.storage.gguf_file import open_gguf
+
+CONFIG_FILE = "config.json"
+_BLOCK = 1 << 24  # bytes that are hashed at once
+Path = str | os.PathLike[str]
+Placed = TypeVar("Placed")
+
+
+class Stored(Protocol):
+    """What a file gives for one tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        ...
+
+    def rows(self, first: int, last: int) -> np.ndarray:
+        """Rows [first, last), as numbers."""
+        ...
+
+    def data(self) -> np.ndarray:
+        """Its bytes as they are in the file."""
+        ...
+
+
+class BaseModel:
+    """A base model, opened by `open_base`.
+
+    Attributes:
+      path: the folder or the GGUF file.
+      config: BaseConfig.
+      tensors: where the canonical tensors are within the file's.
+      stored: name of `tensors` -> the file's tensor.
+    """
+
+    def __init__(
+        self,
+        path: pathlib.Path,
+        config: BaseConfig,
+        tensors: list[FileTensor],
+        stored: Mapping[str, Stored],
+    ):
+        self.path, self.config = path, config
+        self.tensors, self.stored = tensors, stored
+        self._parts = parts_of(tensors)
+
+    def read(self, name: str, dtype: np.typing.DTypeLike = np.float32) -> np.ndarray:
+        """One canonical tensor as a new array: converted block by block, without other copies.
+
+        Args:
+          name: a canonical name, with the number of its layer.
+          dtype: of the result; ml_dtypes.bfloat16 too.
+        """
+        tensor, part = self._parts[name]
+        return read_part(self.stored[tensor.name].rows, tensor.shape[0], part, dtype)
+
+    def stream(self, dtype: np.typing.DTypeLike = np.float32) -> Iterator[tuple[str, np.ndarray]]:
+        """Every canonical tensor with its name, in the order of parameter_shapes, each read when asked."""
+        for name in parameter_shapes(self.config):
+            yield name, self.read(name, dtype)
+
+    def load(
+        self,
+        place: Callable[[str, np.ndarray], Placed],
+        dtype: np.typing.DTypeLike = np.float32,
+    ) -> dict[str, Placed]:
+        """Gives every tensor to `place`, one at a time, and collects what it returns.
+
+        The host's memory has one tensor, besides what `place` keeps.
+
+        Args:
+          place: (canonical name, array of its shape) -> anything, a jax.Array on a mesh say. The array
+            belongs to it.
+          dtype: of the arrays.
+        """
+        return {name: place(name, self.read(name, dtype)) for name in parameter_shapes(self.config)}
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all weights: names, shapes and bytes; equal for a folder that was sharded anew."""
+        digest = hashlib.sha256()
+        for tensor in self.tensors:
+            digest.update(f"{tensor.name} {tensor.shape}\n".encode())
+            data = self.stored[tensor.name].data()
+            for start in range(0, len(data), _BLOCK):
+                digest.update(data[start : start + _BLOCK].data)
+        return digest.hexdigest()
+
+
+def open_base(path: Path) -> BaseModel:
+    """Opens a Hugging Face folder or a GGUF file.
+
+    Raises:
+      UserError: nothing there, no JSON, an unknown architecture, setting or tensor, a missing tensor,
+        a wrong shape, a truncated file. It names the file and the thing.
+    """
+    place = pathlib.Path(path)
+    if place.is_dir():
+        return _open_folder(place)
+    if place.suffix != ".gguf":
+        raise UserError(f"{place} is no base model: expected a Hugging Face folder or a .gguf file")
+    file = open_gguf(place)
+    with naming(place):
+        config, names = gguf_config(file)
+    tensors = gguf_tensors(config, names)
+    _check(place, tensors, file.tensors, re.escape(ROPE_FACTORS))
+    with naming(place):
+        for tensor in tensors:
+            file.tensors[tensor.name].rows(0, 1)  # refuses types that cannot be dequantised
+    return BaseModel(place, config, tensors, file.tensors)
+
+
+def read_config(folder: Path) -> BaseConfig:
+    """The configuration in a Hugging Face folder's config.json.
+
+    Raises:
+      UserError: no such file, no JSON, an unknown architecture, or a setting that is not read.
+    """
+    path = pathlib.Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"{path} is missing: expected that of a Hugging Face folder")
+    fields = Fields(files.read_json(path), str(path))
+    names = fields.values.get("architectures")
+    if not (isinstance(names, list) and names and names[0] in ARCHITECTURES):
+        raise fields.error("architectures", f"one of {sorted(ARCHITECTURES)}")
+    with naming(path):
+        values = ARCHITECTURES[names[0]].read_config(fields)
+        return BaseConfig(architecture=names[0], **values)
+
+
+def _open_folder(folder: pathlib.Path) -> BaseModel:
+    """A Hugging Face folder."""
+    config = read_config(folder)
+    architecture = ARCHITECTURES[config.architecture]
+    found: dict[str, StoredTensor] = {}
+    for path in weight_files(folder):
+        found |= read_header(path)[1]
+    prefix = architecture.prefix
+    if not any(name.startswith(prefix) for name in found):
+        found = {
+            name if name.startswith("lm_head") else prefix + name: t for name, t in found.items()
+        }
+    tensors = architecture.tensors(config)
+    ignored = architecture.ignored
+    if config.tie_embeddings:
+        ignored += r"|lm_head\.weight|embed_out\.weight"
+    _check(folder, tensors, found, ignored)
+    for tensor in tensors:
+        found[tensor.name].check_dtype(tensor.name)
+    return BaseModel(folder, config, tensors, found)
+
+
+def _check(
+    path: pathlib.Path, tensors: list[FileTensor], stored: Mapping[str, Stored], ignored: str
+) -> None:
+    """Raises unless the file has just these tensors, in their shapes."""
+    expected = {tensor.name: tensor.shape for tensor in tensors}
+    for name, shape in expected.items():
+        if name not in stored:
+            raise UserError(f"{path} has no tensor {name}: expected one of shape {shape}")
+        if stored[name].shape != shape:
+            raise UserError(
+                f"{path}: tensor {name} has shape {stored[name].shape}: expected {shape}"
+            )
+    for name in stored:
+        if name not in expected and not re.fullmatch(ignored, name):
+            raise UserError(
+                f"{path} has a tensor {name}: expected none of this name in its architecture"
+            )
