@@ -21,7 +21,7 @@ from flax import nnx
 
 from data_pipelines.batches.batches import keep_part
 from data_pipelines.chunk_database.database import ChunkDatabase
-from data_pipelines.chunk_database.tokenizer import UNK_ID, Tokenizer
+from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.evaluation.text_view import Viewer, sample_chunk_from_json
 from data_pipelines.retriever.retriever import Retriever
 from data_pipelines.retriever.revisions import latest, open_database
@@ -149,7 +149,7 @@ def make_samples(
     retrieve = (
         LiveRetrieval(Retriever.open(data), database, k, run.batches.neighbour_part) if k else None
     )
-    special = (tokenizer.pad_id, tokenizer.bos_id, UNK_ID)
+    special = tokenizer.special_ids - {tokenizer.eos_id}
     generator = Generator(
         nnx.merge(*trained_run.load_model(run)),
         chunks=run.chunks,

@@ -24,6 +24,7 @@ import numpy as np
 import sentencepiece
 
 from data_pipelines.artefacts.manifest import Manifest, Path, Stage
+from data_pipelines.chunk_database.encodings import Encoding, open_encoding, sentencepiece_bytes
 from data_pipelines.documents.documents import read_documents, stable_fraction
 from retro_jax.config import require
 from retro_jax.errors import UserError
@@ -102,7 +103,9 @@ def train_tokenizer(
             yield from _segments(_escape(text), _TRAINING_SEGMENT)
 
     model = train_model(sentences(), config)
-    table = _token_bytes(sentencepiece.SentencePieceProcessor(model_proto=model))
+    characters = {escaped: plain for plain, escaped in _ESCAPED.items()}
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    table = sentencepiece_bytes(pieces, characters)
     stage.claim()
     stage.write_file(MODEL_FILE, lambda file: _write(file, model))
     stage.write_array(BYTES_FILE, np.frombuffer(b"".join(table), np.uint8))
@@ -146,37 +149,63 @@ def train_model(sentences: Iterable[str], config: TokenizerConfig) -> bytes:
     return model.getvalue()
 
 
+class TrainedEncoding:
+    """The encoding of `train_tokenizer`: escaped text in segments."""
+
+    def __init__(self, model: bytes):
+        self.model = sentencepiece.SentencePieceProcessor(model_proto=model)
+
+    def encode_batch(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
+        """[n_i] int32 ids of each text."""
+        segments: list[str] = []
+        ends = []
+        for text in texts:
+            segments.extend(_segments(_escape(text), _SEGMENT))
+            ends.append(len(segments))
+        ids = self.model.encode(segments, return_type="numpy", num_threads=threads)
+        starts = [0, *ends][:-1]
+        empty = np.zeros(0, np.int32)
+        return [np.concatenate([empty, *ids[a:b]]) for a, b in zip(starts, ends, strict=True)]
+
+
 class Tokenizer:
-    """Text to ids and back, exactly.
+    """Text to ids and back, exactly: a trained tokeniser's, or a base model's (base_tokenizer.py).
 
     Attributes:
       directory, manifest: where it is from.
-      vocab_size: V; ids lie in [0, V).
-      pad_id, bos_id, eos_id: special ids, which `encode` never gives.
-      token_bytes: [V] list of bytes; empty for special ids.
+      vocab_size: V; ids are in [0, V).
+      pad_id, bos_id, eos_id: special ids, which `encode` never gives. A base model's tokeniser may
+        have pad_id = V, and bos_id = eos_id.
+      token_bytes: [V] list of bytes; empty for special ids. It has an entry for pad_id = V too.
+      special_ids: the ids below V that stand for no text.
     """
-
-    pad_id, bos_id, eos_id = PAD_ID, BOS_ID, EOS_ID
 
     def __init__(self, directory: Path, manifest: Manifest, threads: int | None = None):
         """Use `open`."""
         self.directory, self.manifest = pathlib.Path(directory), manifest
         self._threads = threads or os.cpu_count() or 1
-        self._model = sentencepiece.SentencePieceProcessor(
-            model_proto=(self.directory / MODEL_FILE).read_bytes()
-        )
+        kind = manifest.settings.get("encoding")
+        self.encoding: Encoding
+        if kind is None:
+            self.encoding = TrainedEncoding((self.directory / MODEL_FILE).read_bytes())
+        else:
+            self.encoding = open_encoding(kind, self.directory)
         data = np.load(self.directory / BYTES_FILE).tobytes()
         ends = np.load(self.directory / ENDS_FILE)
         starts = np.concatenate([[0], ends[:-1]])
-        self.vocab_size = len(ends)
+        self.vocab_size: int = manifest.facts.get("vocab_size", len(ends))
+        self.pad_id: int = manifest.facts.get("pad_id", PAD_ID)
+        self.bos_id: int = manifest.facts.get("bos_id", BOS_ID)
+        self.eos_id: int = manifest.facts.get("eos_id", EOS_ID)
         self.token_bytes = [data[a:b] for a, b in zip(starts, ends, strict=True)]
         self._lengths = ends - starts
+        self.special_ids = frozenset(np.flatnonzero(self._lengths[: self.vocab_size] == 0).tolist())
 
     @classmethod
     def open(
         cls, directory: Path, *, verify: bool = False, threads: int | None = None
     ) -> "Tokenizer":
-        """Opens a trained tokeniser; `threads` of `encode_batch`, by default one for each core.
+        """Opens a tokeniser of either kind; `threads` of `encode_batch`, by default one for each core.
 
         Raises:
           UserError: no tokeniser there, or a damaged one.
@@ -193,15 +222,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """[n_i] int32 ids of each text; the same for any number of threads."""
-        segments: list[str] = []
-        ends = []
-        for text in texts:
-            segments.extend(_segments(_escape(_checked(text)), _SEGMENT))
-            ends.append(len(segments))
-        ids = self._model.encode(segments, return_type="numpy", num_threads=self._threads)
-        starts = [0, *ends][:-1]
-        empty = np.zeros(0, np.int32)
-        return [np.concatenate([empty, *ids[a:b]]) for a, b in zip(starts, ends, strict=True)]
+        return self.encoding.encode_batch([_checked(text) for text in texts], self._threads)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of any ids; U+FFFD where tokens split a character that others do not complete."""
@@ -217,7 +238,7 @@ class Tokenizer:
 
     @functools.cached_property
     def byte_lengths(self) -> np.ndarray:
-        """[V] int64, bytes of each token."""
+        """[V] int64, bytes of each token; one more for pad_id = V."""
         lengths = self._lengths.copy()
         lengths.flags.writeable = False
         return lengths
@@ -268,21 +289,6 @@ def _segments(text: str, size: int) -> Iterator[str]:
         end = end if end > 0 else len(text)
         yield text[start:end]
         start = end
-
-
-def _token_bytes(model: sentencepiece.SentencePieceProcessor) -> list[bytes]:
-    """The UTF-8 bytes that each token stands for."""
-    characters = {escaped: plain for plain, escaped in _ESCAPED.items()}
-    table = []
-    for i in range(model.get_piece_size()):
-        piece = model.id_to_piece(i)
-        if model.is_control(i) or model.is_unknown(i):
-            table.append(b"")
-        elif model.is_byte(i):
-            table.append(bytes([int(piece[3:5], 16)]))
-        else:
-            table.append(characters.get(piece, piece.replace("\u2581", " ")).encode())
-    return table
 
 
 def _write(file: BinaryIO, data: bytes) -> None:

@@ -179,7 +179,8 @@ def check_files(directory: pathlib.Path, name: str, place: Places) -> str:
     parents = {
         role: (Manifest.read(directory / parent), directory / parent)
         for role, parent in place.parents.items()
-        if role in recorded or role not in _OPTIONAL
+        # A base model's tokeniser was made from no documents.
+        if role in recorded or (role not in _OPTIONAL and name != "tokenizer")
     }
     manifests = [Manifest.open(directory / name, place.kind, parents, verify=True)]
     for i, digest in enumerate(

@@ -73,7 +73,7 @@ def test_lossless_and_bytes_exact_for_any_text(tokenizer, text):
 @example(text=inspect.getsource(module))
 @example(text=" " * 1000 + "a" + " " * 1000)
 def test_cutting_into_segments_changes_no_token(tokenizer, text):
-    whole = tokenizer._model.encode(module._escape(text))
+    whole = tokenizer.encoding.model.encode(module._escape(text))
     assert tokenizer.encode(text).tolist() == whole
 
 
@@ -100,6 +100,7 @@ def test_batches_equal_single_texts_for_any_number_of_threads(tokenizer):
 def test_special_tokens(tokenizer):
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
     assert tokenizer.token_bytes[:4] == [b""] * 4
+    assert tokenizer.special_ids == {0, 1, 2, 3}
     assert (
         len(tokenizer.token_bytes) == tokenizer.vocab_size == tokenizer.manifest.fact("vocab_size")
     )
