@@ -1,0 +1,308 @@
+"""A base model's own tokeniser as a chunk database's: an artefact of the same kind, W/tokenizer.
+
+    prepare_base_tokenizer(W / "tokenizer", "SmolLM2-135M", vocab_size=config.vocab_size)
+    Tokenizer.open(W / "tokenizer")            encodes as the base does
+
+It comes from a Hugging Face folder (tokenizer.json, else tokenizer.model) or a GGUF file. Every id
+below the model's vocab_size has its exact bytes, none for special tokens. Ids of documents:
+
+    bos    the base's, where the base puts it before a text (Llama); else eos
+    eos    what ends a text in training: <|endoftext|> and the like before a chat model's end of a turn
+    pad    the base's, if it is a special token other than id 0, bos and any eos; else vocab_size
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from data_pipelines.artefacts.manifest import Manifest, Path, Stage
+from data_pipelines.chunk_database.byte_level import read_gguf_vocabulary, read_tokenizer_json
+from data_pipelines.chunk_database.encodings import (
+    BYTE_LEVEL,
+    FILES,
+    SENTENCEPIECE,
+    ByteLevelEncoding,
+    Encoding,
+    SentencePieceEncoding,
+    byte_level_model,
+    sentencepiece_bytes,
+)
+from data_pipelines.chunk_database.tokenizer import BYTES_FILE, ENDS_FILE, KIND
+from retro_jax.errors import UserError
+from retro_jax.storage import files
+from retro_jax.storage.gguf_file import open_gguf
+
+_TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+_MOST_UNUSED = 1024  # rows of an embedding beyond the tokens: widths are rounded up, not doubled
+_PROBE = "a  b\tc\r\n\u00a0\u2581 \0 é e\u0301 ﬁ 日本 \U0001f99e \U000e0041 \x04 0123 <s></s><|endoftext|> x"
+# Appended to a serialised ModelProto, whose last value of a field counts: a normalizer_spec with
+# name "identity", an empty precompiled_charsmap, no added prefix, no whitespace removed.
+_IDENTITY = b"\x1a\x10" + b"\x0a\x08identity" + b"\x12\x00" + b"\x18\x00" + b"\x20\x00"
+
+
+@dataclasses.dataclass
+class _Source:
+    """What was found of a base's tokeniser.
+
+    Attributes:
+      path: its file. encoding: BYTE_LEVEL or SENTENCEPIECE.
+      data: the bytes of the artefact's file. encoder: of these.
+      token_bytes: the bytes of each token.
+      bos, pad: ids, or None. eos: the id that ends a document. adds_bos: whether the base puts bos
+        before a text.
+      reserved: ids that are not padding, whatever the base says: its own bos and eos.
+      spelt: byte -> the special token's id that stands for it.
+    """
+
+    path: pathlib.Path
+    encoding: str
+    data: bytes
+    encoder: Encoding
+    token_bytes: list[bytes]
+    bos: int | None
+    eos: int
+    pad: int | None
+    adds_bos: bool
+    reserved: frozenset[int | None]
+    spelt: dict[int, int] = dataclasses.field(default_factory=dict)
+
+
+def prepare_base_tokenizer(
+    directory: Path, base: Path, *, vocab_size: int | None = None
+) -> Manifest:
+    """Writes a base model's tokeniser as an artefact, unless it is there already.
+
+    Args:
+      directory: where it goes.
+      base: a Hugging Face folder or a .gguf file.
+      vocab_size: rows of the model's embedding (BaseConfig.vocab_size); None for as many as tokens.
+
+    Returns:
+      Its manifest. Facts: vocab_size, pad_id, bos_id, eos_id, tokens, adds_bos (the base puts bos
+      before a text), spelt_bytes (see byte_level.py).
+
+    Raises:
+      UserError: no tokeniser, one that would lose parts of a text, or one of other weights.
+    """
+    source = _open(pathlib.Path(base))
+    tokens = len(source.token_bytes)
+    rows = tokens if vocab_size is None else vocab_size
+    if not tokens <= rows <= tokens + _MOST_UNUSED:
+        raise UserError(
+            f"{source.path} has {tokens} tokens: expected those of the weights' {rows} rows"
+        )
+    _check_lossless(source)
+    digest = hashlib.sha256(source.data).hexdigest()
+    settings = {"encoding": source.encoding, "vocab_size": rows, "sha256": digest}
+    stage = Stage(directory, KIND, settings, claim=False)
+    if stage.done:
+        return stage.manifest()
+    bos = source.bos if source.adds_bos and source.bos is not None else source.eos
+    own = source.pad is not None and source.pad not in (0, bos, source.eos, *source.reserved)
+    own = own and not source.token_bytes[source.pad or 0]
+    pad = source.pad if own else rows
+    # Padding is an id of every array of tokens, so it has a length, 0, even beyond the vocabulary.
+    table = source.token_bytes + [b""] * (max(rows, (pad or 0) + 1) - tokens)
+    stage.claim()
+    name = FILES[source.encoding]
+    stage.write_file(name, lambda file: _write(file, source.data))
+    stage.write_array(BYTES_FILE, np.frombuffer(b"".join(table), np.uint8))
+    stage.write_array(ENDS_FILE, np.cumsum([len(token) for token in table], dtype=np.int64))
+    facts = {
+        "vocab_size": rows,
+        "tokens": tokens,
+        "pad_id": pad,
+        "bos_id": bos,
+        "eos_id": source.eos,
+        "adds_bos": source.adds_bos,
+        "spelt_bytes": {str(byte): i for byte, i in source.spelt.items()},
+    }
+    return stage.finish(facts, [name, BYTES_FILE, ENDS_FILE])
+
+
+def _open(base: pathlib.Path) -> _Source:
+    """The tokeniser of a folder or a GGUF file."""
+    if base.is_dir():
+        if (base / FILES[BYTE_LEVEL]).is_file() and not _prefers_sentencepiece(base):
+            return _of_tokenizer_json(base)
+        if (base / FILES[SENTENCEPIECE]).is_file():
+            return _of_sentencepiece(base)
+        raise UserError(f"{base} has no tokeniser: expected tokenizer.json or tokenizer.model")
+    if base.suffix != ".gguf":
+        raise UserError(f"{base} is no base model: expected a Hugging Face folder or a .gguf file")
+    return _of_gguf(base)
+
+
+def _prefers_sentencepiece(folder: pathlib.Path) -> bool:
+    """Whether tokenizer.json only imitates the SentencePiece model beside it."""
+    if not (folder / FILES[SENTENCEPIECE]).is_file():
+        return False
+    model = files.read_json(folder / FILES[BYTE_LEVEL]).get("model")
+    return isinstance(model, dict) and bool(model.get("byte_fallback"))
+
+
+def _of_tokenizer_json(folder: pathlib.Path) -> _Source:
+    """A byte-level BPE with the settings beside it."""
+    path = folder / FILES[BYTE_LEVEL]
+    settings = _settings(folder)
+    model = byte_level_model(path.read_text(encoding="utf-8", errors="replace"), path)
+    vocabulary = read_tokenizer_json(path)
+    found = {role: _id(path, settings, role, vocabulary.special) for role in ("bos", "eos", "pad")}
+    eos = _end_of_text(path, found["eos"], vocabulary.special)
+    first = model.encode("", add_special_tokens=True).ids[:1]
+    adds_bos = found["bos"] is not None and first == [found["bos"]]
+    kept = {i for i in (*found.values(), eos) if i is not None}
+    spelt = vocabulary.spell_missing_bytes(kept)
+    data = vocabulary.to_json()
+    return _Source(
+        path,
+        BYTE_LEVEL,
+        data,
+        ByteLevelEncoding(data.decode(), path),
+        vocabulary.token_bytes,
+        bos=found["bos"],
+        eos=eos,
+        pad=found["pad"],
+        adds_bos=adds_bos or settings.get("add_bos_token") is True,
+        reserved=frozenset((found["bos"], found["eos"])),
+        spelt=spelt,
+    )
+
+
+def _of_gguf(path: pathlib.Path) -> _Source:
+    """A byte-level BPE out of a GGUF file."""
+    metadata = open_gguf(path).metadata
+    vocabulary = read_gguf_vocabulary(path, metadata)
+    found: dict[str, int | None] = {}
+    for role in ("bos", "eos", "padding"):
+        value = metadata.get(f"tokenizer.ggml.{role}_token_id")
+        if value is not None and not 0 <= value < len(vocabulary.token_bytes):
+            tokens = len(vocabulary.token_bytes)
+            raise UserError(
+                f"{path}: the {role} token's id is {value}: expected one below {tokens}"
+            )
+        found[role] = value
+    eos = _end_of_text(path, found["eos"], vocabulary.special)
+    # llama.cpp puts bos before texts of Llama 3 where the file does not say.
+    adds_bos = metadata.get(
+        "tokenizer.ggml.add_bos_token", metadata.get("tokenizer.ggml.pre") == "llama-bpe"
+    )
+    spelt = vocabulary.spell_missing_bytes({i for i in (*found.values(), eos) if i is not None})
+    data = vocabulary.to_json()
+    return _Source(
+        path,
+        BYTE_LEVEL,
+        data,
+        ByteLevelEncoding(data.decode(), path),
+        vocabulary.token_bytes,
+        bos=found["bos"],
+        eos=eos,
+        pad=found["padding"],
+        adds_bos=bool(adds_bos),
+        reserved=frozenset((found["bos"], found["eos"])),
+        spelt=spelt,
+    )
+
+
+def _of_sentencepiece(folder: pathlib.Path) -> _Source:
+    """A SentencePiece model; with an identity normaliser, so that it loses nothing."""
+    path = folder / FILES[SENTENCEPIECE]
+    data = path.read_bytes() + _IDENTITY
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_proto=data)
+    except RuntimeError as error:
+        raise UserError(f"{path} cannot be read: expected a SentencePiece model") from error
+    table = sentencepiece_bytes(model)
+    if not all(model.piece_to_id(f"<0x{byte:02X}>") != model.unk_id() for byte in range(256)):
+        raise UserError(f"{path} has no pieces of single bytes: expected byte fallback")
+    settings = _settings(folder)
+    added = _added(folder, settings)
+    table += [b""] * (1 + max(added.values(), default=-1) - len(table))
+    special = added | {
+        model.id_to_piece(i): i for i in range(model.get_piece_size()) if model.is_control(i)
+    }
+    declared = {"bos": model.bos_id(), "eos": model.eos_id(), "pad": model.pad_id()}
+    found = {}
+    for role, value in declared.items():
+        stated = _id(path, settings, role, special)
+        found[role] = stated if stated is not None else (value if value >= 0 else None)
+    eos = _end_of_text(path, found["eos"], special)
+    adds_bos = settings.get("add_bos_token", True) is True and found["bos"] is not None
+    return _Source(
+        path,
+        SENTENCEPIECE,
+        data,
+        SentencePieceEncoding(data),
+        table,
+        bos=found["bos"],
+        eos=eos,
+        pad=found["pad"],
+        adds_bos=adds_bos,
+        reserved=frozenset((found["bos"], found["eos"])),
+    )
+
+
+def _settings(folder: pathlib.Path) -> dict[str, Any]:
+    """tokenizer_config.json over special_tokens_map.json, and the ids of config.json as they are."""
+    merged: dict[str, Any] = {}
+    for name in ("config.json", "special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            stated = files.read_json(folder / name)
+            merged |= {key: value for key, value in stated.items() if value is not None}
+    return merged
+
+
+def _added(folder: pathlib.Path, settings: Mapping[str, Any]) -> dict[str, int]:
+    """Tokens that a folder adds to its SentencePiece model: text -> id."""
+    path = folder / "added_tokens.json"
+    stated = settings.get("added_tokens_decoder") or {}
+    added = {token["content"]: int(i) for i, token in stated.items()}
+    return added | (files.read_json(path) if path.is_file() else {})
+
+
+def _id(
+    path: pathlib.Path, settings: Mapping[str, Any], role: str, special: Mapping[str, int]
+) -> int | None:
+    """The id of bos, eos or pad: by the token's text, else by the id in config.json."""
+    token = settings.get(f"{role}_token")
+    if isinstance(token, Mapping):
+        token = token.get("content")
+    if token is not None:
+        if token not in special:
+            raise UserError(f"{path} has no special token {token!r}: expected the {role}_token")
+        return special[token]
+    value = settings.get(f"{role}_token_id")
+    value = value[0] if isinstance(value, list) and value else value
+    if isinstance(value, int) and value not in special.values():
+        raise UserError(f"{path} has no special token {value}: expected the {role}_token_id")
+    return value if isinstance(value, int) else None
+
+
+def _end_of_text(path: pathlib.Path, eos: int | None, special: Mapping[str, int]) -> int:
+    """The id that ends a document."""
+    texts = {special[name]: name for name in _TEXT_ENDS if name in special}
+    if texts and eos not in texts:
+        return next(iter(texts))
+    if eos is None:
+        raise UserError(f"{path} has no end-of-text token: expected an eos_token")
+    return eos
+
+
+def _check_lossless(source: _Source) -> None:
+    """Raises unless a text with all that tokenisers like to change comes back."""
+    for ids in source.encoder.encode_batch([_PROBE], 1):
+        found = b"".join(source.token_bytes[i] for i in ids)
+        if found != _PROBE.encode():
+            lost = json.dumps(found.decode(errors="replace"))
+            raise UserError(f"{source.path} makes {lost} of a text: expected {json.dumps(_PROBE)}")
+
+
+def _write(file: Any, data: bytes) -> None:
+    """Writes all of it."""
+    file.write(data)
