@@ -20,6 +20,8 @@ def read_rope(fields: Fields, head_dim: int, *, theta: str, share: str, default:
       UserError: a scaling that is not read.
     """
     newer = fields.inside("rope_parameters")
+    if newer is not None and any(isinstance(value, dict) for value in newer.values.values()):
+        raise fields.error("rope_parameters", "one set of values for all layers")
     scaling = newer or fields.inside("rope_scaling")
     holder = newer if newer is not None and "rope_theta" in newer.values else None
     base = holder.number("rope_theta") if holder else fields.number(theta, 10_000.0)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 
 import gguf
 import ml_dtypes
@@ -67,6 +68,10 @@ def _edit_tensors(folder, **changes):
         ({"use_sliding_window": True}, "use_sliding_window is True: expected False"),
         ({"layer_types": ["sliding_attention"]}, "layer_types is .*: expected full_attention in"),
         ({"rope_parameters": 7}, "rope_parameters is 7: expected an object"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            "rope_parameters is .*: expected one set of values for all layers",
+        ),
         (
             {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
             r"rope_parameters: rope_type is 'yarn': expected one of \['default', 'linear', 'llama3'\]",
@@ -245,6 +250,12 @@ def test_errors_of_base_config(changes, message):
 def test_errors_of_rope_scaling(changes, message):
     with pytest.raises(UserError, match=f"RopeScaling.{message}"):
         RopeScaling(**({"kind": "llama3", "factor": 8.0} | changes))
+
+
+def test_gguf_without_its_package(tmp_path, monkeypatch):
+    write_gguf("llama", tmp_path / "m.gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    _refused(tmp_path / "m.gguf", r"gguf is not installed: expected `pip install retro-jax\[fit\]`")
 
 
 def test_the_packaged_model(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import inspect
 import json
 import shutil
+import sys
 import unicodedata
 
 import numpy as np
@@ -389,3 +390,9 @@ def test_an_unknown_encoding(base, tmp_path):
     path.write_text(path.read_text().replace("byte-level BPE", "word pieces"))
     with pytest.raises(UserError, match="has an encoding 'word pieces': expected one of"):
         Tokenizer.open(tmp_path / "out")
+
+
+def test_without_the_package_tokenizers(base, tmp_path, monkeypatch):
+    folder = shutil.copytree(base("gpt-2"), tmp_path / "base")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    _refused(folder, r"tokenizers is not installed: expected `pip install retro-jax\[fit\]`")
