@@ -45,9 +45,9 @@ from launch.evaluation.conditions import (
 from launch.evaluation.figures import Scored, with_intervals, write_overlap
 from launch.evaluation.knn import KNN
 from launch.evaluation.results import Work, evaluate
+from launch.evaluation.slices import wanted_slices
 from launch.processes import join
 from launch.runs import trained_run
-from launch.slices import wanted_slices
 from launch.windows import overlaps, windows_of
 from retro_jax.distributed import processes
 from retro_jax.errors import UserError
@@ -60,10 +60,22 @@ from retro_jax.storage import files
 MAX_DOCUMENTS = flags.DEFINE_integer(
     "max_documents", None, "Score only the first so many documents of each corpus.", lower_bound=1
 )
+SLICES = flags.DEFINE_list(
+    "slices",
+    [],
+    "Score these texts instead of a split: wikitext103, wikitext103_detokenised, pile or pile:github, "
+    "curation, lambada, or any name for JSON lines with a text field each.",
+)
+PATHS = flags.DEFINE_list(
+    "slice_paths", [], "Where slices are read, as in pile=/data/val.jsonl.zst; needed once."
+)
+
+BERT = flags.DEFINE_string(
+    "bert_folder", None, "The BERT that made the database's keys, where it is no packaged one."
+)
 HELP_ALSO = (
     "launch.evaluation.conditions",
     "launch.evaluation.knn",
-    "launch.slices",
     "launch.windows",
     "launch.processes",
 )
@@ -81,7 +93,8 @@ def main() -> None:
     conditions = processes.together(lambda: _checked_conditions(workdir, data))
     scorer = Scorer()
     with processes.noticing_loss():
-        names = [_prepared(data, config) for config in wanted_slices(MAX_DOCUMENTS.value)]
+        wanted = wanted_slices(SLICES.value, PATHS.value, MAX_DOCUMENTS.value)
+        names = [_prepared(data, config) for config in wanted]
         for number, name in enumerate(names or [SPLIT.value]):
             opening = functools.partial(_open, workdir, data, name, conditions)
             work = processes.together(opening)
@@ -102,7 +115,10 @@ def _checked_conditions(workdir: pathlib.Path, data: pathlib.Path) -> list[Condi
 
 def _prepared(data: pathlib.Path, config: SliceConfig) -> str:
     """The name of a slice, which the first process has prepared at need."""
-    return processes.from_first(lambda: prepare_slice(data, config))
+    report = functools.partial(print, flush=True)
+    return processes.from_first(
+        lambda: prepare_slice(data, config, bert_folder=BERT.value, report=report)
+    )
 
 
 def _open(

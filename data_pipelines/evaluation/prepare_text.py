@@ -1,6 +1,8 @@
 """Prepares a text for evaluation: chunks, keys and neighbours beside those of the splits."""
 
+import logging
 import pathlib
+from collections.abc import Callable
 
 from data_pipelines.artefacts.manifest import MANIFEST_FILE
 from data_pipelines.chunk_database.database import ChunkDatabase, prepare_chunks
@@ -11,18 +13,29 @@ from data_pipelines.retriever.keys import Keys, KeysConfig, prepare_keys
 from data_pipelines.retriever.neighbours import prepare_neighbours
 from data_pipelines.retriever.retriever import Queries, Retriever
 from data_pipelines.retriever.revisions import latest
-from launch.prepare import only_one
-from launch.slices import BERT
+from data_pipelines.workdir.stages import only_one
 
 FOLDER = "slices"
 _NEIGHBOURS = 40  # of the paper's evaluation; fewer can be used of them
 _RECALL_QUERIES = 100
 
 
-def prepare_slice(data: pathlib.Path, config: SliceConfig) -> str:
+def prepare_slice(
+    data: pathlib.Path,
+    config: SliceConfig,
+    *,
+    bert_folder: str | None = None,
+    report: Callable[[str], object] = logging.getLogger(__name__).info,
+) -> str:
     """Prepares a slice with the data's tokeniser and retrieval database, or what is missing of it.
 
     After an update of the database that is a table against its newest revision.
+
+    Args:
+      data: W.
+      config: the text.
+      bert_folder: the BERT that made the database's keys, where it is no packaged one.
+      report: receives a line when there is anything to do.
 
     Returns:
       The name that open_split knows it by.
@@ -32,15 +45,15 @@ def prepare_slice(data: pathlib.Path, config: SliceConfig) -> str:
     if (table / MANIFEST_FILE).is_file():
         return config.key
     with only_one(data):
-        print(f"preparing {config.key} ...", flush=True)
+        report(f"preparing {config.key} ...")
         prepare_texts(folder, config)
         prepare_chunks(folder / "chunks", folder / DOCUMENTS, data / "tokenizer")
-        retriever = Retriever.open(data, model=BERT.value)
+        retriever = Retriever.open(data, model=bert_folder)
         chunks = ChunkDatabase.open(folder / "chunks")
         queries: Queries = chunks
         if retriever.ranking.by_keys:
             made = retriever.keys.manifest.settings
-            keys = KeysConfig(BERT.value or made["embedder"]["model"], made["dtype"])
+            keys = KeysConfig(bert_folder or made["embedder"]["model"], made["dtype"])
             prepare_keys(folder / "keys", folder / "chunks", data / "tokenizer", keys)
             queries = Keys.open(folder / "keys", chunks)
         prepare_neighbours(

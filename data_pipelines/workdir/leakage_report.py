@@ -32,12 +32,12 @@ def withdraw(p: Preparation, place: pathlib.Path) -> Manifest | None:
       p: W and every setting.
       place: W, or the folder of the revision.
     """
-    if p.leakage.threshold is None:
+    if p.config.leakage.threshold is None:
         return None
     documents = p.directory / "documents"
     held_out = {split: documents / split for split in HELD_OUT}
     training = place / "documents" / "train"
-    return prepare_leakage(place / KIND, training, held_out, p.leakage, runner=p.runner)
+    return prepare_leakage(place / KIND, training, held_out, p.config.leakage, runner=p.runner)
 
 
 def refuse_late(directory: pathlib.Path) -> None:
@@ -54,7 +54,7 @@ def refuse_late(directory: pathlib.Path) -> None:
 
 def directory_of(p: Preparation, place: pathlib.Path) -> pathlib.Path | None:
     """Where the list of what is withdrawn lies; None if it was not asked for."""
-    return None if p.leakage.threshold is None else place / KIND
+    return None if p.config.leakage.threshold is None else place / KIND
 
 
 def count(p: Preparation, place: pathlib.Path) -> Manifest:
@@ -62,13 +62,15 @@ def count(p: Preparation, place: pathlib.Path) -> Manifest:
     chunks = p.directory / "chunks"
     held_out = {split: chunks / split for split in HELD_OUT}
     training = place / "chunks" / "train"
-    return prepare_duplicates(place / DUPLICATES, training, held_out, p.leakage, runner=p.runner)
+    return prepare_duplicates(
+        place / DUPLICATES, training, held_out, p.config.leakage, runner=p.runner
+    )
 
 
 def count_added(p: Preparation, place: pathlib.Path) -> None:
     """Counts those of a revision and prints them, if leakage is looked for."""
-    if p.leakage.threshold is not None:
-        print(told_of_chunks(count(p, place)), flush=True)
+    if p.config.leakage.threshold is not None:
+        p.report(told_of_chunks(count(p, place)))
 
 
 def told(manifest: Manifest) -> str:

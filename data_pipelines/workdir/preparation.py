@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 
 from data_pipelines.artefacts.manifest import Manifest
 from data_pipelines.artefacts.runner import Runner
@@ -20,23 +21,39 @@ from data_pipelines.retriever.retriever import Queries, Retriever
 
 
 @dataclasses.dataclass(frozen=True)
+class PrepareConfig:
+    """Every setting of a preparation.
+
+    Attributes:
+      documents: the corpora and their splits.
+      tokenizer, keys, index, bm25, neighbours: of the stages of these names.
+      leakage: of the stages leakage and duplicates.
+    """
+
+    documents: DocumentsConfig
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+    keys: KeysConfig = dataclasses.field(default_factory=KeysConfig)
+    index: IndexConfig = dataclasses.field(default_factory=IndexConfig)
+    neighbours: NeighboursConfig = dataclasses.field(default_factory=NeighboursConfig)
+    leakage: LeakageConfig = dataclasses.field(default_factory=LeakageConfig)
+    bm25: Bm25Config = dataclasses.field(default_factory=Bm25Config)
+
+
+@dataclasses.dataclass(frozen=True)
 class Preparation:
-    """Where, and every setting.
+    """One preparation of a workdir.
 
     Attributes:
       directory: W.
+      config: every setting.
       runner: where shards are made.
+      report: receives a line about each step.
     """
 
     directory: pathlib.Path
-    documents: DocumentsConfig
-    tokenizer: TokenizerConfig
-    keys: KeysConfig
-    index: IndexConfig
-    neighbours: NeighboursConfig
-    leakage: LeakageConfig
-    bm25: Bm25Config
+    config: PrepareConfig
     runner: Runner
+    report: Callable[[str], object]
 
 
 def prepare_table(
@@ -45,13 +62,13 @@ def prepare_table(
     """Finds the neighbours of a split's chunks in some revision of the database."""
     revision = retriever.database.manifest.revision
     queries = queries_of(p.directory, split, retriever)
-    k = getattr(p.neighbours, split)
+    k = getattr(p.config.neighbours, split)
     return prepare_neighbours(
         revisions.folder_of(p.directory, revision) / "neighbours" / split,
         queries,
         retriever,
         k=k,
-        recall_queries=p.neighbours.recall_queries,
+        recall_queries=p.config.neighbours.recall_queries,
         base=base if base is not None and base.k == k and base.score == "squared_l2" else None,
         runner=p.runner,
     )

@@ -27,7 +27,7 @@ def update(p: Preparation, *, append: bool, remove: Sequence[str]) -> None:
     corpus has for it now.
 
     Args:
-      p: W and every setting; with `append`, p.documents are what the database should hold too.
+      p: W and every setting; with `append`, p.config.documents are what the database should hold too.
       append: whether to add them.
       remove: CORPUS/ID of documents of the database, or @FILE of such lines.
 
@@ -45,15 +45,14 @@ def update(p: Preparation, *, append: bool, remove: Sequence[str]) -> None:
     removed = revisions.numbers_of(database, _names(remove))
     added = _append(p, place, database, removed) if append else None
     if added is None and not removed:
-        print(f"revision {current}: nothing to change", flush=True)
+        p.report(f"revision {current}: nothing to change")
     else:
         current += 1
         manifest = revisions.publish(p.directory, current, removed, added)
         count = manifest.fact("documents") - manifest.fact("removed")
-        print(
+        p.report(
             f"revision {current}: {manifest.fact('added'):,} documents added, {len(removed):,} removed;"
-            f" {count:,} documents, {manifest.fact('chunks'):,} chunk ids",
-            flush=True,
+            f" {count:,} documents, {manifest.fact('chunks'):,} chunk ids"
         )
     make_tables(p, current)
 
@@ -61,9 +60,9 @@ def update(p: Preparation, *, append: bool, remove: Sequence[str]) -> None:
 def make_tables(p: Preparation, revision: int) -> None:
     """Makes what is missing of the tables of all revisions up to one, each from the one before."""
     for r in range(1, revision + 1):
-        if p.neighbours.ranking.by_terms:
+        if p.config.neighbours.ranking.by_terms:
             place = revisions.folder_of(p.directory, r) / BM25
-            prepare_bm25(place, revisions.open_database(p.directory, r), p.bm25)
+            prepare_bm25(place, revisions.open_database(p.directory, r), p.config.bm25)
         retriever = Retriever.open(p.directory, revision=r)
         before = revisions.open_database(p.directory, r - 1)
         for split in SPLITS:
@@ -71,16 +70,15 @@ def make_tables(p: Preparation, revision: int) -> None:
             base = NeighbourTable.of(p.directory, split, queries, before)
             manifest = prepare_table(p, split, retriever, base)
             recall = manifest.fact("recall")
-            print(
+            p.report(
                 f"revision {r}, neighbours/{split}: {manifest.fact('chunks'):,} chunks,"
-                f" {recall['k']} a chunk, recall {recall['recall']:.3f}",
-                flush=True,
+                f" {recall['k']} a chunk, recall {recall['recall']:.3f}"
             )
 
 
 def _check_ranking(p: Preparation) -> None:
     """Raises unless neighbours are to be found as those of W's tables were."""
-    found, wanted = Ranking.of(p.directory), p.neighbours.ranking
+    found, wanted = Ranking.of(p.directory), p.config.neighbours.ranking
     if found.settings != wanted.settings:
         raise UserError(
             f"NeighboursConfig.retriever is {wanted}: expected {found}, by which {p.directory}'s tables"
@@ -101,16 +99,18 @@ def _append(
 
     parent = (database.manifest, database.directory)
     known = KnownDocuments(names, name_of, {"database": parent})
-    manifests = prepare_documents(place / "documents", p.documents, known=known, runner=p.runner)
+    manifests = prepare_documents(
+        place / "documents", p.config.documents, known=known, runner=p.runner
+    )
     if not manifests["train"].fact("documents"):
         shutil.rmtree(place)  # nothing but three empty splits
         return None
     held_out = sum(manifests[split].fact("documents") for split in SPLITS if split != "train")
     if held_out:
-        print(f"{held_out:,} documents are of held-out splits: left out", flush=True)
+        p.report(f"{held_out:,} documents are of held-out splits: left out")
     withdrawn = leakage_report.withdraw(p, place)
     if withdrawn is not None:
-        print(leakage_report.told(withdrawn), flush=True)
+        p.report(leakage_report.told(withdrawn))
         if withdrawn.fact("withdrawn") == withdrawn.fact("documents"):
             shutil.rmtree(place)
             return None
@@ -123,11 +123,11 @@ def _append(
         runner=p.runner,
     )
     leakage_report.count_added(p, place)
-    if not p.neighbours.ranking.by_keys:
+    if not p.config.neighbours.ranking.by_keys:
         return ChunkDatabase.open(chunks)
-    prepare_keys(place / "keys" / "train", chunks, tokenizer, p.keys, runner=p.runner)
+    prepare_keys(place / "keys" / "train", chunks, tokenizer, p.config.keys, runner=p.runner)
     keys = Keys.open(place / "keys" / "train", ChunkDatabase.open(chunks))
-    prepare_index(place / "index", keys, p.index, runner=p.runner)
+    prepare_index(place / "index", keys, p.config.index, runner=p.runner)
     return keys
 
 

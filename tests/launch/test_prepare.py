@@ -19,8 +19,8 @@ from data_pipelines.evaluation import prepare_text, splits
 from data_pipelines.evaluation.texts import SliceConfig
 from data_pipelines.retriever.neighbours import NeighbourTable
 from data_pipelines.retriever.retriever import Retriever
+from data_pipelines.workdir.stages import ALL_STAGES, only_one
 from launch.common import configurables
-from launch.prepare import ALL_STAGES, only_one
 from launch.runs import training_data
 from retro_jax.errors import UserError
 from tests.conftest_prepared import run_prepare, write_slice

@@ -11,7 +11,7 @@ from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.corpora import SPLITS
 from data_pipelines.retriever.retriever import Retriever
 from data_pipelines.workdir import verify as module
-from launch.prepare import ALL_STAGES
+from data_pipelines.workdir.stages import ALL_STAGES
 from retro_jax.errors import UserError
 from tests.conftest_prepared import run_prepare
 

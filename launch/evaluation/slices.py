@@ -1,4 +1,4 @@
-"""Slices: texts that evaluation prepares by itself, beside the splits of the prepared data."""
+"""Reads --slices and --slice_paths: texts that evaluation prepares beside the splits of W."""
 
 from collections.abc import Sequence
 
@@ -6,36 +6,27 @@ from absl import flags
 
 from data_pipelines.evaluation.texts import SliceConfig
 
-SLICES = flags.DEFINE_list(
-    "slices",
-    [],
-    "Score these texts instead of a split: wikitext103, wikitext103_detokenised, pile or pile:github, "
-    "curation, lambada, or any name for JSON lines with a text field each.",
-)
-PATHS = flags.DEFINE_list(
-    "slice_paths", [], "Where slices are read, as in pile=/data/val.jsonl.zst; needed once."
-)
 
-BERT = flags.DEFINE_string(
-    "bert_folder", None, "The BERT that made the database's keys, where it is no packaged one."
-)
+def wanted_slices(
+    values: Sequence[str], paths: Sequence[str], max_documents: int | None
+) -> list[SliceConfig]:
+    """The texts of --slices and --slice_paths; subsets of one slice together.
 
-
-def wanted_slices(max_documents: int | None) -> list[SliceConfig]:
-    """What --slices and --slice_paths ask for; subsets of one slice together.
+    Args:
+      values: NAME, or pile:SUBSET. paths: NAME=PATH. max_documents: of each corpus.
 
     Raises:
       flags.Error: a value that cannot be read, or a path of no slice.
     """
     subsets: dict[str, list[str]] = {}
-    for value in SLICES.value:
+    for value in values:
         name, colon, subset = value.partition(":")
         if not name.replace("_", "").replace(".", "").isalnum() or (colon and name != "pile"):
             raise flags.Error(f"--slices={value}: expected a name, or pile: and a subset of it")
         subsets.setdefault(name, []).extend([subset] if subset else [])
-    paths = _paths(PATHS.value, list(subsets))
+    places = _paths(paths, list(subsets))
     return [
-        SliceConfig(name, paths.get(name), tuple(sorted(set(some))), max_documents)
+        SliceConfig(name, places.get(name), tuple(sorted(set(some))), max_documents)
         for name, some in subsets.items()
     ]
 

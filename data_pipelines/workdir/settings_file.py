@@ -1,0 +1,34 @@
+"""W/prepare.gin: every setting of a preparation as bindings, which the commands read as their base."""
+
+import dataclasses
+from typing import Any
+
+from data_pipelines.corpora import CorpusConfig
+from data_pipelines.workdir.preparation import PrepareConfig
+
+SETTINGS_FILE = "prepare.gin"
+
+
+def settings_text(config: PrepareConfig) -> str:
+    """One binding per line, sorted: "Class.field = value", of a corpus "NAME/CorpusConfig.field"."""
+    parts = [getattr(config, field.name) for field in dataclasses.fields(config)]
+    lines = [line for part in parts for line in _bindings(part)]
+    for corpus in config.documents.corpora:
+        lines += _bindings(corpus, f"{corpus.name}/")
+    return "".join(f"{line}\n" for line in sorted(lines))
+
+
+def _bindings(config: Any, scope: str = "") -> list[str]:
+    """The bindings of one dataclass."""
+    name = type(config).__name__
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return [f"{scope}{name}.{field} = {_literal(value)}" for field, value in values.items()]
+
+
+def _literal(value: Any) -> str:
+    """A value as the file spells it; a corpus by a reference to its bindings."""
+    if isinstance(value, CorpusConfig):
+        return f"@{value.name}/CorpusConfig()"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_literal, value))}{',' if len(value) == 1 else ''})"
+    return repr(value)
