@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 from data_pipelines.corpora.config import CODE_KINDS, KINDS, SPLITS, CorpusConfig
 from data_pipelines.corpora.document import Document, Reading, Record, check_unicode
+from data_pipelines.corpora.in_memory import TextCorpus
 from data_pipelines.corpora.json_lines import read_json_lines, read_text
 from data_pipelines.corpora.parquet import read_parquet
 from data_pipelines.corpora.sources import SourceFile, find_files
@@ -29,6 +30,7 @@ __all__ = [
     "Document",
     "Reading",
     "SourceFile",
+    "TextCorpus",
     "check_reading",
     "files_of",
     "read_corpus",

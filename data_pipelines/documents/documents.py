@@ -18,7 +18,8 @@ from absl import logging
 
 from data_pipelines.artefacts.manifest import Manifest, Path, Stage, shard_name
 from data_pipelines.artefacts.runner import InProcess, Runner, run_counted
-from data_pipelines.corpora import SPLITS, CorpusConfig, Document
+from data_pipelines.corpora import SPLITS, CorpusConfig, Document, TextCorpus
+from data_pipelines.corpora.in_memory import written
 from data_pipelines.documents.external_sort import SORT_BYTES
 from data_pipelines.documents.hashing import split_of, stable_fraction, stable_hash
 from data_pipelines.documents.reading import Sorting, read_corpora
@@ -41,6 +42,7 @@ __all__ = [
 
 KIND = "documents"
 _SPILL, _PLAN = ".spill", "plan"
+_IN_MEMORY = ".in-memory"  # no corpus has such a name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,7 @@ class DocumentsConfig:
     """Which documents there are, and which split each belongs to.
 
     Attributes:
-      corpora: the corpora; each needs a name of its own.
+      corpora: the corpora, in files or in memory; each needs a name of its own.
       validation: share of documents in the validation split, by a hash of the id. A document keeps
         its split when others come or go; a larger share takes documents from train only.
       test: share of documents in the test split, in the same way.
@@ -57,7 +59,7 @@ class DocumentsConfig:
       sort_bytes: bytes of documents that a process sorts in memory; the result does not depend on it.
     """
 
-    corpora: tuple[CorpusConfig, ...]
+    corpora: tuple[CorpusConfig | TextCorpus, ...]
     validation: float = 0.05
     test: float = 0.05
     skip_bad_documents: bool = False
@@ -127,7 +129,8 @@ def _write_splits(
     runner: Runner,
 ) -> None:
     """Reads all corpora and writes what the stages have not got yet."""
-    corpora = sorted(config.corpora, key=lambda corpus: corpus.name)
+    corpora = written(config.corpora, folder / _SPILL / _IN_MEMORY)
+    corpora.sort(key=lambda corpus: corpus.name)
     sorting = Sorting(config.validation, config.test, config.skip_bad_documents, config.sort_bytes)
     done, read = read_corpora(folder / _SPILL, corpora, sorting, runner), {}
     for corpus in corpora:

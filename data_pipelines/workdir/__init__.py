@@ -1,12 +1,12 @@
 """A prepared workdir as a whole: its stages, updates, checks and summary.
 
-from data_pipelines.workdir import DocumentsConfig, PrepareConfig, prepare
+from data_pipelines.workdir import DocumentsConfig, PrepareConfig, TextCorpus, prepare
 
-prepare("W", PrepareConfig(DocumentsConfig(corpora)))
+prepare("W", PrepareConfig(DocumentsConfig([TextCorpus("mine", texts)])))
 """
 
 from data_pipelines.chunk_database.tokenizer import TokenizerConfig
-from data_pipelines.corpora import CorpusConfig
+from data_pipelines.corpora import CorpusConfig, TextCorpus
 from data_pipelines.documents.documents import DocumentsConfig
 from data_pipelines.leakage.near_documents import LeakageConfig
 from data_pipelines.retriever.bm25 import Bm25Config
@@ -25,6 +25,7 @@ __all__ = [
     "LeakageConfig",
     "NeighboursConfig",
     "PrepareConfig",
+    "TextCorpus",
     "TokenizerConfig",
     "prepare",
 ]

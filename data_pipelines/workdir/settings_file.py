@@ -3,18 +3,25 @@
 import dataclasses
 from typing import Any
 
-from data_pipelines.corpora import CorpusConfig
+from data_pipelines.corpora import CorpusConfig, TextCorpus
 from data_pipelines.workdir.preparation import PrepareConfig
 
 SETTINGS_FILE = "prepare.gin"
 
 
 def settings_text(config: PrepareConfig) -> str:
-    """One binding per line, sorted: "Class.field = value", of a corpus "NAME/CorpusConfig.field"."""
+    """One binding per line, sorted: "Class.field = value", of a corpus "NAME/CorpusConfig.field".
+
+    Corpora in memory have no binding: a command that needs them asks for a value of
+    DocumentsConfig.corpora.
+    """
     parts = [getattr(config, field.name) for field in dataclasses.fields(config)]
     lines = [line for part in parts for line in _bindings(part)]
-    for corpus in config.documents.corpora:
-        lines += _bindings(corpus, f"{corpus.name}/")
+    corpora = config.documents.corpora
+    if any(isinstance(corpus, TextCorpus) for corpus in corpora):
+        lines = [line for line in lines if not line.startswith("DocumentsConfig.corpora = ")]
+    else:
+        lines += [line for corpus in corpora for line in _bindings(corpus, f"{corpus.name}/")]
     return "".join(f"{line}\n" for line in sorted(lines))
 
 
