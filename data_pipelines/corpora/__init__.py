@@ -12,7 +12,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 
 from data_pipelines.corpora.config import CODE_KINDS, KINDS, SPLITS, CorpusConfig
-from data_pipelines.corpora.document import Document, Reading, Record, check_unicode
+from data_pipelines.corpora.document import Document, Reading, Record, check_unicode, content_id
 from data_pipelines.corpora.in_memory import TextCorpus
 from data_pipelines.corpora.json_lines import read_json_lines, read_text
 from data_pipelines.corpora.parquet import read_parquet
@@ -100,7 +100,12 @@ def read_file(config: CorpusConfig, file: SourceFile, reading: Reading) -> Itera
             reading.counts["empty"] += 1
         else:
             reading.counts["documents"] += 1
-            yield Document(record.id, record.text, corpus)
+            yield Document(_id_of(record, config), record.text, corpus)
+
+
+def _id_of(record: Record, config: CorpusConfig) -> str:
+    """The id of a document: a hash of its text where the corpus has no field for it."""
+    return content_id(record.text) if config.ids_from_content else record.id
 
 
 def _records(config: CorpusConfig, file: SourceFile, reading: Reading) -> Iterator[Record]:

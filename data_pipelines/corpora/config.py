@@ -62,7 +62,8 @@ class CorpusConfig:
       max_bytes: UTF-8 bytes of documents to keep at most, in the same order.
       drop_duplicates: keep one of several documents of equal text; None for True with code.
       text_field: field of JSON lines or column of Parquet with the text; "a.b" for b within a.
-      id_field: field or column with the document's id; None for file and line.
+      id_field: field or column with the document's id; None for a hash of the text, so that equal
+        texts are one document.
       label_field: field of a label that divides the corpus into several, named NAME-LABEL, each with
         its own max_documents and max_bytes; the Pile's is meta.pile_set_name.
       labels: keep only these labels, written in small letters, digits and _; None for all.
@@ -117,6 +118,11 @@ class CorpusConfig:
         return self.label_field or ("meta.pile_set_name" if self.kind == "pile" else None)
 
     @property
+    def ids_from_content(self) -> bool:
+        """Whether a hash of its text is a document's id."""
+        return self.kind in LABELLED_KINDS and self.id_field is None
+
+    @property
     def drops_duplicates(self) -> bool:
         """Whether one of several equal documents is kept."""
         return self.kind in CODE_KINDS if self.drop_duplicates is None else self.drop_duplicates
@@ -131,6 +137,8 @@ class CorpusConfig:
         for name in ("label_field", "labels"):
             if fields[name] is None:
                 del fields[name]
+        if self.ids_from_content:
+            fields["ids"] = "content"
         fields["path"] = None if self.path is None else pathlib.PurePath(self.path).name
         resolved = (list(self.included), list(self.excluded), self.drops_duplicates)
         fields["include"], fields["exclude"], fields["drop_duplicates"] = resolved

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import hashlib
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -110,6 +111,15 @@ class Reading:
             self._spell(label, name)
         self.first_bad = self.first_bad or other.first_bad
         self.source = self.source or other.source
+
+
+def content_id(text: str) -> str:
+    """The id of a document that has none of its own: 128 bits of a hash of its text.
+
+    Raises:
+      UnicodeEncodeError: the text has a lone surrogate.
+    """
+    return hashlib.blake2b(text.encode(), digest_size=16, person=b"id").hexdigest()
 
 
 def lookup(fields: Mapping[str, Any], name: str) -> Any:

@@ -11,7 +11,7 @@ from data_pipelines.corpora.sources import SourceFile, find_files
 
 
 def read_json_lines(config: CorpusConfig, file: SourceFile, reading: Reading) -> Iterator[Record]:
-    """The documents of one file; without an id_field the file and line are the id."""
+    """The documents of one file; the file and line are ids without an id_field."""
     for record, _ in _read(config, file, reading):
         yield record
 

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 from absl import logging
@@ -22,6 +22,7 @@ from data_pipelines.corpora import SPLITS, CorpusConfig, Document, TextCorpus
 from data_pipelines.corpora.in_memory import written
 from data_pipelines.documents.external_sort import SORT_BYTES
 from data_pipelines.documents.hashing import split_of, stable_fraction, stable_hash
+from data_pipelines.documents.line_ids import corpora_of_line_ids
 from data_pipelines.documents.reading import Sorting, read_corpora
 from data_pipelines.documents.selection import Counts, KnownDocuments, WriteShard, plan_shards
 from retro_jax.config import require
@@ -111,14 +112,23 @@ def prepare_documents(
     """
     folder = pathlib.Path(directory)
     parents = {} if known is None else known.parents
+    numbered = corpora_of_line_ids(folder)
     stages = {
-        split: Stage(folder / split, KIND, config.settings(split), parents, claim=False)
+        split: Stage(folder / split, KIND, _settings(config, split, numbered), parents, claim=False)
         for split in SPLITS
     }
     if not all(stage.done for stage in stages.values()):
         _write_splits(folder, stages, config, known, runner)
     shutil.rmtree(folder / _SPILL, ignore_errors=True)
     return {split: stage.manifest() for split, stage in stages.items()}
+
+
+def _settings(config: DocumentsConfig, split: str, numbered: Set[str]) -> dict[str, Any]:
+    """A split's settings, as an older version recorded those of corpora with ids of lines."""
+    settings = config.settings(split)
+    for name in numbered & set(settings["corpora"]):
+        settings["corpora"][name].pop("ids", None)
+    return settings
 
 
 def _write_splits(

@@ -167,7 +167,7 @@ class Runs:
             yield rows, _contained(rows, np.concatenate(others))
 
     def find_duplicates(self, folder: pathlib.Path) -> int:
-        """Finds the records whose content an earlier one has; returns their number.
+        """Finds the records whose content one of another order has; returns their number.
 
         Args:
           folder: where the finding is kept.
@@ -181,6 +181,8 @@ class Runs:
             pairs = np.concatenate(held)
             keys = [pairs[name] for name in ("corpus", "o1", "o0", "c1", "c0")]
             pairs = pairs[np.lexsort(keys)]
+            same_document = _equal(pairs[1:], pairs[:-1], ("c0", "c1", "o0", "o1", "corpus"))
+            pairs = pairs[np.concatenate([[True], ~same_document])[: len(pairs)]]
             again = np.zeros(len(pairs), bool)
             again[1:] = _equal(pairs[1:], pairs[:-1], ("c0", "c1"))
             found = pairs[again]
@@ -255,6 +257,13 @@ def repeated(rows: np.ndarray) -> np.ndarray | None:
     """A row of sorted ones whose order another has too; None if there is none."""
     same = np.flatnonzero(_equal(rows[1:], rows[:-1], ("o0", "o1")))
     return rows[same[0]] if len(same) else None
+
+
+def first_of_repeated(rows: np.ndarray) -> np.ndarray:
+    """[n] bool: which of some sorted rows are the first of their order."""
+    firsts = np.ones(len(rows), bool)
+    firsts[1:] = ~_equal(rows[1:], rows[:-1], ("o0", "o1"))
+    return firsts
 
 
 def _corpus_hash(corpus: str) -> int:

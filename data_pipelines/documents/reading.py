@@ -36,6 +36,7 @@ from data_pipelines.documents.hashing import split_of, stable_hash
 from retro_jax.storage import files
 
 _LISTING, _STARTS, _IDENTITY, _FACTS = "listing.jsonl", "starts.npy", "identity.json", "facts.json"
+_FORMAT = 2  # of a portion: what another version left is read again
 _PORTION_FILES, _PORTION_BYTES = 1000, 16 << 20
 
 
@@ -163,7 +164,7 @@ def _list(folder: pathlib.Path, corpus: CorpusConfig, sorting: Sorting) -> None:
                 listing.write(line)
                 offset, count, size = offset + len(line), count + 1, size + file.size
                 starts[-1] = (starts[-1][0], size, count)
-        identity = files.plain([corpus, sorting, digest.hexdigest()])
+        identity = files.plain([_FORMAT, corpus, sorting, digest.hexdigest()])
         known = folder / _IDENTITY
         if known.is_file() and files.read_json(known)["identity"] == identity:
             return

@@ -16,7 +16,13 @@ import numpy as np
 from data_pipelines.artefacts.manifest import Parents, Stage, shard_name
 from data_pipelines.artefacts.runner import silent
 from data_pipelines.corpora import SPLITS, CorpusConfig
-from data_pipelines.documents.external_sort import ROW, Runs, read_lines, repeated
+from data_pipelines.documents.external_sort import (
+    ROW,
+    Runs,
+    first_of_repeated,
+    read_lines,
+    repeated,
+)
 from data_pipelines.documents.hashing import stable_hash
 from retro_jax.errors import UserError
 from retro_jax.storage import files
@@ -169,6 +175,10 @@ def _kept(
 
     taken = size = 0
     for rows, duplicate in runs.sorted(name):
+        if corpus.ids_from_content:  # equal ids are equal texts
+            firsts = first_of_repeated(rows)
+            counts["duplicates"] += int((~firsts).sum())
+            rows, duplicate = rows[firsts], duplicate[firsts]
         again = repeated(rows)
         if again is not None:
             raise UserError(

@@ -1,5 +1,6 @@
 """`prepare --append` and `--remove`: a new revision of the retrieval database on top of the newest."""
 
+import itertools
 import pathlib
 import shutil
 from collections.abc import Sequence
@@ -7,7 +8,8 @@ from collections.abc import Sequence
 from data_pipelines.artefacts.manifest import Manifest
 from data_pipelines.chunk_database.database import ChunkDatabase, prepare_chunks
 from data_pipelines.corpora import SPLITS
-from data_pipelines.documents.documents import KnownDocuments, prepare_documents
+from data_pipelines.documents.documents import KnownDocuments, prepare_documents, read_documents
+from data_pipelines.documents.line_ids import ContentNames
 from data_pipelines.retriever import revisions
 from data_pipelines.retriever.bm25 import KIND as BM25
 from data_pipelines.retriever.bm25 import prepare_bm25
@@ -90,15 +92,7 @@ def _append(
     p: Preparation, place: pathlib.Path, database: ChunkDatabase, removed: Sequence[int]
 ) -> Queries | None:
     """Makes chunks, and where they are needed keys and index, of the documents that are new; None if there are none."""
-    gone = set(removed) | set(database.removed.tolist())
-    names = ((number, r.id) for number, r in enumerate(database.records()) if number not in gone)
-
-    def name_of(number: int) -> tuple[str, str]:
-        record = database.record(number)
-        return record.corpus, record.id
-
-    parent = (database.manifest, database.directory)
-    known = KnownDocuments(names, name_of, {"database": parent})
+    known = _known_documents(p.directory, database, removed)
     manifests = prepare_documents(
         place / "documents", p.config.documents, known=known, runner=p.runner
     )
@@ -129,6 +123,33 @@ def _append(
     keys = Keys.open(place / "keys" / "train", ChunkDatabase.open(chunks))
     prepare_index(place / "index", keys, p.config.index, runner=p.runner)
     return keys
+
+
+def _known_documents(
+    directory: pathlib.Path, database: ChunkDatabase, removed: Sequence[int]
+) -> KnownDocuments:
+    """The documents that an update need not take again: of the database, but for removed ones."""
+    gone = set(removed) | set(database.removed.tolist())
+
+    def record_name(number: int) -> tuple[str, str]:
+        record = database.record(number)
+        return record.corpus, record.id
+
+    places = [revisions.folder_of(directory, r) for r in range(database.manifest.revision + 1)]
+    folders = [place / "documents" for place in places if (place / "documents").is_dir()]
+    by_text = ContentNames(
+        folders,
+        lambda split: read_documents(split, Manifest.read(split)),
+        without={record_name(number) for number in gone},
+    )
+    first = database.num_documents
+    names = ((number, r.id) for number, r in enumerate(database.records()) if number not in gone)
+    texts = ((first + number, name) for number, name in enumerate(by_text.ids()))
+    return KnownDocuments(
+        itertools.chain(names, texts),
+        lambda number: record_name(number) if number < first else by_text.name(number - first),
+        {"database": (database.manifest, database.directory)},
+    )
 
 
 def _names(given: Sequence[str]) -> list[tuple[str, str]]:

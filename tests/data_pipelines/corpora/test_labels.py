@@ -10,6 +10,7 @@ from pyarrow import parquet
 from data_pipelines.artefacts.manifest import Manifest
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.corpora import CorpusConfig, Reading, read_corpus
+from data_pipelines.corpora.document import content_id
 from data_pipelines.documents.documents import DocumentsConfig, prepare_documents, read_documents
 from retro_jax.errors import UserError
 from tests.data_pipelines.small import prepare
@@ -40,7 +41,7 @@ def test_the_pile_keeps_its_sets(tmp_path):
         "pile-pubmed_central",
         "pile-gutenberg",
     }
-    assert {d.id: d.corpus for d in documents}["00.jsonl.zst:2"] == "pile-gutenberg"
+    assert {d.text: d.corpus for d in documents}["document 2 of the pile"] == "pile-gutenberg"
     chosen = CorpusConfig("pile", "pile", str(tmp_path), labels=["github", "gutenberg"])
     assert len(_read(chosen)) == 20
     wrong = CorpusConfig("pile", "pile", str(tmp_path), labels=["git"])
@@ -116,7 +117,7 @@ def test_parquet_by_row_groups(tmp_path):
     plain = CorpusConfig("p", "parquet", str(tmp_path), text_field="body")
     documents = _read(plain)
     assert [d.text for d in documents] == texts
-    assert documents[4].id == "data/train-00000.parquet:5"
+    assert documents[4].id == content_id(texts[4])
     named = CorpusConfig(
         "p",
         "parquet",

@@ -11,7 +11,7 @@ import zstandard
 from pyarrow import parquet
 
 from data_pipelines.corpora import CorpusConfig, Reading, read_corpus
-from data_pipelines.corpora.document import short_label
+from data_pipelines.corpora.document import content_id, short_label
 from retro_jax.errors import UserError
 
 _ARTICLES = [
@@ -64,7 +64,11 @@ def test_articles_of_wikitext_in_rows(tmp_path, kind, caplog):
             parquet.write_table(table, tmp_path / f"train-{i:05d}-of-00002.parquet")
     with caplog.at_level(logging.WARNING):
         documents, _ = _read(tmp_path, kind)
-    assert sorted(d.id.split("/")[1] for d in documents) == [f"Town {i}" for i in range(6)]
+    assert sorted(d.text.split(" = ")[1] for d in documents) == [f"Town {i}" for i in range(6)]
+    if kind == "wikitext":
+        assert sorted(d.id.split("/")[1] for d in documents) == [f"Town {i}" for i in range(6)]
+    else:
+        assert [d.id for d in documents] == [content_id(d.text) for d in documents]
     assert "".join(d.text for d in documents) == "".join(_ARTICLES)
     assert ("put together again" in caplog.text) == (kind != "wikitext")
 

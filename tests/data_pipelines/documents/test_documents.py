@@ -11,6 +11,7 @@ import pytest
 
 from data_pipelines.artefacts.manifest import Manifest
 from data_pipelines.corpora import CorpusConfig
+from data_pipelines.corpora.document import content_id
 from data_pipelines.documents import external_sort, reading, selection
 from data_pipelines.documents.documents import (
     DocumentsConfig,
@@ -164,6 +165,44 @@ def test_exact_duplicates_go_by_a_setting(tmp_path, texts):
     limited, reading = _selected(tmp_path, texts[0], drop_duplicates=True, max_documents=50)
     assert len(limited) == 50
     assert reading["beyond_limit"] == 9
+
+
+@pytest.mark.parametrize("settings", [{}, {"drop_duplicates": True}])
+def test_without_ids_equal_texts_are_one_document_wherever_they_are(tmp_path, settings):
+    texts = [f"text {i} of some words" for i in range(50)] + ["text 7 of some words"] * 3
+    wanted = None
+    for seed, sort_bytes in ((0, 1000), (1, 1 << 20)):
+        random.Random(seed).shuffle(texts)
+        folder = tmp_path / f"{seed}" / "lines"
+        folder.mkdir(parents=True)
+        for half in range(2):
+            lines = [json.dumps({"text": text}) for text in texts[half::2]]
+            (folder / f"{half}.jsonl").write_text("\n".join(lines))
+        corpus = CorpusConfig("j", "jsonl", str(folder), **settings)
+        config = DocumentsConfig([corpus], sort_bytes=sort_bytes)
+        manifests = prepare_documents(folder.parent / "out", config)
+        wanted = wanted or tree(folder.parent / "out")
+        assert tree(folder.parent / "out") == wanted
+        counts = manifests["train"].fact("reading")["j"]
+        assert (counts["documents"], counts["duplicates"]) == (53, 3)
+    documents = [d for docs in _all(tmp_path / "0" / "out").values() for d in docs]
+    assert sorted(d.text for d in documents) == sorted(set(texts))
+    assert all(d.id == content_id(d.text) for d in documents)
+    assert manifests["train"].settings["corpora"]["j"]["ids"] == "content"
+
+
+def test_duplicates_are_dropped_across_labels_too(tmp_path):
+    lines = [json.dumps({"text": f"text {i % 9}", "kind": f"k{i % 2}"}) for i in range(36)]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    place = str(tmp_path / "x.jsonl")
+    for drop, count in ((None, 18), (True, 9)):
+        corpus = CorpusConfig("j", "jsonl", place, label_field="kind", drop_duplicates=drop)
+        out = tmp_path / str(count)
+        manifests = prepare_documents(out, DocumentsConfig([corpus], validation=0, test=0))
+        documents = [d for docs in _all(out).values() for d in docs]
+        assert len(documents) == len({(d.corpus, d.text) for d in documents}) == count
+        assert len({d.text for d in documents}) == 9
+        assert manifests["train"].fact("reading")["j"]["duplicates"] == 36 - count
 
 
 def test_code_drops_duplicates_and_a_corpus_can_be_put_into_one_split(tmp_path, texts):

@@ -1,0 +1,152 @@
+"""Updates of a database whose corpus gives no ids: documents are known by their texts."""
+
+import json
+import random
+
+import pytest
+
+from data_pipelines import workdir as module
+from data_pipelines.artefacts.manifest import Manifest
+from data_pipelines.artefacts.runner import InProcess
+from data_pipelines.corpora import SPLITS, CorpusConfig
+from data_pipelines.corpora.document import content_id
+from data_pipelines.documents.documents import read_documents, split_of
+from data_pipelines.retriever import revisions
+from data_pipelines.workdir import update
+from data_pipelines.workdir.preparation import Preparation
+
+_WORDS = [
+    "pale",
+    "gulls",
+    "quiet",
+    "harbour",
+    "lobster",
+    "boats",
+    "crust",
+    "sky",
+    "return",
+    "while",
+    "under",
+    "lay",
+]
+
+
+def texts_of(name, count, seed):
+    """Texts of some words, each of its own."""
+    rng = random.Random(seed)
+    return [f"{name} {i} {' '.join(rng.choices(_WORDS, k=40))}" for i in range(count)]
+
+
+OLD, NEW, LATER = texts_of("old", 40, 0), texts_of("new", 20, 1), texts_of("later", 10, 2)
+
+
+def prepared(folder, texts):
+    """A W of JSON lines without ids, by BM25; returns its settings and the file of lines."""
+    path = folder / "day.jsonl"
+    write(path, texts)
+    corpus = module.CorpusConfig("day", "jsonl", str(path))
+    config = module.PrepareConfig(
+        module.DocumentsConfig([corpus], validation=0.1, test=0.1),
+        tokenizer=module.TokenizerConfig(vocab_size=330),
+        neighbours=module.NeighboursConfig(retriever="bm25", train=2, validation=2, test=2),
+        leakage=module.LeakageConfig(threshold=None),
+    )
+    module.prepare(folder / "W", config)
+    return config, path
+
+
+def write(path, texts):
+    """Lines with a text and nothing else."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def changed(folder, config, **what):
+    """Runs an update; returns the lines about it."""
+    lines = []
+    p = Preparation(folder / "W", config, InProcess(), lines.append)
+    update.update(p, append=what.get("append", True), remove=what.get("remove", []))
+    return lines
+
+
+def held_texts(folder):
+    """Texts of the newest database, and those of the held-out splits."""
+    every = {}
+    newest = revisions.latest(folder / "W")
+    for place in (revisions.folder_of(folder / "W", r) for r in range(newest + 1)):
+        for split in SPLITS if (place / "documents").is_dir() else ():
+            for document in read_documents(
+                place / "documents" / split, Manifest.read(place / "documents" / split)
+            ):
+                every[place / split, document.id] = document.text
+    database = revisions.open_database(folder / "W")
+    removed = set(database.removed.tolist())
+    names = [r.id for number, r in enumerate(database.records()) if number not in removed]
+    texts = [next(t for (_, name), t in every.items() if name == wanted) for wanted in names]
+    held_out = {t for (place, _), t in every.items() if place.parent == folder / "W"} - set(texts)
+    return sorted(texts), held_out
+
+
+def in_training(texts):
+    """The texts that a hash of their id puts into the training split."""
+    shares = {"validation": 0.1, "test": 0.1}
+    return {text for text in texts if split_of(content_id(text), **shares) == "train"}
+
+
+def test_lines_in_front_add_what_is_new_and_nothing_else(tmp_path):
+    config, path = prepared(tmp_path, OLD)
+    write(path, [*NEW, *OLD])
+    lines = changed(tmp_path, config)
+    wanted = in_training(NEW)
+    assert 10 < len(wanted) < 20
+    assert lines[1].startswith(f"revision 1: {len(wanted)} documents added, 0 removed")
+    texts, held_out = held_texts(tmp_path)
+    assert texts == sorted(wanted | in_training(OLD))
+    assert held_out == set(OLD) - in_training(OLD)
+    assert changed(tmp_path, config)[0] == "revision 1: nothing to change"
+
+
+def test_other_lines_in_the_same_places_are_new_documents(tmp_path):
+    config, path = prepared(tmp_path, OLD)
+    write(path, NEW)  # day.jsonl:1 and so on were known before
+    changed(tmp_path, config)
+    assert held_texts(tmp_path)[0] == sorted(in_training(OLD) | in_training(NEW))
+
+
+def test_a_removed_document_comes_back_where_its_corpus_has_it(tmp_path):
+    config, _ = prepared(tmp_path, OLD)
+    gone = min(in_training(OLD))
+    changed(tmp_path, config, append=False, remove=[f"day/{content_id(gone)}"])
+    assert held_texts(tmp_path)[0] == sorted(in_training(OLD) - {gone})
+    changed(tmp_path, config)
+    assert held_texts(tmp_path)[0] == sorted(in_training(OLD))
+
+
+@pytest.fixture
+def old_workdir(tmp_path, monkeypatch):
+    """A W as the versions before made it: documents have the ids of lines."""
+    with monkeypatch.context() as patched:
+        patched.setattr(CorpusConfig, "ids_from_content", False)
+        config, path = prepared(tmp_path, OLD)
+    settings = Manifest.read(tmp_path / "W/documents/train").settings["corpora"]["day"]
+    assert "ids" not in settings
+    names = {record.id for record in revisions.open_database(tmp_path / "W").records()}
+    assert names < {f"day.jsonl:{i}" for i in range(1, 41)}
+    return tmp_path, config, path
+
+
+def test_a_workdir_with_ids_of_lines_opens_and_grows_by_what_is_new(old_workdir):
+    folder, config, path = old_workdir
+    assert module.prepare(folder / "W", config) == [], "all is there already"
+    before, held_out = held_texts(folder)
+    assert held_out == set(OLD) - set(before)
+    assert held_out
+    assert changed(folder, config)[0] == "revision 0: nothing to change"
+    write(path, [*NEW, *OLD])
+    changed(folder, config)
+    texts, still_held_out = held_texts(folder)
+    assert texts == sorted({*before, *in_training(NEW)})
+    assert still_held_out == held_out, "none of them became a training document"
+    write(path, [*LATER, *OLD])
+    changed(folder, config)
+    assert held_texts(folder)[0] == sorted({*before, *in_training(NEW), *in_training(LATER)})
+    assert changed(folder, config)[0] == "revision 2: nothing to change"
