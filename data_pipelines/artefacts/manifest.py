@@ -257,6 +257,11 @@ class Stage:
         """Whether the manifest is there; then there is nothing to do."""
         return (self.directory / MANIFEST_FILE).is_file()
 
+    @property
+    def begun(self) -> bool:
+        """Whether the directory is this stage's, finished or not."""
+        return self.done or (self.directory / STAGE_FILE).is_file()
+
     def manifest(self) -> Manifest:
         """The checked manifest of a finished stage."""
         return Manifest.open(self.directory, self.kind)

@@ -9,17 +9,17 @@ The order in which a corpus is read, the portions, the runs and the runner do no
 
 import dataclasses
 import json
+import logging
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
-
-from absl import logging
 
 from data_pipelines.artefacts.manifest import Manifest, Path, Stage, shard_name
 from data_pipelines.artefacts.runner import InProcess, Runner, run_counted
 from data_pipelines.corpora import SPLITS, CorpusConfig, Document, TextCorpus
 from data_pipelines.corpora.in_memory import written
+from data_pipelines.documents import inputs
 from data_pipelines.documents.external_sort import SORT_BYTES
 from data_pipelines.documents.hashing import split_of, stable_fraction, stable_hash
 from data_pipelines.documents.line_ids import corpora_of_line_ids
@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 KIND = "documents"
+_log = logging.getLogger(__name__)
 _SPILL, _PLAN = ".spill", "plan"
 _IN_MEMORY = ".in-memory"  # no corpus has such a name
 
@@ -92,6 +93,7 @@ def prepare_documents(
     config: DocumentsConfig,
     *,
     known: KnownDocuments | None = None,
+    appended: Sequence[Path] = (),
     runner: Runner = InProcess(),
 ) -> dict[str, Manifest]:
     """Writes DIRECTORY/{train,validation,test}, or what is missing of them.
@@ -100,6 +102,8 @@ def prepare_documents(
       directory: where they go.
       config: the corpora.
       known: documents of an earlier database, which are left out; there may be no others.
+      appended: where later revisions have their documents: the files that those were made of are no
+        change of the corpora.
       runner: where corpora are read and shards written; the bytes do not depend on it.
 
     Returns:
@@ -108,7 +112,7 @@ def prepare_documents(
 
     Raises:
       UserError: a corpus that is missing, empty or bad, two documents of one id, no training
-        document, or a directory made with other settings.
+        document, or a directory made with other settings or of files that have changed since.
     """
     folder = pathlib.Path(directory)
     parents = {} if known is None else known.parents
@@ -117,6 +121,8 @@ def prepare_documents(
         split: Stage(folder / split, KIND, _settings(config, split, numbered), parents, claim=False)
         for split in SPLITS
     }
+    if any(stage.begun for stage in stages.values()):
+        _refuse_changed_inputs(folder, config, [pathlib.Path(place) for place in appended])
     if not all(stage.done for stage in stages.values()):
         _write_splits(folder, stages, config, known, runner)
     shutil.rmtree(folder / _SPILL, ignore_errors=True)
@@ -131,6 +137,25 @@ def _settings(config: DocumentsConfig, split: str, numbered: Set[str]) -> dict[s
     return settings
 
 
+def _refuse_changed_inputs(
+    folder: pathlib.Path, config: DocumentsConfig, appended: Sequence[pathlib.Path]
+) -> None:
+    """Raises if a corpus is no longer that of which a begun stage was made."""
+    before, now = inputs.recorded(folder), dict[str, inputs.Identity]()
+    later = [inputs.recorded(place) for place in appended]
+    for corpus in config.corpora:
+        if isinstance(corpus, TextCorpus) or corpus.name not in before:
+            continue  # a manifest has the hash of texts in memory; older versions recorded nothing
+        try:
+            identity = inputs.identity_of(corpus)
+            if identity not in [record.get(corpus.name) for record in later]:
+                now[corpus.name] = identity
+        except UserError as error:  # a corpus is not needed any more once it was read
+            _log.warning("not compared with %s: %s", folder, error)
+    expected = "the same, a new workdir, or for more documents --append"
+    inputs.refuse_changes(folder, before, now, expected)
+
+
 def _write_splits(
     folder: pathlib.Path,
     stages: Mapping[str, Stage],
@@ -142,12 +167,16 @@ def _write_splits(
     corpora = written(config.corpora, folder / _SPILL / _IN_MEMORY)
     corpora.sort(key=lambda corpus: corpus.name)
     sorting = Sorting(config.validation, config.test, config.skip_bad_documents, config.sort_bytes)
+    in_files = [corpus for corpus in config.corpora if isinstance(corpus, CorpusConfig)]
+    identities = inputs.identities_of(in_files)
     done, read = read_corpora(folder / _SPILL, corpora, sorting, runner), {}
+    now = inputs.identities_of(in_files)
+    inputs.refuse_changes(folder, identities, now, "none to change while it is read: run again")
     for corpus in corpora:
         reading, runs = done[corpus.name]
         if reading.first_bad:
             told = f"{reading.counts['bad']} bad documents left out; {reading.first_bad}"
-            logging.warning("corpus %r: %s", corpus.name, told)
+            _log.warning("corpus %r: %s", corpus.name, told)
         counts: Counts = {name: reading.counts[name] for name in ("documents", "bad", "empty")}
         counts |= {"duplicates": 0, "beyond_limit": 0, "source": reading.source}
         if reading.labels:
@@ -161,6 +190,8 @@ def _write_splits(
         names = ", ".join(read)
         raise UserError(f"{folder}: no document of {names} is in the training split: expected some")
     counted = {name: counts for name, (_, counts, _) in read.items()}
+    if identities:
+        inputs.record(folder, identities)
     _write_shards(folder, stages, shards, counted, runner)
 
 

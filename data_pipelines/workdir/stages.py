@@ -147,7 +147,11 @@ def only_one(directory: pathlib.Path) -> Iterator[None]:
 
 def _documents(p: Preparation) -> tuple[str, int, str]:
     """Reads the corpora into splits."""
-    manifests = prepare_documents(p.directory / "documents", p.config.documents, runner=p.runner)
+    newest = revisions.latest(p.directory)
+    later = [revisions.folder_of(p.directory, r) / "documents" for r in range(1, newest + 1)]
+    manifests = prepare_documents(
+        p.directory / "documents", p.config.documents, appended=later, runner=p.runner
+    )
     counts = {split: manifest.fact("documents") for split, manifest in manifests.items()}
     size = sum(manifest.fact("bytes") for manifest in manifests.values())
     left_out = _left_out(manifests["train"])

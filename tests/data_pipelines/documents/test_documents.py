@@ -33,6 +33,11 @@ def _all(directory):
     return documents
 
 
+def splits(directory):
+    """The files of every split, without the record of what was read."""
+    return {name: data for name, data in tree(directory).items() if "/" in name}
+
+
 @pytest.fixture
 def texts(tmp_path):
     write_texts(tmp_path / "b", 60)
@@ -105,8 +110,8 @@ def test_reading_order_memory_and_place_do_not_show(tmp_path, texts):
         (folder / "b.jsonl").write_text("\n".join(lines))
         corpus = CorpusConfig("b", "jsonl", str(folder / "b.jsonl"), id_field="id")
         prepare_documents(folder / "out", DocumentsConfig([corpus], sort_bytes=sort_bytes))
-        wanted = wanted or tree(folder / "out")
-        assert tree(folder / "out") == wanted
+        wanted = wanted or splits(folder / "out")
+        assert splits(folder / "out") == wanted
     shutil.copytree(texts[0], tmp_path / "elsewhere" / "b")
     shutil.copytree(texts[1], tmp_path / "elsewhere" / "a")
     moved = documents_config(tmp_path / "elsewhere" / "a", tmp_path / "elsewhere" / "b")
@@ -181,8 +186,8 @@ def test_without_ids_equal_texts_are_one_document_wherever_they_are(tmp_path, se
         corpus = CorpusConfig("j", "jsonl", str(folder), **settings)
         config = DocumentsConfig([corpus], sort_bytes=sort_bytes)
         manifests = prepare_documents(folder.parent / "out", config)
-        wanted = wanted or tree(folder.parent / "out")
-        assert tree(folder.parent / "out") == wanted
+        wanted = wanted or splits(folder.parent / "out")
+        assert splits(folder.parent / "out") == wanted
         counts = manifests["train"].fact("reading")["j"]
         assert (counts["documents"], counts["duplicates"]) == (53, 3)
     documents = [d for docs in _all(tmp_path / "0" / "out").values() for d in docs]
@@ -238,8 +243,7 @@ def test_a_wrong_path_is_told_before_anything_is_read(tmp_path, texts):
     config = dataclasses.replace(config, corpora=(*config.corpora, typo))
     with pytest.raises(UserError, match="typo is missing"):
         prepare_documents(tmp_path / "out", config)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".spill"]
-    assert not list((tmp_path / "out").rglob("run-*"))
+    assert not (tmp_path / "out").exists()
     prepare_documents(tmp_path / "out", documents_config(*texts))
     prepare_documents(tmp_path / "whole", documents_config(*texts))
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")

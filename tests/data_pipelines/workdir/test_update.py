@@ -14,6 +14,7 @@ from data_pipelines.documents.documents import read_documents, split_of
 from data_pipelines.retriever import revisions
 from data_pipelines.workdir import update
 from data_pipelines.workdir.preparation import Preparation
+from retro_jax.errors import UserError
 
 _WORDS = [
     "pale",
@@ -103,6 +104,12 @@ def test_lines_in_front_add_what_is_new_and_nothing_else(tmp_path):
     assert texts == sorted(wanted | in_training(OLD))
     assert held_out == set(OLD) - in_training(OLD)
     assert changed(tmp_path, config)[0] == "revision 1: nothing to change"
+    assert module.prepare(tmp_path / "W", config) == [], "what was appended is no change"
+    write(path, [*LATER, *OLD])
+    with pytest.raises(
+        UserError, match="made of other files: corpus 'day' has other bytes and had"
+    ):
+        module.prepare(tmp_path / "W", config)
 
 
 def test_other_lines_in_the_same_places_are_new_documents(tmp_path):
