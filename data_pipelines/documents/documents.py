@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 KIND = "documents"
+DROPPED = ("duplicates", "beyond_limit", "known")  # of what was read
 _log = logging.getLogger(__name__)
 _SPILL, _PLAN = ".spill", "plan"
 _IN_MEMORY = ".in-memory"  # no corpus has such a name
@@ -190,9 +191,28 @@ def _write_splits(
         names = ", ".join(read)
         raise UserError(f"{folder}: no document of {names} is in the training split: expected some")
     counted = {name: counts for name, (_, counts, _) in read.items()}
+    check_counts(folder, counted, sum(s["documents"] for split in SPLITS for s in shards[split]))
     if identities:
         inputs.record(folder, identities)
     _write_shards(folder, stages, shards, counted, runner)
+
+
+def check_counts(folder: pathlib.Path, reading: Mapping[str, Mapping[str, Any]], kept: int) -> int:
+    """Raises unless all documents that were read were kept or dropped; returns how many were read.
+
+    Args:
+      folder: of the documents.
+      reading: the counts of each corpus, as a manifest has them.
+      kept: documents of all splits.
+    """
+    read = sum(counts["documents"] for counts in reading.values())
+    dropped = sum(counts.get(reason, 0) for counts in reading.values() for reason in DROPPED)
+    if read != kept + dropped:
+        raise UserError(
+            f"{folder}: of {read:,} documents that were read {kept:,} are kept and {dropped:,} left"
+            " out: expected that to be all; remove it and run again"
+        )
+    return read
 
 
 def _write_shards(

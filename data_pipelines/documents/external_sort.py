@@ -2,7 +2,8 @@
 
 add(entry)               -> kept until they are `sort_bytes`, sorted -> run-00000.lines: their lines
                                                                         run-00000.rows: a row for each
-                                                                        run-00000.json: rows of a corpus
+                                                                        run-00000.json: rows of a corpus,
+                                                                        sizes of the other files
                                                                         run-00000.contents: (content,
                                                                         order) of each, by content
 Runs.find_duplicates()   <- the contents of all runs within one range at a time -> dropped-00000
@@ -14,14 +15,16 @@ Runs may be written by many processes, into folders of their own.
 import dataclasses
 import itertools
 import json
+import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from data_pipelines.corpora import SPLITS
 from data_pipelines.documents.hashing import stable_hash
+from retro_jax.errors import UserError
 from retro_jax.storage import files
 
 SORT_BYTES = 64 << 20
@@ -99,11 +102,14 @@ class RunWriter:
         stem = str(self._folder / f"run-{self.runs:05d}")
         with files.writing(self._place, self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-            with open(stem + _LINES, "wb") as file:
-                file.writelines(entry.line for entry in self._entries)
-            np.array(rows, ROW).tofile(stem + _ROWS)
-            self._contents().tofile(stem + _CONTENTS)
-            pathlib.Path(stem + _SPANS).write_text(json.dumps(self._spans()))
+            pieces: dict[str, Iterable[Any]] = {
+                _LINES: (entry.line for entry in self._entries),
+                _ROWS: [np.array(rows, ROW).tobytes()],
+                _CONTENTS: [self._contents().tobytes()],
+            }
+            sizes = {end: _write(stem + end, data) for end, data in pieces.items()}
+            about = {"spans": self._spans(), "sizes": sizes}
+            _write(stem + _SPANS, [json.dumps(about).encode()])
         self._entries, self._size, self.runs = [], 0, self.runs + 1
 
     def _contents(self) -> np.ndarray:
@@ -134,10 +140,14 @@ class Runs:
     """
 
     def __init__(self, folders: Sequence[pathlib.Path], sort_bytes: int = SORT_BYTES) -> None:
-        """Opens finished runs; `sort_bytes` of rows are held at a time."""
+        """Opens finished runs; `sort_bytes` of rows are held at a time.
+
+        Raises:
+          UserError: a file that is not as it was written.
+        """
         found = (sorted(folder.glob(f"run-*{_LINES}")) for folder in folders)
         self.stems = [str(path)[: -len(_LINES)] for path in itertools.chain.from_iterable(found)]
-        self._spans = [files.read_json(pathlib.Path(stem + _SPANS)) for stem in self.stems]
+        self._spans = [_checked_spans(stem) for stem in self.stems]
         self._limit = max(1, sort_bytes // (4 * ROW.itemsize))  # sorting takes copies
         self._dropped: list[pathlib.Path] = []
 
@@ -145,6 +155,10 @@ class Runs:
     def corpora(self) -> list[str]:
         """Their names, in order."""
         return sorted({corpus for spans in self._spans for corpus in spans})
+
+    def __len__(self) -> int:
+        """Their rows."""
+        return sum(stop - start for spans in self._spans for start, stop in spans.values())
 
     def sorted(self, corpus: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The rows of a corpus by increasing order, part by part; and which are duplicates."""
@@ -241,6 +255,35 @@ class _Part:
         return np.fromfile(self._path, self._dtype, stop - start, offset=start * size)
 
 
+def _write(path: str, data: Iterable[bytes]) -> int:
+    """Writes a file; its bytes are on the disk when this returns. Returns their number."""
+    with open(path, "wb") as file:
+        file.writelines(data)
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell()
+
+
+def _checked_spans(stem: str) -> dict[str, list[int]]:
+    """The rows of each corpus of a run, whose files have the sizes that they were written with."""
+    path = pathlib.Path(stem + _SPANS)
+    if not path.is_file():
+        raise _damaged(str(path), "no such file")
+    about = files.read_json(path)
+    for end, size in about["sizes"].items():
+        file = pathlib.Path(stem + end)
+        there = file.stat().st_size if file.is_file() else 0
+        if there != size:
+            raise _damaged(str(file), f"{there} bytes where {size} were written")
+    return about["spans"]
+
+
+def _damaged(path: str, what: str) -> UserError:
+    """The error of a temporary file that has changed since it was written."""
+    spill = pathlib.Path(path).parent
+    return UserError(f"{path} is damaged ({what}): expected it whole; remove {spill} and run again")
+
+
 def read_lines(stems: Sequence[str], rows: np.ndarray) -> Iterator[bytes]:
     """The lines of rows, in their order; each run is opened once."""
     lines: list[bytes] = [b""] * len(rows)
@@ -250,6 +293,8 @@ def read_lines(stems: Sequence[str], rows: np.ndarray) -> Iterator[bytes]:
             for place in group:
                 file.seek(int(rows["offset"][place]))
                 lines[place] = file.read(int(rows["length"][place]))
+                if len(lines[place]) != rows["length"][place] or lines[place][-1:] != b"\n":
+                    raise _damaged(stems[run] + _LINES, "a line that ends too early")
     yield from lines
 
 

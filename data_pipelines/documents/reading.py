@@ -33,6 +33,7 @@ from data_pipelines.corpora import (
 )
 from data_pipelines.documents.external_sort import Entry, Runs, RunWriter
 from data_pipelines.documents.hashing import split_of, stable_hash
+from retro_jax.errors import UserError
 from retro_jax.storage import files
 
 _LISTING, _STARTS, _IDENTITY, _FACTS = "listing.jsonl", "starts.npy", "identity.json", "facts.json"
@@ -120,7 +121,7 @@ def read_corpora(
       For each corpus by name: what was counted, and its runs.
 
     Raises:
-      UserError: a corpus that is missing, empty or bad.
+      UserError: a corpus that is missing, empty or bad, or what was read of it is damaged.
     """
     for corpus in corpora:  # all, before any is read: a wrong path is told at once
         _list(folder / corpus.name, corpus, sorting)
@@ -137,7 +138,14 @@ def read_corpora(
         for path in paths:
             reading.add(_reading_of(files.read_json(path / _FACTS)))
         check_reading(corpus, reading)
-        done[corpus.name] = reading, Runs(paths, sorting.sort_bytes)
+        runs = Runs(paths, sorting.sort_bytes)
+        if len(runs) != reading.counts["documents"]:
+            raise UserError(
+                f"{folder / corpus.name} has {len(runs):,} documents of corpus {corpus.name!r}:"
+                f" expected the {reading.counts['documents']:,} that were read; remove it and run"
+                " again"
+            )
+        done[corpus.name] = reading, runs
     return done
 
 
@@ -171,9 +179,13 @@ def _list(folder: pathlib.Path, corpus: CorpusConfig, sorting: Sorting) -> None:
         for path in folder.iterdir():
             if path != temporary:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with open(temporary, "rb") as listing:
+            os.fsync(listing.fileno())
         temporary.rename(folder / _LISTING)
-    with files.writing(folder):
-        np.save(folder / _STARTS, np.array(starts, np.int64))
+    with files.temporary_name(folder / _STARTS) as temporary:
+        array = np.array(starts, np.int64)
+        files.write_hashed(temporary, lambda file: np.save(file, array))
+        temporary.rename(folder / _STARTS)
     files.write_atomically(known, files.to_json({"identity": identity}))
 
 
@@ -195,7 +207,9 @@ def _new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
             temporary.mkdir()
         yield temporary
         try:
+            files.sync_folder(temporary)
             temporary.rename(path)
+            files.sync_folder(path.parent)
         except OSError:
             if not path.is_dir():  # another worker, which was taken for dead, made it too
                 raise

@@ -20,7 +20,7 @@ from data_pipelines.artefacts.runner import InProcess, Runner
 from data_pipelines.chunk_database.database import prepare_chunks
 from data_pipelines.chunk_database.tokenizer import train_tokenizer
 from data_pipelines.corpora import SPLITS
-from data_pipelines.documents.documents import prepare_documents
+from data_pipelines.documents.documents import DROPPED, check_counts, prepare_documents
 from data_pipelines.retriever import revisions
 from data_pipelines.retriever.bm25 import prepare_bm25
 from data_pipelines.retriever.index import prepare_index
@@ -155,15 +155,26 @@ def _documents(p: Preparation) -> tuple[str, int, str]:
     counts = {split: manifest.fact("documents") for split, manifest in manifests.items()}
     size = sum(manifest.fact("bytes") for manifest in manifests.values())
     left_out = _left_out(manifests["train"])
+    kept = sum(counts.values())
+    read = check_counts(p.directory / "documents", manifests["train"].fact("reading"), kept)
     told = ", ".join(f"{count:,} {split}" for split, count in counts.items())
-    return f"{told}; {size / 1e6:,.1f} MB{left_out}", size // 1000, "kB"
+    line = f"{told}; {size / 1e6:,.1f} MB; {kept:,} of {read:,} readable documents{left_out}"
+    return line, size // 1000, "kB"
+
+
+def _check_count(place: pathlib.Path, count: int, expected: int, unit: str) -> None:
+    """Raises unless a directory has as many of something as what it was made of."""
+    if count != expected:
+        raise UserError(
+            f"{place} has {count:,} {unit}: expected {expected:,}, as many as it was made of"
+        )
 
 
 def _left_out(manifest: Manifest) -> str:
-    """How many documents were read and not taken, by reason."""
+    """How many documents were not taken, by reason."""
     reading = manifest.fact("reading").values()
-    reasons = ("bad", "empty", "duplicates", "beyond_limit")
-    sums = {reason: sum(counts[reason] for counts in reading) for reason in reasons}
+    reasons = ("bad", "empty", *DROPPED)
+    sums = {reason: sum(counts.get(reason, 0) for counts in reading) for reason in reasons}
     told = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in sums.items() if n)
     return f"; left out: {told}" if told else ""
 
@@ -174,6 +185,8 @@ def _leakage(p: Preparation) -> tuple[str, int, str]:
     manifest = leakage_report.withdraw(p, p.directory)
     assert manifest is not None
     count = manifest.fact("documents")
+    documents = Manifest.read(p.directory / "documents" / "train").fact("documents")
+    _check_count(p.directory / "leakage", count, documents, "documents")
     if manifest.fact("withdrawn") == count:
         raise UserError(
             f"{p.directory / 'leakage'}: all {count} training documents are near-copies of held-out"
@@ -202,20 +215,27 @@ def _tokenizer(p: Preparation) -> tuple[str, int, str]:
 
 def _chunks(p: Preparation) -> tuple[str, int, str]:
     """Cuts every split's documents into chunks."""
-    counts = {}
+    counts, taken, withdrawn = {}, 0, 0
     for split in SPLITS:
+        place, documents = (p.directory / kind / split for kind in ("chunks", "documents"))
+        leakage = leakage_report.directory_of(p, p.directory) if split == "train" else None
         manifest = prepare_chunks(
-            p.directory / "chunks" / split,
-            p.directory / "documents" / split,
+            place,
+            documents,
             p.directory / "tokenizer",
-            leakage_directory=leakage_report.directory_of(p, p.directory)
-            if split == "train"
-            else None,
+            leakage_directory=leakage,
             runner=p.runner,
         )
         counts[split] = manifest.fact("chunks")
+        expected = Manifest.read(documents).fact("documents")
+        if leakage is not None:
+            withdrawn = Manifest.read(leakage).fact("withdrawn")
+            expected -= withdrawn
+        _check_count(place, manifest.fact("documents"), expected, "documents")
+        taken += expected
     told = ", ".join(f"{count:,} {split}" for split, count in counts.items())
-    return told, sum(counts.values()), "chunks"
+    line = f"{told}; of {taken + withdrawn:,} documents {withdrawn:,} are withdrawn"
+    return line, sum(counts.values()), "chunks"
 
 
 def _keys(p: Preparation) -> tuple[str, int, str]:
@@ -230,9 +250,16 @@ def _keys(p: Preparation) -> tuple[str, int, str]:
         )
         for split in SPLITS
     }
+    for split, manifest in manifests.items():
+        expected = Manifest.read(p.directory / "chunks" / split).fact("chunks")
+        _check_count(p.directory / "keys" / split, manifest.fact("chunks"), expected, "chunks")
     told = ", ".join(f"{m.fact('keys'):,} {split}" for split, m in manifests.items())
-    chunks = sum(manifest.fact("chunks") for manifest in manifests.values())
-    return f"{told}; {manifests['train'].fact('dimension')} dimensions", chunks, "chunks"
+    chunks, keys = (
+        sum(manifest.fact(name) for manifest in manifests.values()) for name in ("chunks", "keys")
+    )
+    dimension = manifests["train"].fact("dimension")
+    line = f"{told}; {dimension} dimensions; {chunks - keys:,} chunks have no text, so no key"
+    return line, chunks, "chunks"
 
 
 def _index(p: Preparation) -> tuple[str, int, str]:
@@ -240,6 +267,7 @@ def _index(p: Preparation) -> tuple[str, int, str]:
     keys = open_keys(p.directory, "train")
     manifest = prepare_index(p.directory / "index", keys, p.config.index, runner=p.runner)
     count, plan = manifest.fact("keys"), manifest.fact("plan")
+    _check_count(p.directory / "index", count, keys.manifest.fact("keys"), "keys")
     return f"{count:,} keys, {plan['kind'].replace('_', ' ')}", count, "keys"
 
 
@@ -248,6 +276,7 @@ def _bm25(p: Preparation) -> tuple[str, int, str]:
     database = revisions.open_database(p.directory, 0)
     manifest = prepare_bm25(p.directory / "bm25", database, p.config.bm25)
     count, postings = manifest.fact("indexed"), manifest.fact("postings")
+    _check_count(p.directory / "bm25", manifest.fact("chunks"), len(database), "chunks")
     return f"{count:,} chunks, {postings:,} terms in them", count, "chunks"
 
 
@@ -258,6 +287,9 @@ def _neighbours(p: Preparation) -> tuple[str, int, str]:
     for split in SPLITS:
         manifest = prepare_table(p, split, retriever)
         total += manifest.fact("chunks")
+        expected = Manifest.read(p.directory / "chunks" / split).fact("chunks")
+        place = p.directory / "neighbours" / split
+        _check_count(place, manifest.fact("chunks"), expected, "chunks")
         recall = manifest.fact("recall")
         told.append(f"{split} {recall['k']} a chunk, recall {recall['recall']:.3f}")
     return "; ".join(told), total, "chunks"

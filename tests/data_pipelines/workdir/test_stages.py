@@ -1,5 +1,8 @@
 """`prepare` from Python: texts in memory, the settings that W records, and the errors."""
 
+import json
+import shutil
+
 import pytest
 
 from data_pipelines import workdir
@@ -137,3 +140,46 @@ def test_errors_have_the_words_of_the_command_line(tmp_path):
         workdir.prepare(tmp_path, config)
     with pytest.raises(UserError, match=r"documents/train has no manifest.json"):
         workdir.prepare(tmp_path / "W", config, stages=["tokenizer"])
+
+
+@pytest.fixture(scope="module")
+def by_bm25(tmp_path_factory):
+    """A W, its settings, and the lines about its stages."""
+    folder, lines = tmp_path_factory.mktemp("counts"), []
+    config = config_of(
+        TextCorpus("mine", [*TEXTS, TEXTS[0], " "]),
+        tokenizer=workdir.TokenizerConfig(vocab_size=300),
+        neighbours=workdir.NeighboursConfig(retriever="bm25"),
+    )
+    workdir.prepare(folder / "W", config, report=lines.append)
+    return folder / "W", config, lines
+
+
+def test_stages_say_what_came_in_and_what_was_dropped(by_bm25):
+    _, _, lines = by_bm25
+    said = {line.partition(":")[0]: line for line in lines}
+    assert "60 of 61 readable documents; left out: 1 empty, 1 duplicates (" in said["documents"]
+    assert "; of 60 documents 0 are withdrawn (" in said["chunks"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "place", "fact", "message"),
+    [
+        ("documents", "documents/train", "reading", "of 71 documents that were read 60 are kept"),
+        ("leakage", "leakage", "documents", "W/leakage has .* documents: expected .*, as many as"),
+        ("chunks", "chunks/train", "documents", "W/chunks/train has .* documents: expected"),
+        ("bm25", "bm25", "chunks", "W/bm25 has .* chunks: expected"),
+        ("neighbours", "neighbours/test", "chunks", "W/neighbours/test has .* chunks: expected"),
+    ],
+)
+def test_a_stage_that_lost_something_is_refused(by_bm25, tmp_path, stage, place, fact, message):
+    folder = shutil.copytree(by_bm25[0], tmp_path / "W")
+    path = folder / place / "manifest.json"
+    fields = json.loads(path.read_text())
+    if fact == "reading":
+        fields["facts"]["reading"]["mine"]["documents"] += 10
+    else:
+        fields["facts"][fact] -= 10
+    path.write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=message):
+        workdir.prepare(folder, by_bm25[1], stages=[stage])
