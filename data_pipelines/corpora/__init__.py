@@ -12,7 +12,14 @@ import sysconfig
 from collections.abc import Callable, Iterator
 
 from data_pipelines.corpora.config import CODE_KINDS, KINDS, SPLITS, CorpusConfig
-from data_pipelines.corpora.document import Document, Reading, Record, check_unicode, content_id
+from data_pipelines.corpora.document import (
+    Document,
+    Reading,
+    Record,
+    check_unicode,
+    content_id,
+    short_label,
+)
 from data_pipelines.corpora.in_memory import TextCorpus
 from data_pipelines.corpora.json_lines import read_json_lines, read_text
 from data_pipelines.corpora.parquet import read_parquet
@@ -33,6 +40,7 @@ __all__ = [
     "TextCorpus",
     "check_reading",
     "files_of",
+    "places_of",
     "read_corpus",
     "read_file",
 ]
@@ -90,17 +98,34 @@ def read_file(config: CorpusConfig, file: SourceFile, reading: Reading) -> Itera
     for record in _records(config, file, reading):
         if not check_unicode(record, f"corpus {config.name!r}", reading):
             continue
-        corpus = config.name
         if record.label is not None:
             label = reading.label(record.label)
             if config.labels is not None and label not in config.labels:
                 continue
-            corpus = f"{config.name}-{label}"
         if not record.text.strip():
             reading.counts["empty"] += 1
         else:
             reading.counts["documents"] += 1
-            yield Document(_id_of(record, config), record.text, corpus)
+            yield Document(_id_of(record, config), record.text, _corpus_name(record, config))
+
+
+def places_of(config: CorpusConfig, corpus: str, document_id: str) -> Iterator[str]:
+    """Where the documents of an id are, as FILE:LINE or FILE: the corpus is read again.
+
+    Args:
+      config: the corpus.
+      corpus: its name, or that of one label of it.
+      document_id: the id.
+    """
+    for file in files_of(config):
+        for record in _records(config, file, Reading(skip_bad=True)):
+            if record.id == document_id and _corpus_name(record, config) == corpus:
+                yield record.place or file.path
+
+
+def _corpus_name(record: Record, config: CorpusConfig) -> str:
+    """The name of a document's corpus."""
+    return config.name if record.label is None else f"{config.name}-{short_label(record.label)}"
 
 
 def _id_of(record: Record, config: CorpusConfig) -> str:

@@ -61,6 +61,8 @@ class CorpusConfig:
         a smaller selection is part of a larger one.
       max_bytes: UTF-8 bytes of documents to keep at most, in the same order.
       drop_duplicates: keep one of several documents of equal text; None for True with code.
+      repeated_ids: "refuse" makes a second document of an id an error; "keep_first" keeps the first in
+        the order of files and lines, and counts the others.
       text_field: field of JSON lines or column of Parquet with the text; "a.b" for b within a.
       id_field: field or column with the document's id; None for a hash of the text, so that equal
         texts are one document.
@@ -78,6 +80,7 @@ class CorpusConfig:
     max_documents: int | None = None
     max_bytes: int | None = None
     drop_duplicates: bool | None = None
+    repeated_ids: str = "refuse"
     text_field: str = "text"
     id_field: str | None = None
     label_field: str | None = None
@@ -96,6 +99,11 @@ class CorpusConfig:
         for field in ("max_documents", "max_bytes"):
             value = getattr(self, field)
             require(value is None or value > 0, self, field, "a positive number, or None for all")
+        known = ("refuse", "keep_first")
+        require(self.repeated_ids in known, self, "repeated_ids", f"one of {known}")
+        # Which of equal texts is kept would depend on documents that are not.
+        refused = self.repeated_ids == "refuse" or not self.drops_duplicates
+        require(refused, self, "repeated_ids", "'refuse' where duplicates are dropped")
         cut = self.label_field is None or self.kind in LABELLED_KINDS
         require(cut, self, "label_field", f"None for the kind {self.kind!r}")
         chosen = self.labels is None or bool(self.labels and self.label_path)
@@ -137,6 +145,8 @@ class CorpusConfig:
         for name in ("label_field", "labels"):
             if fields[name] is None:
                 del fields[name]
+        if self.repeated_ids == "refuse":
+            del fields["repeated_ids"]
         if self.ids_from_content:
             fields["ids"] = "content"
         fields["path"] = None if self.path is None else pathlib.PurePath(self.path).name

@@ -32,11 +32,18 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a reader finds in a file: a document's id and text, and its label where it has one."""
+    """What a reader finds in a file.
+
+    Attributes:
+      id, text: of the document.
+      label: where it has one.
+      place: the file and line or row; "" where the file is all that can be said.
+    """
 
     id: str
     text: str
     label: str | None = None
+    place: str = ""
 
 
 @dataclasses.dataclass
@@ -208,4 +215,4 @@ def record_of(
         if not (isinstance(label, str) and label.strip()):
             reading.bad(f"{place} has no label in {config.label_path!r}: expected a string")
             return None
-    return Record(name, text, label)
+    return Record(name, text, label, place)

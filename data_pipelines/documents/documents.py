@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 KIND = "documents"
-DROPPED = ("duplicates", "beyond_limit", "known")  # of what was read
+DROPPED = ("duplicates", "repeated_ids", "beyond_limit", "known")  # of what was read
 _log = logging.getLogger(__name__)
 _SPILL, _PLAN = ".spill", "plan"
 _IN_MEMORY = ".in-memory"  # no corpus has such a name

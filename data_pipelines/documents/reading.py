@@ -172,7 +172,8 @@ def _list(folder: pathlib.Path, corpus: CorpusConfig, sorting: Sorting) -> None:
                 listing.write(line)
                 offset, count, size = offset + len(line), count + 1, size + file.size
                 starts[-1] = (starts[-1][0], size, count)
-        identity = files.plain([_FORMAT, corpus, sorting, digest.hexdigest()])
+        read = dataclasses.replace(corpus, repeated_ids="refuse")  # it matters after reading
+        identity = files.plain([_FORMAT, read, sorting, digest.hexdigest()])
         known = folder / _IDENTITY
         if known.is_file() and files.read_json(known)["identity"] == identity:
             return

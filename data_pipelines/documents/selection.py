@@ -15,7 +15,7 @@ import numpy as np
 
 from data_pipelines.artefacts.manifest import Parents, Stage, shard_name
 from data_pipelines.artefacts.runner import silent
-from data_pipelines.corpora import SPLITS, CorpusConfig
+from data_pipelines.corpora import SPLITS, CorpusConfig, places_of
 from data_pipelines.documents.external_sort import (
     ROW,
     Runs,
@@ -175,15 +175,18 @@ def _kept(
 
     taken = size = 0
     for rows, duplicate in runs.sorted(name):
-        if corpus.ids_from_content:  # equal ids are equal texts
+        if corpus.ids_from_content or corpus.repeated_ids == "keep_first":
+            # Sorting is stable: the first row is that of the first line. By content, all are equal.
+            reason = "duplicates" if corpus.ids_from_content else "repeated_ids"
             firsts = first_of_repeated(rows)
-            counts["duplicates"] += int((~firsts).sum())
+            counts[reason] = counts.get(reason, 0) + int((~firsts).sum())
             rows, duplicate = rows[firsts], duplicate[firsts]
         again = repeated(rows)
         if again is not None:
+            places = " and ".join(itertools.islice(places_of(corpus, name, id_of(again)), 2))
             raise UserError(
                 f"corpus {name!r} has two documents {id_of(again)!r}: expected an id of its own for"
-                " each"
+                f" each (see {places}); CorpusConfig.repeated_ids = 'keep_first' takes the first"
             )
         rows = rows[~duplicate]
         # Nothing later is taken either, however short: the selection is a prefix of the order.

@@ -237,6 +237,73 @@ def test_two_documents_of_one_id_are_an_error_until_they_are_corrected(tmp_path)
     assert sum(map(len, _all(tmp_path / "out").values())) == 9
 
 
+def _repeating(tmp_path, **settings):
+    """Two files of 40 documents, in which every fifth id of the first is there again."""
+    folder = tmp_path / "repeating"
+    folder.mkdir()
+    first = [{"id": f"d{i}", "text": f"first text {i}"} for i in range(20)]
+    second = [{"id": f"d{i}", "text": f"other text {i}"} for i in range(0, 100, 5)]
+    for name, lines in (("a.jsonl", first), ("b.jsonl", second)):
+        (folder / name).write_text("\n".join(map(json.dumps, lines)))
+    return CorpusConfig("j", "jsonl", str(folder), id_field="id", **settings)
+
+
+@pytest.mark.parametrize("sort_bytes", [1000, 1 << 20])
+def test_the_first_of_a_repeated_id_is_kept_and_the_rest_counted(tmp_path, monkeypatch, sort_bytes):
+    corpus = _repeating(tmp_path, repeated_ids="keep_first")
+    monkeypatch.setattr(reading, "_PORTION_FILES", 1)
+    manifests = prepare_documents(
+        tmp_path / "out", DocumentsConfig([corpus], sort_bytes=sort_bytes)
+    )
+    found = {d.id: d.text for docs in _all(tmp_path / "out").values() for d in docs}
+    assert len(found) == sum(m.fact("documents") for m in manifests.values()) == 36
+    assert {found[f"d{i}"] for i in range(20)} == {f"first text {i}" for i in range(20)}
+    assert found["d95"] == "other text 95"
+    counts = manifests["train"].fact("reading")["j"]
+    assert (counts["documents"], counts["repeated_ids"], counts["duplicates"]) == (40, 4, 0)
+    assert manifests["train"].settings["corpora"]["j"]["repeated_ids"] == "keep_first"
+
+
+def test_a_repeated_id_is_named_with_its_lines_and_kept_without_reading_again(
+    tmp_path, monkeypatch
+):
+    corpus = _repeating(tmp_path)
+    with pytest.raises(UserError, match=r"has two documents 'd\d+': expected .*own") as error:
+        prepare_documents(tmp_path / "out", DocumentsConfig([corpus]))
+    number = int(str(error.value).split("'d")[1].split("'")[0])
+    folder = tmp_path / "repeating"
+    places = f"{folder}/a.jsonl:{number + 1} and {folder}/b.jsonl:{number // 5 + 1}"
+    assert f"(see {places}); CorpusConfig.repeated_ids = 'keep_first' takes" in str(error.value)
+    monkeypatch.setattr(reading, "read_file", None)
+    kept = dataclasses.replace(corpus, repeated_ids="keep_first")
+    prepare_documents(tmp_path / "out", DocumentsConfig([kept]))
+    assert sum(map(len, _all(tmp_path / "out").values())) == 36
+
+
+def test_a_repeated_id_of_one_label_is_named(tmp_path):
+    lines = [{"id": i % 3, "text": f"text {i}", "kind": "ab"[i % 2]} for i in range(5)]
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in [*lines, lines[1] | {"text": "y"}]))
+    corpus = CorpusConfig("j", "jsonl", str(path), id_field="id", label_field="kind")
+    with pytest.raises(UserError, match=rf"corpus 'j-b' has .* '1': .*see {path}:2 and {path}:6"):
+        prepare_documents(tmp_path / "out", DocumentsConfig([corpus]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"repeated_ids": "skip"}, r"repeated_ids is 'skip': expected one of \('refuse', 'keep_"),
+        (
+            {"repeated_ids": "keep_first", "drop_duplicates": True},
+            "repeated_ids is 'keep_first': expected 'refuse' where duplicates are dropped",
+        ),
+    ],
+)
+def test_settings_of_repeated_ids_are_checked(settings, message):
+    with pytest.raises(UserError, match=f"CorpusConfig.{message}"):
+        CorpusConfig("c", "jsonl", "x", **settings)
+
+
 def test_a_wrong_path_is_told_before_anything_is_read(tmp_path, texts):
     typo = CorpusConfig("z", "text", str(tmp_path / "typo"))
     config = documents_config(*texts)
