@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 
 from data_pipelines.chunk_database.tokenizer import Tokenizer
-from data_pipelines.evaluation.splits import Split, open_split
+from data_pipelines.evaluation.splits import Split, open_split, token_counts
 from data_pipelines.evaluation.text_view import Viewer, sample_chunk_from_json
 from data_pipelines.retriever.revisions import open_database
 from launch.common import app
@@ -183,8 +183,8 @@ def _charts(results: Mapping[str, Any], scored: _Scored | None) -> Iterator[Char
         yield charts.place_chart(scored.gains, scored.counted)
         if scored.split.retrieval is not None:
             tokens = scored.split.database.chunks(scored.split.ids)
-            gains, counted = scored.gains, scored.counted
-            yield charts.frequency_chart(gains, counted, tokens, scored.split.retrieval)
+            times = token_counts(scored.split.retrieval)
+            yield charts.frequency_chart(scored.gains, scored.counted, tokens, times)
 
 
 def _chunk_views(

@@ -25,6 +25,7 @@ from data_pipelines.evaluation.splits import Split
 from launch.runs import trained_run
 from retro_jax.errors import UserError
 from retro_jax.evaluate import overlap
+from retro_jax.evaluate.scorer import ScoredModel
 
 KINDS = ("on", "off", "random", "oracle")  # of --retrieval
 
@@ -46,6 +47,11 @@ class Condition:
     neighbours: int
     kind: str
     value: float = 0.0
+
+
+def scored_model(run: trained_run.Run) -> ScoredModel:
+    """A run's model, as the scorer takes it."""
+    return ScoredModel(str(run.directory), run.mesh, lambda mesh: trained_run.load_model(run, mesh))
 
 
 def swept_conditions(

@@ -18,6 +18,7 @@ import numpy as np
 
 from data_pipelines.evaluation.splits import Split, open_split
 from data_pipelines.retriever import index
+from launch.evaluation.conditions import scored_model
 from launch.evaluation.settings import KnnSettings
 from launch.runs import trained_run
 from retro_jax.batch import RetroBatch, text_mask
@@ -101,7 +102,9 @@ class KnnScoring:
         """What the datastore holds for each token that counts, and [n, 64] of the model alone."""
         source = split.text(0)
         partial = self.folder / f".partial-knn-{self._digest(split)}"
-        one = Pass(self.run, Retro.token_losses, self.windows, "kNN-LM: model", partial)
+        one = Pass(
+            scored_model(self.run), Retro.token_losses, self.windows, "kNN-LM: model", partial
+        )
         nll = self.scorer.nll(one, source)
         forget(one)
         k = min(self.settings.neighbours, len(values_of))
@@ -153,7 +156,7 @@ class KnnScoring:
 
     def _states(self) -> tuple[Callable[[RetroBatch], np.ndarray], Sequence[int] | None]:
         """The model's final activations of a batch, and the rows of it that it is given."""
-        compiled = self.scorer.compiled(self.run, _hidden_states, self.windows)
+        compiled = self.scorer.compiled(scored_model(self.run), _hidden_states, self.windows)
         assert compiled.windows == self.windows
 
         def states(batch: RetroBatch) -> np.ndarray:
@@ -173,7 +176,7 @@ def knn_scoring(
     folder: pathlib.Path,
 ) -> KnnScoring:
     """A scoring whose batches every device has an equal part of."""
-    rounded = scorer.compiled(run, _hidden_states, windows).windows
+    rounded = scorer.compiled(scored_model(run), _hidden_states, windows).windows
     return KnnScoring(run, rounded, settings, scorer, data, folder)
 
 

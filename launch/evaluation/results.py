@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.evaluation.splits import Split
-from launch.evaluation.conditions import Condition, condition_settings, neighbour_tokens
+from launch.evaluation.conditions import (
+    Condition,
+    condition_settings,
+    neighbour_tokens,
+    scored_model,
+)
 from launch.evaluation.figures import share_with_interval
 from launch.evaluation.knn import knn_scoring
 from launch.evaluation.settings import EvaluationSettings, KnnSettings
@@ -121,7 +126,9 @@ def documents_right(work: Work, settings: EvaluationSettings, condition: Conditi
     digest = _digest({"hits": _head(work, settings, condition)})
     cut = settings.windows(condition.run.chunks)
     what = f"{condition_name(condition.name)}, last words"
-    one = Pass(condition.run, score.token_hits, cut, what, work.folder / f".partial-{digest}")
+    one = Pass(
+        scored_model(condition.run), score.token_hits, cut, what, work.folder / f".partial-{digest}"
+    )
     hits = work.scorer.nll(one, text)
     forget(one)
     return bits_per_byte.documents_hit(hits == 1, work.text, text.documents)
@@ -146,7 +153,7 @@ def _score(
     text = dataclasses.replace(split.text(0), neighbours=tokens)
     partial = folder / f".partial-{_digest({c.name: _head(work, settings, c) for c in conditions})}"
     what = "k sweep" if sweep else condition_name(last.name)
-    one = Pass(last.run, losses, cut, what, partial)
+    one = Pass(scored_model(last.run), losses, cut, what, partial)
     nll = work.scorer.nll(one, text)
     forget(one)
     return (nll if sweep else nll[None]), {}
