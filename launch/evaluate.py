@@ -9,6 +9,7 @@ once, in windows of the trained length that advance by half of it. docs/evaluati
 condition and figure is. Writes, in W/evaluation:
 
     SPLIT.json, SPLIT.md           what was printed last, with every sum and figure
+    SPLIT-documents.npz            sums by document, from which intervals and comparisons are computed
     SPLIT-windows.json             figures of each --overlap, where there are several
     SPLIT-overlap.json .csv .svg   the same figures by overlap with the training data, r(C) <= alpha
     SPLIT-CONDITION-STEP-ID.json   one condition of one checkpoint; found again, it is reused
@@ -42,8 +43,8 @@ from launch.evaluation.conditions import (
     passes,
     swept_conditions,
 )
-from launch.evaluation.figures import Scored, with_intervals, write_overlap
 from launch.evaluation.results import Work, evaluate
+from launch.evaluation.scores import keep_scores
 from launch.evaluation.settings import EvaluationSettings, KnnSettings
 from launch.processes import COORDINATOR_ADDRESS, NUM_PROCESSES, PEER_TIMEOUT, PROCESS_ID, join
 from launch.runs import trained_run
@@ -51,8 +52,10 @@ from launch.slices import BERT, PATHS, SLICES, wanted_slices
 from retro_jax.distributed import processes
 from retro_jax.errors import UserError
 from retro_jax.evaluate.scorer import Scorer
+from retro_jax.evaluate.uncertainty import with_intervals
 from retro_jax.host_memory import keep_freed_memory
 from retro_jax.report import tables
+from retro_jax.report.overlap_files import write_overlap
 from retro_jax.report.tables import aligned, format_overlap, format_table, markdown
 from retro_jax.storage import files
 
@@ -204,14 +207,17 @@ def _evaluate_all(
 def _publish(work: Work, by_overlap: Mapping[Any, Mapping[str, Any]]) -> None:
     """Writes every form of the results, then prints them: those of the largest overlap, then all."""
     name, results = work.split.name, list(by_overlap.values())[-1]
-    scored = Scored(work.folder, work.split, work.text, work.lengths, results)
-    results = with_intervals(scored)
+    scored = keep_scores(
+        work.folder, results, split=work.split, text=work.text, lengths=work.lengths
+    )
+    results = with_intervals(results, scored)
     files.write_atomically(work.folder / f"{name}.json", files.to_json(results))
     told, overlap, several = [format_table(results)], None, None
     if work.split.table is None:
         told.append(f"no figures by overlap: {work.data} has no neighbours of the {name} split")
     else:
-        overlap = write_overlap(scored)
+        models = {condition: result["model"] for condition, result in results.items()}
+        overlap = write_overlap(work.folder, scored, models)
         told.append(f"\n{format_overlap(overlap)}")
     if len(by_overlap) > 1:
         several = tables.compared(by_overlap)

@@ -7,7 +7,6 @@ Shows what launch.evaluate and launch.sample left in W; the page loads nothing f
 """
 
 import dataclasses
-import math
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,13 +22,14 @@ from launch.common import app
 from launch.common.flags import DATA, SPLIT, data_directory
 from launch.compare import read_comparisons
 from launch.evaluate import FOLDER as EVALUATION
-from launch.evaluation.figures import overlap_files
 from launch.runs import trained_run
 from launch.sample import FOLDER as SAMPLES
 from retro_jax.errors import UserError
 from retro_jax.evaluate.conditions import swept
+from retro_jax.evaluate.scored_text import TokenGains, token_gains
 from retro_jax.report import charts, tables
 from retro_jax.report.html import render
+from retro_jax.report.overlap_files import overlap_files
 from retro_jax.report.published import beside_paper
 from retro_jax.report.tables import comparisons, curves, interval_tables, table_scores
 from retro_jax.report.views import (
@@ -164,15 +164,12 @@ class _Scored:
     """What two results say of each chunk.
 
     Attributes:
-      gains: [n, 64] bits that retrieval saved on each token; 0 for tokens without loss.
-      counted: [n, 64] bool, the tokens that are scored.
-      bits: [n] of the chunk without retrieval. eligible: [n] whether the chunk can be shown.
+      split: the text. tokens: what retrieval did to its tokens.
+      eligible: [n] whether the chunk can be shown.
     """
 
     split: Split
-    gains: np.ndarray
-    counted: np.ndarray
-    bits: np.ndarray
+    tokens: TokenGains
     eligible: np.ndarray
 
 
@@ -180,11 +177,12 @@ def _charts(results: Mapping[str, Any], scored: _Scored | None) -> Iterator[Char
     """What retrieval gains by what it may depend on."""
     yield from charts.sweep_charts(results)
     if scored:
-        yield charts.place_chart(scored.gains, scored.counted)
+        gains, counted = scored.tokens.gains, scored.tokens.counted
+        yield charts.place_chart(gains, counted)
         if scored.split.retrieval is not None:
             tokens = scored.split.database.chunks(scored.split.ids)
             times = token_counts(scored.split.retrieval)
-            yield charts.frequency_chart(scored.gains, scored.counted, tokens, times)
+            yield charts.frequency_chart(gains, counted, tokens, times)
 
 
 def _chunk_views(
@@ -224,13 +222,11 @@ def _read_scores(
             f"{folder}: losses of {len(on)} and {len(off)} chunks, expected {len(split.ids)}"
         )
     counted = split.text_mask(Tokenizer.open(data / "tokenizer").byte_lengths)
-    gains = np.where(counted, (off - on) / math.log(2), 0.0)
     owners = split.database.documents(split.ids)
     eligible = counted.sum(axis=1) >= _LEAST_TOKENS
     eligible[0] = False
     eligible[1:] &= owners[1:] == owners[:-1]  # a document's first chunk reads no neighbours
-    bits = np.where(counted, off, 0.0).sum(axis=1) / math.log(2)
-    return _Scored(split, gains, counted, bits, eligible)
+    return _Scored(split, token_gains(on, off, counted), eligible)
 
 
 def _overlap(folder: pathlib.Path, results: Mapping[str, Any]) -> dict[str, list[OverlapPoint]]:
@@ -252,7 +248,7 @@ def _choose(scored: _Scored, corpus: str) -> Iterator[tuple[str, int]]:
     places = np.flatnonzero(scored.eligible & inside)
     if not len(places):
         return
-    totals = scored.gains[places].sum(axis=1)
+    totals = scored.tokens.gains[places].sum(axis=1)
     yield "Largest gain", int(places[np.argmax(totals)])
     yield "Largest loss", int(places[np.argmin(totals)])
     yield "Chosen at random", int(np.random.default_rng(0).choice(places))
@@ -269,10 +265,10 @@ def _view(heading: str, place: int, scored: _Scored, viewer: Viewer, k: int) -> 
     return ChunkView(
         heading=heading,
         source=f"{record.id} · chunk {chunk - record.first_chunk + 1} of {record.chunks}",
-        gain=float(scored.gains[place].sum()),
-        bits=float(scored.bits[place]),
+        gain=float(scored.tokens.gains[place].sum()),
+        bits=float(scored.tokens.bits[place]),
         query=viewer.spans(tokens[0]),
-        spans=viewer.spans(tokens[1][text], gains=scored.gains[place][text]),
+        spans=viewer.spans(tokens[1][text], gains=scored.tokens.gains[place][text]),
         neighbours=viewer.neighbours(
             split.table.ids(np.array([query]), k)[0],
             split.table.scores(np.array([query]), k)[0],

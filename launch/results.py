@@ -18,13 +18,12 @@ from absl import flags
 
 from launch import compare
 from launch.common import app, configurables
-from launch.evaluation.figures import overlap_files
 from launch.quickstart import run_steps
 from retro_jax.errors import UserError
 from retro_jax.report import published
+from retro_jax.report.overlap_files import overlap_files
 from retro_jax.report.tables import markdown, markdown_table
 from retro_jax.storage import files
-from retro_jax.storage.files import read_array
 
 ABLATIONS = flags.DEFINE_list("ablations", None, "Which to train. Default: all; '' for none.")
 DOCS = flags.DEFINE_string("docs", None, "A Markdown file of which the marked part is replaced.")
@@ -113,13 +112,7 @@ def ablation_row(workdir: pathlib.Path, name: str, base: dict[str, Any]) -> list
     """One ablation's figures beside those of the RETRO."""
     other = workdir / "ablations" / name / "evaluation"
     result = files.read_json(other / f"{_SPLIT}.json")["on"]
-    found = compare.compare(
-        workdir,
-        [
-            (result, read_array(other / result["nll"])),
-            (base, read_array(workdir / "evaluation" / base["nll"])),
-        ],
-    )
+    found = compare.compare_results(workdir, [(other, result), (workdir / "evaluation", base)])
     value, low, high = (found["difference"][end] for end in ("value", "low", "high"))
     ablated, whole = published.ABLATIONS[name]
     clear = low > 0 or high < 0

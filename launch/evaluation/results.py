@@ -16,7 +16,6 @@ from launch.evaluation.conditions import (
     neighbour_tokens,
     scored_model,
 )
-from launch.evaluation.figures import share_with_interval
 from launch.evaluation.knn import knn_scoring
 from launch.evaluation.settings import EvaluationSettings, KnnSettings
 from retro_jax.distributed import processes
@@ -24,6 +23,7 @@ from retro_jax.evaluate import bits_per_byte, score
 from retro_jax.evaluate.conditions import condition_name
 from retro_jax.evaluate.k_sweep import sweep_losses
 from retro_jax.evaluate.scorer import Pass, Scorer, forget
+from retro_jax.evaluate.uncertainty import share_with_interval
 from retro_jax.model import Retro
 from retro_jax.storage import files
 from retro_jax.storage.files import write_array
