@@ -33,7 +33,7 @@ from absl import flags
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.evaluation.prepare_text import prepare_slice
 from data_pipelines.evaluation.splits import open_split, places_of
-from data_pipelines.evaluation.texts import SliceConfig
+from data_pipelines.evaluation.texts import SliceConfig, evaluation_text
 from launch.common import app, configurables
 from launch.common.flags import AVERAGED, DATA, NUM_NEIGHBOURS, RETRIEVAL, SPLIT, data_directory
 from launch.evaluation.conditions import (
@@ -225,7 +225,7 @@ def _publish(work: Work, by_overlap: Mapping[Any, Mapping[str, Any]]) -> None:
         files.write_atomically(path, files.to_json(several))
         for title, header, rows in tables.tables(several):
             told.append(f"\n{title}\n{aligned(header, rows)}")
-    text = markdown(results, overlap, several)
+    text = markdown(results, overlap, several, evaluation_text(name).published)
     files.write_atomically(work.folder / f"{name}.md", text.encode())
     print("\n".join(told))
 

@@ -17,6 +17,7 @@ from absl import flags
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.evaluation.splits import Split, open_split, token_counts
 from data_pipelines.evaluation.text_view import Viewer, sample_chunk_from_json
+from data_pipelines.evaluation.texts import evaluation_text
 from data_pipelines.retriever.revisions import open_database
 from launch.common import app
 from launch.common.flags import DATA, SPLIT, data_directory
@@ -129,7 +130,7 @@ def _facts(
 
 def _tables(folder: pathlib.Path, results: Mapping[str, Any]) -> Iterator[TableView]:
     """The paper's figures, how sure ours are, paired tests, and overlaps of windows."""
-    beside = beside_paper(results)
+    beside = beside_paper(results, evaluation_text(SPLIT.value).published)
     if beside:
         yield beside
     if all("intervals" in result["all"] for result in results.values()):

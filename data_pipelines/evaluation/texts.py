@@ -27,6 +27,7 @@ from data_pipelines.documents.documents import KIND, stable_hash
 from data_pipelines.documents.external_sort import SORT_BYTES, Entry, Runs, RunWriter, read_lines
 from data_pipelines.evaluation.detokenise import detokenise
 from retro_jax.errors import UserError
+from retro_jax.report.views import PublishedFigures
 
 MEASURES = "measures"
 MEASURE_NAMES = ("bytes", "words", "lines", "scored_from")
@@ -40,7 +41,7 @@ class SliceConfig:
     """Which texts a slice is made of.
 
     Attributes:
-      name: of the slice: one of KINDS, else any name for JSON lines with a text field.
+      name: of the slice: one of TEXTS, else any name for JSON lines with a text field.
       path: the file or folder; None for a slice that was prepared before.
       subsets: of the Pile: these only. () for all.
       max_documents: of each corpus, the first so many in the order of a hash of their ids.
@@ -140,7 +141,7 @@ def read_measures(directory: Path) -> np.ndarray:
 
 def read_texts(config: SliceConfig, reading: Reading) -> Iterator[Text]:
     """The documents of a slice's file, in the file's order."""
-    return KINDS.get(config.name, _plain)(config, reading)
+    return evaluation_text(config.name).read(config, reading)
 
 
 def _fill(folder: pathlib.Path, config: SliceConfig) -> Runs:
@@ -258,10 +259,85 @@ def _lambada(config: SliceConfig, reading: Reading) -> Iterator[Text]:
         yield Text(name, config.name, text, len(word.encode()), 1, 0, start)
 
 
-KINDS: dict[str, Callable[[SliceConfig, Reading], Iterator[Text]]] = {
-    "wikitext103": _wikitext,
-    "wikitext103_detokenised": _detokenised,
-    "pile": _pile,
-    "curation": _summaries,
-    "lambada": _lambada,
-}
+@dataclasses.dataclass(frozen=True)
+class EvaluationText:
+    """A text that models are compared on: what launch.evaluate and its tables need to know of it.
+
+    Attributes:
+      name: of the slice. read: gives the documents of its file.
+      measure: a further figure of results: "last_word_accuracy", the share of documents of which every
+        scored token is the model's most likely one; None for none.
+      published: the paper's figures. subsets: whether the slice NAME:CORPUS is one of its corpora.
+    """
+
+    name: str
+    read: Callable[[SliceConfig, Reading], Iterator[Text]]
+    measure: str | None = None
+    published: PublishedFigures | None = None
+    subsets: bool = False
+
+
+def evaluation_text(name: str) -> EvaluationText:
+    """The row of a slice, or of a split by its key; one without figures where TEXTS has none."""
+    name = name.partition("-")[0]
+    return TEXTS.get(name) or EvaluationText(name, _plain)
+
+
+_WIKITEXT103 = PublishedFigures(
+    title="WikiText-103",
+    label="perplexity by word",
+    figure="word_perplexity",
+    layout="sets",
+    columns=("validation", "test"),
+    rows={
+        "baseline transformer": (21.53, 22.96),
+        "kNN-LM, Wikipedia": (18.52, 19.54),
+        "RETRO, Wikipedia": (18.46, 18.97),
+        "RETRO, C4": (12.87, 10.23),
+        "RETRO, MassiveText (all)": (3.21, 3.92),
+    },
+    words={"validation": 217_646, "test": 245_569},
+)
+_PILE = PublishedFigures(
+    title="the Pile",
+    label="bits per byte",
+    figure="bits_per_byte",
+    layout="corpora",
+    columns=("baseline 7B", "RETRO 7.5B"),
+    rows={
+        "arxiv": (0.742, 0.714),
+        "books3": (0.792, 0.653),
+        "dm_mathematics": (1.177, 1.164),
+        "freelaw": (0.576, 0.499),
+        "github": (0.420, 0.199),
+        "gutenberg": (0.803, 0.400),
+        "hackernews": (0.971, 0.860),
+        "pile_cc": (0.771, 0.626),
+        "pubmed_central": (0.588, 0.419),
+        "stackexchange": (0.714, 0.624),
+        "ubuntu_irc": (1.200, 1.178),
+        "uspto": (0.603, 0.583),
+    },
+)
+_LAMBADA = PublishedFigures(
+    title="LAMBADA",
+    label="accuracy of the last word",
+    figure="last_word_accuracy",
+    layout="sizes",
+    columns=("baseline", "on"),
+    rows={
+        "172m": (0.42, 0.52),
+        "425m": (0.51, 0.60),
+        "1.5b": (0.61, 0.67),
+        "7.5b": (0.69, 0.73),
+    },
+)
+
+_ROWS = (
+    EvaluationText("wikitext103", _wikitext, published=_WIKITEXT103),
+    EvaluationText("wikitext103_detokenised", _detokenised, published=_WIKITEXT103),
+    EvaluationText("pile", _pile, published=_PILE, subsets=True),
+    EvaluationText("curation", _summaries),
+    EvaluationText("lambada", _lambada, measure="last_word_accuracy", published=_LAMBADA),
+)
+TEXTS = {text.name: text for text in _ROWS}

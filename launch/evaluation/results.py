@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.evaluation.splits import Split
+from data_pipelines.evaluation.texts import evaluation_text
 from launch.evaluation.conditions import (
     Condition,
     condition_settings,
@@ -69,9 +70,7 @@ def evaluate(
         for condition, nll in zip(missing, found, strict=True):
             name = names[condition.name]
             result = heads[condition.name] | {"nll": f"{name}.npy", **figures(work, nll), **more}
-            if split.name.startswith("lambada") and condition.kind not in ("knn", "k"):
-                right = documents_right(work, settings, condition)
-                result["last_word_accuracy"] = share_with_interval(right)
+            result |= _measured(work, settings, condition)
             if processes.is_first():
                 write_array(folder / f"{name}.npy", nll)
                 files.write_atomically(folder / f"{name}.json", files.to_json(result))
@@ -117,6 +116,16 @@ def _knn_settings(settings: KnnSettings) -> dict[str, Any]:
 def _digest(head: Mapping[str, Any]) -> str:
     """A few digits that differ where any of it does."""
     return hashlib.sha256(files.to_json(head)).hexdigest()[:_ID_DIGITS]
+
+
+def _measured(
+    work: Work, settings: EvaluationSettings, condition: Condition
+) -> dict[str, dict[str, float | None]]:
+    """The further figure that the text is measured by, under conditions with one model's logits."""
+    measure = evaluation_text(work.split.name).measure
+    if measure is None or condition.kind in ("knn", "k"):
+        return {}
+    return {measure: share_with_interval(documents_right(work, settings, condition))}
 
 
 def documents_right(work: Work, settings: EvaluationSettings, condition: Condition) -> np.ndarray:

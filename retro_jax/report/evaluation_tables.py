@@ -13,7 +13,7 @@ from retro_jax.evaluate.conditions import (
     swept,
 )
 from retro_jax.report.published import beside_paper
-from retro_jax.report.views import OverlapPoint, TableView, shown
+from retro_jax.report.views import OverlapPoint, PublishedFigures, TableView, shown
 
 ABOUT = "95%, percentiles of 1,000 bootstrap resamples of the documents"
 FIGURES = {"word_perplexity": ("Perplexity by word", 2), "bits_per_byte": ("Bits per byte", 4)}
@@ -127,18 +127,20 @@ def markdown(
     results: Mapping[str, Any],
     overlap: Mapping[str, Any] | None,
     several: Mapping[str, Any] | None = None,
+    published: PublishedFigures | None = None,
 ) -> str:
     """The whole file.
 
     Args:
       results: by condition, of launch.evaluate. overlap: what write_overlap found, if anything.
-      several: what windows.compared found, where windows of several overlaps were scored.
+      several: what `compared` found, where windows of several overlaps were scored.
+      published: the paper's figures of the text.
     """
     split = next(iter(results.values()))["settings"]["split"]
     parts = [f"# Evaluation: {split}", *_figures(results)]
     for title, header, rows in tables(several) if several else ():
         parts += [f"{title}:", markdown_table(header, rows)]
-    beside = beside_paper(results)
+    beside = beside_paper(results, published)
     if beside:
         parts += [f"## {beside.title}", beside.caption, markdown_table(beside.header, beside.rows)]
     for view in interval_tables(results):

@@ -122,6 +122,28 @@ class TableView:
 
 
 @dataclasses.dataclass(frozen=True)
+class PublishedFigures:
+    """The paper's figures of a text, beside which ours are shown.
+
+    Attributes:
+      title: the text's name. label: of the figure. figure: its name in our results.
+      layout: "sets" where columns are whole sets, ours in that of the same `words`; "corpora" where
+        rows are corpora, ours in further columns; "sizes" where rows are sizes of the paper's models
+        and columns conditions, ours in the last row.
+      columns: of the paper's figures. rows: name -> a figure for each column.
+      words: of "sets", column -> words of the whole set, line ends counted.
+    """
+
+    title: str
+    label: str
+    figure: str
+    layout: str
+    columns: Sequence[str]
+    rows: Mapping[str, Sequence[float]]
+    words: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """Everything the page shows; a section without content is left out.
 

@@ -13,6 +13,7 @@ from data_pipelines.evaluation.detokenise import detokenise
 from data_pipelines.evaluation.texts import (
     MEASURE_NAMES,
     SliceConfig,
+    evaluation_text,
     pile_subset,
     prepare_texts,
     read_measures,
@@ -84,6 +85,22 @@ def test_summaries_and_last_words_are_scored_by_themselves(tmp_path: pathlib.Pat
     assert last.text.encode()[last.scored_from :].decode() == "néver"
     assert (last.bytes, last.words, last.lines) == (6, 1, 0)
     assert (only.text, only.scored_from) == ("one", 0)
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "measure"),
+    [
+        ("lambada", "lambada", "last_word_accuracy"),
+        ("lambada-first10", "lambada", "last_word_accuracy"),
+        ("lambada_de", "lambada_de", None),  # another text, of which nothing is known
+        ("pile-github-first3", "pile", None),
+        ("test", "test", None),
+    ],
+)
+def test_a_split_has_the_row_of_its_text(key: str, name: str, measure: str | None):
+    text = evaluation_text(key)
+    assert (text.name, text.measure) == (name, measure)
+    assert (text.published is None) == (name in ("test", "lambada_de"))
 
 
 def test_any_json_lines_are_scored_whole(tmp_path: pathlib.Path):
