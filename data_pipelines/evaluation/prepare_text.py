@@ -6,7 +6,7 @@ from data_pipelines.artefacts.manifest import MANIFEST_FILE
 from data_pipelines.chunk_database.database import ChunkDatabase, prepare_chunks
 from data_pipelines.documents.documents import KIND as DOCUMENTS
 from data_pipelines.evaluation.splits import slice_table
-from data_pipelines.evaluation.texts import SliceConfig, prepare_texts
+from data_pipelines.evaluation.texts import SliceConfig, check_source, prepare_texts
 from data_pipelines.retriever.keys import Keys, KeysConfig, prepare_keys
 from data_pipelines.retriever.neighbours import prepare_neighbours
 from data_pipelines.retriever.retriever import Queries, Retriever
@@ -30,6 +30,7 @@ def prepare_slice(data: pathlib.Path, config: SliceConfig) -> str:
     folder = data / FOLDER / config.key
     table = slice_table(folder, latest(data))
     if (table / MANIFEST_FILE).is_file():
+        check_source(folder, config)
         return config.key
     with only_one(data):
         print(f"preparing {config.key} ...", flush=True)

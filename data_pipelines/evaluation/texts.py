@@ -3,17 +3,19 @@
 A slice is prepared as one split of documents is, beside W's own, with W's tokeniser and retrieval
 database:
 
+    W/slices/NAME/source.json   size and hash of the file that it was read from
     W/slices/NAME/documents     what is scored, sorted as W's documents are
     W/slices/NAME/measures      [documents, 4] int64: denominators, and where in the text scoring begins
     W/slices/NAME/chunks, W/slices/NAME/neighbours
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -22,18 +24,22 @@ from data_pipelines.artefacts.manifest import Manifest, Path, Stage, shard_name
 from data_pipelines.corpora import CorpusConfig, Reading
 from data_pipelines.corpora.document import short_label as pile_subset
 from data_pipelines.corpora.json_lines import read_objects
+from data_pipelines.corpora.sources import find_files, open_file
 from data_pipelines.corpora.wikitext import read_wikitext
 from data_pipelines.documents.documents import KIND, stable_hash
 from data_pipelines.documents.external_sort import SORT_BYTES, Entry, Runs, RunWriter, read_lines
 from data_pipelines.evaluation.detokenise import detokenise
 from retro_jax.errors import UserError
 from retro_jax.report.views import PublishedFigures
+from retro_jax.storage import files
 
 MEASURES = "measures"
+SOURCE_FILE = "source.json"
 MEASURE_NAMES = ("bytes", "words", "lines", "scored_from")
 _SHARD_BYTES = 64 << 20
 _LOOK = 256  # documents between looks at a shard's size
 _SPILL = ".spill"
+_READ = 1 << 20  # bytes of a source that are hashed at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +98,11 @@ def prepare_texts(directory: Path, config: SliceConfig) -> Manifest:
       The manifest of the documents, as `prepare_documents` would have made it.
 
     Raises:
-      UserError: no path for a slice that is not there yet, a bad or empty file, an unknown subset.
+      UserError: no path for a slice that is not there yet, a bad or empty file, an unknown subset, or
+        another file than the slice was read from.
     """
     folder = pathlib.Path(directory)
+    source = check_source(folder, config)
     done = Stage(folder / KIND, KIND, config.settings, claim=False)
     if done.done:
         return done.manifest()
@@ -103,6 +111,7 @@ def prepare_texts(directory: Path, config: SliceConfig) -> Manifest:
             f"the slice {config.key} is not prepared: expected --slice_paths={config.name}=PATH"
         )
     runs = _fill(folder / _SPILL, config)
+    files.write_atomically(folder / SOURCE_FILE, files.to_json(source))
     done.claim()
     measures: list[list[int]] = []
     shards: list[dict[str, Any]] = []
@@ -130,6 +139,58 @@ def prepare_texts(directory: Path, config: SliceConfig) -> Manifest:
         "reading": {},
     }
     return done.finish(facts, [shard_name(KIND, i, ".jsonl") for i in range(len(shards))])
+
+
+def check_source(directory: Path, config: SliceConfig) -> dict[str, Any]:
+    """Refuses a path that does not have what a slice was read from.
+
+    Slices that were prepared before sources were recorded, and those without a path, are not compared.
+
+    Args:
+      directory: of the slice. config: which text.
+
+    Returns:
+      What is recorded of the path: its last part, its number of files, their size and SHA-256.
+
+    Raises:
+      UserError: there is no such path, or it has other content; it names both.
+    """
+    if config.path is None:
+        return {}
+    found = _source(config.path)
+    path = pathlib.Path(directory) / SOURCE_FILE
+    recorded = files.read_json(path) if path.is_file() else found
+    if any(recorded[name] != found[name] for name in ("size", "sha256")):
+        raise UserError(
+            f"{config.path} has {_described(found)}, but the slice {config.key} was read from"
+            f" {recorded['name']!r} of {_described(recorded)} ({path}): expected that, or another name"
+        )
+    return found
+
+
+def _described(source: Mapping[str, Any]) -> str:
+    """Size and hash of a source."""
+    return f"{source['size']:,} bytes with SHA-256 {source['sha256'][:12]}"
+
+
+def _source(path: str) -> dict[str, Any]:
+    """What identifies a file, or all files of a folder."""
+    corpus = CorpusConfig("slice", "text", path, include=("*",))
+    lines, digests = [], []
+    for file in find_files(path, corpus):
+        digest = hashlib.sha256()
+        with open_file(file) as opened:
+            while block := opened.read(_READ):
+                digest.update(block)
+        digests.append(digest.hexdigest())
+        lines.append((file.name, file.size, digests[-1]))
+    several = hashlib.sha256(files.to_json(sorted(lines))).hexdigest()
+    return {
+        "name": pathlib.PurePosixPath(path).name,
+        "files": len(lines),
+        "size": sum(size for _, size, _ in lines),
+        "sha256": digests[0] if len(digests) == 1 else several,
+    }
 
 
 def read_measures(directory: Path) -> np.ndarray:

@@ -145,6 +145,13 @@ def test_slices_are_prepared_scored_and_found_again(
     assert NeighbourTable.open(data / "slices" / "lambada" / "neighbours").k == 40
     assert call(evaluate.main, *where) == 0
     assert "preparing" not in capsys.readouterr().out
+    # Another file by the same name is refused, and one that is missing.
+    for path, said in ((tmp_path / "pile.jsonl", "lambada"), ("/nowhere", "/nowhere is missing")):
+        more = ["--slices=lambada", f"--slice_paths=lambada={path}"]
+        assert call(evaluate.main, *where[:2], *more) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        assert said in error
     assert call(report.main, *where[:2], "--split=pile-github") == 0
     page = (workdir / "report.html").read_text(encoding="utf-8")
     assert "Beside the paper: the Pile" in page and f"<td>{ours[2]:.3f}</td>" in page
