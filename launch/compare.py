@@ -21,7 +21,8 @@ from launch.evaluation.scores import scores_of
 from retro_jax.errors import UserError
 from retro_jax.evaluate.conditions import condition_name
 from retro_jax.evaluate.uncertainty import compare
-from retro_jax.report.tables import comparisons, markdown_table
+from retro_jax.report.evaluation_tables import comparisons
+from retro_jax.report.tables import as_markdown, interval
 from retro_jax.storage import files
 
 OTHER = flags.DEFINE_string("other", None, "The workdir of the other model; may be the same.")
@@ -42,7 +43,7 @@ def main() -> None:
     stem = first / _FOLDER / f"{SPLIT.value}-{names[0]}-against-{second.name}-{names[1]}"
     files.write_atomically(stem.with_name(f"{stem.name}.json"), files.to_json(result))
     view = comparisons([result])
-    text = f"# {view.title}\n\n{markdown_table(view.header, view.rows)}\n\n{view.caption}\n"
+    text = f"# {view.title}\n\n{as_markdown(view)}\n\n{view.caption}\n"
     files.write_atomically(stem.with_name(f"{stem.name}.md"), text.encode())
     print(
         _shown(
@@ -95,12 +96,12 @@ def read_comparisons(folder: pathlib.Path, split: str, results: Mapping[str, Any
 
 def _shown(result: dict[str, Any], names: list[str]) -> str:
     """The comparison in a few lines."""
-    value, low, high = (result["difference"][name] for name in ("value", "low", "high"))
     lines = [
         f"{name}: {figure:.4f} bits per byte"
         for name, figure in zip(names, result["bits_per_byte"], strict=True)
     ]
-    lines.append(f"difference: {value:+.4f} [{low:+.4f}, {high:+.4f}], p = {result['p_value']:.4f}")
+    difference = interval(result["difference"], "+")
+    lines.append(f"difference: {difference}, p = {result['p_value']:.4f}")
     better = f"{result['better_documents']:,} of {result['documents']:,} documents"
     return "\n".join([*lines, f"(the first is better on {better}, {result['bytes']:,} bytes)"])
 

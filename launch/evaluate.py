@@ -54,9 +54,16 @@ from retro_jax.errors import UserError
 from retro_jax.evaluate.scorer import Scorer
 from retro_jax.evaluate.uncertainty import with_intervals
 from retro_jax.host_memory import keep_freed_memory
-from retro_jax.report import tables
+from retro_jax.report.evaluation_tables import (
+    compared,
+    format_overlap,
+    format_table,
+    markdown,
+    window_tables,
+    windows_file,
+)
 from retro_jax.report.overlap_files import write_overlap
-from retro_jax.report.tables import aligned, format_overlap, format_table, markdown
+from retro_jax.report.tables import as_text
 from retro_jax.storage import files
 
 STRIDE = flags.DEFINE_integer(
@@ -220,11 +227,10 @@ def _publish(work: Work, by_overlap: Mapping[Any, Mapping[str, Any]]) -> None:
         overlap = write_overlap(work.folder, scored, models)
         told.append(f"\n{format_overlap(overlap)}")
     if len(by_overlap) > 1:
-        several = tables.compared(by_overlap)
-        path = tables.windows_file(work.folder, name)
-        files.write_atomically(path, files.to_json(several))
-        for title, header, rows in tables.tables(several):
-            told.append(f"\n{title}\n{aligned(header, rows)}")
+        several = compared(by_overlap)
+        files.write_atomically(windows_file(work.folder, name), files.to_json(several))
+        for table in window_tables(several):
+            told.append(f"\n{table.title}\n{as_text(table)}")
     text = markdown(results, overlap, several, evaluation_text(name).published)
     files.write_atomically(work.folder / f"{name}.md", text.encode())
     print("\n".join(told))

@@ -45,6 +45,7 @@ from data_pipelines.workdir.preparation import Preparation, materialise, open_ke
 from launch.common import app, configurables
 from launch.runs import record
 from retro_jax.errors import UserError
+from retro_jax.report.tables import as_text
 from retro_jax.storage import files
 
 STAGES = flags.DEFINE_list("stages", None, "Only these stages, in their own order. Default: all.")
@@ -118,7 +119,7 @@ def main() -> None:
     """Runs the stages that are asked for."""
     directory = pathlib.Path(app.required(app.WORKDIR, "the directory of the run"))
     if STATS.value:
-        print(summary.table(directory))
+        print(as_text(summary.table(directory)))
         return
     if VERIFY.value:
         _verify(directory)

@@ -28,11 +28,18 @@ from launch.sample import FOLDER as SAMPLES
 from retro_jax.errors import UserError
 from retro_jax.evaluate.conditions import swept
 from retro_jax.evaluate.scored_text import TokenGains, token_gains
-from retro_jax.report import charts, tables
+from retro_jax.report import charts
+from retro_jax.report.evaluation_tables import (
+    comparisons,
+    curves,
+    interval_tables,
+    table_scores,
+    window_tables,
+    windows_file,
+)
 from retro_jax.report.html import render
 from retro_jax.report.overlap_files import overlap_files
 from retro_jax.report.published import beside_paper
-from retro_jax.report.tables import comparisons, curves, interval_tables, table_scores
 from retro_jax.report.views import (
     ChartView,
     ChunkView,
@@ -40,7 +47,7 @@ from retro_jax.report.views import (
     OverlapPoint,
     Report,
     SampleView,
-    TableView,
+    Table,
 )
 from retro_jax.storage import files
 from retro_jax.storage.files import read_array
@@ -128,7 +135,7 @@ def _facts(
         )
 
 
-def _tables(folder: pathlib.Path, results: Mapping[str, Any]) -> Iterator[TableView]:
+def _tables(folder: pathlib.Path, results: Mapping[str, Any]) -> Iterator[Table]:
     """The paper's figures, how sure ours are, paired tests, and overlaps of windows."""
     beside = beside_paper(results, evaluation_text(SPLIT.value).published)
     if beside:
@@ -139,13 +146,12 @@ def _tables(folder: pathlib.Path, results: Mapping[str, Any]) -> Iterator[TableV
     if compared:
         yield comparisons(compared)
     several = _several(folder, results)
-    for title, header, rows in tables.tables(several) if several else ():
-        yield TableView(title, "", header, rows)
+    yield from window_tables(several) if several else ()
 
 
 def _several(folder: pathlib.Path, results: Mapping[str, Any]) -> dict[str, Any] | None:
     """The figures of several overlaps of windows, where they are of the same models."""
-    path = tables.windows_file(folder, SPLIT.value)
+    path = windows_file(folder, SPLIT.value)
     found = files.read_json(path) if path.is_file() else None
     models = {name: result["model"] for name, result in results.items()}
     return found if found and found["models"] == models else None

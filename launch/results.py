@@ -21,8 +21,10 @@ from launch.common import app, configurables
 from launch.quickstart import run_steps
 from retro_jax.errors import UserError
 from retro_jax.report import published
+from retro_jax.report.evaluation_tables import markdown
 from retro_jax.report.overlap_files import overlap_files
-from retro_jax.report.tables import markdown, markdown_table
+from retro_jax.report.tables import interval, section
+from retro_jax.report.views import Table
 from retro_jax.storage import files
 
 ABLATIONS = flags.DEFINE_list("ablations", None, "Which to train. Default: all; '' for none.")
@@ -104,7 +106,7 @@ def summary(workdir: pathlib.Path, names: Sequence[str]) -> str:
     parts = [markdown(results, files.read_json(path) if path.is_file() else None)]
     if names:
         rows = [ablation_row(workdir, name, results["on"]) for name in names]
-        parts.append(f"## Ablations\n\n{_ABOUT}\n\n{markdown_table(_HEADER, rows)}\n")
+        parts.append(section(Table(_HEADER, rows, "Ablations", _ABOUT)) + "\n")
     return "\n".join(parts)
 
 
@@ -120,7 +122,7 @@ def ablation_row(workdir: pathlib.Path, name: str, base: dict[str, Any]) -> list
     return [
         name.replace("_", " "),
         f"{found['bits_per_byte'][0]:.4f}",
-        f"{value:+.4f} [{low:+.4f}, {high:+.4f}]",
+        interval(found["difference"], "+"),
         f"{found['p_value']:.4f}",
         f"{ablated - whole:+.3f}",
         verdict,

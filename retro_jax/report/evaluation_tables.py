@@ -1,4 +1,4 @@
-"""Results of launch.evaluate as tables for the terminal."""
+"""The tables of an evaluation: for the terminal, its Markdown file and the report."""
 
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,11 +9,11 @@ from retro_jax.evaluate.conditions import (
     SWEPT_NAMES,
     condition_name,
     condition_order,
-    score_rows,
     swept,
 )
 from retro_jax.report.published import beside_paper
-from retro_jax.report.views import OverlapPoint, PublishedFigures, TableView, shown
+from retro_jax.report.tables import as_markdown, as_text, interval, section
+from retro_jax.report.views import OverlapPoint, PublishedFigures, Table
 
 ABOUT = "95%, percentiles of 1,000 bootstrap resamples of the documents"
 FIGURES = {"word_perplexity": ("Perplexity by word", 2), "bits_per_byte": ("Bits per byte", 4)}
@@ -22,6 +22,35 @@ FIGURES = {"word_perplexity": ("Perplexity by word", 2), "bits_per_byte": ("Bits
 def table_scores(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
     """Results as the report and its tables take them: condition -> corpus ("" for all) -> figures."""
     return {name: {**result["corpora"], "": result["all"]} for name, result in results.items()}
+
+
+def score_table(
+    scores: Mapping[str, Mapping[str, Mapping[str, float]]],
+    figure: str,
+    digits: int,
+    label: str = "corpus",
+) -> Table:
+    """A table of one figure: a row per corpus, the last is all.
+
+    Args:
+      scores: condition -> corpus ("" for all) -> figures. figure, digits: which one, and how exact.
+      label: of the first column.
+    """
+    conditions = sorted(scores, key=condition_order)
+    corpora = sorted({corpus for by_corpus in scores.values() for corpus in by_corpus if corpus})
+    header = [label, *map(condition_name, conditions)]
+    pair = "on" in scores and "off" in scores
+    header += ["ON vs OFF"] if pair else []
+    rows, best = [], []
+    for corpus in [*corpora, ""]:
+        values = [scores[name][corpus][figure] for name in conditions]
+        row = [corpus or "all", *(f"{value:.{digits}f}" for value in values)]
+        if pair:
+            on, off = scores["on"][corpus][figure], scores["off"][corpus][figure]
+            row.append(f"{100 * (on / off - 1):+.2f}%" if off else "")
+        rows.append(row)
+        best.append(1 + values.index(min(values)) if len(values) > 1 else None)
+    return Table(header, rows, best=best, total=True)
 
 
 def format_table(results: Mapping[str, Any]) -> str:
@@ -41,23 +70,10 @@ def format_table(results: Mapping[str, Any]) -> str:
 
 def _aligned(results: Mapping[str, Any]) -> str:
     """One table of bits per byte."""
-    header, rows, _ = score_rows(table_scores(results), "bits_per_byte", 4)
-    return aligned(["bits per byte", *header[1:]], rows)
+    return as_text(score_table(table_scores(results), "bits_per_byte", 4, "bits per byte"))
 
 
-def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table as text: the first column to the left, the others to the right."""
-    lines = [header, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-
-    def show(line: Sequence[str]) -> str:
-        cells = [f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True)]
-        return "  ".join([f"{line[0]:<{widths[0]}}", *cells])
-
-    return "\n".join(map(show, lines))
-
-
-def comparisons(found: Sequence[Mapping[str, Any]]) -> TableView:
+def comparisons(found: Sequence[Mapping[str, Any]]) -> Table:
     """Comparisons as a table, a row each."""
     header = ["", "bits per byte", "the other's", "difference", "p", "better on"]
     rows = []
@@ -68,7 +84,7 @@ def comparisons(found: Sequence[Mapping[str, Any]]) -> TableView:
             [
                 f"{one} against {each['other']}, {other}",
                 *figures,
-                shown(each["difference"], "+"),
+                interval(each["difference"], "+"),
                 f"{each['p_value']:.4f}",
                 f"{each['better_documents']:,} of {each['documents']:,} documents",
             ]
@@ -77,10 +93,10 @@ def comparisons(found: Sequence[Mapping[str, Any]]) -> TableView:
         "In brackets: 95% of 10,000 bootstrap resamples of the documents. p: paired test by random signs of "
         "the documents' differences."
     )
-    return TableView("Compared with another model", caption, header, rows)
+    return Table(header, rows, "Compared with another model", caption)
 
 
-def interval_tables(results: Mapping[str, Any]) -> Iterator[TableView]:
+def interval_tables(results: Mapping[str, Any]) -> Iterator[Table]:
     """Every figure with its interval: all corpora together, then bits per byte of each."""
     caption = f"In brackets: {ABOUT}."
     names = sorted(results, key=condition_order)
@@ -88,17 +104,17 @@ def interval_tables(results: Mapping[str, Any]) -> Iterator[TableView]:
     for name in names:
         each = results[name]["all"]["intervals"]
         figures = [(each["bits_per_byte"], 4), (each["word_perplexity"], 2)]
-        rows.append([condition_name(name), *(shown(f, "", digits) for f, digits in figures)])
+        rows.append([condition_name(name), *(interval(f, "", digits) for f, digits in figures)])
     rows += [[label, cell, ""] for label, cell in _differences(results, names, "")]
     header = ["", "bits per byte", "perplexity by word"]
-    yield TableView("How sure these figures are", caption, header, rows)
+    yield Table(header, rows, "How sure these figures are", caption)
     corpora = sorted({corpus for result in results.values() for corpus in result["corpora"]})
     if len(corpora) < 2:
         return
     columns = [
         [
             *(
-                [condition_name(n), shown(_of(results[n], c)["intervals"]["bits_per_byte"], "")]
+                [condition_name(n), interval(_of(results[n], c)["intervals"]["bits_per_byte"])]
                 for n in names
             ),
             *_differences(results, names, c),
@@ -106,13 +122,13 @@ def interval_tables(results: Mapping[str, Any]) -> Iterator[TableView]:
         for c in corpora
     ]
     rows = [[row[0][0], *(cell for _, cell in row)] for row in zip(*columns, strict=True)]
-    yield TableView("By corpus: bits per byte", caption, ["", *corpora], rows)
+    yield Table(["", *corpora], rows, "By corpus: bits per byte", caption)
 
 
 def _differences(results: Mapping[str, Any], names: Sequence[str], corpus: str) -> list[list[str]]:
     """Labels and cells of the differences, in bits per byte."""
     return [
-        [f"{condition_name(name)} - {condition_name(other)}", shown(difference, "+")]
+        [f"{condition_name(name)} - {condition_name(other)}", interval(difference, "+")]
         for name in names
         for other, difference in _of(results[name], corpus).get("differences", {}).items()
     ]
@@ -138,13 +154,11 @@ def markdown(
     """
     split = next(iter(results.values()))["settings"]["split"]
     parts = [f"# Evaluation: {split}", *_figures(results)]
-    for title, header, rows in tables(several) if several else ():
-        parts += [f"{title}:", markdown_table(header, rows)]
+    for table in window_tables(several) if several else ():
+        parts += [f"{table.title}:", as_markdown(table)]
     beside = beside_paper(results, published)
-    if beside:
-        parts += [f"## {beside.title}", beside.caption, markdown_table(beside.header, beside.rows)]
-    for view in interval_tables(results):
-        parts += [f"## {view.title}", view.caption, markdown_table(view.header, view.rows)]
+    parts += [section(beside)] if beside else []
+    parts += map(section, interval_tables(results))
     if overlap:
         parts += [*_intervals(overlap)]
     parts += ["## How this was made", *_settings(results)]
@@ -159,18 +173,17 @@ def _figures(results: Mapping[str, Any]) -> Iterator[str]:
         ("word_perplexity", "Perplexity by word", 2),
     ):
         yield f"## {title}"
-        yield markdown_table(*score_rows(main, figure, digits)[:2])
+        yield as_markdown(score_table(main, figure, digits))
     for kind in SWEPT_NAMES:
         names = swept(results, kind)
         if names:
             scores = table_scores({name: results[name] for name in names})
-            yield markdown_table(*score_rows(scores, "bits_per_byte", 4)[:2])
+            yield as_markdown(score_table(scores, "bits_per_byte", 4))
     hits = {n: r["last_word_accuracy"] for n, r in results.items() if "last_word_accuracy" in r}
     if hits:
         yield "## Accuracy of the last word"
-        yield markdown_table(
-            [*map(condition_name, hits)], [[shown(value, "") for value in hits.values()]]
-        )
+        row = [interval(value) for value in hits.values()]
+        yield as_markdown(Table([*map(condition_name, hits)], [row]))
 
 
 def _intervals(overlap: Mapping[str, Any]) -> Iterator[str]:
@@ -185,19 +198,17 @@ def _intervals(overlap: Mapping[str, Any]) -> Iterator[str]:
     pairs = list(rows[0]["differences"])
     header = ["corpus", "r(C)", "chunks", *map(condition_name, names)]
     header += [" - ".join(map(condition_name, pair.split("-"))) for pair in pairs]
-    yield markdown_table(
-        header,
+    cells = [
         [
-            [
-                row["corpus"] or "all",
-                f"<= {row['at_most']:.0%}",
-                f"{row['chunks']:,}",
-                *(shown(row["bits_per_byte"][name], "") for name in names),
-                *(shown(row["differences"][pair], "+") for pair in pairs),
-            ]
-            for row in rows
-        ],
-    )
+            row["corpus"] or "all",
+            f"<= {row['at_most']:.0%}",
+            f"{row['chunks']:,}",
+            *(interval(row["bits_per_byte"][name]) for name in names),
+            *(interval(row["differences"][pair], "+") for pair in pairs),
+        ]
+        for row in rows
+    ]
+    yield as_markdown(Table(header, cells))
 
 
 def _settings(results: Mapping[str, Any]) -> Iterator[str]:
@@ -215,15 +226,8 @@ def _settings(results: Mapping[str, Any]) -> Iterator[str]:
                 ", ".join(f"{kind} {hash[:12]}" for kind, hash in result["manifests"].items()),
             ]
         )
-    yield markdown_table(
-        ["condition", "model", "neighbours", "window / stride, chunks", "data"], rows
-    )
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    header = ["condition", "model", "neighbours", "window / stride, chunks", "data"]
+    yield as_markdown(Table(header, rows))
 
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[OverlapPoint]]:
@@ -251,7 +255,7 @@ def format_overlap(found: Mapping[str, Any]) -> str:
             found_here = row["bits_per_byte"]
             figures = [f"{_label(n)} {_number(found_here[n])}" for n in swept(found_here)]
             lines.append(f"{head}: {', '.join(figures)}")
-            lines += [f"    {_label(n)}: {_signed(i)}" for n, i in row["differences"].items()]
+            lines += [f"    {_label(n)}: {interval(i, '+')}" for n, i in row["differences"].items()]
     about = (
         f"r(C): longest run of tokens shared with one of the {found['neighbours']} nearest "
         f"training neighbours, over {found['chunk_length']}. In brackets: 95% intervals over documents."
@@ -267,14 +271,6 @@ def _label(name: str) -> str:
 def _number(interval: Mapping[str, float | None]) -> str:
     """A figure without its interval."""
     return "none" if interval["value"] is None else f"{interval['value']:.4f}"
-
-
-def _signed(interval: Mapping[str, float | None]) -> str:
-    """A difference with its interval."""
-    value, low, high = (interval[name] for name in ("value", "low", "high"))
-    if value is None or low is None or high is None:
-        return "none"
-    return f"{value:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 def windows_file(folder: pathlib.Path, split: str) -> pathlib.Path:
@@ -309,8 +305,8 @@ def last_window(results: Mapping[str, Any]) -> int:
     return next(iter(results.values()))["settings"]["window_chunks"]
 
 
-def tables(found: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Title, header and rows of each figure by overlap, of what `compared` found."""
+def window_tables(found: Mapping[str, Any]) -> Iterator[Table]:
+    """A table of each figure by overlap of windows, of what `compared` found."""
     conditions = sorted(found["rows"][0]["figures"], key=condition_order)
     for figure, (title, digits) in FIGURES.items():
         rows = [
@@ -318,7 +314,7 @@ def tables(found: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[list
             for row in found["rows"]
         ]
         heading = f"{title}, by overlap of windows of {found['chunks']} chunks"
-        yield heading, ["overlap", *map(condition_name, conditions)], rows
+        yield Table(["overlap", *map(condition_name, conditions)], rows, heading)
 
 
 def _cells(

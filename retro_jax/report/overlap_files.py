@@ -10,9 +10,9 @@ from typing import Any
 from retro_jax.evaluate import overlap
 from retro_jax.evaluate.scored_text import ScoredText
 from retro_jax.evaluate.uncertainty import PAIRS, plain
+from retro_jax.report.evaluation_tables import curves
 from retro_jax.report.html import overlap_chart
 from retro_jax.report.line_chart import as_file
-from retro_jax.report.tables import curves
 from retro_jax.storage import files
 
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from retro_jax.evaluate.conditions import condition_name, condition_order
-from retro_jax.report.views import PublishedFigures, TableView, shown
+from retro_jax.report.tables import interval
+from retro_jax.report.views import PublishedFigures, Table
 
 # Ablations, bits per byte of C4 at 247M parameters, by the names of experiments/ablations: the ablated
 # model, and the one that it is to be compared with. The paper's own default has embeddings apart, and
@@ -27,9 +28,7 @@ _OTHERS = (
 )
 
 
-def beside_paper(
-    results: Mapping[str, Any], published: PublishedFigures | None
-) -> TableView | None:
+def beside_paper(results: Mapping[str, Any], published: PublishedFigures | None) -> Table | None:
     """The table of a text that the paper has figures of; None for others.
 
     Args:
@@ -39,12 +38,12 @@ def beside_paper(
     return layouts[published.layout](results, published) if published else None
 
 
-def _view(published: PublishedFigures, caption: str, header: Any, rows: Any) -> TableView:
+def _view(published: PublishedFigures, caption: str, header: Any, rows: Any) -> Table:
     """The table under its title."""
-    return TableView(f"Beside the paper: {published.title}", caption, header, rows)
+    return Table(header, rows, f"Beside the paper: {published.title}", caption)
 
 
-def _by_set(results: Mapping[str, Any], published: PublishedFigures) -> TableView:
+def _by_set(results: Mapping[str, Any], published: PublishedFigures) -> Table:
     """Columns are whole sets; ours stand in that of their number of words."""
     count = next(iter(results.values()))["all"]
     words = count["words"] + count["lines"]
@@ -64,7 +63,7 @@ def _by_set(results: Mapping[str, Any], published: PublishedFigures) -> TableVie
     return _view(published, said + _OTHERS, header, rows)
 
 
-def _by_corpus(results: Mapping[str, Any], published: PublishedFigures) -> TableView | None:
+def _by_corpus(results: Mapping[str, Any], published: PublishedFigures) -> Table | None:
     """Rows are corpora; ours are further columns."""
     names = sorted(results, key=condition_order)
     known = {corpus for result in results.values() for corpus in result["corpora"]}
@@ -84,14 +83,14 @@ def _by_corpus(results: Mapping[str, Any], published: PublishedFigures) -> Table
     return _view(published, _OTHERS, [published.label, *papers, *ours], rows)
 
 
-def _by_size(results: Mapping[str, Any], published: PublishedFigures) -> TableView:
+def _by_size(results: Mapping[str, Any], published: PublishedFigures) -> Table:
     """Rows are sizes of models, columns conditions; ours are the last row."""
     rows = [
         [f"paper: {size}", *(f"{value:.2f}" for value in row)]
         for size, row in published.rows.items()
     ]
     ours = [results.get(name, {}).get(published.figure) for name in published.columns]
-    rows.append(["ours", *("" if value is None else shown(value, "") for value in ours)])
+    rows.append(["ours", *("" if value is None else interval(value) for value in ours)])
     return _view(
         published, _OTHERS, [published.label, *map(condition_name, published.columns)], rows
     )
