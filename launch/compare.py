@@ -10,26 +10,23 @@ W/evaluation/SPLIT-CONDITION-against-V-CONDITION.json and .md; launch.report sho
 """
 
 import pathlib
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
 
 from launch.common import app
 from launch.common.flags import DATA, SPLIT, data_directory
-from launch.evaluation.scores import scores_of
+from launch.evaluation.scores import compare_results
 from retro_jax.errors import UserError
 from retro_jax.evaluate.conditions import condition_name
-from retro_jax.evaluate.uncertainty import compare
 from retro_jax.report.evaluation_tables import comparisons
+from retro_jax.report.result_files import EVALUATION
 from retro_jax.report.tables import as_markdown, interval
 from retro_jax.storage import files
 
 OTHER = flags.DEFINE_string("other", None, "The workdir of the other model; may be the same.")
 CONDITION = flags.DEFINE_string("condition", "on", "Condition of the first model.")
 OTHER_CONDITION = flags.DEFINE_string("other_condition", None, "Of the other; the same by default.")
-
-_FOLDER = "evaluation"
 
 
 def main() -> None:
@@ -40,7 +37,7 @@ def main() -> None:
     data = data_directory(DATA.value or first)
     found = [_read(place, name) for place, name in zip((first, second), names, strict=True)]
     result = compare_results(data, found) | {"other": second.name}
-    stem = first / _FOLDER / f"{SPLIT.value}-{names[0]}-against-{second.name}-{names[1]}"
+    stem = first / EVALUATION / f"{SPLIT.value}-{names[0]}-against-{second.name}-{names[1]}"
     files.write_atomically(stem.with_name(f"{stem.name}.json"), files.to_json(result))
     view = comparisons([result])
     text = f"# {view.title}\n\n{as_markdown(view)}\n\n{view.caption}\n"
@@ -58,40 +55,13 @@ def main() -> None:
 
 def _read(workdir: pathlib.Path, condition: str) -> tuple[pathlib.Path, dict[str, Any]]:
     """The folder of a workdir's results, and one of them."""
-    path = workdir / _FOLDER / f"{SPLIT.value}.json"
+    path = workdir / EVALUATION / f"{SPLIT.value}.json"
     if not path.is_file():
         raise UserError(f"{path} is missing: expected the result of launch.evaluate")
     results = files.read_json(path)
     if condition not in results:
         raise UserError(f"{path} has no condition {condition!r}: expected {', '.join(results)}")
     return path.parent, results[condition]
-
-
-def compare_results(
-    data: pathlib.Path, found: Sequence[tuple[pathlib.Path, Mapping[str, Any]]]
-) -> dict[str, Any]:
-    """Bits per byte of two results, the difference, its interval and the p-value.
-
-    Args:
-      data: of the prepared data, for results without sums by document. found: W/evaluation and the
-        result of the two.
-
-    Raises:
-      UserError: they are not of the same text.
-    """
-    return compare([(result, scores_of(folder, result, data)) for folder, result in found])
-
-
-def read_comparisons(folder: pathlib.Path, split: str, results: Mapping[str, Any]) -> list[Any]:
-    """What this program left in W/evaluation of a split's results, and not of older ones."""
-    found = []
-    for path in sorted(folder.glob(f"{split}-*-against-*.json")):
-        each = files.read_json(path)
-        condition = each["conditions"][0]
-        own = path.name.startswith(f"{split}-{condition}-against-") and "other" in each
-        if own and results.get(condition, {}).get("model") == each["models"][0]:
-            found.append(each)
-    return found
 
 
 def _shown(result: dict[str, Any], names: list[str]) -> str:

@@ -60,9 +60,8 @@ from retro_jax.report.evaluation_tables import (
     format_table,
     markdown,
     window_tables,
-    windows_file,
 )
-from retro_jax.report.overlap_files import write_overlap
+from retro_jax.report.result_files import EVALUATION, windows_file, write_overlap
 from retro_jax.report.tables import as_text
 from retro_jax.storage import files
 
@@ -112,7 +111,6 @@ __all__ = [  # flags of other modules too, which --help lists
     "main",
 ]
 
-FOLDER = "evaluation"
 _BASELINE = "baseline"
 
 
@@ -189,7 +187,7 @@ def _open(
     split = open_split(data, name, neighbours=most, max_documents=MAX_DOCUMENTS.value)
     check_split(split, conditions)
     lengths = Tokenizer.open(data / "tokenizer").byte_lengths
-    return Work(workdir / FOLDER, data, split, split.text_mask(lengths), lengths, scorer)
+    return Work(workdir / EVALUATION, data, split, split.text_mask(lengths), lengths, scorer)
 
 
 def _say(text: str) -> None:
@@ -219,21 +217,21 @@ def _publish(work: Work, by_overlap: Mapping[Any, Mapping[str, Any]]) -> None:
     )
     results = with_intervals(results, scored)
     files.write_atomically(work.folder / f"{name}.json", files.to_json(results))
-    told, overlap, several = [format_table(results)], None, None
+    lines, overlap, several = [format_table(results)], None, None
     if work.split.table is None:
-        told.append(f"no figures by overlap: {work.data} has no neighbours of the {name} split")
+        lines.append(f"no figures by overlap: {work.data} has no neighbours of the {name} split")
     else:
         models = {condition: result["model"] for condition, result in results.items()}
         overlap = write_overlap(work.folder, scored, models)
-        told.append(f"\n{format_overlap(overlap)}")
+        lines.append(f"\n{format_overlap(overlap)}")
     if len(by_overlap) > 1:
         several = compared(by_overlap)
         files.write_atomically(windows_file(work.folder, name), files.to_json(several))
         for table in window_tables(several):
-            told.append(f"\n{table.title}\n{as_text(table)}")
+            lines.append(f"\n{table.title}\n{as_text(table)}")
     text = markdown(results, overlap, several, evaluation_text(name).published)
     files.write_atomically(work.folder / f"{name}.md", text.encode())
-    print("\n".join(told))
+    print("\n".join(lines))
 
 
 def _wanted(names: Sequence[str] | None) -> list[str]:

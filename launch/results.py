@@ -16,13 +16,13 @@ from typing import Any
 
 from absl import flags
 
-from launch import compare
 from launch.common import app, configurables
+from launch.evaluation import scores
 from launch.quickstart import run_steps
 from retro_jax.errors import UserError
 from retro_jax.report import published
 from retro_jax.report.evaluation_tables import markdown
-from retro_jax.report.overlap_files import overlap_files
+from retro_jax.report.result_files import EVALUATION, overlap_files
 from retro_jax.report.tables import interval, section
 from retro_jax.report.views import Table
 from retro_jax.storage import files
@@ -100,7 +100,7 @@ def steps(workdir: str, gin_file: str, names: Sequence[str]) -> list[tuple[str, 
 
 def summary(workdir: pathlib.Path, names: Sequence[str]) -> str:
     """The figures as Markdown."""
-    folder = workdir / "evaluation"
+    folder = workdir / EVALUATION
     results = files.read_json(folder / f"{_SPLIT}.json")
     path = overlap_files(folder, _SPLIT).json
     parts = [markdown(results, files.read_json(path) if path.is_file() else None)]
@@ -112,9 +112,9 @@ def summary(workdir: pathlib.Path, names: Sequence[str]) -> str:
 
 def ablation_row(workdir: pathlib.Path, name: str, base: dict[str, Any]) -> list[str]:
     """One ablation's figures beside those of the RETRO."""
-    other = workdir / "ablations" / name / "evaluation"
+    other = workdir / "ablations" / name / EVALUATION
     result = files.read_json(other / f"{_SPLIT}.json")["on"]
-    found = compare.compare_results(workdir, [(other, result), (workdir / "evaluation", base)])
+    found = scores.compare_results(workdir, [(other, result), (workdir / EVALUATION, base)])
     value, low, high = (found["difference"][end] for end in ("value", "low", "high"))
     ablated, whole = published.ABLATIONS[name]
     clear = low > 0 or high < 0

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from retro_jax.evaluate.scored_text import (
     sum_documents,
     write_scored_text,
 )
+from retro_jax.evaluate.uncertainty import compare
 from retro_jax.storage import files
 from retro_jax.storage.files import read_array, write_array
 
@@ -75,12 +76,27 @@ def scores_of(folder: pathlib.Path, result: Mapping[str, Any], data: pathlib.Pat
     return _sum(folder, results, split=split, text=split.text_mask(lengths), lengths=lengths)
 
 
+def compare_results(
+    data: pathlib.Path, found: Sequence[tuple[pathlib.Path, Mapping[str, Any]]]
+) -> dict[str, Any]:
+    """Bits per byte of two results, the difference, its interval and the p-value.
+
+    Args:
+      data: of the prepared data, for results without sums by document. found: W/evaluation and the
+        result of the two.
+
+    Raises:
+      UserError: they are not of the same text.
+    """
+    return compare([(result, scores_of(folder, result, data)) for folder, result in found])
+
+
 def _source(split: Split, results: Mapping[str, Any]) -> dict[str, Any]:
     """What sums are made from; the hashes of the files are missing."""
-    some = next(iter(results.values()))
+    first = next(iter(results.values()))
     return {
         "split": split.name,
-        "max_documents": some["settings"]["max_documents"],
+        "max_documents": first["settings"]["max_documents"],
         "chunks": split.database.manifest.hash,
         "neighbours": split.table.manifest.hash if split.table is not None else None,
         "conditions": {name: {"nll": result["nll"]} for name, result in results.items()},

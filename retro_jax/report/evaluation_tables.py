@@ -1,6 +1,5 @@
 """The tables of an evaluation: for the terminal, its Markdown file and the report."""
 
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -271,11 +270,6 @@ def _label(name: str) -> str:
 def _number(interval: Mapping[str, float | None]) -> str:
     """A figure without its interval."""
     return "none" if interval["value"] is None else f"{interval['value']:.4f}"
-
-
-def windows_file(folder: pathlib.Path, split: str) -> pathlib.Path:
-    """Where the figures of several overlaps are, in W/evaluation."""
-    return folder / f"{split}-windows.json"
 
 
 def compared(by_overlap: Mapping[float, Mapping[str, Any]]) -> dict[str, Any]:

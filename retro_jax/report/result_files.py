@@ -1,4 +1,4 @@
-"""Figures by overlap with the training data, as files: JSON, CSV and a plot."""
+"""The files of W/evaluation that several commands read or write; W/samples is beside it."""
 
 import csv
 import dataclasses
@@ -15,6 +15,8 @@ from retro_jax.report.html import overlap_chart
 from retro_jax.report.line_chart import as_file
 from retro_jax.storage import files
 
+EVALUATION, SAMPLES = "evaluation", "samples"  # folders of a workdir
+
 
 @dataclasses.dataclass(frozen=True)
 class OverlapFiles:
@@ -28,6 +30,23 @@ class OverlapFiles:
 def overlap_files(folder: pathlib.Path, split: str) -> OverlapFiles:
     """The files of a split's curve in W/evaluation."""
     return OverlapFiles(*(folder / f"{split}-overlap.{end}" for end in ("json", "csv", "svg")))
+
+
+def windows_file(folder: pathlib.Path, split: str) -> pathlib.Path:
+    """Where the figures of several overlaps are, in W/evaluation."""
+    return folder / f"{split}-windows.json"
+
+
+def read_comparisons(folder: pathlib.Path, split: str, results: Mapping[str, Any]) -> list[Any]:
+    """What launch.compare left in W/evaluation of a split's results, and not of older ones."""
+    found = []
+    for path in sorted(folder.glob(f"{split}-*-against-*.json")):
+        each = files.read_json(path)
+        condition = each["conditions"][0]
+        own = path.name.startswith(f"{split}-{condition}-against-") and "other" in each
+        if own and results.get(condition, {}).get("model") == each["models"][0]:
+            found.append(each)
+    return found
 
 
 def write_overlap(
