@@ -14,6 +14,9 @@ from typing import Any
 
 import jax
 
+from retro_jax.report.tables import as_text
+from retro_jax.report.views import Table
+
 # Published dense bfloat16 rates in TFLOP/s, by the name that JAX gives a device.
 PEAKS = {
     "NVIDIA A100": 312.0,
@@ -94,17 +97,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows of equal keys as aligned text; numbers to the right."""
     names = list(rows[0])
     cells = [[_text(row[name]) for name in names] for row in rows]
-    widths = [max(len(line[i]) for line in [names, *cells]) for i in range(len(names))]
-    numbers = [all(not isinstance(row[name], str) for row in rows) for name in names]
-
-    def line(values: Sequence[str]) -> str:
-        aligned = [
-            value.rjust(width) if number else value.ljust(width)
-            for value, width, number in zip(values, widths, numbers, strict=True)
-        ]
-        return "  ".join(aligned).rstrip()
-
-    return "\n".join([line(names), *map(line, cells)])
+    texts = [i for i, name in enumerate(names) if any(isinstance(row[name], str) for row in rows)]
+    return as_text(Table(names, cells), left=texts)
 
 
 def _text(value: Any) -> str:

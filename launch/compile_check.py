@@ -22,6 +22,8 @@ from retro_jax.config import ExecutionConfig, RetroConfig
 from retro_jax.costs import topology
 from retro_jax.costs.roofline import Slice
 from retro_jax.costs.step_report import Report, Work, check
+from retro_jax.report.tables import as_text
+from retro_jax.report.views import Table
 from retro_jax.sharding import MeshConfig, make_mesh
 from retro_jax.train.loop import TrainConfig
 from retro_jax.train.optimizer import OptimizerConfig
@@ -156,17 +158,17 @@ def _exchange_lines(report: Report) -> list[str]:
     """Collectives, and below each where the program asks for most of its bytes."""
     if not report.exchanges:
         return ["no collectives"]
-    found = ["collectives           over               times a step   GB received"]
+    rows = []
     least = _NEGLIGIBLE * sum(exchange.nbytes for exchange in report.exchanges)
     for each in report.exchanges:
-        found.append(f"{each.kind:21} {each.axes:17} {each.count:13,} {each.nbytes / 1e9:13.4f}")
+        rows.append([each.kind, each.axes, f"{each.count:,}", f"{each.nbytes / 1e9:.4f}", ""])
         shown = {name: nbytes for name, nbytes in each.operations.items() if nbytes >= least}
-        found += [f"{'':53}{nbytes / 1e9:13.4f}   {name}" for name, nbytes in shown.items()]
         rest = each.nbytes - sum(shown.values())
         if rest and shown:
-            others = len(each.operations) - len(shown)
-            found.append(f"{'':53}{rest / 1e9:13.4f}   {others} others")
-    return found
+            shown[f"{len(each.operations) - len(shown)} others"] = rest
+        rows += [["", "", "", f"{nbytes / 1e9:.4f}", name] for name, nbytes in shown.items()]
+    header = ["collectives", "over", "times a step", "GB received", "by"]
+    return as_text(Table(header, rows), left=(0, 1, 4)).splitlines()
 
 
 def _bound_lines(report: Report, tokens: int) -> list[str]:

@@ -38,6 +38,7 @@ from data_pipelines.workdir.stages import chosen_stages, only_one
 from launch.common import app, configurables
 from launch.runs import record
 from retro_jax.errors import UserError
+from retro_jax.report.tables import as_text
 
 STAGES = flags.DEFINE_list("stages", None, "Only these stages, in their own order. Default: all.")
 SKIP_BAD = flags.DEFINE_bool(
@@ -93,7 +94,7 @@ def main() -> None:
     """Runs the stages that are asked for."""
     directory = pathlib.Path(app.required(app.WORKDIR, "the directory of the run"))
     if STATS.value:
-        print(summary.table(directory))
+        print(as_text(summary.table(directory)))
         return
     if VERIFY.value:
         _verify(directory)

@@ -6,8 +6,6 @@
 Shows what launch.evaluate and launch.sample left in W; the page loads nothing from elsewhere.
 """
 
-import dataclasses
-import math
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,22 +14,33 @@ import numpy as np
 from absl import flags
 
 from data_pipelines.chunk_database.tokenizer import Tokenizer
-from data_pipelines.evaluation.splits import Split, open_split
-from data_pipelines.evaluation.text_view import Viewer, sample_chunk_from_json
+from data_pipelines.evaluation.splits import Split, open_split, token_counts
+from data_pipelines.evaluation.text_view import Viewer, chunk_views, sample_chunk_from_json
+from data_pipelines.evaluation.texts import evaluation_text
 from data_pipelines.retriever.revisions import open_database
 from launch.common import app
 from launch.common.flags import DATA, SPLIT, data_directory
-from launch.compare import read_comparisons
-from launch.evaluate import FOLDER as EVALUATION
-from launch.evaluation.figures import overlap_files
 from launch.runs import trained_run
-from launch.sample import FOLDER as SAMPLES
 from retro_jax.errors import UserError
 from retro_jax.evaluate.conditions import swept
-from retro_jax.report import charts, tables
+from retro_jax.evaluate.scored_text import TokenGains, token_gains
+from retro_jax.report import charts
+from retro_jax.report.evaluation_tables import (
+    comparisons,
+    curves,
+    interval_tables,
+    table_scores,
+    window_tables,
+)
 from retro_jax.report.html import render
 from retro_jax.report.published import beside_paper
-from retro_jax.report.tables import comparisons, curves, interval_tables, table_scores
+from retro_jax.report.result_files import (
+    EVALUATION,
+    SAMPLES,
+    overlap_files,
+    read_comparisons,
+    windows_file,
+)
 from retro_jax.report.views import (
     ChartView,
     ChunkView,
@@ -39,7 +48,7 @@ from retro_jax.report.views import (
     OverlapPoint,
     Report,
     SampleView,
-    TableView,
+    Table,
 )
 from retro_jax.storage import files
 from retro_jax.storage.files import read_array
@@ -50,7 +59,6 @@ TITLE = flags.DEFINE_string("title", "RETRO: a report", "The page's heading.")
 FILE = "report.html"
 _RUNS = {"retro": "RETRO", "baseline": "baseline"}
 _SHOWN_CORPORA, _SHOWN_SAMPLES = 4, 6
-_LEAST_TOKENS = 32  # of a chunk that is shown
 
 
 def main() -> None:
@@ -64,21 +72,21 @@ def main() -> None:
     results = files.read_json(path)
     run = trained_run.open_run(workdir / "retro")
     trained_run.check_data(run, data)
-    scored = _read_scores(workdir / EVALUATION, data, results)
+    scored = _read_gains(workdir / EVALUATION, data, results)
     report = Report(
         title=TITLE.value,
         summary=_summary(run, results),
         facts=list(_facts(data, run, results)),
         scores=table_scores({name: results[name] for name in swept(results)}),
         curves=list(_curves(workdir)),
-        chunks=_chunk_views(data, results, scored) if scored else [],
+        chunks=_chunks(data, results, *scored) if scored else [],
         samples=list(_samples(workdir / SAMPLES, run)),
         charts=[
-            *charts.window_charts(_several(workdir / EVALUATION, results)),
+            *charts.window_charts(_several(workdir / EVALUATION, results, SPLIT.value)),
             *_charts(results, scored),
         ],
-        tables=list(_tables(workdir / EVALUATION, results)),
-        overlap=_overlap(workdir / EVALUATION, results),
+        tables=list(_tables(workdir / EVALUATION, results, SPLIT.value)),
+        overlap=_overlap(workdir / EVALUATION, results, SPLIT.value),
     )
     files.write_atomically(workdir / FILE, render(report).encode())
     print(f"written to {workdir / FILE}")
@@ -127,24 +135,23 @@ def _facts(
         )
 
 
-def _tables(folder: pathlib.Path, results: Mapping[str, Any]) -> Iterator[TableView]:
+def _tables(folder: pathlib.Path, results: Mapping[str, Any], split: str) -> Iterator[Table]:
     """The paper's figures, how sure ours are, paired tests, and overlaps of windows."""
-    beside = beside_paper(results)
+    beside = beside_paper(results, evaluation_text(split).published)
     if beside:
         yield beside
     if all("intervals" in result["all"] for result in results.values()):
         yield from interval_tables(results)
-    compared = read_comparisons(folder, SPLIT.value, results)
+    compared = read_comparisons(folder, split, results)
     if compared:
         yield comparisons(compared)
-    several = _several(folder, results)
-    for title, header, rows in tables.tables(several) if several else ():
-        yield TableView(title, "", header, rows)
+    several = _several(folder, results, split)
+    yield from window_tables(several) if several else ()
 
 
-def _several(folder: pathlib.Path, results: Mapping[str, Any]) -> dict[str, Any] | None:
+def _several(folder: pathlib.Path, results: Mapping[str, Any], split: str) -> dict[str, Any] | None:
     """The figures of several overlaps of windows, where they are of the same models."""
-    path = tables.windows_file(folder, SPLIT.value)
+    path = windows_file(folder, split)
     found = files.read_json(path) if path.is_file() else None
     models = {name: result["model"] for name, result in results.items()}
     return found if found and found["models"] == models else None
@@ -159,53 +166,42 @@ def _curves(workdir: pathlib.Path) -> Iterator[Curve]:
             yield Curve(name, seen.tolist(), [line["loss"] for line in lines])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Scored:
-    """What two results say of each chunk.
-
-    Attributes:
-      gains: [n, 64] bits that retrieval saved on each token; 0 for tokens without loss.
-      counted: [n, 64] bool, the tokens that are scored.
-      bits: [n] of the chunk without retrieval. eligible: [n] whether the chunk can be shown.
-    """
-
-    split: Split
-    gains: np.ndarray
-    counted: np.ndarray
-    bits: np.ndarray
-    eligible: np.ndarray
-
-
-def _charts(results: Mapping[str, Any], scored: _Scored | None) -> Iterator[ChartView]:
+def _charts(
+    results: Mapping[str, Any], scored: tuple[Split, TokenGains] | None
+) -> Iterator[ChartView]:
     """What retrieval gains by what it may depend on."""
     yield from charts.sweep_charts(results)
     if scored:
-        yield charts.place_chart(scored.gains, scored.counted)
-        if scored.split.retrieval is not None:
-            tokens = scored.split.database.chunks(scored.split.ids)
-            gains, counted = scored.gains, scored.counted
-            yield charts.frequency_chart(gains, counted, tokens, scored.split.retrieval)
+        split, gains = scored
+        yield charts.place_chart(gains.gains, gains.counted)
+        if split.retrieval is not None:
+            tokens, times = split.database.chunks(split.ids), token_counts(split.retrieval)
+            yield charts.frequency_chart(gains.gains, gains.counted, tokens, times)
 
 
-def _chunk_views(
-    data: pathlib.Path, results: Mapping[str, Any], scored: _Scored
+def _chunks(
+    data: pathlib.Path, results: Mapping[str, Any], split: Split, gains: TokenGains
 ) -> list[ChunkView]:
-    """For each of the largest corpora: the largest gain, the largest loss, and a random chunk."""
+    """Chunks of the largest corpora."""
     corpora = results["on"]["corpora"]
     largest = sorted(corpora, key=lambda name: -corpora[name]["tokens"])[:_SHOWN_CORPORA]
-    assert scored.split.retrieval is not None
-    viewer = Viewer(Tokenizer.open(data / "tokenizer"), scored.split.retrieval)
+    assert split.retrieval is not None
+    viewer = Viewer(Tokenizer.open(data / "tokenizer"), split.retrieval)
     k = results["on"]["settings"]["neighbours"]
-    return [
-        _view(f"{heading} · {corpus}", place, scored, viewer, k)
-        for corpus in sorted(largest)
-        for heading, place in _choose(scored, corpus)
-    ]
+    return chunk_views(
+        split,
+        viewer,
+        sorted(largest),
+        k=k,
+        gains=gains.gains,
+        counted=gains.counted,
+        bits=gains.bits,
+    )
 
 
-def _read_scores(
+def _read_gains(
     folder: pathlib.Path, data: pathlib.Path, results: Mapping[str, Any]
-) -> _Scored | None:
+) -> tuple[Split, TokenGains] | None:
     """The gains of every token, from the arrays that launch.evaluate left of ON and OFF."""
     if not {"on", "off"} <= set(results):
         return None
@@ -224,62 +220,20 @@ def _read_scores(
             f"{folder}: losses of {len(on)} and {len(off)} chunks, expected {len(split.ids)}"
         )
     counted = split.text_mask(Tokenizer.open(data / "tokenizer").byte_lengths)
-    gains = np.where(counted, (off - on) / math.log(2), 0.0)
-    owners = split.database.documents(split.ids)
-    eligible = counted.sum(axis=1) >= _LEAST_TOKENS
-    eligible[0] = False
-    eligible[1:] &= owners[1:] == owners[:-1]  # a document's first chunk reads no neighbours
-    bits = np.where(counted, off, 0.0).sum(axis=1) / math.log(2)
-    return _Scored(split, gains, counted, bits, eligible)
+    return split, token_gains(on, off, counted)
 
 
-def _overlap(folder: pathlib.Path, results: Mapping[str, Any]) -> dict[str, list[OverlapPoint]]:
+def _overlap(
+    folder: pathlib.Path, results: Mapping[str, Any], split: str
+) -> dict[str, list[OverlapPoint]]:
     """The curves that launch.evaluate left of these results; none where it had no neighbours."""
-    path = overlap_files(folder, SPLIT.value).json
+    path = overlap_files(folder, split).json
     if not path.is_file():
         return {}
     found = files.read_json(path)
     if found["models"] != {name: result["model"] for name, result in results.items()}:
         raise UserError(f"{path} is of other models: expected launch.evaluate again")
     return curves(found["rows"])
-
-
-def _choose(scored: _Scored, corpus: str) -> Iterator[tuple[str, int]]:
-    """Headings, and places in split.ids."""
-    inside = np.zeros(len(scored.split.ids), bool)
-    for part in scored.split.database.corpora[corpus]:
-        inside |= (scored.split.ids >= part.start) & (scored.split.ids < part.stop)
-    places = np.flatnonzero(scored.eligible & inside)
-    if not len(places):
-        return
-    totals = scored.gains[places].sum(axis=1)
-    yield "Largest gain", int(places[np.argmax(totals)])
-    yield "Largest loss", int(places[np.argmin(totals)])
-    yield "Chosen at random", int(np.random.default_rng(0).choice(places))
-
-
-def _view(heading: str, place: int, scored: _Scored, viewer: Viewer, k: int) -> ChunkView:
-    """One chunk, the chunk before it, and that one's neighbours."""
-    split = scored.split
-    assert split.table is not None
-    chunk, query = split.ids[place], split.ids[place] - 1
-    tokens = split.database.chunks(np.array([query, chunk]))
-    record = split.database.record(split.database.document(int(chunk)))
-    text = tokens[1] != split.database.pad_id
-    return ChunkView(
-        heading=heading,
-        source=f"{record.id} · chunk {chunk - record.first_chunk + 1} of {record.chunks}",
-        gain=float(scored.gains[place].sum()),
-        bits=float(scored.bits[place]),
-        query=viewer.spans(tokens[0]),
-        spans=viewer.spans(tokens[1][text], gains=scored.gains[place][text]),
-        neighbours=viewer.neighbours(
-            split.table.ids(np.array([query]), k)[0],
-            split.table.scores(np.array([query]), k)[0],
-            tokens[1][text],
-            split.table.score,
-        ),
-    )
 
 
 def _samples(folder: pathlib.Path, run: trained_run.Run) -> Iterator[SampleView]:

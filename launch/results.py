@@ -16,15 +16,16 @@ from typing import Any
 
 from absl import flags
 
-from launch import compare
 from launch.common import app, configurables
-from launch.evaluation.figures import overlap_files
+from launch.evaluation import scores
 from launch.quickstart import run_steps
 from retro_jax.errors import UserError
 from retro_jax.report import published
-from retro_jax.report.tables import markdown, markdown_table
+from retro_jax.report.evaluation_tables import markdown
+from retro_jax.report.result_files import EVALUATION, overlap_files
+from retro_jax.report.tables import interval, section
+from retro_jax.report.views import Table
 from retro_jax.storage import files
-from retro_jax.storage.files import read_array
 
 ABLATIONS = flags.DEFINE_list("ablations", None, "Which to train. Default: all; '' for none.")
 DOCS = flags.DEFINE_string("docs", None, "A Markdown file of which the marked part is replaced.")
@@ -99,27 +100,21 @@ def steps(workdir: str, gin_file: str, names: Sequence[str]) -> list[tuple[str, 
 
 def summary(workdir: pathlib.Path, names: Sequence[str]) -> str:
     """The figures as Markdown."""
-    folder = workdir / "evaluation"
+    folder = workdir / EVALUATION
     results = files.read_json(folder / f"{_SPLIT}.json")
     path = overlap_files(folder, _SPLIT).json
     parts = [markdown(results, files.read_json(path) if path.is_file() else None)]
     if names:
         rows = [ablation_row(workdir, name, results["on"]) for name in names]
-        parts.append(f"## Ablations\n\n{_ABOUT}\n\n{markdown_table(_HEADER, rows)}\n")
+        parts.append(section(Table(_HEADER, rows, "Ablations", _ABOUT)) + "\n")
     return "\n".join(parts)
 
 
 def ablation_row(workdir: pathlib.Path, name: str, base: dict[str, Any]) -> list[str]:
     """One ablation's figures beside those of the RETRO."""
-    other = workdir / "ablations" / name / "evaluation"
+    other = workdir / "ablations" / name / EVALUATION
     result = files.read_json(other / f"{_SPLIT}.json")["on"]
-    found = compare.compare(
-        workdir,
-        [
-            (result, read_array(other / result["nll"])),
-            (base, read_array(workdir / "evaluation" / base["nll"])),
-        ],
-    )
+    found = scores.compare_results(workdir, [(other, result), (workdir / EVALUATION, base)])
     value, low, high = (found["difference"][end] for end in ("value", "low", "high"))
     ablated, whole = published.ABLATIONS[name]
     clear = low > 0 or high < 0
@@ -127,7 +122,7 @@ def ablation_row(workdir: pathlib.Path, name: str, base: dict[str, Any]) -> list
     return [
         name.replace("_", " "),
         f"{found['bits_per_byte'][0]:.4f}",
-        f"{value:+.4f} [{low:+.4f}, {high:+.4f}]",
+        interval(found["difference"], "+"),
         f"{found['p_value']:.4f}",
         f"{ablated - whole:+.3f}",
         verdict,

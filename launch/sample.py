@@ -38,6 +38,7 @@ from launch.runs import trained_run
 from retro_jax.distributed.progress import progress_bar
 from retro_jax.errors import UserError
 from retro_jax.generate.sample import Generation, Generator, Sample, SamplingConfig, sample_text
+from retro_jax.report.result_files import SAMPLES
 from retro_jax.report.side_by_side import side_by_side
 from retro_jax.report.views import SampleChunk
 from retro_jax.storage import files
@@ -50,7 +51,6 @@ TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw among the likeliest that reach th
 SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Samples of each prompt.", lower_bound=1)
 
-FOLDER = "samples"
 _ID_DIGITS = 12
 
 
@@ -84,11 +84,12 @@ def main() -> None:
     if k and latest(data):  # a database that has changed since is asked again
         request["database"] = open_database(data).manifest.hash
     digest = hashlib.sha256(files.to_json(request)).hexdigest()[:_ID_DIGITS]
-    path = workdir / FOLDER / f"{digest}.json"
+    path = workdir / SAMPLES / f"{digest}.json"
     if path.is_file():
         result = files.read_json(path)
     else:
-        samples = make_samples(data, run, k, sampling=sampling, prompts=prompts)
+        wanted = [prompt for prompt in prompts for _ in range(NUM_SAMPLES.value)]
+        samples = make_samples(data, run, k, sampling=sampling, prompts=wanted)
         result = {**request, "samples": samples}
         with files.writing(path):
             path.parent.mkdir(exist_ok=True)
@@ -143,7 +144,7 @@ def make_samples(
     sampling: SamplingConfig,
     prompts: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """Samples every prompt, with what was retrieved for each chunk, as JSON takes it."""
+    """A sample of each prompt, with what was retrieved for each chunk, as JSON takes it."""
     tokenizer = Tokenizer.open(data / "tokenizer")
     database = open_database(data)
     retrieve = (
@@ -157,9 +158,8 @@ def make_samples(
         retrieve=retrieve,
         forbidden=[*special, *range(tokenizer.vocab_size, run.model.vocab_size)],
     )
-    wanted = [prompt for prompt in prompts for _ in range(NUM_SAMPLES.value)]
     with progress_bar(sampling.max_tokens, "sampling", "token") as bar:
-        samples = sample_text(generator, tokenizer, wanted, sampling, on_step=bar.update)
+        samples = sample_text(generator, tokenizer, prompts, sampling, on_step=bar.update)
     viewer = Viewer(tokenizer, database)
     return [_to_json(sample, viewer, retrieve) for sample in samples]
 

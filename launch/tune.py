@@ -22,12 +22,13 @@ from data_pipelines.retriever.index_tuning import (
     measure,
 )
 from launch.common import app, configurables
+from retro_jax.report.tables import as_text, text_row
+from retro_jax.report.views import Table
 from retro_jax.storage import files
 
 FILE = "tune.json"
-_HEADING = (
-    f"{'leaves':>8} {'searched':>8} {'block':>6} {'reorder':>8} {'recall':>8} {'queries/s':>10}"
-)
+_HEADER = ("leaves", "searched", "block", "reorder", "recall", "queries/s")
+_WIDTHS = (8, 8, 6, 8, 8, 10)  # of the columns, as rows are printed before all are known
 
 
 def main() -> None:
@@ -40,8 +41,12 @@ def main() -> None:
         return
     database = revisions.open_database(directory)
     keys = revisions.open_keys(database, directory)
-    print(_HEADING, flush=True)
-    points = measure(keys, config, report=lambda point: print(_line(point), flush=True))
+    print(text_row(_HEADER, _WIDTHS), flush=True)
+
+    def show(point: Point) -> None:
+        print(text_row(_row(point), _WIDTHS), flush=True)
+
+    points = measure(keys, config, report=show)
     best = frontier(points)
     result = {
         "config": config,
@@ -52,8 +57,8 @@ def main() -> None:
     }
     path = directory / FILE
     files.write_atomically(path, files.to_json(files.plain(_plain(result))))
-    print(f"\nnot beaten in both recall and speed:\n{_HEADING}")
-    print("\n".join(map(_line, best)))
+    print("\nnot beaten in both recall and speed:")
+    print(as_text(Table(_HEADER, [_row(point) for point in best])))
     print(f"\nwritten to {path}; for recall@{config.k} of {config.target_recall}:")
     print("\n".join(bindings(choose(points, config.target_recall).plan)))
 
@@ -66,13 +71,17 @@ def _plain(result: dict[str, object]) -> dict[str, object]:
     }
 
 
-def _line(point: Point) -> str:
+def _row(point: Point) -> list[str]:
     """A row of the table."""
     plan = point.plan
-    return (
-        f"{plan.num_leaves:8,} {plan.leaves_to_search:8,} {plan.dimensions_per_block:6}"
-        f" {plan.reorder:8,} {point.recall:8.4f} {point.queries_per_second:10,.0f}"
-    )
+    return [
+        f"{plan.num_leaves:,}",
+        f"{plan.leaves_to_search:,}",
+        f"{plan.dimensions_per_block}",
+        f"{plan.reorder:,}",
+        f"{point.recall:.4f}",
+        f"{point.queries_per_second:,.0f}",
+    ]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from data_pipelines.corpora import CorpusConfig
 from data_pipelines.documents import inputs
 from data_pipelines.documents.documents import KIND as DOCUMENTS
 from data_pipelines.evaluation.splits import slice_table
-from data_pipelines.evaluation.texts import SliceConfig, prepare_texts
+from data_pipelines.evaluation.texts import SliceConfig, check_source, prepare_texts
 from data_pipelines.retriever.keys import Keys, KeysConfig, prepare_keys
 from data_pipelines.retriever.neighbours import prepare_neighbours
 from data_pipelines.retriever.retriever import Queries, Retriever
@@ -52,6 +52,7 @@ def prepare_slice(
         expected = "the same, or another name for these"
         inputs.refuse_changes(folder, inputs.recorded(folder), identity, expected)
     if (table / MANIFEST_FILE).is_file():
+        check_source(folder, config)
         return config.key
     with only_one(data):
         report(f"preparing {config.key} ...")

@@ -13,6 +13,8 @@ from data_pipelines.retriever.revisions import latest, open_database
 from retro_jax.batch import ChunkText, SizedDocument, text_mask
 from retro_jax.errors import UserError
 
+_COUNTED_CHUNKS = 200_000  # of the training split, whose tokens are counted
+
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
@@ -170,6 +172,14 @@ def places_of(data: pathlib.Path, name: str) -> Places:
 def slice_table(folder: pathlib.Path, revision: int) -> pathlib.Path:
     """Where a slice's table against a revision of the database is."""
     return folder / (f"neighbours-{revision:05d}" if revision else "neighbours")
+
+
+def token_counts(database: ChunkDatabase) -> np.ndarray:
+    """[vocab_size + 1] float64: how often each token is in a database, by a sample of its chunks."""
+    count = min(len(database), _COUNTED_CHUNKS)
+    sample = np.linspace(0, len(database) - 1, count).astype(np.int64)
+    times = np.bincount(database.chunks(sample).ravel(), minlength=database.vocab_size + 1)
+    return times * (len(database) / max(1, count))
 
 
 def choose_chunks(database: ChunkDatabase, max_documents: int | None) -> np.ndarray:

@@ -8,8 +8,18 @@ import numpy as np
 
 from data_pipelines.chunk_database.database import CHUNK_LENGTH, ChunkDatabase
 from data_pipelines.chunk_database.tokenizer import Tokenizer
-from retro_jax.report.views import NeighbourView, SampleChunk, Span, merged, shared_runs, spans
+from data_pipelines.evaluation.splits import Split
+from retro_jax.report.views import (
+    ChunkView,
+    NeighbourView,
+    SampleChunk,
+    Span,
+    merged,
+    shared_runs,
+    spans,
+)
 
+_LEAST_TOKENS = 32  # of a chunk that is shown
 SCORES = {"squared_l2": "distance", "bm25": "BM25"}  # what a neighbour's score is called
 
 
@@ -69,6 +79,86 @@ class Viewer:
                 )
             )
         return views
+
+
+def chunk_views(
+    split: Split,
+    viewer: Viewer,
+    corpora: Sequence[str],
+    *,
+    k: int,
+    gains: np.ndarray,
+    counted: np.ndarray,
+    bits: np.ndarray,
+) -> list[ChunkView]:
+    """For each corpus: the chunk with the largest gain, that with the largest loss, and a random one.
+
+    Args:
+      split: with its neighbours. viewer: of its tokens. k: neighbours that are shown.
+      gains: [n, 64] bits that retrieval saved on the tokens of split.ids.
+      counted: [n, 64] bool, the tokens that are scored. bits: [n] of the chunks without retrieval.
+    """
+    owners = split.database.documents(split.ids)
+    eligible = counted.sum(axis=1) >= _LEAST_TOKENS
+    eligible[0] = False
+    eligible[1:] &= owners[1:] == owners[:-1]  # a document's first chunk reads no neighbours
+    views = []
+    for corpus in corpora:
+        inside = np.zeros(len(split.ids), bool)
+        for part in split.database.corpora[corpus]:
+            inside |= (split.ids >= part.start) & (split.ids < part.stop)
+        places = np.flatnonzero(eligible & inside)
+        if not len(places):
+            continue
+        totals = gains[places].sum(axis=1)
+        chosen = {
+            "Largest gain": places[np.argmax(totals)],
+            "Largest loss": places[np.argmin(totals)],
+            "Chosen at random": np.random.default_rng(0).choice(places),
+        }
+        for heading, place in chosen.items():
+            view = _chunk_view(
+                split,
+                viewer,
+                int(split.ids[place]),
+                k=k,
+                gains=gains[place],
+                heading=f"{heading} · {corpus}",
+                bits=float(bits[place]),
+            )
+            views.append(view)
+    return views
+
+
+def _chunk_view(
+    split: Split,
+    viewer: Viewer,
+    chunk: int,
+    *,
+    k: int,
+    gains: np.ndarray,
+    heading: str,
+    bits: float,
+) -> ChunkView:
+    """One chunk, the chunk before it, and that one's neighbours."""
+    assert split.table is not None
+    tokens = split.database.chunks(np.array([chunk - 1, chunk]))
+    record = split.database.record(split.database.document(chunk))
+    text = tokens[1] != split.database.pad_id
+    return ChunkView(
+        heading=heading,
+        source=f"{record.id} · chunk {chunk - record.first_chunk + 1} of {record.chunks}",
+        gain=float(gains.sum()),
+        bits=bits,
+        query=viewer.spans(tokens[0]),
+        spans=viewer.spans(tokens[1][text], gains=gains[text]),
+        neighbours=viewer.neighbours(
+            split.table.ids(np.array([chunk - 1]), k)[0],
+            split.table.scores(np.array([chunk - 1]), k)[0],
+            tokens[1][text],
+            split.table.score,
+        ),
+    )
 
 
 def sample_chunk_from_json(fields: Mapping[str, Any]) -> SampleChunk:

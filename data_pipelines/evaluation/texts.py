@@ -3,17 +3,19 @@
 A slice is prepared as one split of documents is, beside W's own, with W's tokeniser and retrieval
 database:
 
+    W/slices/NAME/source.json   size and hash of the file that it was read from
     W/slices/NAME/documents     what is scored, sorted as W's documents are
     W/slices/NAME/measures      [documents, 4] int64: denominators, and where in the text scoring begins
     W/slices/NAME/chunks, W/slices/NAME/neighbours
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -22,17 +24,22 @@ from data_pipelines.artefacts.manifest import Manifest, Path, Stage, shard_name
 from data_pipelines.corpora import CorpusConfig, Reading
 from data_pipelines.corpora.document import short_label as pile_subset
 from data_pipelines.corpora.json_lines import read_objects
+from data_pipelines.corpora.sources import find_files, open_file
 from data_pipelines.corpora.wikitext import read_wikitext
 from data_pipelines.documents.documents import KIND, stable_hash
 from data_pipelines.documents.external_sort import SORT_BYTES, Entry, Runs, RunWriter, read_lines
 from data_pipelines.evaluation.detokenise import detokenise
 from retro_jax.errors import UserError
+from retro_jax.report.views import PublishedFigures
+from retro_jax.storage import files
 
 MEASURES = "measures"
+SOURCE_FILE = "source.json"
 MEASURE_NAMES = ("bytes", "words", "lines", "scored_from")
 _SHARD_BYTES = 64 << 20
 _LOOK = 256  # documents between looks at a shard's size
 _SPILL = ".spill"
+_READ = 1 << 20  # bytes of a source that are hashed at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +47,7 @@ class SliceConfig:
     """Which texts a slice is made of.
 
     Attributes:
-      name: of the slice: one of KINDS, else any name for JSON lines with a text field.
+      name: of the slice: one of TEXTS, else any name for JSON lines with a text field.
       path: the file or folder; None for a slice that was prepared before.
       subsets: of the Pile: these only. () for all.
       max_documents: of each corpus, the first so many in the order of a hash of their ids.
@@ -91,9 +98,11 @@ def prepare_texts(directory: Path, config: SliceConfig) -> Manifest:
       The manifest of the documents, as `prepare_documents` would have made it.
 
     Raises:
-      UserError: no path for a slice that is not there yet, a bad or empty file, an unknown subset.
+      UserError: no path for a slice that is not there yet, a bad or empty file, an unknown subset, or
+        another file than the slice was read from.
     """
     folder = pathlib.Path(directory)
+    source = check_source(folder, config)
     done = Stage(folder / KIND, KIND, config.settings, claim=False)
     if done.done:
         return done.manifest()
@@ -102,6 +111,7 @@ def prepare_texts(directory: Path, config: SliceConfig) -> Manifest:
             f"the slice {config.key} is not prepared: expected --slice_paths={config.name}=PATH"
         )
     runs = _fill(folder / _SPILL, config)
+    files.write_atomically(folder / SOURCE_FILE, files.to_json(source))
     done.claim()
     measures: list[list[int]] = []
     shards: list[dict[str, Any]] = []
@@ -131,6 +141,58 @@ def prepare_texts(directory: Path, config: SliceConfig) -> Manifest:
     return done.finish(facts, [shard_name(KIND, i, ".jsonl") for i in range(len(shards))])
 
 
+def check_source(directory: Path, config: SliceConfig) -> dict[str, Any]:
+    """Refuses a path that does not have what a slice was read from.
+
+    Slices that were prepared before sources were recorded, and those without a path, are not compared.
+
+    Args:
+      directory: of the slice. config: which text.
+
+    Returns:
+      What is recorded of the path: its last part, its number of files, their size and SHA-256.
+
+    Raises:
+      UserError: there is no such path, or it has other content; it names both.
+    """
+    if config.path is None:
+        return {}
+    found = _source(config.path)
+    path = pathlib.Path(directory) / SOURCE_FILE
+    recorded = files.read_json(path) if path.is_file() else found
+    if any(recorded[name] != found[name] for name in ("size", "sha256")):
+        raise UserError(
+            f"{config.path} has {_described(found)}, but the slice {config.key} was read from"
+            f" {recorded['name']!r} of {_described(recorded)} ({path}): expected that, or another name"
+        )
+    return found
+
+
+def _described(source: Mapping[str, Any]) -> str:
+    """Size and hash of a source."""
+    return f"{source['size']:,} bytes with SHA-256 {source['sha256'][:12]}"
+
+
+def _source(path: str) -> dict[str, Any]:
+    """What identifies a file, or all files of a folder."""
+    corpus = CorpusConfig("slice", "text", path, include=("*",))
+    lines, digests = [], []
+    for file in find_files(path, corpus):
+        digest = hashlib.sha256()
+        with open_file(file) as opened:
+            while block := opened.read(_READ):
+                digest.update(block)
+        digests.append(digest.hexdigest())
+        lines.append((file.name, file.size, digests[-1]))
+    several = hashlib.sha256(files.to_json(sorted(lines))).hexdigest()
+    return {
+        "name": pathlib.PurePosixPath(path).name,
+        "files": len(lines),
+        "size": sum(size for _, size, _ in lines),
+        "sha256": digests[0] if len(digests) == 1 else several,
+    }
+
+
 def read_measures(directory: Path) -> np.ndarray:
     """[documents, 4] int64 of a prepared slice, in the order of MEASURE_NAMES."""
     folder = pathlib.Path(directory) / MEASURES
@@ -140,7 +202,7 @@ def read_measures(directory: Path) -> np.ndarray:
 
 def read_texts(config: SliceConfig, reading: Reading) -> Iterator[Text]:
     """The documents of a slice's file, in the file's order."""
-    return KINDS.get(config.name, _plain)(config, reading)
+    return evaluation_text(config.name).read(config, reading)
 
 
 def _fill(folder: pathlib.Path, config: SliceConfig) -> Runs:
@@ -258,10 +320,85 @@ def _lambada(config: SliceConfig, reading: Reading) -> Iterator[Text]:
         yield Text(name, config.name, text, len(word.encode()), 1, 0, start)
 
 
-KINDS: dict[str, Callable[[SliceConfig, Reading], Iterator[Text]]] = {
-    "wikitext103": _wikitext,
-    "wikitext103_detokenised": _detokenised,
-    "pile": _pile,
-    "curation": _summaries,
-    "lambada": _lambada,
-}
+@dataclasses.dataclass(frozen=True)
+class EvaluationText:
+    """A text that models are compared on: what launch.evaluate and its tables need to know of it.
+
+    Attributes:
+      name: of the slice. read: gives the documents of its file.
+      measure: a further figure of results: "last_word_accuracy", the share of documents of which every
+        scored token is the model's most likely one; None for none.
+      published: the paper's figures. subsets: whether the slice NAME:CORPUS is one of its corpora.
+    """
+
+    name: str
+    read: Callable[[SliceConfig, Reading], Iterator[Text]]
+    measure: str | None = None
+    published: PublishedFigures | None = None
+    subsets: bool = False
+
+
+def evaluation_text(name: str) -> EvaluationText:
+    """The row of a slice, or of a split by its key; one without figures where TEXTS has none."""
+    name = name.partition("-")[0]
+    return TEXTS.get(name) or EvaluationText(name, _plain)
+
+
+_WIKITEXT103 = PublishedFigures(
+    title="WikiText-103",
+    label="perplexity by word",
+    figure="word_perplexity",
+    layout="sets",
+    columns=("validation", "test"),
+    rows={
+        "baseline transformer": (21.53, 22.96),
+        "kNN-LM, Wikipedia": (18.52, 19.54),
+        "RETRO, Wikipedia": (18.46, 18.97),
+        "RETRO, C4": (12.87, 10.23),
+        "RETRO, MassiveText (all)": (3.21, 3.92),
+    },
+    words={"validation": 217_646, "test": 245_569},
+)
+_PILE = PublishedFigures(
+    title="the Pile",
+    label="bits per byte",
+    figure="bits_per_byte",
+    layout="corpora",
+    columns=("baseline 7B", "RETRO 7.5B"),
+    rows={
+        "arxiv": (0.742, 0.714),
+        "books3": (0.792, 0.653),
+        "dm_mathematics": (1.177, 1.164),
+        "freelaw": (0.576, 0.499),
+        "github": (0.420, 0.199),
+        "gutenberg": (0.803, 0.400),
+        "hackernews": (0.971, 0.860),
+        "pile_cc": (0.771, 0.626),
+        "pubmed_central": (0.588, 0.419),
+        "stackexchange": (0.714, 0.624),
+        "ubuntu_irc": (1.200, 1.178),
+        "uspto": (0.603, 0.583),
+    },
+)
+_LAMBADA = PublishedFigures(
+    title="LAMBADA",
+    label="accuracy of the last word",
+    figure="last_word_accuracy",
+    layout="sizes",
+    columns=("baseline", "on"),
+    rows={
+        "172m": (0.42, 0.52),
+        "425m": (0.51, 0.60),
+        "1.5b": (0.61, 0.67),
+        "7.5b": (0.69, 0.73),
+    },
+)
+
+_ROWS = (
+    EvaluationText("wikitext103", _wikitext, published=_WIKITEXT103),
+    EvaluationText("wikitext103_detokenised", _detokenised, published=_WIKITEXT103),
+    EvaluationText("pile", _pile, published=_PILE, subsets=True),
+    EvaluationText("curation", _summaries),
+    EvaluationText("lambada", _lambada, measure="last_word_accuracy", published=_LAMBADA),
+)
+TEXTS = {text.name: text for text in _ROWS}

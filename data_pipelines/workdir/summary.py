@@ -7,13 +7,14 @@ from data_pipelines.artefacts.manifest import MANIFEST_FILE, Manifest
 from data_pipelines.corpora import SPLITS
 from data_pipelines.retriever import revisions
 from retro_jax.errors import UserError
+from retro_jax.report.views import Table
 
 _NOTHING = "-"
 _QUANTILES = {"0.05": "5 %", "0.5": "median", "0.95": "95 %"}
 _MEASURES = ("documents", "chunks", "tokens", "bytes")
 
 
-def table(directory: pathlib.Path) -> str:
+def table(directory: pathlib.Path) -> Table:
     """A row for each fact, a column for each split.
 
     Args:
@@ -31,7 +32,7 @@ def table(directory: pathlib.Path) -> str:
     rows += _revision_rows(directory)
     tables = revisions.folder_of(directory, revisions.latest(directory))
     rows += _neighbour_rows(list(_manifests(tables, "neighbours").values()))
-    return _aligned([["", *SPLITS], *rows])
+    return Table(["", *SPLITS], rows)
 
 
 def _manifests(directory: pathlib.Path, kind: str) -> dict[str, Manifest | None]:
@@ -138,14 +139,3 @@ def _count(value: int | None) -> str:
 def _share(value: float | None, form: str = "{:.1%}") -> str:
     """A share as a percentage, or a number in another form."""
     return _NOTHING if value is None else form.format(value)
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as text: names to the left, figures to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:])]
-        return "  ".join([f"{row[0]:<{widths[0]}}", *cells])
-
-    return "\n".join(map(line, rows))

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from absl import flags
 
 from data_pipelines.batches.batches import keep_part
 from data_pipelines.corpora import SPLITS
@@ -26,15 +25,9 @@ from data_pipelines.evaluation.splits import Split
 from launch.runs import trained_run
 from retro_jax.errors import UserError
 from retro_jax.evaluate import overlap
+from retro_jax.evaluate.scorer import ScoredModel
 
 KINDS = ("on", "off", "random", "oracle")  # of --retrieval
-SWEEP = flags.DEFINE_list("sweep", [], "Also score with so many neighbours each, as in 1,2,5,10.")
-DATABASES = flags.DEFINE_list(
-    "database_shares", [], "Also retrieve from these shares of the database, as in 0.01,0.1."
-)
-NGRAMS = flags.DEFINE_list(
-    "ngram_limits", [], "Also drop neighbours that hold more than this share of the 13-grams."
-)
 
 NeighbourTokens = Callable[[np.ndarray], np.ndarray]
 _GRAM = 13
@@ -56,40 +49,28 @@ class Condition:
     value: float = 0.0
 
 
-def swept_conditions(retro: trained_run.Run, k: int) -> list[Condition]:
-    """The conditions that vary what --retrieval=on is: by k, by database, by what is dropped.
+def scored_model(run: trained_run.Run) -> ScoredModel:
+    """A run's model, as the scorer takes it."""
+    return ScoredModel(str(run.directory), run.mesh, lambda mesh: trained_run.load_model(run, mesh))
+
+
+def swept_conditions(
+    retro: trained_run.Run,
+    k: int,
+    *,
+    counts: Sequence[float],
+    shares: Sequence[float],
+    limits: Sequence[float],
+) -> list[Condition]:
+    """The conditions that vary RETRO[ON]: by k, by database, by the neighbours that are dropped.
 
     Args:
-      retro: the model. k: neighbours a chunk, of those that do not say.
-
-    Raises:
-      flags.Error: a value out of its range.
+      retro: the model. k: neighbours a chunk, of those that do not vary them.
+      counts: of neighbours. shares: of the database. limits: of shared 13-grams.
     """
-    found = []
-    for count in _numbers("sweep", SWEEP.value, 1, 1000, whole=True):
-        found.append(Condition(f"k_{count:g}", retro, int(count), "k", count))
-    for share in _numbers("database_shares", DATABASES.value, 0, 1):
-        found.append(Condition(f"database_{share:g}", retro, k, "database", share))
-    for limit in _numbers("ngram_limits", NGRAMS.value, 0, 1):
-        found.append(Condition(f"ngrams_{limit:g}", retro, k, "ngrams", limit))
-    return found
-
-
-def _numbers(
-    flag: str, values: Sequence[str], low: float, high: float, *, whole: bool = False
-) -> list[float]:
-    """The values of a flag, ascending."""
-    found = set()
-    for value in values:
-        try:
-            number = float(value)
-        except ValueError:
-            number = -1.0
-        if not low <= number <= high or (whole and number != int(number)):
-            kind = "whole numbers" if whole else "numbers"
-            raise flags.Error(f"--{flag}={value}: expected {kind} from {low:g} to {high:g}")
-        found.add(number)
-    return sorted(found)
+    by_count = [Condition(f"k_{count:g}", retro, int(count), "k", count) for count in counts]
+    by_share = [Condition(f"database_{s:g}", retro, k, "database", s) for s in shares]
+    return by_count + by_share + [Condition(f"ngrams_{x:g}", retro, k, "ngrams", x) for x in limits]
 
 
 def passes(conditions: Sequence[Condition]) -> list[list[Condition]]:

@@ -15,10 +15,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 
 from data_pipelines.evaluation.splits import Split, open_split
 from data_pipelines.retriever import index
+from launch.evaluation.conditions import scored_model
+from launch.evaluation.settings import KnnSettings
 from launch.runs import trained_run
 from retro_jax.batch import RetroBatch, text_mask
 from retro_jax.distributed import processes
@@ -29,13 +30,6 @@ from retro_jax.evaluate.scorer import Pass, Scorer, forget
 from retro_jax.model import Retro
 from retro_jax.storage import files
 from retro_jax.storage.files import read_array, write_array
-
-KNN = flags.DEFINE_bool("knn", False, "Also score kNN-LM: the baseline, where there is one.")
-KNN_TOKENS = flags.DEFINE_integer(
-    "knn_tokens", 2_000_000, "Tokens of the training split in its datastore.", lower_bound=64
-)
-KNN_NEIGHBOURS = flags.DEFINE_integer("knn_neighbours", 64, "Tokens it looks up.", lower_bound=1)
-KNN_EXACT = flags.DEFINE_bool("knn_exact", False, "Compares every token of a large datastore too.")
 
 _SEARCHED = 1 << 12  # tokens that pass over the datastore together
 _RECALL_QUERIES = 128  # of which the neighbours are compared with the true ones
@@ -58,11 +52,13 @@ class KnnScoring:
     """How kNN-LM is scored.
 
     Attributes:
-      run: the model. windows: of texts. scorer: holds the model. data, folder: as everywhere.
+      run: the model. windows: of texts. settings: of the datastore and its search.
+      scorer: keeps the loaded model. data, folder: as everywhere.
     """
 
     run: trained_run.Run
     windows: score.WindowConfig
+    settings: KnnSettings
     scorer: Scorer
     data: pathlib.Path
     folder: pathlib.Path
@@ -74,7 +70,7 @@ class KnnScoring:
           split: what is scored. text: [n, 64] bool, the tokens that count.
         """
         store = self._store()
-        look_up, how = search(store.keys)
+        look_up, how = search(store.keys, self.settings)
         tuning = open_split(self.data, "validation", neighbours=0)
         owners = tuning.database.documents(tuning.ids)
         last = owners[min(_TUNING_CHUNKS, len(owners)) - 1]
@@ -106,10 +102,12 @@ class KnnScoring:
         """What the datastore holds for each token that counts, and [n, 64] of the model alone."""
         source = split.text(0)
         partial = self.folder / f".partial-knn-{self._digest(split)}"
-        one = Pass(self.run, Retro.token_losses, self.windows, "kNN-LM: model", partial)
+        one = Pass(
+            scored_model(self.run), Retro.token_losses, self.windows, "kNN-LM: model", partial
+        )
         nll = self.scorer.nll(one, source)
         forget(one)
-        k = min(KNN_NEIGHBOURS.value, len(values_of))
+        k = min(self.settings.neighbours, len(values_of))
         distances = np.zeros((text.size, k), np.float32)
         values = np.zeros((text.size, k), values_of.dtype)
         with progress_bar(int(text.sum()), "kNN-LM: search", "token") as bar:
@@ -134,7 +132,7 @@ class KnnScoring:
     def _store(self) -> _Store:
         """The datastore, read where it is there already."""
         split = open_split(self.data, "train", neighbours=0)
-        split = dataclasses.replace(split, ids=_spread(split, KNN_TOKENS.value))
+        split = dataclasses.replace(split, ids=_spread(split, self.settings.tokens))
         digest = f"{self.run.checkpoint[:12]}-{split.database.manifest.hash[:12]}-{len(split.ids)}"
         paths = [self.folder / f"knn-{what}-{digest}.npy" for what in ("keys", "values")]
         if all(processes.as_first([path.is_file() for path in paths])):
@@ -158,7 +156,7 @@ class KnnScoring:
 
     def _states(self) -> tuple[Callable[[RetroBatch], np.ndarray], Sequence[int] | None]:
         """The model's final activations of a batch, and the rows of it that it is given."""
-        compiled = self.scorer.compiled(self.run, _hidden_states, self.windows)
+        compiled = self.scorer.compiled(scored_model(self.run), _hidden_states, self.windows)
         assert compiled.windows == self.windows
 
         def states(batch: RetroBatch) -> np.ndarray:
@@ -171,31 +169,23 @@ class KnnScoring:
 def knn_scoring(
     run: trained_run.Run,
     windows: score.WindowConfig,
-    scorer: Scorer,
+    settings: KnnSettings,
     *,
+    scorer: Scorer,
     data: pathlib.Path,
     folder: pathlib.Path,
 ) -> KnnScoring:
     """A scoring whose batches every device has an equal part of."""
-    rounded = scorer.compiled(run, _hidden_states, windows).windows
-    return KnnScoring(run, rounded, scorer, data, folder)
+    rounded = scorer.compiled(scored_model(run), _hidden_states, windows).windows
+    return KnnScoring(run, rounded, settings, scorer, data, folder)
 
 
-def knn_settings() -> dict[str, Any]:
-    """What a result of kNN-LM depends on besides the model and the text."""
-    return {
-        "knn_tokens": KNN_TOKENS.value,
-        "knn_neighbours": KNN_NEIGHBOURS.value,
-        "knn_exact": KNN_EXACT.value,
-    }
-
-
-def search(keys: np.ndarray) -> tuple[_LookUp, str]:
+def search(keys: np.ndarray, settings: KnnSettings) -> tuple[_LookUp, str]:
     """Finds the k nearest keys of queries: squared distances and places [n, k]; and its name."""
     plan = index.plan_index(len(keys), keys.shape[1], index.IndexConfig())
-    if KNN_EXACT.value or plan.kind == "brute_force":
+    if settings.exact or plan.kind == "brute_force":
         return lambda queries, k: knn_lm.nearest(queries, keys, k), "exact"
-    plan = dataclasses.replace(plan, reorder=_REORDERED * KNN_NEIGHBOURS.value)
+    plan = dataclasses.replace(plan, reorder=_REORDERED * settings.neighbours)
     searcher = index.build_searcher(
         keys.astype(np.float32), plan, index.IndexConfig.training_sample
     )

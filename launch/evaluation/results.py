@@ -10,15 +10,21 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.evaluation.splits import Split
-from launch.evaluation.conditions import Condition, condition_settings, neighbour_tokens
-from launch.evaluation.figures import share_with_interval
-from launch.evaluation.knn import knn_scoring, knn_settings
-from launch.windows import windows_of
+from data_pipelines.evaluation.texts import evaluation_text
+from launch.evaluation.conditions import (
+    Condition,
+    condition_settings,
+    neighbour_tokens,
+    scored_model,
+)
+from launch.evaluation.knn import knn_scoring
+from launch.evaluation.settings import EvaluationSettings, KnnSettings
 from retro_jax.distributed import processes
 from retro_jax.evaluate import bits_per_byte, score
 from retro_jax.evaluate.conditions import condition_name
 from retro_jax.evaluate.k_sweep import sweep_losses
 from retro_jax.evaluate.scorer import Pass, Scorer, forget
+from retro_jax.evaluate.uncertainty import share_with_interval
 from retro_jax.model import Retro
 from retro_jax.storage import files
 from retro_jax.storage.files import write_array
@@ -33,8 +39,7 @@ class Work:
     Attributes:
       folder: W/evaluation. data: the directory of the prepared data. split: of it, or a slice.
       text: [n, 64] bool, the tokens of the split that count. lengths: [V] bytes of each token.
-      scorer: what scores them. overlap: of its windows; None for the default.
-      max_documents: of each corpus that are scored; None for all.
+      scorer: what scores them.
     """
 
     folder: pathlib.Path
@@ -42,18 +47,18 @@ class Work:
     split: Split
     text: np.ndarray
     lengths: np.ndarray
-    scorer: Scorer = dataclasses.field(default_factory=Scorer)
-    overlap: float | None = None
-    max_documents: int | None = None
+    scorer: Scorer
 
 
-def evaluate(work: Work, conditions: Sequence[Condition]) -> dict[str, dict[str, Any]]:
+def evaluate(
+    work: Work, settings: EvaluationSettings, conditions: Sequence[Condition]
+) -> dict[str, dict[str, Any]]:
     """The results of one pass by name: read where they are there already, else computed and written.
 
     Several processes compute together; the first one alone writes, and has what is returned.
     """
     folder, split = work.folder, work.split
-    heads = {c.name: _head(work, c) for c in conditions}
+    heads = {c.name: _head(work, settings, c) for c in conditions}
     names = {
         c.name: f"{split.name}-{c.name}-{c.run.step:08d}-{_digest(heads[c.name])}"
         for c in conditions
@@ -61,13 +66,11 @@ def evaluate(work: Work, conditions: Sequence[Condition]) -> dict[str, dict[str,
     there = processes.as_first([_is_there(folder, names[c.name]) for c in conditions])
     missing = [c for c, is_there in zip(conditions, there, strict=True) if not is_there]
     if missing:
-        found, more = _score(work, missing)
+        found, more = _score(work, settings, missing)
         for condition, nll in zip(missing, found, strict=True):
             name = names[condition.name]
             result = heads[condition.name] | {"nll": f"{name}.npy", **figures(work, nll), **more}
-            if split.name.startswith("lambada") and condition.kind not in ("knn", "k"):
-                right = documents_right(work, condition)
-                result["last_word_accuracy"] = share_with_interval(right)
+            result |= _measured(work, settings, condition)
             if processes.is_first():
                 write_array(folder / f"{name}.npy", nll)
                 files.write_atomically(folder / f"{name}.json", files.to_json(result))
@@ -81,10 +84,10 @@ def _is_there(folder: pathlib.Path, name: str) -> bool:
     return (folder / f"{name}.json").is_file() and (folder / f"{name}.npy").is_file()
 
 
-def _head(work: Work, condition: Condition) -> dict[str, Any]:
+def _head(work: Work, settings: EvaluationSettings, condition: Condition) -> dict[str, Any]:
     """What a result depends on."""
     split = work.split
-    cut = windows_of(condition.run, work.overlap)
+    cut = settings.windows(condition.run.chunks)
     return {
         "condition": condition.name,
         "settings": {
@@ -92,13 +95,22 @@ def _head(work: Work, condition: Condition) -> dict[str, Any]:
             "window_chunks": cut.chunks,
             "stride_chunks": cut.stride,
             "neighbours": condition.neighbours,
-            "max_documents": work.max_documents,
+            "max_documents": settings.max_documents,
             "execution": dataclasses.asdict(condition.run.execution),
-            **(knn_settings() if condition.kind == "knn" else condition_settings(condition)),
+            **(
+                _knn_settings(settings.knn)
+                if condition.kind == "knn"
+                else condition_settings(condition)
+            ),
         },
         "model": condition.run.identity(),
         "manifests": split.hashes(bool(condition.neighbours)),
     }
+
+
+def _knn_settings(settings: KnnSettings) -> dict[str, Any]:
+    """What a result of kNN-LM reports of its settings."""
+    return {f"knn_{name}": value for name, value in vars(settings).items()}
 
 
 def _digest(head: Mapping[str, Any]) -> str:
@@ -106,37 +118,51 @@ def _digest(head: Mapping[str, Any]) -> str:
     return hashlib.sha256(files.to_json(head)).hexdigest()[:_ID_DIGITS]
 
 
-def documents_right(work: Work, condition: Condition) -> np.ndarray:
+def _measured(
+    work: Work, settings: EvaluationSettings, condition: Condition
+) -> dict[str, dict[str, float | None]]:
+    """The further figure that the text is measured by, under conditions with one model's logits."""
+    measure = evaluation_text(work.split.name).measure
+    if measure is None or condition.kind in ("knn", "k"):
+        return {}
+    return {measure: share_with_interval(documents_right(work, settings, condition))}
+
+
+def documents_right(work: Work, settings: EvaluationSettings, condition: Condition) -> np.ndarray:
     """[D] bool: of which documents every scored token is the model's most likely one."""
     tokens = neighbour_tokens(work.split, condition, work.folder, work.data)
     text = dataclasses.replace(work.split.text(0), neighbours=tokens)
-    digest = _digest({"hits": _head(work, condition)})
-    cut = windows_of(condition.run, work.overlap)
+    digest = _digest({"hits": _head(work, settings, condition)})
+    cut = settings.windows(condition.run.chunks)
     what = f"{condition_name(condition.name)}, last words"
-    one = Pass(condition.run, score.token_hits, cut, what, work.folder / f".partial-{digest}")
+    one = Pass(
+        scored_model(condition.run), score.token_hits, cut, what, work.folder / f".partial-{digest}"
+    )
     hits = work.scorer.nll(one, text)
     forget(one)
     return bits_per_byte.documents_hit(hits == 1, work.text, text.documents)
 
 
 def _score(
-    work: Work, conditions: Sequence[Condition]
+    work: Work, settings: EvaluationSettings, conditions: Sequence[Condition]
 ) -> tuple[np.ndarray, dict[str, dict[str, Any]]]:
     """[len(conditions), n, 64] float32 nats, and what else is to be said of them."""
     folder, split = work.folder, work.split
     last = max(conditions, key=lambda c: c.neighbours)
-    cut = windows_of(last.run, work.overlap)
+    cut = settings.windows(last.run.chunks)
     if last.kind == "knn":
-        scoring = knn_scoring(last.run, cut, work.scorer, data=work.data, folder=folder)
+        scoring = knn_scoring(
+            last.run, cut, settings.knn, scorer=work.scorer, data=work.data, folder=folder
+        )
         nll, facts = scoring.score(split, work.text)
         return nll[None], {"knn": facts}
     sweep = last.kind == "k"
     losses = sweep_losses([c.neighbours for c in conditions]) if sweep else Retro.token_losses
     tokens = neighbour_tokens(split, last, folder, work.data)
     text = dataclasses.replace(split.text(0), neighbours=tokens)
-    partial = folder / f".partial-{_digest({c.name: _head(work, c) for c in conditions})}"
+    partial = folder / f".partial-{_digest({c.name: _head(work, settings, c) for c in conditions})}"
     what = "k sweep" if sweep else condition_name(last.name)
-    one = Pass(last.run, losses, cut, what, partial)
+    one = Pass(scored_model(last.run), losses, cut, what, partial)
     nll = work.scorer.nll(one, text)
     forget(one)
     return (nll if sweep else nll[None]), {}

@@ -1,6 +1,6 @@
 """Names and order of the conditions that a text is scored under."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 CONDITION_NAMES = {
     "baseline": "baseline",
@@ -40,24 +40,3 @@ def swept(names: Iterable[str], kind: str = "") -> list[str]:
         if ("_" in name and name.partition("_")[0] == kind) or (not kind and "_" not in name)
     ]
     return sorted(found, key=condition_order)
-
-
-def score_rows(
-    scores: Mapping[str, Mapping[str, Mapping[str, float]]], figure: str, digits: int
-) -> tuple[list[str], list[list[str]], list[int | None]]:
-    """A table of one figure: header, a row per corpus (the last is all), and each row's best column."""
-    conditions = sorted(scores, key=condition_order)
-    corpora = sorted({corpus for by_corpus in scores.values() for corpus in by_corpus if corpus})
-    header = ["corpus", *map(condition_name, conditions)]
-    pair = "on" in scores and "off" in scores
-    header += ["ON vs OFF"] if pair else []
-    rows, best = [], []
-    for corpus in [*corpora, ""]:
-        values = [scores[name][corpus][figure] for name in conditions]
-        row = [corpus or "all", *(f"{value:.{digits}f}" for value in values)]
-        if pair:
-            on, off = scores["on"][corpus][figure], scores["off"][corpus][figure]
-            row.append(f"{100 * (on / off - 1):+.2f}%" if off else "")
-        rows.append(row)
-        best.append(1 + values.index(min(values)) if len(values) > 1 else None)
-    return header, rows, best

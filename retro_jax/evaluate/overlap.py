@@ -119,64 +119,91 @@ class Point:
     differences: Mapping[tuple[str, str], Interval]
 
 
+@dataclasses.dataclass(frozen=True)
+class OverlapSums:
+    """Sums over each document's chunks with r(C) <= alpha, for each of A thresholds alpha.
+
+    Attributes:
+      corpora: [D] of the documents. thresholds: [A] values of alpha, ascending.
+      chunks, bytes: [D, A] int64, of chunks with text. bits: condition -> [D, A] float64.
+      chunk_length: M. neighbours: how many r(C) looks at.
+    """
+
+    corpora: np.ndarray
+    thresholds: np.ndarray
+    chunks: np.ndarray
+    bytes: np.ndarray
+    bits: Mapping[str, np.ndarray]
+    chunk_length: int
+    neighbours: int
+
+
+def overlap_sums(
+    scored: ScoredChunks, neighbours: int, thresholds: Collection[float] = THRESHOLDS
+) -> OverlapSums:
+    """Sums scored chunks by document.
+
+    Args:
+      scored: the chunks. neighbours: of `runs`. thresholds: values of alpha, ascending.
+    """
+    _, first, owner = np.unique(scored.documents, return_index=True, return_inverse=True)
+    under = np.stack([scored.runs <= alpha * scored.chunk_length for alpha in thresholds], axis=1)
+    under &= (scored.bytes > 0)[:, None]
+
+    def by_document(values: np.ndarray) -> np.ndarray:
+        kept = np.where(under, values[:, None], 0)
+        return np.stack([np.bincount(owner, column) for column in kept.T], axis=1)
+
+    return OverlapSums(
+        corpora=scored.corpora[first],
+        thresholds=np.array(list(thresholds), np.float64),
+        chunks=by_document(np.ones(len(owner))).astype(np.int64),
+        bytes=by_document(scored.bytes).astype(np.int64),
+        bits={name: by_document(bits) for name, bits in scored.bits.items()},
+        chunk_length=scored.chunk_length,
+        neighbours=neighbours,
+    )
+
+
 def overlap_curve(
-    scored: ScoredChunks,
+    scored: OverlapSums,
     pairs: Collection[tuple[str, str]],
     *,
-    thresholds: Collection[float] = THRESHOLDS,
     samples: int = 1000,
     seed: int = 0,
 ) -> list[Point]:
     """Bits per byte by the overlap allowed, with intervals of a bootstrap over documents.
 
+    A document counts in the resamples where it has a chunk under any threshold.
+
     Args:
-      scored: the chunks.
+      scored: the sums by document.
       pairs: conditions to take the difference of, first minus second, over the same resamples.
-      thresholds: values of alpha, ascending.
       samples, seed: of the bootstrap. All corpora together are resampled corpus by corpus.
 
     Returns:
       A Point for each corpus and threshold, in this order, all corpora together last.
     """
     names = list(scored.bits)
-    values = np.stack([scored.bytes, *(scored.bits[name] for name in names)], axis=1)
-    under = np.stack([scored.runs <= alpha * scored.chunk_length for alpha in thresholds], axis=1)
-    under &= (scored.bytes > 0)[:, None]
+    values = np.stack([scored.bytes, *scored.bits.values()], axis=2)
     points: list[Point] = []
     sums: list[np.ndarray] = []
     draws: list[np.ndarray] = []
-    corpora = sorted(set(scored.corpora.tolist()))
-    for corpus in [*corpora, ""]:
-        here = under & (scored.corpora == corpus)[:, None] if corpus else under
+    for corpus in [*sorted(set(scored.corpora.tolist())), ""]:
+        here = scored.corpora == corpus if corpus else np.ones(len(scored.corpora), bool)
         if corpus:
-            by_document = _sums_by_document(values, here, scored.documents)
+            by_document = values[here & scored.chunks.any(axis=1)]
             sums.append(by_document.sum(axis=0))
             draws.append(resampled_sums(by_document, samples=samples, seed=seed + len(draws)))
             total, drawn = sums[-1], draws[-1]
         else:
             total, drawn = np.sum(sums, axis=0), np.sum(draws, axis=0)
-        for i, alpha in enumerate(thresholds):
-            chunks = np.flatnonzero(here[:, i])
-            figures, differences = _figures(total[i], drawn[:, i], names, pairs)
-            documents = len(np.unique(scored.documents[chunks]))
-            size = int(scored.bytes[chunks].sum())
-            points.append(Point(corpus, alpha, documents, len(chunks), size, figures, differences))
+        for i, alpha in enumerate(scored.thresholds.tolist()):
+            chunks = scored.chunks[here, i]
+            counts = (int((chunks > 0).sum()), int(chunks.sum()), int(scored.bytes[here, i].sum()))
+            figures = _figures(total[i], drawn[:, i], names, pairs)
+            points.append(Point(corpus, alpha, *counts, *figures))
     return points
-
-
-def _sums_by_document(values: np.ndarray, under: np.ndarray, documents: np.ndarray) -> np.ndarray:
-    """[D, A, F]: sums of values [n, F] under each threshold's mask [n, A], by document.
-
-    Every document with a chunk under any threshold counts, also where it adds nothing.
-    """
-    kept = under.any(axis=1)
-    numbers, owner = np.unique(documents[kept], return_inverse=True)
-    sums = np.zeros((len(numbers), under.shape[1], values.shape[1]))
-    for i in range(under.shape[1]):
-        for j in range(values.shape[1]):
-            weights = np.where(under[kept, i], values[kept, j], 0.0)
-            sums[:, i, j] = np.bincount(owner, weights, minlength=len(numbers))
-    return sums
 
 
 def _figures(

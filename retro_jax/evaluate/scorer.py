@@ -12,14 +12,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from launch.runs import trained_run
 from retro_jax.batch import ChunkText, RetroBatch
 from retro_jax.distributed import processes
 from retro_jax.distributed.progress import progress_bar
 from retro_jax.errors import UserError
 from retro_jax.evaluate import score
 from retro_jax.model import Retro
-from retro_jax.sharding import batch_sharding, make_mesh, replicated
+from retro_jax.sharding import MeshConfig, batch_sharding, make_mesh, replicated
 from retro_jax.storage.files import read_array, write_array
 from retro_jax.train.global_batches import global_batch, local_rows
 
@@ -30,16 +29,30 @@ Losses = Callable[[Retro, RetroBatch], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
+class ScoredModel:
+    """A trained model, loaded when it is first needed.
+
+    Attributes:
+      name: the directory of its run; a Scorer loads a model of one name once.
+      mesh: how devices are arranged. load: gives graphdef and parameters on a mesh.
+    """
+
+    name: str
+    mesh: MeshConfig
+    load: Callable[[Mesh], tuple[nnx.GraphDef, nnx.State]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Pass:
     """What is scored at once.
 
     Attributes:
-      run: the model. losses: of it and a batch, [..., B, N].
+      model: which one. losses: of it and a batch, [..., B, N].
       windows: how the text is cut. what: for the progress bar.
       partial: where finished segments are kept until all are done.
     """
 
-    run: trained_run.Run
+    model: ScoredModel
     losses: Losses
     windows: score.WindowConfig
     what: str
@@ -87,7 +100,7 @@ class Scorer:
         missing = [i for i in range(len(parts)) if not there[i]]
         found: dict[int, np.ndarray] = {}
         if missing:
-            with_what = self.compiled(one.run, one.losses, one.windows)
+            with_what = self.compiled(one.model, one.losses, one.windows)
             bar = progress_bar(sum(counts), one.what, "window")
             bar.update(sum(counts) - sum(counts[i] for i in missing))
             with jax.set_mesh(with_what.mesh), bar:
@@ -99,24 +112,21 @@ class Scorer:
                         rows=with_what.rows,
                         on_windows=bar.update,
                     )
-                    _refuse_infinite(found[i], one.run)
+                    _refuse_infinite(found[i], one.model)
                     if len(parts) > 1:
                         write_array(paths[i], found[i])
         every = [found[i] if i in found else read_array(path) for i, path in enumerate(paths)]
         return np.concatenate(every, axis=-2)
 
-    def compiled(
-        self, run: trained_run.Run, losses: Losses, windows: score.WindowConfig
-    ) -> Compiled:
+    def compiled(self, model: ScoredModel, losses: Losses, windows: score.WindowConfig) -> Compiled:
         """A model's losses as a program for all devices, and how it takes its batches."""
-        mesh = make_mesh(run.mesh)
+        mesh = make_mesh(model.mesh)
         rounded = _rounded(windows, mesh)
-        key = (run.directory, losses, rounded.chunks, rounded.batch_size)
+        key = (model.name, losses, rounded.chunks, rounded.batch_size)
         if key not in self._compiled:
             processes.connect(mesh)
             with jax.set_mesh(mesh):
-                model = trained_run.load_model(run, mesh)
-                self._compiled[key] = _compile(model, losses, mesh, rounded)
+                self._compiled[key] = _compile(model.load(mesh), losses, mesh, rounded)
         return dataclasses.replace(self._compiled[key], windows=rounded)
 
 
@@ -167,8 +177,8 @@ def segments(documents: np.ndarray) -> Sequence[Any]:
     return [slice(a, b) for a, b in itertools.pairwise(cuts)]
 
 
-def _refuse_infinite(nll: np.ndarray, run: trained_run.Run) -> None:
+def _refuse_infinite(nll: np.ndarray, model: ScoredModel) -> None:
     """Raises where a loss is not finite."""
     bad = int(np.count_nonzero(~np.isfinite(nll)))
     if bad:
-        raise UserError(f"{run.directory}: the loss of {bad} tokens is not finite")
+        raise UserError(f"{model.name}: the loss of {bad} tokens is not finite")

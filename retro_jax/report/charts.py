@@ -5,13 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.chunk_database.database import ChunkDatabase
 from retro_jax.evaluate.conditions import condition_name, swept
 from retro_jax.report.line_chart import Line, line_chart
 from retro_jax.report.views import ChartView
 
 _FEW = 30  # tokens below which a mean is not shown
-_COUNTED = 200_000  # chunks of the training split whose tokens are counted
 _Y = "bits per byte"
 _X = {"k": "neighbours a chunk", "database": "share of the retrieval database's documents, %"}
 _TITLES = {"k": "By number of neighbours", "database": "By size of the retrieval database"}
@@ -73,17 +71,15 @@ def place_chart(gains: np.ndarray, counted: np.ndarray) -> ChartView:
 
 
 def frequency_chart(
-    gains: np.ndarray, counted: np.ndarray, tokens: np.ndarray, training: ChunkDatabase
+    gains: np.ndarray, counted: np.ndarray, tokens: np.ndarray, times: np.ndarray
 ) -> ChartView:
     """Bits that retrieval saves on a token, by how often the training split has it.
 
     Args:
-      gains, counted: as above. tokens: [n, M]. training: the training split's chunks.
+      gains, counted: as above. tokens: [n, M]. times: [V] how often each token is in the training
+        split.
     """
-    some = np.linspace(0, len(training) - 1, min(len(training), _COUNTED)).astype(np.int64)
-    times = np.bincount(training.chunks(some).ravel(), minlength=training.vocab_size + 1)
-    scale = len(training) / max(1, len(some))
-    group = np.floor(np.log2(np.maximum(times * scale, 1))).astype(np.int64)[tokens[counted]]
+    group = np.floor(np.log2(np.maximum(times, 1))).astype(np.int64)[tokens[counted]]
     count = np.bincount(group)
     mean = np.bincount(group, gains[counted]) / np.maximum(count, 1)
     shown = np.flatnonzero(count >= _FEW)

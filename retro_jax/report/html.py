@@ -6,8 +6,10 @@ Every text of a document, prompt or sample goes through html.escape; whitespace 
 import html
 from collections.abc import Mapping, Sequence
 
-from retro_jax.evaluate.conditions import CONDITION_NAMES, SHOWN_OVERLAP, score_rows, swept
+from retro_jax.evaluate.conditions import CONDITION_NAMES, SHOWN_OVERLAP, swept
+from retro_jax.report.evaluation_tables import score_table
 from retro_jax.report.line_chart import STYLES, Line, line_chart, smooth
+from retro_jax.report.tables import as_html
 from retro_jax.report.views import (
     ChartView,
     ChunkView,
@@ -18,7 +20,7 @@ from retro_jax.report.views import (
     SampleChunk,
     SampleView,
     Span,
-    TableView,
+    Table,
 )
 
 _STYLE = """
@@ -122,19 +124,16 @@ def _scores_section(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> 
     """The tables of figures."""
     if not scores:
         return ""
-    header, rows, best = score_rows(scores, "bits_per_byte", 4)
-    parts = ["<h2>Bits per byte</h2>", table(header, rows, best=best)]
+    parts = ["<h2>Bits per byte</h2>", as_html(score_table(scores, "bits_per_byte", 4))]
     parts.append(
         "<p class='dim small'>Loss of the text over its UTF-8 bytes; lower is better. The end of a "
         "document is not counted. RETRO[OFF] is the same model without neighbours.</p>"
     )
-    header, rows, best = score_rows(scores, "word_perplexity", 1)
-    tokens, token_rows, token_best = score_rows(scores, "bits_per_token", 3)
     parts.append(
         "<details><summary>Perplexity by word, and bits per token</summary>"
         f"<p class='dim small'>By whitespace word, line ends counted as words.</p>"
-        f"{table(header, rows, best=best)}"
-        f"<p class='dim small'>Bits per token.</p>{table(tokens, token_rows, best=token_best)}"
+        f"{as_html(score_table(scores, 'word_perplexity', 1))}<p class='dim small'>Bits per token.</p>"
+        f"{as_html(score_table(scores, 'bits_per_token', 3))}"
         "</details>"
     )
     return "".join(parts)
@@ -170,20 +169,16 @@ def _overlap_section(overlap: Mapping[str, Sequence[OverlapPoint]]) -> str:
             name: {c: {"bits_per_byte": point.bits_per_byte[name]} for c, point in few.items()}
             for name in conditions
         }
-        header, rows, best = score_rows(figures, "bits_per_byte", 4)
+        table = as_html(score_table(figures, "bits_per_byte", 4))
         count = f"{few[''].chunks:,} chunks with r(C) at most {SHOWN_OVERLAP:.0%}"
-        parts.append(f"<p class='dim small'>{count}:</p>{table(header, rows, best=best)}")
+        parts.append(f"<p class='dim small'>{count}:</p>{table}")
     return "".join(parts)
 
 
-def _table_section(view: TableView) -> str:
+def _table_section(view: Table) -> str:
     """A further table."""
     caption = f"<p class='dim small'>{html.escape(view.caption)}</p>" if view.caption else ""
-    rows = [list(row) for row in view.rows]
-    return (
-        f"<h2>{html.escape(view.title)}</h2>"
-        f"{table(list(view.header), rows, best=[None] * len(rows), total=False)}{caption}"
-    )
+    return f"<h2>{html.escape(view.title)}</h2>{as_html(view)}{caption}"
 
 
 def _chart_section(chart: ChartView) -> str:
@@ -330,28 +325,4 @@ def page(title: str, body: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n"
         f"<body><main>\n{body}\n</main></body></html>\n"
-    )
-
-
-def table(
-    header: list[str], rows: list[list[str]], *, best: list[int | None], total: bool = True
-) -> str:
-    """A table of plain texts.
-
-    Args:
-      header, rows: its cells. best: the column to emphasise in each row.
-      total: whether the last row is one.
-    """
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    lines = []
-    for number, (row, strong) in enumerate(zip(rows, best, strict=True)):
-        cells = "".join(
-            f"<td{' class=best' if column == strong else ''}>{html.escape(cell)}</td>"
-            for column, cell in enumerate(row)
-        )
-        last = total and number == len(rows) - 1
-        lines.append(f"<tr{' class=total' if last else ''}>{cells}</tr>")
-    return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
     )

@@ -1,327 +1,63 @@
-"""Results of launch.evaluate as tables for the terminal."""
+"""A table as text, Markdown and HTML, and a figure with its interval: the one form of each."""
 
-import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import html
+from collections.abc import Collection, Mapping, Sequence
 
-from retro_jax.evaluate.conditions import (
-    SHOWN_OVERLAP,
-    SWEPT_NAMES,
-    condition_name,
-    condition_order,
-    score_rows,
-    swept,
-)
-from retro_jax.report.published import beside_paper
-from retro_jax.report.views import OverlapPoint, TableView, shown
-
-ABOUT = "95%, percentiles of 1,000 bootstrap resamples of the documents"
-FIGURES = {"word_perplexity": ("Perplexity by word", 2), "bits_per_byte": ("Bits per byte", 4)}
+from retro_jax.report.views import Table
 
 
-def table_scores(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
-    """Results as the report and its tables take them: condition -> corpus ("" for all) -> figures."""
-    return {name: {**result["corpora"], "": result["all"]} for name, result in results.items()}
-
-
-def format_table(results: Mapping[str, Any]) -> str:
-    """Bits per byte as text, one row a corpus; what varies RETRO[ON] in tables of its own."""
-    main = {name: results[name] for name in swept(results)}
-    tables = [_aligned(main)]
-    for kind in SWEPT_NAMES:
-        names = swept(results, kind)
-        tables += [_aligned({name: results[name] for name in names})] if names else []
-    steps = {condition_name(name): result["model"]["step"] for name, result in main.items()}
-    told = ", ".join(f"{name} at step {step:,}" for name, step in steps.items())
-    count = next(iter(main.values()))["all"]
-    size = f"{count['documents']:,} documents, {count['tokens']:,} tokens, {count['bytes']:,} bytes"
-    split = next(iter(main.values()))["settings"]["split"]
-    return "\n".join([*tables, f"({split}: {size}; {told})"])
-
-
-def _aligned(results: Mapping[str, Any]) -> str:
-    """One table of bits per byte."""
-    header, rows, _ = score_rows(table_scores(results), "bits_per_byte", 4)
-    return aligned(["bits per byte", *header[1:]], rows)
-
-
-def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table as text: the first column to the left, the others to the right."""
-    lines = [header, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-
-    def show(line: Sequence[str]) -> str:
-        cells = [f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True)]
-        return "  ".join([f"{line[0]:<{widths[0]}}", *cells])
-
-    return "\n".join(map(show, lines))
-
-
-def comparisons(found: Sequence[Mapping[str, Any]]) -> TableView:
-    """Comparisons as a table, a row each."""
-    header = ["", "bits per byte", "the other's", "difference", "p", "better on"]
-    rows = []
-    for each in found:
-        one, other = map(condition_name, each["conditions"])
-        figures = [f"{value:.4f}" for value in each["bits_per_byte"]]
-        rows.append(
-            [
-                f"{one} against {each['other']}, {other}",
-                *figures,
-                shown(each["difference"], "+"),
-                f"{each['p_value']:.4f}",
-                f"{each['better_documents']:,} of {each['documents']:,} documents",
-            ]
-        )
-    caption = (
-        "In brackets: 95% of 10,000 bootstrap resamples of the documents. p: paired test by random signs of "
-        "the documents' differences."
-    )
-    return TableView("Compared with another model", caption, header, rows)
-
-
-def interval_tables(results: Mapping[str, Any]) -> Iterator[TableView]:
-    """Every figure with its interval: all corpora together, then bits per byte of each."""
-    caption = f"In brackets: {ABOUT}."
-    names = sorted(results, key=condition_order)
-    rows = []
-    for name in names:
-        each = results[name]["all"]["intervals"]
-        figures = [(each["bits_per_byte"], 4), (each["word_perplexity"], 2)]
-        rows.append([condition_name(name), *(shown(f, "", digits) for f, digits in figures)])
-    rows += [[label, cell, ""] for label, cell in _differences(results, names, "")]
-    header = ["", "bits per byte", "perplexity by word"]
-    yield TableView("How sure these figures are", caption, header, rows)
-    corpora = sorted({corpus for result in results.values() for corpus in result["corpora"]})
-    if len(corpora) < 2:
-        return
-    columns = [
-        [
-            *(
-                [condition_name(n), shown(_of(results[n], c)["intervals"]["bits_per_byte"], "")]
-                for n in names
-            ),
-            *_differences(results, names, c),
-        ]
-        for c in corpora
-    ]
-    rows = [[row[0][0], *(cell for _, cell in row)] for row in zip(*columns, strict=True)]
-    yield TableView("By corpus: bits per byte", caption, ["", *corpora], rows)
-
-
-def _differences(results: Mapping[str, Any], names: Sequence[str], corpus: str) -> list[list[str]]:
-    """Labels and cells of the differences, in bits per byte."""
-    return [
-        [f"{condition_name(name)} - {condition_name(other)}", shown(difference, "+")]
-        for name in names
-        for other, difference in _of(results[name], corpus).get("differences", {}).items()
-    ]
-
-
-def _of(result: Mapping[str, Any], corpus: str) -> Mapping[str, Any]:
-    """The figures of a corpus; "" for all together."""
-    return result["corpora"][corpus] if corpus else result["all"]
-
-
-def markdown(
-    results: Mapping[str, Any],
-    overlap: Mapping[str, Any] | None,
-    several: Mapping[str, Any] | None = None,
-) -> str:
-    """The whole file.
+def interval(figure: Mapping[str, float | None], sign: str = "", digits: int = 4) -> str:
+    """A figure with its interval: "0.8222 [0.8100, 0.8340]"; "none" where there is no figure.
 
     Args:
-      results: by condition, of launch.evaluate. overlap: what write_overlap found, if anything.
-      several: what windows.compared found, where windows of several overlaps were scored.
+      figure: its "value", "low" and "high". sign: "+" for differences. digits: after the point.
     """
-    split = next(iter(results.values()))["settings"]["split"]
-    parts = [f"# Evaluation: {split}", *_figures(results)]
-    for title, header, rows in tables(several) if several else ():
-        parts += [f"{title}:", markdown_table(header, rows)]
-    beside = beside_paper(results)
-    if beside:
-        parts += [f"## {beside.title}", beside.caption, markdown_table(beside.header, beside.rows)]
-    for view in interval_tables(results):
-        parts += [f"## {view.title}", view.caption, markdown_table(view.header, view.rows)]
-    if overlap:
-        parts += [*_intervals(overlap)]
-    parts += ["## How this was made", *_settings(results)]
-    return "\n\n".join(parts) + "\n"
+    value, low, high = (figure[name] for name in ("value", "low", "high"))
+    if value is None or low is None or high is None:
+        return "none"
+    return f"{value:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
 
 
-def _figures(results: Mapping[str, Any]) -> Iterator[str]:
-    """Bits per byte and perplexity by word, and the tables of what varies RETRO[ON]."""
-    main = table_scores({name: results[name] for name in swept(results)})
-    for figure, title, digits in (
-        ("bits_per_byte", "Bits per byte", 4),
-        ("word_perplexity", "Perplexity by word", 2),
-    ):
-        yield f"## {title}"
-        yield markdown_table(*score_rows(main, figure, digits)[:2])
-    for kind in SWEPT_NAMES:
-        names = swept(results, kind)
-        if names:
-            scores = table_scores({name: results[name] for name in names})
-            yield markdown_table(*score_rows(scores, "bits_per_byte", 4)[:2])
-    hits = {n: r["last_word_accuracy"] for n, r in results.items() if "last_word_accuracy" in r}
-    if hits:
-        yield "## Accuracy of the last word"
-        yield markdown_table(
-            [*map(condition_name, hits)], [[shown(value, "") for value in hits.values()]]
-        )
+def as_text(table: Table, left: Collection[int] = (0,)) -> str:
+    """A table as aligned text; the columns `left` to the left, the others to the right."""
+    lines = [table.header, *table.rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(table.header))]
+    return "\n".join(text_row(line, widths, left) for line in lines)
 
 
-def _intervals(overlap: Mapping[str, Any]) -> Iterator[str]:
-    """Every figure with its interval: among all chunks and among those of little overlap."""
-    yield "## By overlap with the training data"
-    yield (
-        f"r(C): the longest run of tokens shared with one of the {overlap['neighbours']} nearest "
-        f"training neighbours, over {overlap['chunk_length']}. In brackets: {overlap['interval']}."
-    )
-    names = sorted(overlap["rows"][0]["bits_per_byte"], key=condition_order)
-    rows = [row for row in overlap["rows"] if row["at_most"] in (SHOWN_OVERLAP, 1.0)]
-    pairs = list(rows[0]["differences"])
-    header = ["corpus", "r(C)", "chunks", *map(condition_name, names)]
-    header += [" - ".join(map(condition_name, pair.split("-"))) for pair in pairs]
-    yield markdown_table(
-        header,
-        [
-            [
-                row["corpus"] or "all",
-                f"<= {row['at_most']:.0%}",
-                f"{row['chunks']:,}",
-                *(shown(row["bits_per_byte"][name], "") for name in names),
-                *(shown(row["differences"][pair], "+") for pair in pairs),
-            ]
-            for row in rows
-        ],
-    )
+def text_row(cells: Sequence[str], widths: Sequence[int], left: Collection[int] = (0,)) -> str:
+    """One row of as_text, for a table whose rows are printed one by one."""
+    aligned = [
+        f"{cell:<{width}}" if column in left else f"{cell:>{width}}"
+        for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    ]
+    return "  ".join(aligned).rstrip()
 
 
-def _settings(results: Mapping[str, Any]) -> Iterator[str]:
-    """Model, settings and hashes of each condition."""
-    rows = []
-    for name in sorted(results, key=condition_order):
-        result = results[name]
-        settings, model = result["settings"], result["model"]
-        rows.append(
-            [
-                condition_name(name),
-                f"{model['run']} step {model['step']:,} ({model['checkpoint'][:12]})",
-                str(settings["neighbours"]),
-                f"{settings['window_chunks']} / {settings['stride_chunks']}",
-                ", ".join(f"{kind} {hash[:12]}" for kind, hash in result["manifests"].items()),
-            ]
-        )
-    yield markdown_table(
-        ["condition", "model", "neighbours", "window / stride, chunks", "data"], rows
-    )
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
+def as_markdown(table: Table) -> str:
+    """A table in Markdown, without its title and caption."""
+    lines = [table.header, ["---"] * len(table.header), *table.rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[OverlapPoint]]:
-    """The rows as the report takes them, by corpus; thresholds without any text are left out."""
-    found: dict[str, list[OverlapPoint]] = {}
-    for row in rows:
-        if row["bytes"]:
-            figures = {name: figure["value"] for name, figure in row["bits_per_byte"].items()}
-            point = OverlapPoint(row["at_most"], row["chunks"], figures)
-            found.setdefault(row["corpus"], []).append(point)
-    return found
+def section(table: Table) -> str:
+    """A table in Markdown under its title and caption."""
+    return f"## {table.title}\n\n{table.caption}\n\n{as_markdown(table)}"
 
 
-def format_overlap(found: Mapping[str, Any]) -> str:
-    """The figures at r(C) <= 50% beside all, and the differences with their intervals, as text."""
-    rows = found["rows"]
-    by_place = {(row["corpus"], row["at_most"]): row for row in rows}
+def as_html(table: Table) -> str:
+    """A table in HTML, without its title and caption; texts are escaped."""
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.header)
+    best = table.best or [None] * len(table.rows)
     lines = []
-    corpora = sorted({row["corpus"] for row in rows} - {""})
-    for corpus in [*corpora, ""] if len(corpora) > 1 else corpora:
-        everything, few = by_place[corpus, 1.0], by_place[corpus, SHOWN_OVERLAP]
-        for row, what in ((everything, "all chunks"), (few, f"r(C) <= {SHOWN_OVERLAP:.0%}")):
-            share = row["chunks"] / max(1, everything["chunks"])
-            head = f"{corpus or 'all'}, {what}: {row['chunks']:,} chunks ({share:.0%})"
-            found_here = row["bits_per_byte"]
-            figures = [f"{_label(n)} {_number(found_here[n])}" for n in swept(found_here)]
-            lines.append(f"{head}: {', '.join(figures)}")
-            lines += [f"    {_label(n)}: {_signed(i)}" for n, i in row["differences"].items()]
-    about = (
-        f"r(C): longest run of tokens shared with one of the {found['neighbours']} nearest "
-        f"training neighbours, over {found['chunk_length']}. In brackets: 95% intervals over documents."
+    for number, (row, strong) in enumerate(zip(table.rows, best, strict=True)):
+        cells = "".join(
+            f"<td{' class=best' if column == strong else ''}>{html.escape(cell)}</td>"
+            for column, cell in enumerate(row)
+        )
+        last = table.total and number == len(table.rows) - 1
+        lines.append(f"<tr{' class=total' if last else ''}>{cells}</tr>")
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
-    return "\n".join(["bits per byte by overlap with the training data", *lines, f"({about})"])
-
-
-def _label(name: str) -> str:
-    """A condition, or a difference of two, as it is shown."""
-    return " - ".join(map(condition_name, name.split("-")))
-
-
-def _number(interval: Mapping[str, float | None]) -> str:
-    """A figure without its interval."""
-    return "none" if interval["value"] is None else f"{interval['value']:.4f}"
-
-
-def _signed(interval: Mapping[str, float | None]) -> str:
-    """A difference with its interval."""
-    value, low, high = (interval[name] for name in ("value", "low", "high"))
-    if value is None or low is None or high is None:
-        return "none"
-    return f"{value:+.4f} [{low:+.4f}, {high:+.4f}]"
-
-
-def windows_file(folder: pathlib.Path, split: str) -> pathlib.Path:
-    """Where the figures of several overlaps are, in W/evaluation."""
-    return folder / f"{split}-windows.json"
-
-
-def compared(by_overlap: Mapping[float, Mapping[str, Any]]) -> dict[str, Any]:
-    """What the file of several overlaps holds.
-
-    Args:
-      by_overlap: results by condition, by overlap.
-    """
-    last = by_overlap[max(by_overlap)]
-    names = ("tokens", "nats", *FIGURES)
-    rows = [
-        {
-            "overlap": overlap,
-            "figures": {
-                name: {figure: result["all"][figure] for figure in names}
-                for name, result in sorted(by_overlap[overlap].items())
-            },
-        }
-        for overlap in sorted(by_overlap)
-    ]
-    models = {name: result["model"] for name, result in last.items()}
-    return {"chunks": last_window(last), "models": models, "rows": rows}
-
-
-def last_window(results: Mapping[str, Any]) -> int:
-    """Chunks of a window."""
-    return next(iter(results.values()))["settings"]["window_chunks"]
-
-
-def tables(found: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Title, header and rows of each figure by overlap, of what `compared` found."""
-    conditions = sorted(found["rows"][0]["figures"], key=condition_order)
-    for figure, (title, digits) in FIGURES.items():
-        rows = [
-            [f"{row['overlap']:.4g}", *_cells(row["figures"], conditions, figure, digits)]
-            for row in found["rows"]
-        ]
-        heading = f"{title}, by overlap of windows of {found['chunks']} chunks"
-        yield heading, ["overlap", *map(condition_name, conditions)], rows
-
-
-def _cells(
-    figures: Mapping[str, Any], conditions: Sequence[str], figure: str, digits: int
-) -> list[str]:
-    """A figure of every condition."""
-    values = [figures[name][figure] for name in conditions]
-    return ["" if value is None else f"{value:.{digits}f}" for value in values]

@@ -22,14 +22,6 @@ class Span:
     shared: bool = False
 
 
-def shown(figure: Mapping[str, float | None], sign: str, digits: int = 4) -> str:
-    """A figure with its interval."""
-    value, low, high = (figure[name] for name in ("value", "low", "high"))
-    if value is None or low is None or high is None:
-        return "none"
-    return f"{value:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
-
-
 @dataclasses.dataclass(frozen=True)
 class NeighbourView:
     """A retrieved neighbour: its document, its corpus, its distance to the query, and its text.
@@ -112,13 +104,42 @@ class ChartView:
 
 
 @dataclasses.dataclass(frozen=True)
-class TableView:
-    """A further table: its heading, what is to be said of it, and plain cells."""
+class Table:
+    """A table of plain texts (report/tables.py has its forms).
 
-    title: str
-    caption: str
+    Attributes:
+      header, rows: its cells. title, caption: its heading, and what is to be said of it.
+      best: the column to emphasise in each row, if any. total: whether the last row is of all rows.
+    """
+
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+    title: str = ""
+    caption: str = ""
+    best: Sequence[int | None] = ()
+    total: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedFigures:
+    """The paper's figures of a text, beside which ours are shown.
+
+    Attributes:
+      title: the text's name. label: of the figure. figure: its name in our results.
+      layout: "sets" where columns are whole sets, ours in that of the same `words`; "corpora" where
+        rows are corpora, ours in further columns; "sizes" where rows are sizes of the paper's models
+        and columns conditions, ours in the last row.
+      columns: of the paper's figures. rows: name -> a figure for each column.
+      words: of "sets", column -> words of the whole set, line ends counted.
+    """
+
+    title: str
+    label: str
+    figure: str
+    layout: str
+    columns: Sequence[str]
+    rows: Mapping[str, Sequence[float]]
+    words: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +163,7 @@ class Report:
     chunks: Sequence[ChunkView]
     samples: Sequence[SampleView]
     charts: Sequence[ChartView] = ()
-    tables: Sequence[TableView] = ()
+    tables: Sequence[Table] = ()
     overlap: Mapping[str, Sequence[OverlapPoint]] = dataclasses.field(default_factory=dict)
 
 

@@ -15,6 +15,7 @@ from retro_jax.evaluate.overlap import (
     ScoredChunks,
     longest_shared_runs,
     overlap_curve,
+    overlap_sums,
     shared_ngrams,
 )
 from retro_jax.evaluate.score import WindowConfig, score_chunks
@@ -115,7 +116,7 @@ def test_a_copying_model_is_near_zero_on_planted_copies_and_the_filter_removes_e
     scored = ScoredChunks(
         {"on": bits}, mask.sum(axis=1), text.documents, np.array(["x"] * len(table)), runs, m
     )
-    half, everything = overlap_curve(scored, [], thresholds=(0.5, 1.0), samples=10)[:2]
+    half, everything = overlap_curve(overlap_sums(scored, 2, (0.5, 1.0)), [], samples=10)[:2]
     assert (half.chunks, everything.chunks) == (len(rest), len(table))
     assert half.bits_per_byte["on"].value == pytest.approx(uniform, rel=1e-6)
     assert everything.bits_per_byte["on"].value < uniform
@@ -138,7 +139,7 @@ def _scored(seed: int = 0) -> tuple[ScoredChunks, np.ndarray, np.ndarray]:
 
 def test_without_a_filter_the_curve_is_the_plain_figure():
     scored, nll, table = _scored()
-    points = overlap_curve(scored, [("on", "off")], samples=200)
+    points = overlap_curve(overlap_sums(scored, 2), [("on", "off")], samples=200)
     assert [(p.corpus, p.at_most) for p in points] == [(c, a) for c in "ab" for a in THRESHOLDS] + [
         ("", a) for a in THRESHOLDS
     ]
@@ -155,7 +156,7 @@ def test_without_a_filter_the_curve_is_the_plain_figure():
 
 def test_each_threshold_keeps_what_is_at_most_it():
     scored, _, _ = _scored()
-    points = overlap_curve(scored, [("on", "off")], samples=200)
+    points = overlap_curve(overlap_sums(scored, 2), [("on", "off")], samples=200)
     assert sum(point.chunks > 0 for point in points) > 18
     for point in points:
         kept = (scored.runs <= 8 * point.at_most) & (scored.bytes > 0)
@@ -174,7 +175,7 @@ def test_each_threshold_keeps_what_is_at_most_it():
 
 def test_nothing_under_a_threshold_is_no_figure():
     scored, _, _ = _scored()
-    point = overlap_curve(scored, [("on", "off")], thresholds=(-1.0,), samples=20)[-1]
+    point = overlap_curve(overlap_sums(scored, 2, (-1.0,)), [("on", "off")], samples=20)[-1]
     assert (point.chunks, point.bytes) == (0, 0)
     assert math.isnan(point.bits_per_byte["on"].value)
     assert math.isnan(point.differences["on", "off"].low)

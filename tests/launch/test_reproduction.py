@@ -75,9 +75,8 @@ def test_the_commands_are_of_entry_points_and_their_flags(monkeypatch):
 def test_a_sign_is_that_of_the_papers_ablation(name, interval, verdict, monkeypatch):
     difference = dict(zip(("value", "low", "high"), interval, strict=True))
     found = {"difference": difference, "bits_per_byte": [1.0, 0.9], "p_value": 0.01}
-    monkeypatch.setattr(results.compare, "compare", lambda *_: found)
+    monkeypatch.setattr(results.scores, "compare_results", lambda *_: found)
     monkeypatch.setattr(results.files, "read_json", lambda _: {"on": {"nll": "x.npy"}})
-    monkeypatch.setattr(results, "read_array", lambda _: None)
     row = results.ablation_row(pathlib.Path("W"), name, {"nll": "y.npy"})
     assert row[-1] == verdict
     assert row[2] == f"{interval[0]:+.4f} [{interval[1]:+.4f}, {interval[2]:+.4f}]"

@@ -353,6 +353,33 @@ def test_two_models_are_compared_document_by_document(
     assert "--other is missing" in capsys.readouterr().err
 
 
+def test_results_are_compared_without_data_unless_older_than_their_sums(
+    evaluated: dict, trained: list[str], workdir: pathlib.Path, tmp_path: pathlib.Path, capsys
+):
+    (tmp_path / "V").mkdir()
+    shutil.copytree(workdir / "evaluation", tmp_path / "V" / "evaluation")
+    other = [f"--workdir={tmp_path / 'V'}", f"--other={workdir}", "--other_condition=off"]
+    stem = "test-on-against-W-off"
+    assert call(compare.main, *other, "--data=/nowhere") == 0
+    shown = capsys.readouterr().out
+    found = [(tmp_path / f"V/evaluation/{stem}.{end}").read_bytes() for end in ("json", "md")]
+    # As the code before left it: no file of sums.
+    (tmp_path / "V/evaluation/test-documents.npz").unlink()
+    assert call(compare.main, *other, trained[1]) == 0
+    assert capsys.readouterr().out == shown
+    again = [(tmp_path / f"V/evaluation/{stem}.{end}").read_bytes() for end in ("json", "md")]
+    assert again == found
+    assert call(compare.main, *other, "--data=/nowhere") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: --split=test: there is no /nowhere/chunks/test")
+    for made in ("retro", "baseline"):
+        (tmp_path / "V" / made).symlink_to(workdir / made)
+    assert call(report.main, other[0], trained[1]) == 0
+    page = (tmp_path / "V" / "report.html").read_text(encoding="utf-8")
+    assert f"{evaluated['on']['all']['bits_per_byte']:.4f}" in page
+    assert "Compared with another model" in page
+
+
 def test_a_damaged_array_is_one_line(
     evaluated: dict, trained: list[str], workdir: pathlib.Path, capsys
 ):

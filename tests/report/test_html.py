@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retro_jax.evaluate.conditions import score_rows
+from retro_jax.report.evaluation_tables import score_table
 from retro_jax.report.html import full_colour, render
 from retro_jax.report.line_chart import Line, line_chart, smooth, ticks
 from retro_jax.report.views import (
@@ -130,10 +130,13 @@ def test_sections_without_content_are_left_out():
 
 
 def test_score_rows_name_the_best_and_the_difference():
-    header, rows, best = score_rows(_report().scores, "bits_per_byte", 3)
-    assert header == ["corpus", "RETRO[OFF]", "RETRO[ON]", "ON vs OFF"]
-    assert rows == [["code", "1.500", "0.750", "-50.00%"], ["all", "1.500", "0.750", "-50.00%"]]
-    assert best == [2, 2]
+    table = score_table(_report().scores, "bits_per_byte", 3)
+    assert table.header == ["corpus", "RETRO[OFF]", "RETRO[ON]", "ON vs OFF"]
+    assert table.rows == [
+        ["code", "1.500", "0.750", "-50.00%"],
+        ["all", "1.500", "0.750", "-50.00%"],
+    ]
+    assert table.best == [2, 2]
 
 
 @given(st.text(max_size=30), st.data())

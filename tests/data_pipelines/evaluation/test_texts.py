@@ -1,18 +1,22 @@
 """Slices: each kind of text with its own denominators, sorted and cut as documents are."""
 
+import dataclasses
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
 import zstandard
 
+from data_pipelines.artefacts.manifest import Stage
 from data_pipelines.corpora import Reading
 from data_pipelines.documents.documents import read_documents
 from data_pipelines.evaluation.detokenise import detokenise
 from data_pipelines.evaluation.texts import (
     MEASURE_NAMES,
     SliceConfig,
+    evaluation_text,
     pile_subset,
     prepare_texts,
     read_measures,
@@ -69,7 +73,8 @@ def test_the_pile_by_subset(tmp_path: pathlib.Path):
     wider = list(read_documents(tmp_path / "more" / "documents", more))
     assert [d.id for d in wider][:3] == [d.id for d in documents[:3]]
     pathlib.Path(str(config.path)).unlink()
-    assert prepare_texts(tmp_path / "slice", config).hash == manifest.hash
+    again = dataclasses.replace(config, path=None)
+    assert prepare_texts(tmp_path / "slice", again).hash == manifest.hash
     assert config.key == "pile-github-uspto-first3"
 
 
@@ -84,6 +89,22 @@ def test_summaries_and_last_words_are_scored_by_themselves(tmp_path: pathlib.Pat
     assert last.text.encode()[last.scored_from :].decode() == "néver"
     assert (last.bytes, last.words, last.lines) == (6, 1, 0)
     assert (only.text, only.scored_from) == ("one", 0)
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "measure"),
+    [
+        ("lambada", "lambada", "last_word_accuracy"),
+        ("lambada-first10", "lambada", "last_word_accuracy"),
+        ("lambada_de", "lambada_de", None),  # another text, of which nothing is known
+        ("pile-github-first3", "pile", None),
+        ("test", "test", None),
+    ],
+)
+def test_a_split_has_the_row_of_its_text(key: str, name: str, measure: str | None):
+    text = evaluation_text(key)
+    assert (text.name, text.measure) == (name, measure)
+    assert (text.published is None) == (name in ("test", "lambada_de"))
 
 
 def test_any_json_lines_are_scored_whole(tmp_path: pathlib.Path):
@@ -140,6 +161,53 @@ def test_bad_slices_are_refused(config: dict, message: str, tmp_path: pathlib.Pa
     with pytest.raises(UserError, match=message):
         prepare_texts(tmp_path / "slice", SliceConfig(**config))
     assert not np.any([p.name == "manifest.json" for p in tmp_path.rglob("*")])
+
+
+def test_another_file_is_not_scored_as_the_one_that_was_read(tmp_path: pathlib.Path):
+    test = _lines(tmp_path / "test.jsonl", {"text": "of the test set"})
+    valid = _lines(tmp_path / "valid.jsonl", {"text": "of the validation set"})
+    folder = tmp_path / "slice"
+    manifest = prepare_texts(folder, SliceConfig("c4", test))
+    same = shutil.copy(test, tmp_path / "copy.jsonl")
+    for path in (test, str(same), None):
+        assert prepare_texts(folder, SliceConfig("c4", path)).hash == manifest.hash
+    with pytest.raises(UserError) as error:
+        prepare_texts(folder, SliceConfig("c4", valid))
+    for part in (valid, "'test.jsonl'", "source.json", "expected that, or another name"):
+        assert part in str(error.value)
+    with pytest.raises(UserError, match=r"/nowhere\.jsonl is missing"):
+        prepare_texts(folder, SliceConfig("c4", "/nowhere.jsonl"))
+    # One that the code before prepared has no record: any file that exists is taken for its own.
+    (folder / "source.json").unlink()
+    assert prepare_texts(folder, SliceConfig("c4", valid)).hash == manifest.hash
+    assert not (folder / "source.json").exists()
+
+
+def test_a_folder_is_known_by_all_of_its_files(tmp_path: pathlib.Path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("a", "b"):
+        _lines(source / f"{name}.jsonl", {"text": name})
+    config = SliceConfig("c4", str(source))
+    manifest = prepare_texts(tmp_path / "slice", config)
+    assert prepare_texts(tmp_path / "slice", config).hash == manifest.hash
+    _lines(source / "b.jsonl", {"text": "c"})
+    with pytest.raises(UserError, match="was read from 'source' of 28 bytes"):
+        prepare_texts(tmp_path / "slice", config)
+
+
+def test_a_preparation_that_was_killed_goes_on_with_its_own_file_only(tmp_path, monkeypatch):
+    test = _lines(tmp_path / "test.jsonl", {"text": "of the test set"})
+    valid = _lines(tmp_path / "valid.jsonl", {"text": "of the validation set"})
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare_texts(tmp_path / "slice", SliceConfig("c4", test))
+    with pytest.raises(UserError, match=r"was read from 'test\.jsonl'"):
+        prepare_texts(tmp_path / "slice", SliceConfig("c4", valid))
+    manifest = prepare_texts(tmp_path / "slice", SliceConfig("c4", test))
+    (document,) = read_documents(tmp_path / "slice" / "documents", manifest)
+    assert document.text == "of the test set"
 
 
 def test_a_line_without_its_set_is_refused(tmp_path: pathlib.Path):

@@ -3,7 +3,6 @@
 import json
 import pathlib
 import shutil
-import types
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from data_pipelines.retriever.neighbours import NeighbourTable
 from data_pipelines.retriever.retriever import Retriever
 from launch import evaluate, report
 from launch.evaluation import knn
+from launch.evaluation.settings import KnnSettings
 from retro_jax.evaluate import score, scorer
 from tests.launch.trained import call
 
@@ -93,12 +93,11 @@ def test_knn_lm_looks_up_the_training_text(
 @pytest.mark.parametrize("exact", [False, True])
 def test_a_large_datastore_is_searched_by_scann_unless_every_key_is_asked_for(exact, monkeypatch):
     monkeypatch.setattr(index, "_HASHING_FROM", 1000)
-    monkeypatch.setattr(knn, "KNN_EXACT", types.SimpleNamespace(value=exact))
-    monkeypatch.setattr(knn, "KNN_NEIGHBOURS", types.SimpleNamespace(value=8))
+
     rng = np.random.default_rng(0)
     keys = rng.normal(size=(2000, 32)).astype(np.float16)
     queries = rng.normal(size=(50, 32)).astype(np.float32)
-    look_up, how = knn.search(keys)
+    look_up, how = knn.search(keys, KnnSettings(neighbours=8, exact=exact))
     assert how == ("exact" if exact else "ScaNN (hashing)")
     distances, places = look_up(queries, 8)
     every = ((queries[:, None] - keys.astype(np.float32)) ** 2).sum(-1)
@@ -146,6 +145,13 @@ def test_slices_are_prepared_scored_and_found_again(
     assert NeighbourTable.open(data / "slices" / "lambada" / "neighbours").k == 40
     assert call(evaluate.main, *where) == 0
     assert "preparing" not in capsys.readouterr().out
+    # Another file by the same name is refused, and one that is missing.
+    for path, said in ((tmp_path / "pile.jsonl", "lambada"), ("/nowhere", "/nowhere is missing")):
+        more = ["--slices=lambada", f"--slice_paths=lambada={path}"]
+        assert call(evaluate.main, *where[:2], *more) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        assert said in error
     assert call(report.main, *where[:2], "--split=pile-github") == 0
     page = (workdir / "report.html").read_text(encoding="utf-8")
     assert "Beside the paper: the Pile" in page and f"<td>{ours[2]:.3f}</td>" in page

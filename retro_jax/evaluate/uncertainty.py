@@ -1,0 +1,121 @@
+"""How sure every figure of an evaluation is: 95% intervals of a bootstrap over documents.
+
+All conditions share their resamples, drawn corpus by corpus with the seeds of the figures by overlap,
+so that an interval is of the same set of texts wherever it is shown.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from retro_jax.errors import UserError
+from retro_jax.evaluate.bootstrap import Interval, intervals, paired_test, resampled_sums
+from retro_jax.evaluate.scored_text import ScoredText
+
+PAIRS = (("on", "off"), ("on", "baseline"), ("on", "random"), ("on", "knn"))
+SAMPLES = 1000
+_COMPARISON_SAMPLES = 10_000
+_DENOMINATORS = ("bytes", "words", "tokens")  # the columns before the conditions' nats
+
+
+def plain(interval: Interval) -> dict[str, float | None]:
+    """An Interval for JSON, which has no NaN."""
+    return {n: v if math.isfinite(v) else None for n, v in dataclasses.asdict(interval).items()}
+
+
+def with_intervals(results: Mapping[str, Any], scored: ScoredText) -> dict[str, Any]:
+    """The results with "intervals" beside every figure, and "differences" beside RETRO[ON]'s.
+
+    Args:
+      results: by condition, of launch.evaluate. scored: their sums by document.
+    """
+    names = scored.conditions
+    columns = [getattr(scored, what) for what in _DENOMINATORS]
+    columns += [scored.nats[name] for name in names]
+    by_document = np.array(columns, np.float64).T
+    found = {
+        name: {**r, "all": dict(r["all"]), "corpora": {c: dict(v) for c, v in r["corpora"].items()}}
+        for name, r in results.items()
+    }
+    totals, draws = [], []
+    for number, corpus in enumerate(sorted(set(scored.corpora.tolist()))):
+        rows = by_document[scored.corpora == corpus]
+        totals.append(rows.sum(axis=0))
+        draws.append(resampled_sums(rows, samples=SAMPLES, seed=number))
+        here = {name: found[name]["corpora"][corpus] for name in names}
+        _add(here, names, totals[-1], draws[-1])
+    everything = {name: found[name]["all"] for name in names}
+    _add(everything, names, np.sum(totals, axis=0), np.sum(draws, axis=0))
+    return found
+
+
+def _add(
+    here: dict[str, dict[str, Any]], names: Sequence[str], total: np.ndarray, drawn: np.ndarray
+) -> None:
+    """Writes the intervals of one corpus into its figures by condition."""
+    count = len(_DENOMINATORS)
+    rates, sampled = {}, {}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for i, what in enumerate(_DENOMINATORS):
+            rates[what] = total[count:] / total[i]
+            sampled[what] = drawn[:, count:] / drawn[:, i : i + 1]
+    figures = {
+        "bits_per_byte": (rates["bytes"] / math.log(2), sampled["bytes"] / math.log(2)),
+        "bits_per_token": (rates["tokens"] / math.log(2), sampled["tokens"] / math.log(2)),
+        "word_perplexity": tuple(np.exp(np.minimum(x["words"], 700)) for x in (rates, sampled)),
+    }
+    for figure, (values, samples) in figures.items():
+        for name, each in zip(names, intervals(values, samples), strict=True):
+            here[name].setdefault("intervals", {})[figure] = plain(each)
+    values, samples = figures["bits_per_byte"]
+    for first, second in PAIRS:
+        if first in names and second in names:
+            a, b = names.index(first), names.index(second)
+            (each,) = intervals(values[[a]] - values[[b]], samples[:, [a]] - samples[:, [b]])
+            here[first].setdefault("differences", {})[second] = plain(each)
+
+
+def share_with_interval(right: np.ndarray) -> dict[str, float | None]:
+    """The share of the documents [D] bool that are right."""
+    values = right.astype(np.float64)[:, None]
+    drawn = resampled_sums(values, samples=SAMPLES, seed=0) / len(values)
+    (found,) = intervals(values.mean(axis=0), drawn)
+    return plain(found)
+
+
+def compare(pairs: Sequence[tuple[Mapping[str, Any], ScoredText]]) -> dict[str, Any]:
+    """Bits per byte of two results, the difference, its interval and the p-value of a paired test.
+
+    Args:
+      pairs: a result of launch.evaluate and the sums that have it, of each model.
+
+    Raises:
+      UserError: they are not of the same text.
+    """
+    (first, scored), (second, other) = pairs
+    texts = [
+        (result["manifests"]["chunks"], result["settings"]["max_documents"])
+        for result in (first, second)
+    ]
+    if texts[0] != texts[1] or len(scored.bytes) != len(other.bytes):
+        raise UserError("the two results are of other texts: expected one split, data and number")
+    bits = [each.nats[result["condition"]] / math.log(2) for result, each in pairs]
+    size = scored.bytes.astype(np.float64)
+    columns = np.stack([size, *bits], axis=1)
+    total = columns.sum(axis=0)
+    drawn = resampled_sums(columns, samples=_COMPARISON_SAMPLES, seed=0)
+    values, sampled = total[1:] / total[0], drawn[:, 1:] / drawn[:, :1]
+    (interval,) = intervals(values[:1] - values[1:], sampled[:, :1] - sampled[:, 1:])
+    return {
+        "models": [result["model"] for result, _ in pairs],
+        "conditions": [result["condition"] for result, _ in pairs],
+        "documents": len(size),
+        "bytes": int(size.sum()),
+        "bits_per_byte": values.tolist(),
+        "difference": dataclasses.asdict(interval),
+        "better_documents": int((bits[0] < bits[1]).sum()),
+        "p_value": paired_test(bits[0] - bits[1], samples=_COMPARISON_SAMPLES, seed=0),
+    }

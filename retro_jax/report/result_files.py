@@ -1,0 +1,110 @@
+"""The files of W/evaluation that several commands read or write; W/samples is beside it."""
+
+import csv
+import dataclasses
+import io
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from retro_jax.evaluate import overlap
+from retro_jax.evaluate.scored_text import ScoredText
+from retro_jax.evaluate.uncertainty import PAIRS, plain
+from retro_jax.report.evaluation_tables import curves
+from retro_jax.report.html import overlap_chart
+from retro_jax.report.line_chart import as_file
+from retro_jax.storage import files
+
+EVALUATION, SAMPLES = "evaluation", "samples"  # folders of a workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class OverlapFiles:
+    """Where the curve of a split goes: figures as JSON and CSV, and the plot."""
+
+    json: pathlib.Path
+    csv: pathlib.Path
+    svg: pathlib.Path
+
+
+def overlap_files(folder: pathlib.Path, split: str) -> OverlapFiles:
+    """The files of a split's curve in W/evaluation."""
+    return OverlapFiles(*(folder / f"{split}-overlap.{end}" for end in ("json", "csv", "svg")))
+
+
+def windows_file(folder: pathlib.Path, split: str) -> pathlib.Path:
+    """Where the figures of several overlaps are, in W/evaluation."""
+    return folder / f"{split}-windows.json"
+
+
+def read_comparisons(folder: pathlib.Path, split: str, results: Mapping[str, Any]) -> list[Any]:
+    """What launch.compare left in W/evaluation of a split's results, and not of older ones."""
+    found = []
+    for path in sorted(folder.glob(f"{split}-*-against-*.json")):
+        each = files.read_json(path)
+        condition = each["conditions"][0]
+        own = path.name.startswith(f"{split}-{condition}-against-") and "other" in each
+        if own and results.get(condition, {}).get("model") == each["models"][0]:
+            found.append(each)
+    return found
+
+
+def write_overlap(
+    folder: pathlib.Path, scored: ScoredText, models: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Computes the curve of a text that was scored with its neighbours, and writes it in three forms.
+
+    Args:
+      folder: W/evaluation. scored: the sums. models: identity of the model of each condition.
+
+    Returns:
+      What the JSON file holds: how it was made, and under "rows" one for each corpus ("" for all)
+      and threshold.
+    """
+    assert scored.overlap is not None
+    pairs = [pair for pair in PAIRS if set(pair) <= set(scored.conditions)]
+    rows = [_row(point) for point in overlap.overlap_curve(scored.overlap, pairs)]
+    paths = overlap_files(folder, scored.source["split"])
+    found = {
+        "neighbours": scored.overlap.neighbours,
+        "chunk_length": scored.overlap.chunk_length,
+        "interval": "95%, percentiles of 1,000 bootstrap resamples of the documents",
+        "manifests": {kind: scored.source[kind] for kind in ("chunks", "neighbours")},
+        "models": dict(models),
+        "rows": rows,
+    }
+    files.write_atomically(paths.json, files.to_json(found))
+    files.write_atomically(paths.csv, _csv(rows).encode())
+    files.write_atomically(paths.svg, as_file(overlap_chart(curves(rows).get("", []))).encode())
+    return found
+
+
+def _row(point: overlap.Point) -> dict[str, Any]:
+    """A Point for JSON, which has no NaN."""
+    fields = {name: getattr(point, name) for name in ("corpus", "at_most", "documents", "chunks")}
+    return {
+        **fields,
+        "bytes": point.bytes,
+        "bits_per_byte": {name: plain(value) for name, value in point.bits_per_byte.items()},
+        "differences": {
+            f"{first}-{second}": plain(value)
+            for (first, second), value in point.differences.items()
+        },
+    }
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each row, with the figures in columns of their own."""
+    lines = []
+    for row in rows:
+        line = {name: row[name] for name in ("corpus", "at_most", "documents", "chunks", "bytes")}
+        line["corpus"] = row["corpus"] or "all"
+        for figure, interval in [*row["bits_per_byte"].items(), *row["differences"].items()]:
+            line |= {figure: interval["value"]}
+            line |= {f"{figure}_{end}": interval[end] for end in ("low", "high")}
+        lines.append(line)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
