@@ -276,7 +276,7 @@ class ChunkDatabase:
 
     def live_ids(self, places: np.ndarray) -> np.ndarray:
         """[...] int64: the chunks at places [...] among those of documents that were not removed."""
-        ranges = sorted((r.start, r.stop) for held in self.corpora.values() for r in held if r)
+        ranges = sorted((r.start, r.stop) for parts in self.corpora.values() for r in parts if r)
         starts, stops = np.array(ranges, np.int64).reshape(-1, 2).T
         ends = np.cumsum(stops - starts)
         number = np.searchsorted(ends, places, side="right")
@@ -285,7 +285,7 @@ class ChunkDatabase:
     @property
     def live_chunks(self) -> int:
         """Chunks of documents that were not removed."""
-        return sum(len(r) for held in self.corpora.values() for r in held)
+        return sum(len(part) for parts in self.corpora.values() for part in parts)
 
     def values(self, ids: np.ndarray) -> np.ndarray:
         """[..., 128] int32: chunks `ids` [...] and their continuations; all padding for -1."""

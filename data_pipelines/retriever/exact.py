@@ -162,7 +162,7 @@ class ExactSearcher:
             norms = np.einsum("nd,nd->n", keys, keys)
             there = np.isfinite(norms) & (documents >= 0)
             rows = np.zeros((devices * self._rows, keys.shape[1]), np.float32)
-            rows[: len(keys)][there] = keys[there]
+            rows[: len(keys)] = keys if there.all() else np.where(there[:, None], keys, 0)
             owners = np.full(len(rows), -1, np.int32)
             owners[: len(keys)] = np.where(there, documents, -1)
             shape = (devices, self._rows)

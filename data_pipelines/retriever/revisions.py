@@ -54,7 +54,7 @@ def latest(workdir: Path) -> int:
 def clear_unfinished(workdir: Path) -> None:
     """Removes what a killed removal left of the next revision, which was never published.
 
-    What an appending began stays: documents are its first stage, and it goes on with them.
+    What --append began stays: documents are its first stage, and the next run resumes there.
     """
     place = folder_of(workdir, latest(workdir) + 1)
     if place.is_dir() and not (place / "documents").exists():

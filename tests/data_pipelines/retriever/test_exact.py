@@ -82,7 +82,7 @@ def test_ties_exclusions_and_rows_without_text(seed, count, kinds, k, documents,
     np.testing.assert_array_equal(distances, truth.astype(np.float32))
 
 
-def test_ties_beyond_a_group_and_a_device_stand_by_place():
+def test_ties_beyond_a_group_and_a_device_are_by_place():
     keys = np.zeros((5000, 4), np.float32)
     keys[::3] = 1
     keys[4999] = np.nan
@@ -131,13 +131,13 @@ def test_many_queries_are_the_same_alone(monkeypatch):
         assert alone[1].tobytes() == distances[i].tobytes()
 
 
-def test_keys_lie_over_all_devices():
+def test_keys_are_cut_over_all_devices():
     (block,) = ExactSearcher(clustered(512), rows=64)._blocks
     shards = block.keys.addressable_shards
     assert {shard.data.shape for shard in shards} == {(1, 64, 32)}
     assert len({shard.device for shard in shards}) == 8
-    held = np.concatenate([np.asarray(shard.data).reshape(-1, 32) for shard in shards])
-    np.testing.assert_array_equal(held, clustered(512))
+    rows = np.concatenate([np.asarray(shard.data).reshape(-1, 32) for shard in shards])
+    np.testing.assert_array_equal(rows, clustered(512))
 
 
 def test_an_approximate_search_reaches_its_target():
