@@ -12,7 +12,6 @@ What is left out is fetched when it is first read (`fetch`), and the file after 
 import concurrent.futures
 import contextlib
 import fcntl
-import os
 import pathlib
 import shutil
 import threading
@@ -83,8 +82,7 @@ class Bucket:
                     f"{place} has {size} bytes and SHA-256 {digest[:12]}: expected {shard.size} and "
                     f"{shard.sha256[:12]}, as its manifest says"
                 )
-            os.replace(temporary, path)
-            files.sync_folder(path.parent)
+            files.replace(temporary, path)
 
     def list(self, place: str) -> list[str]:
         """The names of all objects below a place, without it; none where there is no such place."""

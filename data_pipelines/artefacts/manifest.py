@@ -16,8 +16,6 @@ Nothing written holds a time, a host name or an absolute path. Nothing is delete
 import dataclasses
 import functools
 import hashlib
-import json
-import math
 import os
 import pathlib
 import re
@@ -28,6 +26,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from data_pipelines.artefacts.checks import check_shard, differences, shortened
 from retro_jax.errors import UserError
 from retro_jax.storage import files
 
@@ -136,7 +135,7 @@ class Manifest:
         left_out = files.read_json(staged)["left_out"] if staged.is_file() else ()
         for shard in manifest.shards:
             if shard.name not in left_out or (folder / shard.name).is_file():
-                _check_shard(folder / shard.name, shard, verify)
+                check_shard(folder / shard.name, shard.size, shard.sha256, verify)
         return manifest
 
     @classmethod
@@ -331,7 +330,86 @@ class Stage:
                     f"{self.directory / name} was never written: the stage is not finished"
                 )
             shards.append(Shard(name, record["size"], record["sha256"]))
-        manifest = Manifest(
+        manifest = self._manifest(shards, facts, revision)
+        files.write_atomically(self.directory / MANIFEST_FILE, manifest.to_json())
+        self._clean()
+        return manifest
+
+    def publish(
+        self, writer: Callable[[pathlib.Path], Sequence[str]], facts: Mapping[str, Any]
+    ) -> Manifest:
+        """Writes the whole artefact beside its place and renames it there, manifest and all.
+
+        For files that are only right together, and differ whenever they are made: of several builders
+        the first one counts, and the others discard theirs.
+
+        Args:
+          writer: leaves all files in an empty folder; returns the names of those that come first in the
+            manifest, before the others by name.
+          facts: of the manifest.
+
+        Returns:
+          The manifest that counts.
+        """
+        if self.done:
+            return self.manifest()
+        self._begin_anew()
+        place = self.directory
+        folder = place.parent / f"{files.TEMPORARY}{place.name}-{os.getpid()}-{os.urandom(4).hex()}"
+        try:
+            with files.writing(place, folder):
+                folder.mkdir()
+                self._write_whole(folder, writer, facts)
+                (place / STAGE_FILE).unlink(missing_ok=True)
+                os.rename(folder, place)  # nothing is lost: it fails unless the directory is empty
+                files.sync_folder(place.parent)
+        except Exception:
+            if not self.done:  # by another builder, who may have cleared this one's files away too
+                raise
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        for path in place.parent.glob(f"{files.TEMPORARY}{place.name}-*"):  # of killed builders
+            shutil.rmtree(path, ignore_errors=True)
+        return self.manifest()
+
+    def _write_whole(
+        self,
+        folder: pathlib.Path,
+        writer: Callable[[pathlib.Path], Sequence[str]],
+        facts: Mapping[str, Any],
+    ) -> None:
+        """All files of the artefact and its manifest, safe on the disk."""
+        first = list(writer(folder))
+        names = first + sorted({path.name for path in folder.iterdir()} - set(first))
+        shards = []
+        for name in names:
+            self._check_open(name)
+            with open(folder / name, "rb") as file:
+                os.fsync(file.fileno())
+            shards.append(Shard(name, *files.measure(folder / name)))
+        manifest = self._manifest(shards, facts)
+        files.write_atomically(folder / MANIFEST_FILE, manifest.to_json())
+
+    def _begin_anew(self) -> None:
+        """Leaves stage.json alone in the directory: what else is there are parts of a killed builder's."""
+        self.claim()
+        if {path.name for path in self.directory.iterdir()} <= {STAGE_FILE}:
+            return
+        aside = self.directory.with_name(
+            f"{files.TEMPORARY}{self.directory.name}-{os.urandom(4).hex()}"
+        )
+        os.rename(self.directory, aside)
+        if (aside / MANIFEST_FILE).is_file():  # it was finished just now
+            os.rename(aside, self.directory)
+            return
+        shutil.rmtree(aside, ignore_errors=True)
+        self.claim()
+
+    def _manifest(
+        self, shards: Sequence[Shard], facts: Mapping[str, Any] | None, revision: int = 0
+    ) -> Manifest:
+        """The manifest over some shards."""
+        return Manifest(
             FORMAT_VERSION,
             self.kind,
             self.settings,
@@ -340,17 +418,14 @@ class Stage:
             files.plain(facts or {}),
             revision,
         )
-        files.write_atomically(self.directory / MANIFEST_FILE, manifest.to_json())
-        self._clean()
-        return manifest
 
     def _refuse_other(self, found: Mapping[str, Any]) -> None:
         """Raises unless the directory was begun with this stage's kind, settings and parents."""
         mine = {"format_version": FORMAT_VERSION, "kind": self.kind}
-        changes = _differences({name: found.get(name) for name in mine}, mine)
-        changes += _differences(found.get("settings", {}), self.settings)
+        changes = differences({name: found.get(name) for name in mine}, mine)
+        changes += differences(found.get("settings", {}), self.settings)
         old, new = found.get("parents", {}), self.parents
-        changes += _differences(_shortened(old), _shortened(new), "parent ")
+        changes += differences(shortened(old), shortened(new), "parent ")
         if changes:
             raise UserError(
                 f"{self.directory} was made with other settings: {'; '.join(changes)};"
@@ -372,8 +447,7 @@ class Stage:
             record.parent.mkdir(exist_ok=True)
             fields = {"size": shard.size, "sha256": shard.sha256, "facts": files.plain(facts)}
             files.write_atomically(record, files.to_json(fields))
-            os.replace(temporary, path)
-            files.sync_folder(path.parent)
+            files.replace(temporary, path)
         return shard
 
     def _check_open(self, name: str) -> None:
@@ -392,58 +466,3 @@ class Stage:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
-
-
-def _shortened(parents: Mapping[str, str]) -> dict[str, str]:
-    """Hashes as a reader can compare them."""
-    return {role: digest[:12] for role, digest in parents.items()}
-
-
-def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Dotted names whose values differ, as "name: old -> new"."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        lines = []
-        for name in sorted(set(old) | set(new)):
-            inner = f"{prefix}{name}"
-            if name not in old or name not in new:
-                was, now = (json.dumps(s[name]) if name in s else "absent" for s in (old, new))
-                lines.append(f"{inner}: {was} -> {now}")
-            else:
-                deeper = isinstance(old[name], dict) and isinstance(new[name], dict)
-                lines += _differences(old[name], new[name], f"{inner}." if deeper else inner)
-        return lines
-    return [] if old == new else [f"{prefix}: {json.dumps(old)} -> {json.dumps(new)}"]
-
-
-def _check_shard(path: pathlib.Path, shard: Shard, verify: bool) -> None:
-    """Presence, size, .npy header and, on request, the hash."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing: expected a shard of {shard.size} bytes")
-    size = path.stat().st_size
-    if size != shard.size:
-        raise UserError(f"{path} has {size} bytes: expected {shard.size}")
-    if path.suffix == ".npy":
-        _check_header(path, size)
-    if verify:
-        _, digest = files.measure(path)
-        if digest != shard.sha256:
-            raise UserError(f"{path} has SHA-256 {digest[:12]}: expected {shard.sha256[:12]}")
-
-
-def _check_header(path: pathlib.Path, size: int) -> None:
-    """Raises unless the .npy header describes a C-ordered array that fills the file exactly."""
-    with open(path, "rb") as file:
-        try:
-            version = np.lib.format.read_magic(file)
-            if version != (1, 0):
-                raise ValueError(f"version {version}")
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        except ValueError as error:
-            raise UserError(
-                f"{path} has a bad .npy header ({error}): expected format 1.0"
-            ) from error
-        expected = file.tell() + math.prod(shape) * dtype.itemsize
-    if fortran or dtype.hasobject or expected != size:
-        raise UserError(
-            f"{path} has {size} bytes: expected {expected}, a C-ordered {dtype} array of shape {shape}"
-        )

@@ -267,6 +267,26 @@ class ChunkDatabase:
         found = np.append(self.removed, -2)[places]
         return found == documents
 
+    def live_documents(self, ids: np.ndarray) -> np.ndarray:
+        """[...] int64: as `documents`, but -1 for those of removed documents too."""
+        documents = self.documents(ids)
+        return (
+            np.where(self.is_removed(documents), -1, documents) if len(self.removed) else documents
+        )
+
+    def live_ids(self, places: np.ndarray) -> np.ndarray:
+        """[...] int64: the chunks at places [...] among those of documents that were not removed."""
+        ranges = sorted((r.start, r.stop) for parts in self.corpora.values() for r in parts if r)
+        starts, stops = np.array(ranges, np.int64).reshape(-1, 2).T
+        ends = np.cumsum(stops - starts)
+        number = np.searchsorted(ends, places, side="right")
+        return stops[number] - (ends[number] - places)
+
+    @property
+    def live_chunks(self) -> int:
+        """Chunks of documents that were not removed."""
+        return sum(len(part) for parts in self.corpora.values() for part in parts)
+
     def values(self, ids: np.ndarray) -> np.ndarray:
         """[..., 128] int32: chunks `ids` [...] and their continuations; all padding for -1."""
         ids = np.asarray(ids, np.int64)

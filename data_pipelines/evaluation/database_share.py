@@ -1,8 +1,9 @@
 """Neighbours from a part of the retrieval database: what a smaller one would have given.
 
 A document is in a share s of the database when a hash of its name, as a number from 0 to 1, is below
-s, so that a smaller database is part of a larger. Neighbours that the table holds and that are in the
-part are the part's nearest; where these are fewer than k, every key of the part is compared.
+s, so that a smaller database is part of a larger. Removed documents are in no share. Neighbours of the
+table that are in the part are the part's nearest; where these are fewer than k, every key of the part
+is compared.
 """
 
 import hashlib
@@ -14,12 +15,15 @@ import numpy as np
 from data_pipelines.artefacts.manifest import MANIFEST_FILE
 from data_pipelines.documents.documents import stable_fraction
 from data_pipelines.evaluation.splits import Split, places_of
+from data_pipelines.retriever.index import compare_all
 from data_pipelines.retriever.keys import Keys
+from data_pipelines.retriever.queries import OwnDocuments
+from data_pipelines.retriever.retrieval_database import Database
 from data_pipelines.retriever.retriever import Retriever
 from retro_jax.distributed.progress import progress_bar
 from retro_jax.storage.files import read_array, write_array
 
-_QUERIES, _KEYS = 1024, 1 << 16  # compared at once
+_QUERIES = 1 << 13  # that pass over the keys together
 
 
 def subsampled(
@@ -34,7 +38,8 @@ def subsampled(
     assert split.table is not None and split.retrieval is not None
     chosen = hashlib.sha256(split.ids.tobytes()).hexdigest()
     parent = split.table.manifest.hash
-    path = folder / f"neighbours-{k}-{share:g}-{parent[:12]}-{chosen[:12]}.npy"
+    live = "-live" if len(split.retrieval.removed) else ""  # other files may have removed documents
+    path = folder / f"neighbours-{k}-{share:g}-{parent[:12]}-{chosen[:12]}{live}.npy"
     if path.is_file():
         return read_array(path)
     kept = kept_chunks(split, share)
@@ -46,55 +51,31 @@ def subsampled(
     rows = np.flatnonzero((ids < 0).any(axis=1))
     candidates = np.flatnonzero(kept)
     if len(rows) and len(candidates):
-        retriever = Retriever.open(data)
-        queries = _keys(split, retriever, data)
+        keys = Database.open(data).keys
+        embed, own = _embeddings(split, keys, data), OwnDocuments(split.database, split.retrieval)
         with progress_bar(len(rows), f"{share:.3g} of the database", "chunk") as bar:
             for first in range(0, len(rows), _QUERIES):
                 part = rows[first : first + _QUERIES]
-                ids[part] = nearest(retriever, queries(split.ids[part]), candidates, k)
+                queries, exclude = embed(split.ids[part]), own.of(split.ids[part])
+                ids[part] = compare_all(keys, queries, k, exclude, candidates)[0]
                 bar.update(len(part))
     write_array(path, ids)
     return ids
 
 
-def _keys(
-    split: Split, retriever: Retriever, data: pathlib.Path
-) -> Callable[[np.ndarray], np.ndarray]:
-    """The keys [n, d] of a split's chunks [n]: stored ones, or made anew where none were kept."""
+def _embeddings(split: Split, keys: Keys, data: pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:
+    """The embeddings [n, d] of a split's chunks [n]: stored ones, or made anew as the database's keys."""
     stored = places_of(data, split.name).keys
     if (stored / MANIFEST_FILE).is_file():
         return Keys.open(stored, split.database).rows
-    return lambda ids: retriever.encoder.keys(split.database.chunks(ids))
+    encoder = Retriever.encoder_of(data, keys)
+    return lambda ids: encoder.keys(split.database.chunks(ids))
 
 
 def kept_chunks(split: Split, share: float) -> np.ndarray:
-    """[chunks of the database] bool: which are of a document in the share."""
+    """[chunks of the database] bool: which are of a document in the share that was not removed."""
     assert split.retrieval is not None
     names = (f"{record.corpus}/{record.id}" for record in split.retrieval.records())
     kept = np.array([stable_fraction(name, "database") < share for name in names], bool)
+    kept[split.retrieval.removed] = False
     return kept[split.retrieval.documents(np.arange(len(split.retrieval)))]
-
-
-def nearest(
-    retriever: Retriever, queries: np.ndarray, candidates: np.ndarray, k: int
-) -> np.ndarray:
-    """[n, k] int64: the nearest of some chunks of the database, -1 where there are no more.
-
-    Args:
-      queries: [n, d] float32; a row of NaN (no text) finds nothing.
-      candidates: [c] chunk ids.
-    """
-    best = np.full((len(queries), k), np.inf, np.float32)
-    ids = np.full((len(queries), k), -1, np.int64)
-    for first in range(0, len(candidates), _KEYS):
-        block = candidates[first : first + _KEYS]
-        keys = retriever.keys.rows(block)
-        # |q|^2 is the same for all keys of a query; chunks without text have keys of NaN.
-        distances = (keys * keys).sum(axis=1)[None, :] - 2 * (queries @ keys.T)
-        distances = np.where(np.isnan(distances), np.inf, distances)
-        every = np.concatenate([best, distances], axis=1)
-        every_ids = np.concatenate([ids, np.broadcast_to(block, distances.shape)], axis=1)
-        few = np.argpartition(every, k - 1, axis=1)[:, :k]
-        few = np.take_along_axis(few, np.argsort(np.take_along_axis(every, few, 1), axis=1), 1)
-        best, ids = np.take_along_axis(every, few, 1), np.take_along_axis(every_ids, few, 1)
-    return np.where(np.isinf(best), -1, ids)

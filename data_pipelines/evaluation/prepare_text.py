@@ -13,7 +13,8 @@ from data_pipelines.evaluation.splits import slice_table
 from data_pipelines.evaluation.texts import SliceConfig, check_source, prepare_texts
 from data_pipelines.retriever.keys import Keys, KeysConfig, prepare_keys
 from data_pipelines.retriever.neighbours import prepare_neighbours
-from data_pipelines.retriever.retriever import Queries, Retriever
+from data_pipelines.retriever.queries import Queries
+from data_pipelines.retriever.retriever import Retriever
 from data_pipelines.retriever.revisions import latest
 from data_pipelines.workdir.stages import only_one
 

@@ -6,7 +6,6 @@ are stacked and scanned: a text length compiles one layer, whatever the depth.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from retro_jax.config import require
 from retro_jax.errors import UserError
+from retro_jax.storage import files
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -256,14 +256,11 @@ def load_bert(folder: Path | str) -> Bert:
 def read_json(path: Path, kind: type = dict) -> Any:
     """Reads a JSON object or list of a model folder; UserError when it is missing or broken."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        return files.parse_json(path.read_bytes(), path, kind)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: expected a Hugging Face BERT folder") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(value, kind):
-        raise UserError(f"{path} holds a {type(value).__name__}: expected a {kind.__name__}")
-    return value
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _layer(

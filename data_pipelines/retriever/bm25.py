@@ -21,7 +21,8 @@ import numpy as np
 from data_pipelines.artefacts.manifest import Manifest, Path, Stage, shard_name
 from data_pipelines.artefacts.sharded_rows import bounds_of, gather
 from data_pipelines.chunk_database.database import CHUNK_LENGTH, ChunkDatabase
-from data_pipelines.retriever.index import repeated
+from data_pipelines.retriever.candidates import Found, repeated
+from data_pipelines.retriever.queries import QueryChunks
 from retro_jax.config import require
 from retro_jax.errors import UserError
 from retro_jax.storage import files
@@ -98,7 +99,7 @@ def prepare_bm25(directory: Path, database: ChunkDatabase, config: Bm25Config) -
 
 
 class Bm25:
-    """The scores of a database's chunks.
+    """The scores of a database's chunks, and a `search.ChunkSearch` by them.
 
     Attributes:
       directory, manifest: where they are from.
@@ -126,6 +127,45 @@ class Bm25:
     def __reduce__(self) -> tuple[Callable[..., "Bm25"], tuple[str, Manifest, ChunkDatabase]]:
         """Pickles by its place, so that worker processes map the files themselves."""
         return Bm25, (files.absolute(self.directory), self.manifest, self.database)
+
+    @property
+    def parts(self) -> Sequence[Any]:
+        """As `ChunkSearch`: the whole database."""
+        return [None]
+
+    def parents(self) -> dict[str, tuple[Manifest, Path]]:
+        """As `ChunkSearch`."""
+        return {KIND: (self.manifest, self.directory)}
+
+    def candidates(
+        self, part: Any, chunks: QueryChunks, k: int, exclude: np.ndarray | None = None
+    ) -> Found:
+        """As `ChunkSearch`."""
+        return self.find(chunks, k, exclude)
+
+    def merged(self, found: Sequence[Found], k: int) -> Found:
+        """As `ChunkSearch`."""
+        return found[0]
+
+    def ranked(self, found: Found, chunks: QueryChunks, k: int) -> Found:
+        """As `ChunkSearch`."""
+        return found
+
+    def find(self, chunks: QueryChunks, k: int, exclude: np.ndarray | None = None) -> Found:
+        """As `ChunkSearch`."""
+        return self.search(chunks.tokens, k, exclude)
+
+    def truth(self, chunks: QueryChunks, k: int, exclude: np.ndarray | None = None) -> Found:
+        """As `ChunkSearch`: every chunk is scored."""
+        return self.find(chunks, k, exclude)
+
+    def scores_of(self, chunks: QueryChunks, found: np.ndarray) -> np.ndarray:
+        """As `ChunkSearch`."""
+        return self.score(chunks.tokens, found)
+
+    def has_text(self, chunks: QueryChunks) -> np.ndarray:
+        """As `ChunkSearch`."""
+        return self.has_terms(chunks.tokens)
 
     def has_terms(self, tokens: np.ndarray) -> np.ndarray:
         """[n] bool: which of the chunks [n, 64] have anything to search for."""
@@ -160,7 +200,7 @@ class Bm25:
         sums = np.einsum("nm,nm->n", weights.astype(np.float64), counts[rows[:, None], found])
         return np.where(ids >= 0, sums.reshape(ids.shape), -np.inf).astype(np.float32)
 
-    def ranked(self, tokens: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def best_of(self, tokens: np.ndarray, ids: np.ndarray, k: int) -> Found:
         """The k best [n, k] of candidates [n, m] by their scores, and these; equal ones by id."""
         scores = self.score(tokens, ids)
         order = np.lexsort((ids, -scores), axis=-1)[:, :k]
@@ -171,7 +211,7 @@ class Bm25:
 
     def search(
         self, tokens: np.ndarray, k: int, exclude_documents: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> Found:
         """Finds the k best chunks of the whole database.
 
         Args:
@@ -191,7 +231,7 @@ class Bm25:
             own = -1 if exclude_documents is None else int(exclude_documents[row])
             ids = self._candidates(tokens[row][terms[row]], k, own)
             query = tokens[row : row + 1]
-            for every, best in zip(found, self.ranked(query, ids[None], k)):
+            for every, best in zip(found, self.best_of(query, ids[None], k)):
                 every[row] = best[0]
         return found
 

@@ -1,4 +1,4 @@
-"""The ScaNN index over a database's keys: built once, published with its manifest, never rebuilt.
+"""The index over a database's keys: built once, published with its manifest, never rebuilt.
 
 More keys than fit into memory at once are cut into index shards, each of a range of chunk ids, each
 built, published and loaded by itself; a search merges what each finds.
@@ -10,16 +10,19 @@ Which kind of index a shard has follows from its number of keys n (`plan_index`)
     100,000 <= n           tree          the same, within the leaves nearest to the query
 
 and "exact", which is chosen by name only, compares every key on JAX's devices without ScaNN: for offline
-stages that run where the accelerators are.
+stages that run where the accelerators are. `KINDS` names the file of each.
 
-Codes are of 4 dimensions a block, d at most. Training a tree gives another result each time, so an index is identified by the hash of its files and
+Training a tree gives another result each time, so an index is identified by the hash of its files and
 everything made with it names that hash.
+
+A kind that cannot leave chunks out by itself is asked for more candidates than are wanted. A query that
+is left with too few asks for 8 times as many, up to 1,024; one that still has too few (a chunk of a very
+long document) is compared with every key, which also says when there are no more.
 """
 
 import dataclasses
 import functools
 import itertools
-import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,97 +31,38 @@ import numpy as np
 
 from data_pipelines.artefacts.manifest import MANIFEST_FILE, Manifest, Path, Stage
 from data_pipelines.artefacts.runner import InProcess, Runner, run_counted, silent
-from data_pipelines.retriever.embedder import import_tensorflow
-from data_pipelines.retriever.exact import ExactSearcher
-from data_pipelines.retriever.keys import BLOCK, Keys
-from retro_jax.config import require
+from data_pipelines.retriever.candidates import Found, first_wanted, merge, nothing, repeated
+from data_pipelines.retriever.exact import ExactSearcher, squared_distances
+from data_pipelines.retriever.exact_index import Exact
+from data_pipelines.retriever.index_kind import IndexConfig, IndexKind, IndexPlan, Searcher
+from data_pipelines.retriever.keys import BLOCK, Keys, KeysOf
+from data_pipelines.retriever.scann_index import Scann
 from retro_jax.errors import UserError
 from retro_jax.storage import files
 
 KIND = "index"
-KINDS = ("brute_force", "hashing", "tree", "exact")
+KINDS: dict[str, IndexKind] = {
+    "brute_force": Scann("brute_force"),
+    "hashing": Scann("hashing"),
+    "tree": Scann("tree"),
+    "exact": Exact(),
+}
 CHUNK_IDS = "chunk-ids.npy"
 _HASHING_FROM, _TREE_FROM = 20_000, 100_000
 _SHARD_BYTES = 3 << 30  # of an index shard's keys in float32; building takes about three times that
-_CODEWORDS = 16  # of a block of dimensions in 4-bit codes: hashing needs as many keys
-_NONE = float("nan")  # anisotropic quantisation is for dot products; NaN switches it off
-
-
-@dataclasses.dataclass(frozen=True)
-class IndexConfig:
-    """How the index is built; 0 leaves a choice to `plan_index`.
-
-    Attributes:
-      kind: "auto" (by the number of keys), "brute_force", "hashing", "tree" or "exact".
-      num_leaves: leaves of the tree.
-      leaves_to_search: leaves searched per query.
-      dimensions_per_block: dimensions that share one 4-bit code.
-      reorder: candidates that are compared again exactly.
-      training_sample: keys on which leaves and codes are trained, at most.
-      shard_keys: keys per index shard, at most; 0 for 3 GB of them in float32.
-      recall_target: recall of the kind "exact" on TPUs; 1 for all neighbours.
-    """
-
-    kind: str = "auto"
-    num_leaves: int = 0
-    leaves_to_search: int = 0
-    dimensions_per_block: int = 0
-    reorder: int = 100
-    training_sample: int = 100_000
-    shard_keys: int = 0
-    recall_target: float = 1.0
-
-    def __post_init__(self) -> None:
-        require(self.kind in ("auto", *KINDS), self, "kind", f"one of {('auto', *KINDS)}")
-        for field in ("num_leaves", "leaves_to_search", "dimensions_per_block", "shard_keys"):
-            value = getattr(self, field)
-            require(isinstance(value, int) and value >= 0, self, field, "a number, or 0 to choose")
-        require(0 < self.recall_target <= 1, self, "recall_target", "a share from 0 to 1")
-        for field in ("reorder", "training_sample"):
-            require(getattr(self, field) > 0, self, field, "a positive number")
-
-
-@dataclasses.dataclass(frozen=True)
-class IndexPlan:
-    """What is built: IndexConfig with every choice made; fields a kind has no use for are 0."""
-
-    kind: str
-    num_leaves: int = 0
-    leaves_to_search: int = 0
-    dimensions_per_block: int = 0
-    reorder: int = 0
-    recall_target: float = 1.0
+_WIDEN, _WIDEST = 8, 1024
 
 
 def plan_index(n: int, dimension: int, config: IndexConfig) -> IndexPlan:
     """Chooses the index for n keys of d dimensions: the one rule.
-
-    Codes are of 4 dimensions a block: with 100 candidates compared again exactly, recall@10 of 26,278
-    MiniLM keys of code was 0.9998, and 1.0 with 2 dimensions at half the speed. A tree has sqrt(n)
-    leaves, of which a query looks into an eighth; 4 sqrt(n) leaves give the same recall at two thirds
-    of the speed (docs/performance.md).
 
     Raises:
       UserError: the configuration asks for what n keys cannot give.
     """
     kind = config.kind
     if kind == "auto":
-        kind = KINDS[int(n >= _HASHING_FROM) + int(n >= _TREE_FROM)]
-    if kind in ("brute_force", "exact"):
-        return IndexPlan(kind, recall_target=config.recall_target if kind == "exact" else 1.0)
-    if n < _CODEWORDS:
-        raise UserError(
-            f"IndexConfig.kind is {kind!r}: expected 'brute_force' or 'auto' for {n} keys "
-            f"(codes need {_CODEWORDS})"
-        )
-    block = min(config.dimensions_per_block or 4, dimension)
-    if kind == "hashing":
-        return IndexPlan(kind, dimensions_per_block=block, reorder=config.reorder)
-    leaves = config.num_leaves or max(1, round(math.sqrt(n)))
-    if leaves > n:
-        raise UserError(f"IndexConfig.num_leaves is {leaves}: expected at most the {n} keys")
-    searched = config.leaves_to_search or max(1, math.ceil(leaves / 8))
-    return IndexPlan(kind, leaves, min(searched, leaves), block, config.reorder)
+        kind = "tree" if n >= _TREE_FROM else "hashing" if n >= _HASHING_FROM else "brute_force"
+    return KINDS[kind].plan(n, dimension, config)
 
 
 def plan_shards(chunks: int, keys: int, dimension: int, config: IndexConfig) -> list[range]:
@@ -223,12 +167,19 @@ def _build_shard(directory: Path, keys: Keys, config: IndexConfig, within: range
             f"{keys.directory} holds {filled} keys: expected {expected} by its manifest"
         )
     plan = plan_index(filled, keys.dimension, config)
-    shards = [stage.write_array(CHUNK_IDS, ids[:filled])]
-    if filled and plan.kind != "exact":  # which reads the keys themselves
-        searcher = build_searcher(vectors[:filled], plan, config.training_sample)
-        del vectors  # ScaNN holds a copy, and makes two more while it writes
-        shards += stage.write_files(lambda folder: searcher.serialize(str(folder), True))
-    return stage.finish({"keys": filled, "plan": plan}, [shard.name for shard in shards])
+
+    def write(folder: pathlib.Path) -> list[str]:
+        nonlocal vectors
+        files.write_arrays(folder / CHUNK_IDS, [ids[:filled]])
+        if filled:
+            built = KINDS[plan.kind].build(vectors[:filled], plan, config.training_sample)
+            vectors = np.empty(
+                0, np.float32
+            )  # ScaNN has a copy, and makes two more while it writes
+            built.save(folder)
+        return [CHUNK_IDS]
+
+    return stage.publish(write, {"keys": filled, "plan": plan})
 
 
 class IndexShard:
@@ -237,103 +188,141 @@ class IndexShard:
     Attributes:
       directory, manifest: where it is from.
       plan: how it was built.
-      ids: the range of chunk ids whose keys it may hold.
+      ids: the range of chunk ids whose keys it may have.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest, keys: Keys, first: int = 0) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        keys: Keys,
+        chunks: range | None = None,
+    ) -> None:
         """Opens it; nothing is loaded yet.
 
         Args:
           directory, manifest: where it is from.
-          keys: what it was built from.
-          first: the id that their first chunk has where their database is part of a larger one.
+          keys: what it was built from, or keys of a larger database that contain these.
+          chunks: the ids that the chunks it was built from have in that database; None for all.
         """
         self.directory, self.manifest = pathlib.Path(directory), manifest
         self.plan = IndexPlan(**manifest.fact("plan"))
-        self._keys = keys
-        start, stop = manifest.settings.get("chunks", (0, len(keys)))
-        self.ids = range(first + start, first + stop)
-        self._first = first
+        self.keys = keys
+        self._chunks = range(len(keys)) if chunks is None else chunks
+        start, stop = manifest.settings.get("chunks", (0, len(self._chunks)))
+        self.ids = self._chunks[start:stop]
 
     def __reduce__(self) -> tuple[Callable[..., "IndexShard"], tuple[Any, ...]]:
         """Pickles by its place, so that worker processes load it themselves."""
-        return IndexShard, (files.absolute(self.directory), self.manifest, self._keys, self._first)
+        return IndexShard, (
+            files.absolute(self.directory),
+            self.manifest,
+            self.keys,
+            self._chunks,
+        )
 
-    def moved(self, first: int) -> "IndexShard":
-        """The same as part of a larger database, in which its first chunk has this id."""
-        return IndexShard(self.directory, self.manifest, self._keys, first)
+    def moved(self, keys: Keys, chunks: range) -> "IndexShard":
+        """The same as part of a larger database: its keys, and which of its chunks are indexed here."""
+        return IndexShard(self.directory, self.manifest, keys, chunks)
 
     def __len__(self) -> int:
         """Keys."""
         return self.manifest.fact("keys")
 
-    @property
-    def is_exact(self) -> bool:
-        """Whether every key is compared."""
-        return self.plan.kind in ("brute_force", "exact") and self.plan.recall_target == 1
-
     @functools.cached_property
-    def _loaded(self) -> tuple[Any, np.ndarray]:
-        """ScaNN's searcher and the chunk ids; importing ScaNN takes seconds, so not before the need."""
-        chunk_ids = np.load(self.directory / CHUNK_IDS)
-        if self.plan.kind == "exact":
-            keys = self._keys.rows(chunk_ids)
-            searcher: Any = ExactSearcher(keys, recall_target=self.plan.recall_target)
-            return searcher, chunk_ids + self._first
-        chunk_ids += self._first
-        return _scann().load_searcher(str(self.directory)), chunk_ids
+    def _loaded(self) -> tuple[Searcher, np.ndarray]:
+        """The searcher and the chunk ids: reading them may take seconds, so not before the need."""
+        chunk_ids = np.load(self.directory / CHUNK_IDS) + self._chunks.start
+        keys = KeysOf(self.keys, chunk_ids)
+        return KINDS[self.plan.kind].load(self.directory, self.plan, keys), chunk_ids
 
     def release(self) -> None:
         """Gives the memory back; the next search loads it again."""
         self.__dict__.pop("_loaded", None)
 
-    def search(
-        self, queries: np.ndarray, count: int, *, widen: int = 1
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Finds the nearest chunks; arguments and result as for `Index.search`."""
-        ids = np.full((len(queries), count), -1, np.int64)
-        distances = np.full((len(queries), count), np.inf, np.float32)
-        found = min(count, len(self))
-        if not (found and len(queries)):
-            return ids, distances
-        searcher, chunk_ids = self._loaded
-        if self.plan.kind == "exact":
-            rows, values = searcher.search(np.asarray(queries, np.float32), found)
-            ids[:, :found], distances[:, :found] = chunk_ids[rows], values
-            return ids, distances
-        rows, values = search_searcher(
-            searcher, self.plan, queries, found, limit=len(self), widen=widen
-        )
-        missing = np.isnan(values)  # ScaNN fills up with key 0 at distance NaN
-        ids[:, :found] = np.where(missing, -1, chunk_ids[rows])
-        distances[:, :found] = np.where(missing, np.inf, values)
+    def candidates(
+        self,
+        queries: np.ndarray,
+        count: int,
+        *,
+        widen: int = 1,
+        exclude: np.ndarray | None = None,
+    ) -> Found:
+        """What the index itself finds: as `Searcher.search`, but chunk ids, and any count."""
+        ids, distances = nothing(len(queries), count)
+        known = min(count, len(self))
+        if known and len(queries):
+            searcher, chunk_ids = self._loaded
+            queries = np.asarray(queries, np.float32)
+            places, values = searcher.search(queries, known, widen=widen, exclude=exclude)
+            ids[:, :known] = np.where(places < 0, -1, chunk_ids[np.maximum(places, 0)])
+            distances[:, :known] = values
         return ids, distances
 
+    def search(self, queries: np.ndarray, k: int, exclude: np.ndarray | None = None) -> Found:
+        """Finds the nearest chunks; arguments and result as for `Index.search`."""
+        ids = np.full((len(queries), k), -1, np.int64)
+        pending = np.flatnonzero(~np.isnan(queries[:, 0])) if len(self) else np.zeros(0, np.int64)
+        filtered = exclude is not None or len(self.keys.database.removed) > 0
+        count, widen = self._first_count(k, filtered), 1
+        most = max(_WIDEST, count)
+        while len(pending) and count <= most:
+            own = _at(exclude, pending)
+            found, _ = self.candidates(queries[pending], count, widen=widen, exclude=own)
+            chosen = self._allowed(found, k, own)
+            enough = chosen[:, -1] >= 0
+            if self._says_all(count):
+                enough[:] = True
+            ids[pending[enough]] = chosen[enough]
+            pending = pending[~enough]
+            count, widen = count * _WIDEN, widen * _WIDEN
+        if len(pending):
+            own = _at(exclude, pending)
+            ids[pending] = compare_all(self.keys, queries[pending], k, own, self.ids)[0]
+        return scored(self.keys, queries, ids)
 
-def search_searcher(
-    searcher: Any, plan: IndexPlan, queries: np.ndarray, count: int, *, limit: int, widen: int = 1
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rows [n, count] and distances that ScaNN finds by a plan; distance NaN where there are no more.
+    def _first_count(self, k: int, filtered: bool) -> int:
+        """How many candidates are asked for first."""
+        excludes = KINDS[self.plan.kind].excludes
+        return 2 * k + 16 if filtered and not excludes else k
+
+    def _says_all(self, count: int) -> bool:
+        """Whether so many candidates are all that there are."""
+        kind = KINDS[self.plan.kind]
+        return kind.complete(self.plan) and (kind.excludes or count >= len(self))
+
+    def _allowed(self, ids: np.ndarray, k: int, exclude: np.ndarray | None) -> np.ndarray:
+        """The first k of candidates [n, m] that are not removed, excluded or repeated: [n, k]."""
+        documents = self.keys.database.live_documents(ids)
+        wanted = (documents >= 0) & ~repeated(ids)
+        if exclude is not None:
+            wanted &= documents != exclude[:, None]
+        return first_wanted(ids, wanted, k)
+
+
+def compare_all(
+    keys: Keys,
+    queries: np.ndarray,
+    k: int,
+    exclude: np.ndarray | None = None,
+    ids: range | np.ndarray | None = None,
+) -> Found:
+    """As `Index.search`, by comparing every key: what recall is measured against.
 
     Args:
-      searcher: of ScaNN.
-      plan: how it was built.
-      queries: [n, d].
-      count: neighbours, at most as many as there are keys.
-      limit: candidates that are compared again exactly, at most.
-      widen: look into so many times more leaves than planned.
+      keys, queries, k, exclude: as there.
+      ids: of the chunks to choose from, ascending; None for all.
     """
-    options: dict[str, int] = {}
-    if plan.reorder:
-        options["pre_reorder_num_neighbors"] = min(max(plan.reorder, 2 * count), limit)
-    if plan.kind == "tree":
-        options["leaves_to_search"] = min(plan.leaves_to_search * widen, plan.num_leaves)
-        # ScaNN may choose other leaves for a query when it comes in a batch, and then a table
-        # would depend on its blocks. One at a time costs a quarter of the queries per second.
-        options["batch_size"] = 1
-    return searcher.search_batched_parallel(
-        np.ascontiguousarray(queries, np.float32), final_num_neighbors=count, **options
-    )
+    chosen = KeysOf(keys, range(len(keys)) if ids is None else ids)
+    places, distances = ExactSearcher(chosen, on_devices=False).search(queries, k, exclude)
+    return chosen.ids(places), distances
+
+
+def scored(keys: Keys, queries: np.ndarray, ids: np.ndarray) -> Found:
+    """Ids [n, k] in the order of their exact distances, and these; equal ones by id, none last."""
+    scores = squared_distances(keys.rows, queries, ids)
+    order = np.lexsort((ids, scores), axis=-1)
+    return np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
 
 
 class Index:
@@ -376,59 +365,21 @@ class Index:
         """Keys."""
         return sum(map(len, self.shards))
 
-    def search(
-        self, queries: np.ndarray, count: int, *, widen: int = 1
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Finds the nearest chunks.
+    def search(self, queries: np.ndarray, k: int, exclude: np.ndarray | None = None) -> Found:
+        """Finds the nearest chunks that are not removed.
 
         Args:
-          queries: [n, d] float32, without NaN.
-          count: candidates a query.
-          widen: look into so many times more leaves than planned.
+          queries: [n, d] float32; a row of NaN (no text) finds nothing.
+          k: how many.
+          exclude: [n] numbers of the database's documents to leave out; -1 for none.
 
         Returns:
-          Chunk ids [n, count] int64 and squared L2 distances [n, count] float32, ascending; -1 and
-          infinity where there are no more.
+          Chunk ids [n, k] int64, unique in each row, and squared L2 distances [n, k] float32,
+          ascending (equal ones by id); -1 and infinity where there are no more.
         """
-        return merge([s.search(queries, count, widen=widen) for s in self.shards], count)
-
-
-def merge(
-    found: Sequence[tuple[np.ndarray, np.ndarray]], count: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest of several searches for the same queries, equally near ones by id.
-
-    Args:
-      found: ids [n, m] and scores [n, m] of each search; -1 and infinity for none.
-      count: how many to keep.
-
-    Returns:
-      ids [n, count] int64, unique in each row, and scores [n, count] float32.
-    """
-    ids = np.concatenate([part[0] for part in found], axis=1)
-    scores = np.concatenate([part[1] for part in found], axis=1)
-    order = np.lexsort((ids, scores), axis=-1)
-    ids, scores = (np.take_along_axis(part, order, axis=1) for part in (ids, scores))
-    again = repeated(ids)
-    if again.any():
-        order = np.argsort(again | (ids < 0), axis=1, kind="stable")
-        ids = np.take_along_axis(np.where(again, -1, ids), order, axis=1)
-        scores = np.take_along_axis(np.where(again, np.inf, scores), order, axis=1)
-    if ids.shape[1] < count:
-        missing = ((0, 0), (0, count - ids.shape[1]))
-        ids = np.pad(ids, missing, constant_values=-1)
-        scores = np.pad(scores, missing, constant_values=np.inf)
-    return ids[:, :count], scores[:, :count].astype(np.float32)
-
-
-def repeated(ids: np.ndarray) -> np.ndarray:
-    """[n, m] bool: whether an id other than -1 stands further left in its row too."""
-    order = np.argsort(ids, axis=1, kind="stable")
-    ordered = np.take_along_axis(ids, order, axis=1)
-    again = np.zeros(ids.shape, bool)
-    same = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    np.put_along_axis(again, order[:, 1:], same, axis=1)
-    return again
+        if k < 1:
+            raise UserError(f"k is {k}: expected at least one neighbour")
+        return merge([shard.search(queries, k, exclude) for shard in self.shards], k)
 
 
 def _folder(index: int) -> str:
@@ -436,33 +387,6 @@ def _folder(index: int) -> str:
     return f"{index:05d}"
 
 
-def _scann() -> Any:
-    """ScaNN's Python bindings."""
-    import_tensorflow()  # ScaNN imports it: with our settings, or with its own
-    try:
-        from scann.scann_ops.py import scann_ops_pybind
-    except ImportError as error:
-        raise UserError(
-            f"ScaNN cannot be imported ({error}): expected the extra retro-jax[data]"
-        ) from None
-    return scann_ops_pybind
-
-
-def build_searcher(vectors: np.ndarray, plan: IndexPlan, training_sample: int) -> Any:
-    """Trains and fills the searcher."""
-    builder = _scann().builder(vectors, 10, "squared_l2")
-    if plan.kind == "brute_force":
-        return builder.score_brute_force().build()
-    sample = min(training_sample, len(vectors))
-    if plan.kind == "tree":
-        builder = builder.tree(
-            num_leaves=plan.num_leaves,
-            num_leaves_to_search=plan.leaves_to_search,
-            training_sample_size=sample,
-        )
-    hashed = builder.score_ah(
-        plan.dimensions_per_block,
-        anisotropic_quantization_threshold=_NONE,
-        training_sample_size=sample,
-    )
-    return hashed.reorder(plan.reorder).build()
+def _at(exclude: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
+    """The excluded documents of some queries."""
+    return None if exclude is None else np.asarray(exclude)[rows]

@@ -11,14 +11,14 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
 from data_pipelines.retriever.exact import ExactSearcher
-from data_pipelines.retriever.index import IndexPlan, build_searcher, search_searcher
+from data_pipelines.retriever.index_kind import IndexPlan
 from data_pipelines.retriever.keys import Keys
 from data_pipelines.retriever.neighbours import sample_ids
+from data_pipelines.retriever.scann_index import Scann, ScannIndex
 from retro_jax.config import require
 from retro_jax.errors import UserError
 
@@ -90,7 +90,9 @@ def measure(
     for plan, searcher in _searchers(vectors, config):
         for searched in _steps(plan.num_leaves):
             point_plan = dataclasses.replace(plan, leaves_to_search=searched)
-            point = _point(searcher, point_plan, queries, asked=asked, truth=truth)
+            point = _point(
+                searcher.planned(point_plan), point_plan, queries=queries, asked=asked, truth=truth
+            )
             points.append(point)
             report(point)
             if point.recall >= _FULL:
@@ -133,7 +135,7 @@ def _sample(keys: Keys, most: int) -> np.ndarray:
     return np.concatenate([nothing, *(rows[::stride] for _, rows in keys.blocks(1024 * stride))])
 
 
-def _searchers(vectors: np.ndarray, config: TuneConfig) -> Iterator[tuple[IndexPlan, Any]]:
+def _searchers(vectors: np.ndarray, config: TuneConfig) -> Iterator[tuple[IndexPlan, ScannIndex]]:
     """Each tree, with each number of candidates to compare again."""
     count, dimension = vectors.shape
     numbers = {min(count, max(1, round(m * math.sqrt(count)))) for m in config.leaves}
@@ -141,7 +143,7 @@ def _searchers(vectors: np.ndarray, config: TuneConfig) -> Iterator[tuple[IndexP
     for leaves in sorted(numbers):
         for block in sorted(blocks):
             plan = IndexPlan("tree", leaves, leaves, block, max(config.reorder))
-            searcher = build_searcher(vectors, plan, min(count, 100_000))
+            searcher = Scann("tree").build(vectors, plan, min(count, 100_000))
             for reorder in sorted(config.reorder):
                 yield dataclasses.replace(plan, reorder=reorder), searcher
 
@@ -153,13 +155,18 @@ def _steps(leaves: int) -> list[int]:
 
 
 def _point(
-    searcher: Any, plan: IndexPlan, queries: np.ndarray, *, asked: np.ndarray, truth: np.ndarray
+    searcher: ScannIndex,
+    plan: IndexPlan,
+    *,
+    queries: np.ndarray,
+    asked: np.ndarray,
+    truth: np.ndarray,
 ) -> Point:
     """One setting, measured."""
     k = truth.shape[1]
-    search_searcher(searcher, plan, queries[:16], k + 1, limit=plan.reorder)
+    searcher.search(queries[:16], k + 1)
     start = time.perf_counter()
-    rows, _ = search_searcher(searcher, plan, queries, k + 1, limit=plan.reorder)
+    rows, _ = searcher.search(queries, k + 1)
     seconds = time.perf_counter() - start
     found = _others(rows, asked, k)
     hits = (found[:, :, None] == truth[:, None, :]).any(2).mean()

@@ -11,7 +11,7 @@ import dataclasses
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, ClassVar, SupportsIndex
+from typing import Any, ClassVar, SupportsIndex
 
 import grain
 import ml_dtypes
@@ -231,6 +231,33 @@ class Keys:
             yield ids[has_text], rows[has_text]
 
 
+class KeysOf:
+    """The keys of some chunks as the exact search reads them (`exact.KeyRows`)."""
+
+    def __init__(self, keys: Keys, ids: range | np.ndarray) -> None:
+        """Takes keys and the ids of chunks, ascending."""
+        self._keys, self._ids = keys, ids
+
+    def __len__(self) -> int:
+        """Chunks, with text or without."""
+        return len(self._ids)
+
+    def rows(self, places: np.ndarray) -> np.ndarray:
+        """[n, d] float32; NaN for a chunk without text."""
+        return self._keys.rows(self.ids(places))
+
+    def documents(self, places: np.ndarray) -> np.ndarray:
+        """[n] document numbers; -1 for a removed one."""
+        return self._keys.database.live_documents(self.ids(places))
+
+    def ids(self, places: np.ndarray) -> np.ndarray:
+        """[...] int64 chunk ids at places [...]; -1 for -1."""
+        ids = self._ids
+        at = np.maximum(places, 0)
+        found = ids.start + at if isinstance(ids, range) else ids[at]
+        return np.where(places < 0, -1, found)
+
+
 class BlockSource(grain.sources.RandomAccessDataSource):
     """Grain's view of a range of chunk ids: element i is the i-th block of them, [n] int64."""
 
@@ -331,22 +358,14 @@ class _Parts:
         """Stored keys and counts of every block, in order."""
         parts = []
         for i in range(self.count()):
-            with open(self._path(i), "rb") as file:
-                counts = dict(zip(_COUNTS, np.load(file).tolist(), strict=True))
-                parts.append((np.load(file), counts))
+            counts, stored = files.read_arrays(self._path(i), 2)
+            parts.append((stored, dict(zip(_COUNTS, counts.tolist(), strict=True))))
         return parts
 
     def add(self, index: int, stored: np.ndarray, counts: dict[str, int]) -> None:
         """Writes a block: its counts, then its keys. Two workers may write the same one."""
-        path = self._path(index)
-
-        def write(file: BinaryIO) -> None:
-            for array in (np.array([counts[name] for name in _COUNTS]), stored):
-                np.lib.format.write_array(file, array, allow_pickle=False)
-
-        with files.temporary_name(path) as temporary:
-            files.write_hashed(temporary, write)
-            temporary.rename(path)
+        numbers = np.array([counts[name] for name in _COUNTS])
+        files.write_arrays(self._path(index), (numbers, stored))
 
     def remove(self) -> None:
         """Removes all of them, when the shard stands in its place."""

@@ -26,17 +26,10 @@ from data_pipelines.artefacts.manifest import Manifest, Parents, Path, Stage, sh
 from data_pipelines.artefacts.runner import InProcess, Runner, run_counted, silent
 from data_pipelines.artefacts.sharded_rows import bounds_of, gather
 from data_pipelines.chunk_database.database import ChunkDatabase
-from data_pipelines.retriever.index import IndexShard, merge
+from data_pipelines.retriever.candidates import Found, merge, nothing
 from data_pipelines.retriever.keys import BlockSource, Keys
-from data_pipelines.retriever.retriever import (
-    RETRIEVERS,
-    Found,
-    OwnDocuments,
-    Queries,
-    Ranking,
-    Retriever,
-    chunks_of,
-)
+from data_pipelines.retriever.queries import OwnDocuments, Queries, StoredChunks, chunks_of
+from data_pipelines.retriever.retriever import RETRIEVERS, Ranking, Retriever
 from data_pipelines.retriever.revisions import folder_of
 from retro_jax.config import require
 from retro_jax.errors import UserError
@@ -122,8 +115,9 @@ def prepare_neighbours(
     own = OwnDocuments(chunks, retriever.database)
     work = NeighbourShard(files.absolute(directory), queries, retriever, k, own, base)
     sizes = [len(ids) for ids in chunks.shards]
-    if len(retriever.parts) > 1:
-        pairs = [(s, q) for s in range(len(retriever.parts)) for q in work.asks(s, missing)]
+    if len(retriever.search.parts) > 1:
+        parts = range(len(retriever.search.parts))
+        pairs = [(s, q) for s in parts for q in work.asks(s, missing)]
         found = [i for i, pair in enumerate(pairs) if not work.found_path(*pair).is_file()]
         search = FindShard(work, tuple(pairs))
         of_pairs = [sizes[q] for _, q in pairs]
@@ -140,12 +134,8 @@ def _parents(queries: Queries, retriever: Retriever, base: "NeighbourTable | Non
     parents = {
         "chunks": (chunks.manifest, chunks.directory),
         "database": (retriever.database.manifest, retriever.database.directory),
+        **retriever.search.parents(),
     }
-    if retriever.ranking.by_keys:
-        parents["keys"] = (retriever.keys.manifest, retriever.keys.directory)
-        parents["index"] = (retriever.index.manifest, retriever.index.directory)
-    if retriever.ranking.by_terms:
-        parents["bm25"] = (retriever.bm25.manifest, retriever.bm25.directory)
     if isinstance(queries, Keys) and queries.manifest.hash != retriever.keys.manifest.hash:
         parents["queries"] = (queries.manifest, queries.directory)
     if base is not None:
@@ -288,41 +278,35 @@ class NeighbourShard:
     def __call__(self, index: int, report: Callable[[int], object] = silent) -> int:
         """Writes shard `index`; returns its number of rows."""
         stage = Stage.attach(self.directory)
-        shards = self.retriever.parts
-        asked = [s for s in range(len(shards)) if self.asks(s, [index])]
-        if len(shards) > 1:
-            parts = [read_found(self.found_path(s, index)) for s in asked]
+        parts = self.retriever.search.parts
+        asked = [s for s in range(len(parts)) if self.asks(s, [index])]
+        if len(parts) > 1:
+            found = [read_found(self.found_path(s, index)) for s in asked]
         else:
-            parts = [self.find(shards[s], index, report) for s in asked]
+            found = [self.find(parts[s], index, report) for s in asked]
         if self._is_old(index):
-            parts.append(self._kept(index))
-        ids, scores = self._ranked(index, parts)
-        rows = len(ids)
-        count = sum(
-            int(self.retriever.has_text(self.queries, block).sum()) for block in self._blocks(index)
-        )
+            found.append(self._kept(index))
+        ids, scores = self._ranked(index, found)
+        rows, count = len(ids), 0
+        for block in self._blocks(index):
+            count += int(self.retriever.search.has_text(StoredChunks(self.queries, block)).sum())
         names = _shard_names(index)
         facts = {"queries": count, "filled": (ids >= 0).sum(0).tolist()}
         stage.write_array(names[1], scores)
         stage.write_array(names[0], ids, facts)
-        if len(shards) > 1 or not asked:
+        if len(parts) > 1 or not asked:
             report(rows)
         return rows
 
     def _ranked(self, index: int, parts: list[Found]) -> Found:
         """The table's rows of query shard `index`, from what each part of the database found."""
-        if not self.retriever.ranking.by_keys:
-            return parts[0]
-        rows, most = len(self.database.shards[index]), self.retriever.fetched(self.k)
-        empty = (np.full((rows, most), -1), np.full((rows, most), np.inf, np.float32))
-        found = merge([*parts, empty], most)
+        search, rows = self.retriever.search, len(self.database.shards[index])
         ids, scores = np.empty((rows, self.k), np.int64), np.empty((rows, self.k), np.float32)
-        place = 0
+        place, found = 0, search.merged(parts, self.k)
         for block in self._blocks(index):
             part = slice(place, place + len(block))
-            of_block = (found[0][part], found[1][part])
-            tokens = self.database.chunks(block)
-            ids[part], scores[part] = self.retriever.ranked(of_block, tokens, self.k)
+            of_block, chunks = (found[0][part], found[1][part]), StoredChunks(self.queries, block)
+            ids[part], scores[part] = search.ranked(of_block, chunks, self.k)
             place += len(block)
         return ids, scores
 
@@ -333,23 +317,21 @@ class NeighbourShard:
 
     def asks(self, shard: int, queries: Sequence[int]) -> list[int]:
         """Those of some query shards that index shard `shard` is searched for."""
-        if self.base is None or self.retriever.index.shards[shard].ids.start >= self.base.database:
+        if self.base is None or self.retriever.search.parts[shard].ids.start >= self.base.database:
             return list(queries)
         return [q for q in queries if not self._is_old(q)]
 
-    def find(self, shard: IndexShard | None, index: int, report: Callable[[int], object]) -> Found:
-        """The candidates of one part of the retriever for the chunks of query shard `index`."""
-        rows, most = len(self.database.shards[index]), self.retriever.fetched(self.k)
-        ids, scores = np.empty((rows, most), np.int64), np.empty((rows, most), np.float32)
-        place = 0
+    def find(self, part: Any, index: int, report: Callable[[int], object]) -> Found:
+        """The candidates of one part of the database for the chunks of query shard `index`."""
+        every: list[Found] = []
         for block in self._blocks(index):
-            part = slice(place, place + len(block))
-            ids[part], scores[part] = self.retriever.candidates(
-                shard, self.queries, block, self.k, self.own.of(block)
-            )
-            place += len(block)
+            chunks = StoredChunks(self.queries, block)
+            own = self.own.of(block)
+            every.append(self.retriever.search.candidates(part, chunks, self.k, own))
             report(len(block))
-        return ids, scores
+        if not every:
+            return nothing(0, self.k)
+        return np.concatenate([ids for ids, _ in every]), np.concatenate([s for _, s in every])
 
     def found_path(self, shard: int, index: int) -> pathlib.Path:
         """Where the candidates of a query shard from an index shard wait."""
@@ -371,7 +353,7 @@ class NeighbourShard:
         if len(rows):
             own, keys, found = self.own.of(chunks[rows]), self.queries.rows(chunks[rows]), []
             for shard in self.retriever.index.shards:
-                found.append(self.retriever.search_shard(shard, keys, self.k, own))
+                found.append(shard.search(keys, self.k, own))
                 shard.release()
             ids[rows], scores[rows] = merge(found, self.k)
         return ids, scores
@@ -387,8 +369,9 @@ class NeighbourShard:
         ids = sample_ids(len(self.queries), sample)
         if not len(ids):
             return {"k": self.k, "queries": 0, "recall": 1.0}
-        ids = ids[self.retriever.has_text(self.queries, ids)]
-        _, truth = self.retriever.truth(self.queries, ids, self.k, self.own.of(ids))
+        search = self.retriever.search
+        ids = ids[search.has_text(StoredChunks(self.queries, ids))]
+        _, truth = search.truth(StoredChunks(self.queries, ids), self.k, self.own.of(ids))
         bounds = np.cumsum([0] + [len(shard) for shard in table])
         shards = np.searchsorted(bounds, ids, side="right") - 1
         held = [table[shard][i - bounds[shard]] for shard, i in zip(shards, ids, strict=True)]
@@ -408,7 +391,7 @@ class FindShard:
     def __call__(self, index: int, report: Callable[[int], object] = silent) -> int:
         """Searches pair `index`; pairs of one index shard follow each other, so one is held."""
         s, q = self.pairs[index]
-        shards = self.work.retriever.index.shards
+        shards = self.work.retriever.search.parts
         for other in shards[:s]:
             other.release()
         found = self.work.find(shards[s], q, report)

@@ -10,11 +10,12 @@ with, and removing the newest folder goes back. Chunks of revision 0 keep their 
 revision adds follow; documents are numbered in the same way. Removed documents keep their numbers.
 """
 
+import copy
 import dataclasses
 import hashlib
 import itertools
-import json
 import pathlib
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -48,6 +49,16 @@ def latest(workdir: Path) -> int:
     while (folder_of(workdir, revision + 1) / KIND / MANIFEST_FILE).is_file():
         revision += 1
     return revision
+
+
+def clear_unfinished(workdir: Path) -> None:
+    """Removes what a killed removal left of the next revision, which was never published.
+
+    What --append began stays: documents are its first stage, and the next run resumes there.
+    """
+    place = folder_of(workdir, latest(workdir) + 1)
+    if place.is_dir() and not (place / "documents").exists():
+        shutil.rmtree(place)
 
 
 def find(workdir: Path, digest: str) -> int:
@@ -194,7 +205,8 @@ def open_index(keys: Keys, workdir: Path, *, verify: bool = False) -> Index:
     shards, manifests, first = [], [], 0
     for part in keys.parts:
         index = Index.open(_beside(part.database, "index"), part, verify=verify)
-        shards += [shard.moved(first) for shard in index.shards]
+        chunks = range(first, first + len(part))
+        shards += [shard.moved(keys, chunks) for shard in index.shards]
         manifests.append(index.manifest)
         first += len(part)
     count = sum(manifest.fact("keys") for manifest in manifests)
@@ -280,7 +292,7 @@ def _corpora(
     added: ChunkDatabase | None,
 ) -> dict[str, dict[str, Any]]:
     """Sums and ranges of each corpus, without what is removed."""
-    corpora = json.loads(json.dumps(previous.manifest.fact("corpora")))
+    corpora = copy.deepcopy(previous.manifest.fact("corpora"))
     if added is not None:
         first = sum(map(len, parts[:-1]))
         for name, fact in added.manifest.fact("corpora").items():

@@ -17,7 +17,8 @@ from data_pipelines.retriever.bm25 import Bm25Config
 from data_pipelines.retriever.index import IndexConfig
 from data_pipelines.retriever.keys import Keys, KeysConfig
 from data_pipelines.retriever.neighbours import NeighboursConfig, NeighbourTable, prepare_neighbours
-from data_pipelines.retriever.retriever import Queries, Retriever
+from data_pipelines.retriever.queries import Queries
+from data_pipelines.retriever.retriever import Retriever
 
 
 @dataclasses.dataclass(frozen=True)

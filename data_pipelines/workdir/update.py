@@ -16,7 +16,8 @@ from data_pipelines.retriever.bm25 import prepare_bm25
 from data_pipelines.retriever.index import prepare_index
 from data_pipelines.retriever.keys import Keys, prepare_keys
 from data_pipelines.retriever.neighbours import NeighbourTable
-from data_pipelines.retriever.retriever import Queries, Ranking, Retriever
+from data_pipelines.retriever.queries import Queries
+from data_pipelines.retriever.retriever import Ranking, Retriever
 from data_pipelines.workdir import leakage_report
 from data_pipelines.workdir.preparation import Preparation, prepare_table
 from retro_jax.errors import UserError
@@ -42,6 +43,7 @@ def update(p: Preparation, *, append: bool, remove: Sequence[str]) -> None:
         Manifest.read(p.directory / "neighbours" / split)
     _check_ranking(p)
     place = revisions.folder_of(p.directory, current + 1)
+    revisions.clear_unfinished(p.directory)
     if not append and place.exists():
         raise UserError(f"{place} is unfinished: expected --append, which began it, first")
     removed = revisions.numbers_of(database, _names(remove))

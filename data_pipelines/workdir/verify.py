@@ -13,7 +13,8 @@ from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.corpora import SPLITS
 from data_pipelines.leakage.near_documents import kept_counts, kept_documents
 from data_pipelines.retriever.neighbours import NeighbourTable, recall, sample_ids
-from data_pipelines.retriever.retriever import OwnDocuments, Queries, Retriever, chunks_of
+from data_pipelines.retriever.queries import OwnDocuments, Queries, StoredChunks, chunks_of
+from data_pipelines.retriever.retriever import Retriever
 from data_pipelines.retriever.revisions import folder_of, latest
 from data_pipelines.workdir import leakage_report
 from data_pipelines.workdir.leakage_report import HELD_OUT
@@ -257,11 +258,12 @@ def check_neighbours(directory: pathlib.Path, split: str, sample: int, seed: int
         return "no chunks"
     held = table.scores(ids)
     own = OwnDocuments(chunks, retriever.database).of(ids)
-    _, again = retriever.find(queries, ids, table.k, own)
+    search, asked = retriever.search, StoredChunks(queries, ids)
+    _, again = search.find(asked, table.k, own)
     _check_scores(table, ids, held, again, "searching again finds")
-    scores = retriever.scores_of(queries, ids, table.ids(ids))
+    scores = search.scores_of(asked, table.ids(ids))
     _check_scores(table, ids, held, scores, "its ids are at")
-    _, truth = retriever.truth(queries, ids, table.k, own)
+    _, truth = search.truth(asked, table.k, own)
     share, stated = recall(held, truth, table.score == "bm25"), table.manifest.fact("recall")
     return f"{len(ids)} chunks searched, equal; recall {share:.3f}, {stated['recall']:.3f} in the manifest"
 

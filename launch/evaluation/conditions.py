@@ -125,10 +125,13 @@ def condition_settings(condition: Condition) -> dict[str, Any]:
 
 
 def _random(split: Split, condition: Condition) -> NeighbourTokens:
-    """Chunks drawn from the whole database; the same ones for a chunk each time."""
+    """Chunks drawn from the whole database as it is now; the same ones for a chunk each time."""
     assert split.retrieval is not None
     shape = (len(split.database), condition.neighbours)
-    drawn = np.random.Generator(np.random.Philox(0)).integers(0, len(split.retrieval), shape)
+    places = np.random.Generator(np.random.Philox(0)).integers(
+        0, split.retrieval.live_chunks, shape
+    )
+    drawn = split.retrieval.live_ids(places)
     return lambda ids: split.values(ids, drawn[np.maximum(ids, 0)])
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from data_pipelines.evaluation.splits import Split, open_split
 from data_pipelines.retriever import index
+from data_pipelines.retriever.exact import ExactSearcher
 from launch.evaluation.conditions import scored_model
 from launch.evaluation.settings import KnnSettings
 from launch.runs import trained_run
@@ -36,7 +37,7 @@ _RECALL_QUERIES = 128  # of which the neighbours are compared with the true ones
 _REORDERED = 4  # candidates that ScaNN compares again exactly, for each neighbour
 _TUNING_CHUNKS = 512  # of the validation split
 
-_LookUp = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+_LookUp = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]  # places and distances
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ class KnnScoring:
             pad_id=tuning.database.pad_id,
         )
         found, _ = self._find(tuning, few, store.values, look_up)
-        unit = float(np.median(found.distances.min(axis=1))) or 1.0
+        unit = _median(found.distances.min(axis=1)) or 1.0
         config = knn_lm.tune(found, unit, neighbours=found.distances.shape[1])
         found, nll = self._find(split, text, store.values, look_up)
         nll = nll.copy()
@@ -116,8 +117,8 @@ class KnnScoring:
             for places, states in knn_lm.batched(queries, _SEARCHED):
                 inside = text.ravel()[places]
                 places = places[inside]
-                distances[places], found = look_up(states[inside], k)
-                values[places] = values_of[found]
+                found, distances[places] = look_up(states[inside], k)
+                values[places] = values_of[np.maximum(found, 0)]  # of none the distance is infinite
                 bar.update(len(places))
         here = text.ravel()
         targets = split.database.chunks(split.ids).ravel()[here]
@@ -181,27 +182,29 @@ def knn_scoring(
 
 
 def search(keys: np.ndarray, settings: KnnSettings) -> tuple[_LookUp, str]:
-    """Finds the k nearest keys of queries: squared distances and places [n, k]; and its name."""
+    """Finds the k nearest keys of queries: places [n, k], -1 for none, and distances; its name."""
     plan = index.plan_index(len(keys), keys.shape[1], index.IndexConfig())
     if settings.exact or plan.kind == "brute_force":
-        return lambda queries, k: knn_lm.nearest(queries, keys, k), "exact"
+        return ExactSearcher(keys, on_devices=False).search, "exact"
     plan = dataclasses.replace(plan, reorder=_REORDERED * settings.neighbours)
-    searcher = index.build_searcher(
-        keys.astype(np.float32), plan, index.IndexConfig.training_sample
-    )
-
-    def look_up(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        places, distances = index.search_searcher(searcher, plan, queries, k, limit=len(keys))
-        found = np.isfinite(distances)  # fewer in the leaves that were looked into
-        return np.where(found, distances, np.inf), np.where(found, places, 0).astype(np.int64)
-
-    return look_up, f"ScaNN ({plan.kind})"
+    sample = index.IndexConfig.training_sample
+    built = index.KINDS[plan.kind].build(keys.astype(np.float32), plan, sample)
+    return built.search, f"ScaNN ({plan.kind})"
 
 
 def _recall(look_up: _LookUp, queries: np.ndarray, keys: np.ndarray, k: int) -> float:
     """The share of the k nearest keys that are found."""
-    found, true = look_up(queries, k)[1], knn_lm.nearest(queries, keys, k)[1]
+    found, true = (
+        look_up(queries, k)[0],
+        ExactSearcher(keys, on_devices=False).search(queries, k)[0],
+    )
     return float(np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(found, true, strict=True)]))
+
+
+def _median(distances: np.ndarray) -> float:
+    """The median of those that are finite; 0 where none is."""
+    known = distances[np.isfinite(distances)]
+    return float(np.median(known)) if len(known) else 0.0
 
 
 def _hidden_states(model: Retro, batch: RetroBatch) -> jax.Array:
@@ -211,7 +214,8 @@ def _hidden_states(model: Retro, batch: RetroBatch) -> jax.Array:
 
 def _spread(split: Split, tokens: int) -> np.ndarray:
     """Ids of the first chunks of each corpus, in proportion, of about so many tokens in all."""
-    share = min(1.0, tokens / max(1, split.database.manifest.fact("tokens")))
+    corpora = split.database.manifest.fact("corpora")  # which revisions of a database state too
+    share = min(1.0, tokens / max(1, sum(corpus["tokens"] for corpus in corpora.values())))
     ranges = [part for parts in split.database.corpora.values() for part in parts]
     chosen = [np.arange(part.start, part.start + round(share * len(part))) for part in ranges]
     return functools.reduce(np.union1d, chosen, np.zeros(0, np.int64)).astype(np.int64)

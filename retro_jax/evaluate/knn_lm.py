@@ -8,13 +8,10 @@ and the token (value). Each predicted token looks up its k nearest keys, and
 """
 
 import dataclasses
-import functools
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from retro_jax.batch import ChunkText, RetroBatch
@@ -22,8 +19,6 @@ from retro_jax.config import require
 from retro_jax.evaluate.score import WindowConfig, batches
 
 States = Callable[[RetroBatch], jax.Array | np.ndarray]  # final activations [B, N, D] of a batch
-_QUERIES, _KEYS = 1024, 1 << 15  # compared at once
-_MEMBERS = 32  # keys of a group, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,75 +86,23 @@ def batched(
         yield np.concatenate([p for p, _ in held]), np.concatenate([s for _, s in held])
 
 
-def nearest(queries: np.ndarray, keys: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest keys of each query by squared distance, in any order.
-
-    Args:
-      queries: [n, D]. keys: [S, D], float16 or float32; k at most S.
-
-    Returns:
-      Squared distances [n, k] float32 and places [n, k] int64.
-    """
-    distances = np.full((len(queries), k), np.inf, np.float32)
-    places = np.zeros((len(queries), k), np.int64)
-    for start in range(0, len(keys), _KEYS):
-        part = keys[start : start + _KEYS]
-        rows = np.zeros((min(_KEYS, max(len(keys), k)), part.shape[1]), np.float32)
-        rows[: len(part)] = part  # one shape, compiled once; float32 once for all queries
-        block = jnp.asarray(rows)
-        for first in range(0, len(queries), _QUERIES):
-            here = slice(first, first + _QUERIES)
-            best = jnp.asarray(distances[here]), jnp.asarray(places[here], jnp.int32)
-            few = jnp.asarray(queries[here], jnp.float32)
-            distances[here], places[here] = _merge(few, block, len(part), start, *best, k)
-    return distances, places
-
-
-@functools.partial(jax.jit, static_argnames="k")
-def _merge(
-    queries: jax.Array,
-    keys: jax.Array,
-    count: int,
-    start: int,
-    best: jax.Array,
-    ids: jax.Array,
-    k: int,
-) -> tuple[jax.Array, jax.Array]:
-    """The k best of those so far and of the first `count` keys, which stand from `start` on.
-
-    Keys are dealt to groups; the k nearest are all in the k groups of which the nearest member is
-    nearest, so that only those are sorted: half the time of one top-k over all keys on a CPU.
-    """
-    numbers = jnp.arange(len(keys))
-    norms = jnp.where(numbers < count, (keys**2).sum(1), jnp.inf)
-    members = math.gcd(len(keys), _MEMBERS)
-    groups = (norms - 2 * queries @ keys.T).reshape(len(queries), members, -1)
-    kept = min(k, groups.shape[2])
-    _, chosen = jax.lax.top_k(-groups.min(axis=1), kept)
-    few = jnp.take_along_axis(groups, chosen[:, None, :], axis=2).reshape(len(queries), -1)
-    places = start + chosen[:, None, :] + groups.shape[2] * jnp.arange(members)[:, None]
-    squares = (queries**2).sum(1)[:, None]
-    every = jnp.concatenate([best, jnp.maximum(few + squares, 0)], axis=1)
-    every_ids = jnp.concatenate([ids, places.reshape(few.shape).astype(ids.dtype)], axis=1)
-    least, where = jax.lax.top_k(-every, k)
-    return -least, jnp.take_along_axis(every_ids, where, axis=1)
-
-
 def knn_nll(
     distances: np.ndarray, values: np.ndarray, targets: np.ndarray, temperature: float
 ) -> np.ndarray:
     """-log p_knn(target) [n] float64, infinite where no neighbour has it.
 
     Args:
-      distances: [n, k]. values: [n, k] tokens of the neighbours. targets: [n]. temperature: in the
+      distances: [n, k], infinite for no neighbour. values: [n, k] tokens of the neighbours. targets: [n]. temperature: in the
         distances' own unit.
     """
     logits = -distances.astype(np.float64) / temperature
-    logits -= logits.max(axis=1, keepdims=True)
+    most = logits.max(axis=1, keepdims=True)
+    logits -= np.where(np.isfinite(most), most, 0)  # there may be no neighbour at all
     weights = np.exp(logits)
+    total = weights.sum(axis=1)
     with np.errstate(divide="ignore"):
-        hit = np.where(values == targets[:, None], weights, 0).sum(axis=1) / weights.sum(axis=1)
-        return -np.log(hit)
+        hit = np.where(values == targets[:, None], weights, 0).sum(axis=1)
+        return -np.log(hit / np.where(total > 0, total, 1))
 
 
 def mixed_nll(model_nll: np.ndarray, knn: np.ndarray, weight: float) -> np.ndarray:

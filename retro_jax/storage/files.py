@@ -13,7 +13,6 @@ import numpy as np
 
 from retro_jax.distributed import processes
 from retro_jax.errors import UserError
-from retro_jax.storage import files
 
 TEMPORARY = ".tmp-"
 _BLOCK = 1 << 20
@@ -49,14 +48,15 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return parse_json(path.read_bytes(), path)
 
 
-def parse_json(data: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A JSON object in some bytes, or a UserError that names where they are from."""
+def parse_json(data: bytes, path: str | os.PathLike[str], kind: type = dict) -> Any:
+    """A JSON object, or list, in some bytes, or a UserError that names where they are from."""
     try:
         fields = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{path} holds a {type(fields).__name__}: expected a JSON object")
+    if not isinstance(fields, kind):
+        expected = "JSON object" if kind is dict else kind.__name__
+        raise UserError(f"{path} holds a {type(fields).__name__}: expected a {expected}")
     return fields
 
 
@@ -102,10 +102,21 @@ def write_hashed(path: pathlib.Path, writer: Callable[[BinaryIO], None]) -> tupl
 
 def write_atomically(path: pathlib.Path, data: bytes) -> None:
     """A small file under a temporary name, then renamed."""
+    write_whole(path, lambda file: cast(None, file.write(data)))
+
+
+def write_whole(path: pathlib.Path, writer: Callable[[BinaryIO], None]) -> tuple[int, str]:
+    """Runs the writer on a temporary file, then renames it: its size and SHA-256."""
     with temporary_name(path) as temporary:
-        write_hashed(temporary, lambda file: cast(None, file.write(data)))
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        size, digest = write_hashed(temporary, writer)
+        replace(temporary, path)
+    return size, digest
+
+
+def replace(temporary: pathlib.Path, path: pathlib.Path) -> None:
+    """Renames a file that is whole to its place, safe from a power cut."""
+    os.replace(temporary, path)
+    sync_folder(path.parent)
 
 
 def write_arrays(path: pathlib.Path, arrays: Iterable[np.ndarray]) -> None:
@@ -115,9 +126,7 @@ def write_arrays(path: pathlib.Path, arrays: Iterable[np.ndarray]) -> None:
         for array in arrays:
             np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
 
-    with temporary_name(path) as temporary:
-        write_hashed(temporary, write)
-        os.replace(temporary, path)
+    write_whole(path, write)
 
 
 def read_arrays(path: pathlib.Path, count: int) -> list[np.ndarray]:
@@ -172,8 +181,6 @@ def write_array(path: pathlib.Path, values: np.ndarray) -> None:
     """A .npy file, whole or not at all; its folder is made. Of several processes the first writes."""
     if not processes.is_first():
         return
-    with files.writing(path.parent):
+    with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with files.temporary_name(path) as temporary:
-        files.write_hashed(temporary, lambda file: np.save(file, values))
-        os.replace(temporary, path)
+    write_whole(path, lambda file: np.save(file, values))

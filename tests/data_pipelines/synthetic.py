@@ -9,6 +9,7 @@ from data_pipelines.artefacts.manifest import Stage, shard_name
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.retriever.index import Index, IndexConfig, prepare_index
 from data_pipelines.retriever.keys import Keys
+from data_pipelines.retriever.retrieval_database import Database
 from data_pipelines.retriever.retriever import Retriever
 
 
@@ -54,8 +55,7 @@ def retriever(folder: pathlib.Path, chunks: list[int], vectors: np.ndarray, **in
     database = write_database(folder / "chunks" / "train", chunks, shards=index.pop("shards", 1))
     keys = write_keys(folder / "keys" / "train", database, vectors)
     prepare_index(folder / "index", keys, IndexConfig(**index))
-    opened = Index.open(folder / "index", keys)
-    return Retriever(database, keys, index=opened, tokenizer=None)
+    return Retriever(Database(database, keys=keys, index=Index.open(folder / "index", keys)))
 
 
 def clustered(n: int, dimension: int = 32, seed: int = 0) -> np.ndarray:

@@ -40,17 +40,15 @@ def test_rows_are_gathered_and_none_is_lost():
     assert np.concatenate([s for _, s in found])[:, 0].tolist() == list(range(10))
 
 
-@pytest.mark.parametrize("keys", [7, 40, 100])
-def test_the_nearest_are_the_nearest(keys: int, monkeypatch):
-    monkeypatch.setattr(knn_lm, "_KEYS", 40)
-    monkeypatch.setattr(knn_lm, "_QUERIES", 8)
-    rng = np.random.default_rng(0)
-    store, queries = rng.normal(size=(keys, 5)), rng.normal(size=(20, 5))
-    distances, places = knn_lm.nearest(queries, store.astype(np.float32), k=5)
-    every = ((queries[:, None] - store) ** 2).sum(-1)
-    expected = np.argsort(every, axis=1)[:, :5]
-    assert [sorted(row) for row in places.tolist()] == [sorted(row) for row in expected.tolist()]
-    assert np.sort(distances, 1) == pytest.approx(np.sort(every, 1)[:, :5], rel=1e-4, abs=1e-5)
+def test_a_token_without_any_neighbour_is_the_models_alone():
+    distances = np.array([[np.inf, np.inf], [0.5, np.inf]])
+    values, targets = np.array([[4, 4], [4, 4]]), np.array([4, 4])
+    nll = knn_lm.knn_nll(distances, values, targets, 0.1)
+    assert nll.tolist() == [np.inf, 0.0]
+    mixed = knn_lm.Found(np.full(2, 2.0), targets, distances, values).nll(
+        knn_lm.KnnConfig(neighbours=2, weight=0.5), unit=1.0
+    )
+    assert mixed[0] == pytest.approx(2 + np.log(2)) and np.isfinite(mixed).all()
 
 
 def test_the_mixture_is_the_weighted_sum():

@@ -277,7 +277,7 @@ def test_the_nearest_keys_are_judged_by_bm25_in_tables_and_live(tiny, tmp_path, 
     found, scores = retriever.neighbours(queries.chunks(ids), 4)
     np.testing.assert_array_equal(found, table.ids(ids))
     np.testing.assert_array_equal(scores, table.scores(ids))
-    near, _ = retriever.search(retriever.encoder.keys(queries.chunks(ids)), 30)
+    near, _ = retriever.index.search(retriever.encoder.keys(queries.chunks(ids)), 30)
     assert all(set(row) <= set(nearest) for row, nearest in zip(found.tolist(), near.tolist()))
     assert run_prepare(workdir, None, "--verify", "--verify_sample=5") == 0
     assert "chunks/train and keys/train and index and bm25" in capsys.readouterr().out

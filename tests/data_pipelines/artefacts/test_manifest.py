@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -239,6 +240,85 @@ def test_several_files_are_adopted_together(tmp_path):
     stage.finish()
     assert sorted(_tree(tmp_path)) == ["codes.npy", "manifest.json", "tree.bin"]
     assert Manifest.open(tmp_path, "index", verify=True).shards[1].size == 6
+
+
+def begin(tmp_path):
+    """A stage whose files are only right together."""
+    return Stage(tmp_path / "index", "index", {"a": 1})
+
+
+def test_an_artefact_is_published_whole(tmp_path):
+    stage, seen = begin(tmp_path), []
+
+    def write(folder):
+        assert list(folder.iterdir()) == []
+        for name in ("b.bin", "a.bin", "first.bin"):
+            (folder / name).write_bytes(name.encode())
+            seen.append({path.name for path in (tmp_path / "index").iterdir()})
+        return ["first.bin"]
+
+    manifest = stage.publish(write, {"rows": 3})
+    assert seen == [{"stage.json"}] * 3, "nothing is in its place before all is there"
+    assert [shard.name for shard in manifest.shards] == ["first.bin", "a.bin", "b.bin"]
+    assert Manifest.open(tmp_path / "index", "index", verify=True) == manifest
+    assert {path.name for path in tmp_path.iterdir()} == {"index"}
+    assert (tmp_path / "index").stat().st_mode & 0o777 == 0o777 & ~current_umask()
+    assert begin(tmp_path).publish(None, {}) == manifest
+
+
+def current_umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_of_two_builders_one_build_counts(tmp_path):
+    """The second one begins and ends while the first one writes."""
+
+    def build(value, between=lambda: None):
+        def write(folder):
+            (folder / "codes.bin").write_bytes(value)
+            between()
+            (folder / "tree.bin").write_bytes(value)
+            return []
+
+        return begin(tmp_path).publish(write, {"builder": value.decode()})
+
+    inner = []
+    outer = build(b"first", lambda: inner.append(build(b"second")))
+    assert outer == inner[0]
+    counted = outer.facts["builder"].encode()
+    for name in ("codes.bin", "tree.bin"):
+        assert (tmp_path / "index" / name).read_bytes() == counted
+    assert Manifest.open(tmp_path / "index", "index", verify=True) == outer
+    assert {path.name for path in tmp_path.iterdir()} == {"index"}
+
+
+def test_parts_that_an_older_builder_left_are_not_taken(tmp_path):
+    begin(tmp_path).write_file("codes.bin", lambda file: file.write(b"old"))
+    left = tmp_path / ".tmp-index-1-ab"
+    left.mkdir()
+
+    def write(folder):
+        (folder / "tree.bin").write_bytes(b"new")
+        return []
+
+    manifest = begin(tmp_path).publish(write, {})
+    assert [shard.name for shard in manifest.shards] == ["tree.bin"]
+    assert {path.name for path in (tmp_path / "index").iterdir()} == {"tree.bin", "manifest.json"}
+    assert not left.exists()
+
+
+def test_a_build_that_fails_leaves_the_stage_as_it_was(tmp_path):
+    def fails(folder):
+        (folder / "tree.bin").write_bytes(b"new")
+        raise ValueError("of the library")
+
+    with pytest.raises(ValueError, match="of the library"):
+        begin(tmp_path).publish(fails, {})
+    assert [path.name for path in tmp_path.rglob("*")] == ["index", "stage.json"]
+    with pytest.raises(UserError, match="index was made with other settings: a: 1 -> 2"):
+        Stage(tmp_path / "index", "index", {"a": 2})
 
 
 def test_a_writer_that_fails_leaves_nothing(tmp_path):

@@ -226,7 +226,8 @@ def test_refuses_a_config_that_lacks_a_field(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("{", "not readable as JSON"), ("[]", "holds a list: expected a dict")]
+    ("text", "message"),
+    [("{", "is not valid JSON"), ("[]", "holds a list: expected a JSON object")],
 )
 def test_refuses_a_config_that_is_no_object(tmp_path, text, message):
     bert_folder.write(tmp_path)

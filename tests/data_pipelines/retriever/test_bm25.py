@@ -11,9 +11,12 @@ from data_pipelines.artefacts.runner import LocalProcesses
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.retriever import bm25, neighbours, revisions
 from data_pipelines.retriever.bm25 import Bm25, Bm25Config, prepare_bm25
+from data_pipelines.retriever.index import compare_all
 from data_pipelines.retriever.keys import Keys
 from data_pipelines.retriever.neighbours import NeighboursConfig, NeighbourTable, prepare_neighbours
-from data_pipelines.retriever.retriever import OwnDocuments, Ranking, Retriever
+from data_pipelines.retriever.queries import OwnDocuments, StoredChunks
+from data_pipelines.retriever.retrieval_database import Database
+from data_pipelines.retriever.retriever import Ranking, Retriever
 from retro_jax.errors import UserError
 from tests.data_pipelines.small import tree
 from tests.data_pipelines.synthetic import clustered, retriever, write_database
@@ -81,7 +84,8 @@ def open_retriever(made, name, candidates=10):
     keys = Keys.open(folder / "keys" / "train", database)
     index = revisions.open_index(keys, folder)
     terms = Bm25.open(folder / "bm25", database)
-    return Retriever(database, keys, index=index, ranking=Ranking(name, candidates), bm25=terms)
+    source = Database(database, keys=keys, index=index, bm25=terms)
+    return Retriever(source, Ranking(name, candidates))
 
 
 def test_scores_are_those_of_the_formula(made):
@@ -131,7 +135,7 @@ def test_a_table_is_what_live_retrieval_finds_and_the_formula(made, tmp_path, na
     ids, owners = np.arange(N), database.documents(np.arange(N))
     truth = own(database, expected)
     if name == "dense+bm25":  # among the ten nearest keys
-        near, _ = found.exact(found.keys.rows(ids), 10, owners)
+        near, _ = compare_all(found.keys, found.keys.rows(ids), 10, owners)
         among = np.zeros((N, N), bool)
         among[ids[:, None], near] = True
         truth = np.where(among, np.maximum(truth, 0), -np.inf)
@@ -144,11 +148,12 @@ def test_a_table_is_what_live_retrieval_finds_and_the_formula(made, tmp_path, na
     assert manifest.fact("retriever") == manifest.settings["retriever"] == name
     assert manifest.fact("recall")["recall"] == 1.0
     assert manifest.fact("queries") == (N - 1 if name == "bm25" else N)
-    live, scores = found.find(queries, ids, 4, owners)
+    asked = StoredChunks(queries, ids)
+    live, scores = found.search.find(asked, 4, owners)
     np.testing.assert_array_equal(live, table.ids(ids))
     np.testing.assert_array_equal(scores, table.scores(ids))
     np.testing.assert_allclose(
-        found.scores_of(queries, ids, live), np.where(live < 0, -np.inf, scores), rtol=1e-6
+        found.search.scores_of(asked, live), np.where(live < 0, -np.inf, scores), rtol=1e-6
     )
 
 
@@ -165,7 +170,7 @@ def test_tables_are_the_same_over_processes_and_index_shards(made, tmp_path):
         database = fill(dense.database)
         prepare_bm25(folder / "bm25", database, Bm25Config())
         judged = open_retriever((folder, database, None), "dense+bm25")
-        assert len(judged.parts) == (1 if place == "one" else 2)
+        assert len(judged.search.parts) == (1 if place == "one" else 2)
         prepare_neighbours(folder / "table", judged.keys, judged, **settings)
     for name in ("neighbours-00001.npy", "scores-00002.npy"):
         one, more = (np.load(tmp_path / place / "table" / name) for place in ("one", "more"))
@@ -237,7 +242,7 @@ def test_the_ranking_is_that_of_the_tables(made, tmp_path):
 
 
 def test_keys_that_are_not_there_are_one_line(made):
-    found = Retriever(made[1], None, index=None, ranking=Ranking("bm25"))
+    found = Retriever(Database(made[1], bm25=made[2]), Ranking("bm25"))
     with pytest.raises(
         UserError, match="is searched by BM25 alone: expected the retriever 'dense'"
     ):

@@ -8,13 +8,16 @@ import pytest
 
 from data_pipelines.artefacts.manifest import Manifest
 from data_pipelines.retriever import index as module
-from data_pipelines.retriever.index import Index, IndexConfig, plan_index, prepare_index
+from data_pipelines.retriever import index_kind
+from data_pipelines.retriever.exact import ExactSearcher
+from data_pipelines.retriever.index import Index, IndexConfig, IndexPlan, plan_index, prepare_index
+from data_pipelines.retriever.scann_index import ScannIndex, import_scann
 from retro_jax.errors import UserError
 from tests.data_pipelines.synthetic import clustered, nearest, write_database, write_keys
 
 
-def make_keys(folder, vectors):
-    database = write_database(folder / "chunks", [len(vectors)])
+def make_keys(folder, vectors, chunks=None):
+    database = write_database(folder / "chunks", chunks or [len(vectors)])
     return write_keys(folder / "keys", database, vectors)
 
 
@@ -38,7 +41,7 @@ def test_the_tree_of_the_plan():
     assert (plan.num_leaves, plan.leaves_to_search) == (418, 53)
     assert (plan.dimensions_per_block, plan.reorder) == (4, 100)
     chosen = IndexConfig(num_leaves=7, leaves_to_search=3, dimensions_per_block=2, reorder=50)
-    assert plan_index(100_000, 384, chosen) == module.IndexPlan("tree", 7, 3, 2, 50)
+    assert plan_index(100_000, 384, chosen) == IndexPlan("tree", 7, 3, 2, 50)
 
 
 @pytest.mark.parametrize(
@@ -73,10 +76,10 @@ def test_widening_looks_into_more_leaves(tmp_path):
     keys = make_keys(tmp_path, vectors)
     config = IndexConfig(kind="tree", num_leaves=40, leaves_to_search=1)
     prepare_index(tmp_path / "index", keys, config)
-    index = Index.open(tmp_path / "index", keys)
+    (shard,) = Index.open(tmp_path / "index", keys).shards
     furthest = nearest(queries, vectors, 10)[:, -1:] + 1e-5
-    narrow = (index.search(queries, 10)[1] <= furthest).mean()
-    wide = (index.search(queries, 10, widen=40)[1] <= furthest).mean()
+    narrow = (shard.candidates(queries, 10)[1] <= furthest).mean()
+    wide = (shard.candidates(queries, 10, widen=40)[1] <= furthest).mean()
     assert narrow < 0.8 < 0.99 < wide
 
 
@@ -121,30 +124,112 @@ def test_is_published_once_and_whole(tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
-    build = module.build_searcher
+    save = ScannIndex.save
 
-    def killed(*arguments):
-        searcher = build(*arguments)
-        real = searcher.serialize
+    def killed(self, folder):
+        save(self, folder)
+        raise Killed
 
-        def serialize(folder, relative):
-            real(folder, relative)
-            raise Killed
-
-        searcher.serialize = serialize
-        return searcher
-
-    monkeypatch.setattr(module, "build_searcher", killed)
+    monkeypatch.setattr(ScannIndex, "save", killed)
     with pytest.raises(Killed):
         prepare_index(tmp_path / "index", keys, config)
     with pytest.raises(UserError, match="is unfinished"):
         Index.open(tmp_path / "index", keys)
-    monkeypatch.setattr(module, "build_searcher", build)
+    assert not list(tmp_path.glob(".tmp-*"))
+    monkeypatch.setattr(ScannIndex, "save", save)
     manifest = prepare_index(tmp_path / "index", keys, config)
     on_disk = {path.name for path in (tmp_path / "index").iterdir()} - {"manifest.json"}
     assert on_disk == {shard.name for shard in manifest.shards}
-    monkeypatch.setattr(module, "build_searcher", killed)
+    monkeypatch.setattr(ScannIndex, "save", killed)
     assert prepare_index(tmp_path / "index", keys, config).hash == manifest.hash
+
+
+@pytest.mark.parametrize("kind", ["brute_force", "hashing"])
+@pytest.mark.parametrize("k", [504, 505, 700])
+def test_many_neighbours_are_asked_of_the_index_too(tmp_path, monkeypatch, kind, k):
+    vectors = clustered(2000)
+    keys = make_keys(tmp_path, vectors, [4] * 500)
+    prepare_index(tmp_path / "index", keys, IndexConfig(kind=kind, reorder=2000))
+    monkeypatch.setattr(module, "compare_all", None)
+    exclude = np.arange(3)
+    ids, distances = Index.open(tmp_path / "index", keys).search(vectors[:3], k, exclude)
+    owners = keys.database.documents(np.arange(2000))
+    truth = nearest(vectors[:3], vectors, k, owners[None] == exclude[:, None])
+    assert (distances <= truth[:, -1:] * (1 + 1e-5)).mean() > 0.99
+    assert (ids >= 0).all() and not (keys.database.documents(ids) == exclude[:, None]).any()
+
+
+class Halves:
+    """A kind of index that compares the first half of the keys; its file says which."""
+
+    excludes = False
+
+    def __init__(self, vectors=None):
+        self.vectors = vectors
+
+    def plan(self, n, dimension, config):
+        return IndexPlan("halves", reorder=n // 2)
+
+    def complete(self, plan):
+        return False
+
+    def build(self, vectors, plan, training_sample):
+        return Halves(vectors[: plan.reorder])
+
+    def save(self, folder):
+        np.save(folder / "half.npy", self.vectors)
+
+    def load(self, folder, plan, keys):
+        return Halves(np.load(folder / "half.npy"))
+
+    def search(self, queries, count, *, widen=1, exclude=None):
+        found = min(count, len(self.vectors))
+        places, distances = ExactSearcher(self.vectors).search(queries, found)
+        missing = ((0, 0), (0, count - found))
+        places = np.pad(places, missing, constant_values=-1)
+        return places, np.pad(distances, missing, constant_values=np.inf)
+
+
+def test_a_further_kind_is_a_name_and_an_object(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_kind, "NAMES", (*index_kind.NAMES, "halves"))
+    monkeypatch.setitem(module.KINDS, "halves", Halves())
+    vectors = clustered(400)
+    vectors[0] = np.nan
+    keys = make_keys(tmp_path, vectors)
+    manifest = prepare_index(tmp_path / "index", keys, IndexConfig(kind="halves"))
+    assert manifest.shard_names() == ["chunk-ids.npy", "half.npy"]
+    index = Index.open(tmp_path / "index", keys, verify=True)
+    ids, distances = index.search(clustered(9, seed=1), 5)
+    assert ids.max() <= 199 + 1
+    np.testing.assert_allclose(
+        distances, nearest(clustered(9, seed=1), vectors[:200], 5), rtol=1e-4
+    )
+    every, _ = index.search(clustered(9, seed=1), 300)
+    assert (every >= 0).all() and every.max() == 399, "too few candidates: every key is compared"
+
+
+def test_every_name_has_a_kind():
+    assert set(module.KINDS) == set(index_kind.NAMES)
+
+
+def test_two_builders_of_one_index_do_not_mix(tmp_path, monkeypatch):
+    keys = make_keys(tmp_path, clustered(600))
+    config = IndexConfig(kind="tree", num_leaves=12)
+    save, manifests = ScannIndex.save, []
+
+    def meanwhile(self, folder):
+        if not manifests:
+            manifests.append(None)
+            manifests[0] = prepare_index(tmp_path / "index", keys, config)
+        save(self, folder)
+
+    monkeypatch.setattr(ScannIndex, "save", meanwhile)
+    outer = prepare_index(tmp_path / "index", keys, config)
+    assert outer.hash == manifests[0].hash
+    index = Index.open(tmp_path / "index", keys, verify=True)
+    assert index.manifest.hash == outer.hash
+    assert (index.search(clustered(5, seed=1), 3)[0] >= 0).all()
+    assert {path.name for path in tmp_path.iterdir()} == {"chunks", "keys", "index"}
 
 
 def test_refuses_other_keys_and_other_settings(tmp_path):
@@ -194,7 +279,7 @@ def test_refuses_a_setting(field, value):
 def test_a_missing_scann_is_told_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "scann.scann_ops.py", None)
     with pytest.raises(UserError, match=r"ScaNN cannot be imported.*retro-jax\[data\]"):
-        module._scann()
+        import_scann()
 
 
 def test_a_damaged_index_is_named(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 
 from data_pipelines.artefacts.manifest import Manifest
 from data_pipelines.chunk_database.database import ChunkDatabase
-from data_pipelines.retriever.index import IndexConfig, prepare_index
+from data_pipelines.retriever.index import IndexConfig, IndexShard, prepare_index
 from data_pipelines.retriever.keys import BlockSource, Keys, KeysConfig, prepare_keys
 from data_pipelines.retriever.neighbours import (
     NeighboursConfig,
@@ -14,6 +14,7 @@ from data_pipelines.retriever.neighbours import (
     prepare_neighbours,
 )
 from data_pipelines.retriever.retriever import Retriever
+from data_pipelines.retriever.search import Dense
 from retro_jax.errors import UserError
 from tests.data_pipelines.retriever import bert_folder
 from tests.data_pipelines.small import documents_config, prepare, tree, write_texts
@@ -191,7 +192,7 @@ def test_is_the_same_bytes_given_the_index_and_after_an_interruption(tmp_path, m
     monkeypatch.setattr(BlockSource.__init__, "__defaults__", (16,))
     found = retriever(tmp_path, [6] * 30, clustered(180), shards=3, kind="tree", num_leaves=9)
     make(tmp_path / "once", found.keys, found)
-    search, calls = found.search_shard, []
+    search, calls = IndexShard.search, []
 
     def killed(*arguments):
         calls.append(1)
@@ -199,7 +200,7 @@ def test_is_the_same_bytes_given_the_index_and_after_an_interruption(tmp_path, m
             raise Killed
         return search(*arguments)
 
-    found.search_shard = killed
+    monkeypatch.setattr(IndexShard, "search", killed)
     with pytest.raises(Killed):
         make(tmp_path / "twice", found.keys, found)
     assert (tmp_path / "twice" / "neighbours-00000.npy").exists()
@@ -233,9 +234,10 @@ def test_one_index_shard_is_held_at_a_time_and_the_table_is_the_same(tmp_path, m
     assert not list((tmp_path / "cut").glob(".tmp-*"))
 
 
-def test_a_second_run_searches_nothing(workdir):
+def test_a_second_run_searches_nothing(workdir, monkeypatch):
     _, table, found = open_split(workdir, "train")
-    found.search_shard = found.exact = None
+    for method in ("candidates", "truth"):
+        monkeypatch.setattr(Dense, method, None)
     assert make(table.directory, found.keys, found).hash == table.manifest.hash
     with pytest.raises(UserError, match="k: 3 -> 4"):
         make(table.directory, found.keys, found, k=4)
@@ -275,3 +277,18 @@ def test_refuses_the_table_of_other_databases(workdir, tmp_path):
 def test_refuses_a_setting(field, value):
     with pytest.raises(UserError, match=rf"NeighboursConfig\.{field} is {value}: expected"):
         NeighboursConfig(**{field: value})
+
+
+def test_artefacts_of_the_same_settings_keep_their_hashes(tmp_path):
+    """Hashes that revision 759fa63 gave: whole numbers, so that every machine computes the same."""
+    expected = {
+        "exact": ("2b6a18c22ba11d3c", "279f08ca42d51e93"),
+        "brute_force": ("1b0247e9ab3f0d9c", "f0da797ed595418a"),
+    }
+    vectors = np.random.default_rng(0).integers(-4, 5, (300, 8)).astype(np.float32)
+    vectors[[0, 40]] = np.nan
+    for kind, hashes in expected.items():
+        folder = tmp_path / kind
+        found = retriever(folder, [6] * 50, vectors, shards=3, kind=kind, shard_keys=120)
+        table = make(folder / "table", found.keys, found)
+        assert (found.index.manifest.hash[:16], table.hash[:16]) == hashes

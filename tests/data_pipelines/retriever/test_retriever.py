@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.chunk_database.database import ChunkDatabase
-from data_pipelines.retriever import index
-from data_pipelines.retriever import retriever as module
-from data_pipelines.retriever.index import IndexConfig, prepare_index
+from data_pipelines.retriever import candidates, index
+from data_pipelines.retriever.index import IndexConfig, compare_all, prepare_index
 from data_pipelines.retriever.keys import Keys, KeysConfig, prepare_keys
 from data_pipelines.retriever.retriever import Retriever
 from retro_jax.errors import UserError
@@ -56,7 +55,7 @@ def test_neighbours_are_near_and_of_other_documents(tmp_path, kind):
     vectors[[0, 40, 900]] = np.nan
     found = retriever(tmp_path, chunks, vectors, shards=3, **KINDS[kind])
     exclude = found.database.documents(np.arange(len(vectors)))
-    ids, scores = found.search(vectors, 5, exclude)
+    ids, scores = found.index.search(vectors, 5, exclude)
     assert ids.dtype == np.int64
     assert scores.dtype == np.float32
     without = np.isnan(vectors[:, 0])
@@ -74,21 +73,6 @@ def test_neighbours_are_near_and_of_other_documents(tmp_path, kind):
     assert hits == 1.0 if kind == "brute_force" else hits > 0.9
 
 
-@settings(max_examples=50, deadline=None)
-@given(seed=st.integers(0, 2**16), size=st.integers(1, 12), kinds=st.integers(1, 9))
-def test_the_nearest_of_many_blocks_are_those_of_one_sort(seed, size, kinds):
-    draw = np.random.default_rng(seed)
-    distances = draw.integers(0, kinds, (5, 40)).astype(np.float32)  # many are equal
-    distances[draw.random(distances.shape) < 0.2] = np.inf
-    best = np.full((5, 6), -1), np.full((5, 6), np.inf, np.float32)
-    for ids in np.split(np.arange(40), range(size, 40, size)):
-        best = module._keep_nearest(best, ids, distances[:, ids])
-    order = np.argsort(distances, axis=1, kind="stable")[:, :6]
-    wanted = np.take_along_axis(distances, order, axis=1)
-    np.testing.assert_array_equal(best[1], wanted)
-    np.testing.assert_array_equal(best[0], np.where(np.isinf(wanted), -1, order))
-
-
 @settings(max_examples=30, deadline=None)
 @given(
     chunks=st.lists(st.integers(1, 12), min_size=1, max_size=6),
@@ -101,8 +85,10 @@ def test_gives_as_many_as_there_are(tmp_path_factory, chunks, k, seed, exact):
     vectors[np.random.default_rng(seed).random(len(vectors)) < 0.2] = np.nan
     found = retriever(tmp_path_factory.mktemp("r"), chunks, vectors)
     exclude = found.database.documents(np.arange(len(vectors)))
-    search = found.exact if exact else found.search
-    ids, scores = search(vectors, k, exclude)
+    if exact:
+        ids, scores = compare_all(found.keys, vectors, k, exclude)
+    else:
+        ids, scores = found.index.search(vectors, k, exclude)
     truth = nearest(vectors, vectors, k, forbidden(found, exclude))
     np.testing.assert_array_equal(ids >= 0, np.isfinite(truth))
     np.testing.assert_allclose(scores, truth, atol=1e-5)
@@ -111,38 +97,42 @@ def test_gives_as_many_as_there_are(tmp_path_factory, chunks, k, seed, exact):
 def test_three_chunks_are_a_database(tmp_path):
     vectors = clustered(3)
     found = retriever(tmp_path, [2, 1], vectors)
-    ids, scores = found.search(vectors, 4, np.array([0, 0, 1]))
+    ids, scores = found.index.search(vectors, 4, np.array([0, 0, 1]))
     assert ids[0].tolist() == ids[1].tolist() == [2, -1, -1, -1]
     assert sorted(ids[2].tolist()) == [-1, -1, 0, 1]
     assert np.isinf(scores[0, 1:]).all()
-    ids, scores = found.search(vectors, 4)
+    ids, scores = found.index.search(vectors, 4)
     assert ids[:, 0].tolist() == [0, 1, 2]
     assert (scores[:, 0] < 1e-6).all()
     assert (ids[:, 3] == -1).all()
 
 
 def test_a_document_longer_than_any_widening_is_looked_beyond(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_WIDEST", 100)
+    monkeypatch.setattr(index, "_WIDEST", 100)
     vectors = clustered(600)
     vectors[500:] += 5  # the other documents are far from the long one
     found = retriever(tmp_path, [500, 99, 1], vectors, kind="hashing")
-    calls, exact_ids = [], found._exact_ids
-    found._exact_ids = lambda q, *rest: calls.append(len(q)) or exact_ids(q, *rest)
+    calls = []
+    monkeypatch.setattr(
+        index,
+        "compare_all",
+        lambda keys, q, *rest: calls.append(len(q)) or compare_all(keys, q, *rest),
+    )
     exclude = np.zeros(20, np.int64)
-    ids, scores = found.search(vectors[:20], 2, exclude)
+    ids, scores = found.index.search(vectors[:20], 2, exclude)
     assert calls == [20]
     assert (ids >= 500).all()
     truth = nearest(vectors[:20], vectors, 2, forbidden(found, exclude))
     np.testing.assert_allclose(scores, truth, rtol=1e-4)
     calls.clear()
-    found.search(vectors[500:520], 2, np.full(20, 2))
+    found.index.search(vectors[500:520], 2, np.full(20, 2))
     assert calls == []
 
 
 def test_equally_near_neighbours_stand_by_id(tmp_path):
     vectors = np.repeat(clustered(4), 5, axis=0)
     found = retriever(tmp_path, [1] * 20, vectors)
-    ids, _ = found.search(vectors[:1], 4, np.array([2]))
+    ids, _ = found.index.search(vectors[:1], 4, np.array([2]))
     assert ids[0].tolist() == [0, 1, 3, 4]
 
 
@@ -151,9 +141,11 @@ def test_a_query_finds_the_same_bits_alone_and_among_others(tmp_path, kind):
     vectors = clustered(600)
     found = retriever(tmp_path, [6] * 100, vectors, **KINDS[kind])
     exclude = np.repeat(np.arange(100), 6)
-    first = found.search(vectors, 4, exclude)
-    again = found.search(vectors, 4, exclude)
-    alone = [found.search(vectors[i : i + 1], 4, exclude[i : i + 1]) for i in range(0, 600, 60)]
+    first = found.index.search(vectors, 4, exclude)
+    again = found.index.search(vectors, 4, exclude)
+    alone = [
+        found.index.search(vectors[i : i + 1], 4, exclude[i : i + 1]) for i in range(0, 600, 60)
+    ]
     for part in (0, 1):
         assert first[part].tobytes() == again[part].tobytes()
         one = np.concatenate([found[part] for found in alone])
@@ -162,7 +154,7 @@ def test_a_query_finds_the_same_bits_alone_and_among_others(tmp_path, kind):
 
 def test_repeated_candidates_are_dropped():
     ids = np.array([[4, 2, 4, -1, 2], [1, 2, 3, -1, -1]])
-    repeated = index.repeated(ids)
+    repeated = candidates.repeated(ids)
     assert repeated[:, :3].tolist() == [[False, False, True], [False, False, False]]
     assert repeated[0, 4]
     assert not repeated[ids < 0].any()
@@ -175,7 +167,7 @@ def test_retrieve_gives_neighbours_and_their_continuations(opened):
     values = opened.retrieve(tokens, 3, exclude)
     assert values.shape == (len(ids), 3, 128)
     assert values.dtype == np.int32
-    found, _ = opened.search(opened.keys.rows(ids), 3, exclude)
+    found, _ = opened.index.search(opened.keys.rows(ids), 3, exclude)
     np.testing.assert_array_equal(values, database.values(found))
     alone = np.concatenate([opened.retrieve(t[None], 3, e[None]) for t, e in zip(tokens, exclude)])
     np.testing.assert_array_equal(alone, values)

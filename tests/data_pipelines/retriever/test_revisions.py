@@ -1,5 +1,6 @@
 """Revisions of a retrieval database: what is added and removed, and tables that follow."""
 
+import functools
 import pickle
 import shutil
 
@@ -9,9 +10,10 @@ import pytest
 from data_pipelines.batches.batches import BatchConfig, Batches
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.retriever import revisions
-from data_pipelines.retriever.index import IndexConfig, prepare_index
+from data_pipelines.retriever.index import IndexConfig, IndexShard, compare_all, prepare_index
 from data_pipelines.retriever.keys import Keys
 from data_pipelines.retriever.neighbours import NeighbourTable, prepare_neighbours
+from data_pipelines.retriever.retrieval_database import Database
 from data_pipelines.retriever.retriever import Retriever
 from retro_jax.errors import UserError
 from tests.data_pipelines.small import tree
@@ -35,9 +37,7 @@ def make_part(folder, part):
 
 
 def open_retriever(workdir, revision=None):
-    database = revisions.open_database(workdir, revision)
-    keys = revisions.open_keys(database, workdir)
-    return Retriever(database, keys, index=revisions.open_index(keys, workdir))
+    return Retriever(Database.open(workdir, revision))
 
 
 def make_table(workdir, split, revision, base=None, *, name="neighbours"):
@@ -126,7 +126,8 @@ def test_search_finds_the_nearest_of_what_is_left(workdir):
     keys = found.keys.rows(np.arange(31))
     forbidden = np.isin(found.database.documents(np.arange(31)), REMOVED)
     truth = nearest(queries, keys, 5, np.tile(forbidden, (20, 1)))
-    for search in (found.search, found.exact, pickle.loads(pickle.dumps(found)).search):
+    exact = functools.partial(compare_all, found.keys)
+    for search in (found.index.search, exact, pickle.loads(pickle.dumps(found)).index.search):
         ids, scores = search(queries, 5)
         np.testing.assert_allclose(scores, truth, atol=1e-5)
         assert not forbidden[ids].any()
@@ -138,13 +139,13 @@ def test_an_updated_table_is_the_one_made_anew(workdir, split, monkeypatch):
     queries = before if split == "train" else ChunkDatabase.open(workdir / "chunks" / split)
     base = NeighbourTable.of(workdir, split, queries, before)
     anew = make_table(workdir, split, 1, name="anew")
-    asked, search = [], Retriever.search_shard
+    asked, search = [], IndexShard.search
 
-    def counting(self, shard, queries, *rest):
-        asked.append((shard.ids.start, len(queries)))
-        return search(self, shard, queries, *rest)
+    def counting(self, queries, *rest):
+        asked.append((self.ids.start, len(queries)))
+        return search(self, queries, *rest)
 
-    monkeypatch.setattr(Retriever, "search_shard", counting)
+    monkeypatch.setattr(IndexShard, "search", counting)
     table = make_table(workdir, split, 1, base)
     ids = np.arange(len(table))
     np.testing.assert_array_equal(table.ids(ids), anew.ids(ids))
@@ -167,6 +168,41 @@ def test_the_revision_before_is_as_it_was(workdir):
     assert revisions.find(workdir, revisions.open_database(workdir).manifest.hash) == 1
     with pytest.raises(UserError, match="holds no database 0123: expected the revision"):
         revisions.find(workdir, "0123")
+
+
+def test_a_database_is_opened_at_any_revision(workdir):
+    for revision, chunks, keys in ((0, 21, 20), (1, 31, 30), (None, 31, 30)):
+        opened = Database.open(workdir, revision, verify=True)
+        assert (len(opened.chunks), len(opened.keys), len(opened.index)) == (chunks, chunks, keys)
+        again = pickle.loads(pickle.dumps(opened))
+        assert again.index.manifest.hash == opened.index.manifest.hash
+        assert again.chunks.removed.tolist() == opened.chunks.removed.tolist()
+        with pytest.raises(UserError, match=r"bm25 has no manifest\.json"):
+            _ = opened.bm25
+
+
+def test_a_removal_that_was_killed_leaves_nothing_in_the_way(workdir, tmp_path, monkeypatch):
+    work = shutil.copytree(workdir, tmp_path / "W")
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*arguments, **more):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(revisions.Stage, "finish", killed)
+        with pytest.raises(Killed):
+            revisions.publish(work, 2, [0])
+    place = revisions.folder_of(work, 2)
+    assert revisions.latest(work) == 1 and (place / "database" / "stage.json").is_file()
+    revisions.clear_unfinished(work)
+    assert not place.exists() and revisions.folder_of(work, 1).exists()
+    assert revisions.publish(work, 2, [1]).fact("removed") == 3
+    begun = revisions.folder_of(work, 3) / "documents"
+    begun.mkdir(parents=True)
+    revisions.clear_unfinished(work)
+    assert begun.exists(), "what --append began is taken up"
 
 
 def test_removing_again_adds_up_and_the_last_can_be_withdrawn(workdir, tmp_path):

@@ -1,10 +1,12 @@
 """launch.prepare with retriever = 'bm25': without a key, updated, checked, shown, and asked live."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
+from data_pipelines.artefacts.manifest import Stage
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.corpora import SPLITS
 from data_pipelines.evaluation import prepare_text
@@ -123,6 +125,37 @@ def test_slices_use_the_same_retriever(workdir, tmp_path):
         UserError, match=r"--database_shares: .* retriever 'bm25': expected 'dense'"
     ):
         check_split(split, [part])
+
+
+def test_a_killed_removal_is_repeated_or_replaced(workdir, tmp_path, capsys, monkeypatch):
+    work = shutil.copytree(workdir, tmp_path / "W")
+    database = ChunkDatabase.open(work / "chunks/train")
+    first, second = (
+        f"--remove={r.corpus}/{r.id}" for r in (database.record(0), database.record(1))
+    )
+    finish = Stage.finish
+
+    class Killed(BaseException):
+        pass
+
+    def killed(self, *arguments, **more):
+        if self.kind == "database":
+            raise Killed
+        return finish(self, *arguments, **more)
+
+    for again in (first, second):
+        monkeypatch.setattr(Stage, "finish", killed)
+        with pytest.raises(Killed):
+            run_prepare(work, None, first)
+        monkeypatch.setattr(Stage, "finish", finish)
+        assert (work / "revisions").is_dir()
+        assert run_prepare(work, None, again) == 0
+        assert "0 documents added, 1 removed" in capsys.readouterr().out
+        assert not Retriever.open(work).database.is_removed(np.array([2]))
+        shutil.rmtree(work / "revisions")
+    (work / "revisions/00001/documents").mkdir(parents=True)
+    assert run_prepare(work, None, first) == 1
+    assert "is unfinished: expected --append, which began it, first" in capsys.readouterr().err
 
 
 def test_an_update_counts_the_new_database_s_terms(workdir, tmp_path, capsys):

@@ -10,7 +10,7 @@ import pytest
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.evaluation.database_share import kept_chunks
 from data_pipelines.evaluation.splits import open_split
-from data_pipelines.retriever import index
+from data_pipelines.retriever import index, revisions
 from data_pipelines.retriever.neighbours import NeighbourTable
 from data_pipelines.retriever.retriever import Retriever
 from launch import evaluate, report
@@ -90,6 +90,28 @@ def test_knn_lm_looks_up_the_training_text(
         assert by_token["all"]["nats"] == pytest.approx(baseline["all"]["nats"])
 
 
+def test_knn_lm_of_an_updated_database_has_no_removed_document(
+    trained: list[str], prepared_workdir: pathlib.Path, tmp_path, capsys
+):
+    data, work = tmp_path / "data", tmp_path / "work"
+    for name in ("tokenizer", "chunks"):
+        shutil.copytree(prepared_workdir / name, data / name)
+    removed = [0, 3, 4]
+    revisions.publish(data, 1, removed)
+    shutil.copytree(trained[0].partition("=")[2], work, ignore=shutil.ignore_patterns("evaluation"))
+    where = [f"--workdir={work}", f"--data={data}", "--retrieval=off"]
+    more = ["--knn", "--knn_neighbours=8", "--knn_tokens=1000000", "--stride_chunks=4"]
+    assert call(evaluate.main, *where, *more) == 0
+    found = json.loads((work / "evaluation" / "test.json").read_text())["knn"]
+    database = revisions.open_database(data)
+    live = database.live_ids(np.arange(database.live_chunks))
+    tokens, owners = database.chunks(live), database.documents(live)
+    starts = len(set(owners.tolist()))  # the first token of a document is not predicted
+    there = int((tokens != database.pad_id).sum()) - starts
+    assert found["knn"]["datastore_tokens"] == there
+    assert database.is_removed(np.array(removed)).all() and not np.isin(owners, removed).any()
+
+
 @pytest.mark.parametrize("exact", [False, True])
 def test_a_large_datastore_is_searched_by_scann_unless_every_key_is_asked_for(exact, monkeypatch):
     monkeypatch.setattr(index, "_HASHING_FROM", 1000)
@@ -99,7 +121,7 @@ def test_a_large_datastore_is_searched_by_scann_unless_every_key_is_asked_for(ex
     queries = rng.normal(size=(50, 32)).astype(np.float32)
     look_up, how = knn.search(keys, KnnSettings(neighbours=8, exact=exact))
     assert how == ("exact" if exact else "ScaNN (hashing)")
-    distances, places = look_up(queries, 8)
+    places, distances = look_up(queries, 8)
     every = ((queries[:, None] - keys.astype(np.float32)) ** 2).sum(-1)
     assert distances == pytest.approx(np.take_along_axis(every, places, 1), rel=1e-3, abs=1e-4)
     nearest = np.argsort(every, axis=1)[:, :8]
