@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from retro_jax.config import RetroConfig
 from retro_jax.errors import UserError
 from retro_jax.model.attention import Attention
-from retro_jax.model.positions import frequencies, sinusoids
+from retro_jax.model.positions import Relative, frequencies, sinusoids
 from retro_jax.model.retro import Retro
 
 # Logits that the token before has over its own neighbours in the encoder are about 2 * _SHARPNESS.
@@ -69,7 +69,7 @@ def begin_with_copying(model: Retro) -> None:
     cca.query[...] = cca.query[...].at[:, :, 0].set(seen_DxH)
     key_DxH = 1.5 * head_dim / math.sqrt(width) * written_HxD.T
     cca.key_value[...] = cca.key_value[...].at[:, :, 0, 0].set(key_DxH)
-    if cca.positions == "relative":
+    if isinstance(cca.positions, Relative):
         cca.relative[...] = cca.relative[...].at[:, :, 0].set(0.0)
 
     # Reading by V and writing by its transpose is a projection, scaled by head_dim / width.

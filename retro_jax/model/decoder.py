@@ -11,6 +11,7 @@ from retro_jax.model.attention import Attention, Widths
 from retro_jax.model.causal_attention import causal_attention
 from retro_jax.model.chunked_cross_attention import ChunkedCrossAttention
 from retro_jax.model.layers import FeedForward, Layout, dropout
+from retro_jax.model.positions import positions_of
 
 
 class DecoderLayer(nnx.Module):
@@ -18,7 +19,10 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, config: RetroConfig, *, layout: Layout, rngs: nnx.Rngs):
         widths = Widths(config.d_model, config.d_model, config.num_heads, config.head_dim)
-        self.attention = Attention(config, widths, cross=False, layout=layout, rngs=rngs)
+        positions = positions_of(config.positions)
+        self.attention = Attention(
+            config, widths, positions=positions, cross=False, layout=layout, rngs=rngs
+        )
         self.feed_forward = FeedForward(
             config, config.d_model, config.d_ff, layout=layout, rngs=rngs
         )
