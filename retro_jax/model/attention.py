@@ -10,11 +10,13 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from retro_jax.config import RetroConfig
 from retro_jax.model.layers import Layout, RMSNorm, normal, residual_gain
 from retro_jax.model.matmul import product, scores
 from retro_jax.model.positions import Positions, distances
+from retro_jax.sharding import FSDP, TENSOR
 
 MASKED = -1e30
 
@@ -53,13 +55,19 @@ class Attention(nnx.Module):
         heads = (widths.num_heads, widths.head_dim)
         self.norm = RMSNorm(widths.query, config.norm_epsilon)
         if cross:
-            self.query = normal(rngs, (widths.query, *heads), fan_in=widths.query)
-            self.key_value = normal(rngs, (widths.key, 2, *heads), fan_in=widths.key)
+            spec = P(FSDP, TENSOR, None)
+            self.query = normal(rngs, (widths.query, *heads), spec, fan_in=widths.query)
+            spec = P(FSDP, None, TENSOR, None)
+            self.key_value = normal(rngs, (widths.key, 2, *heads), spec, fan_in=widths.key)
         else:
-            self.query_key_value = normal(rngs, (widths.query, 3, *heads), fan_in=widths.query)
+            spec = P(FSDP, None, TENSOR, None)
+            self.query_key_value = normal(
+                rngs, (widths.query, 3, *heads), spec, fan_in=widths.query
+            )
         self.output = normal(
             rngs,
             (*heads, widths.query),
+            P(TENSOR, None, FSDP),
             fan_in=math.prod(heads),
             gain=residual_gain(config, widths.query),
         )
@@ -129,7 +137,7 @@ class Attention(nnx.Module):
 
     def _weight(self, name: str) -> jax.Array:
         """A parameter as its product reads it."""
-        return self.layout.weight(name, getattr(self, name))
+        return self.layout.weight(getattr(self, name))
 
 
 def attend(

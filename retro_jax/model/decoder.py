@@ -1,6 +1,7 @@
 """The decoder's layers, and Algorithm 1's operators on a batch of whole sequences."""
 
 import dataclasses
+import functools
 from typing import Any, Protocol
 
 import jax
@@ -44,7 +45,8 @@ class Retrieved:
 class Operators(Protocol):
     """How the operators of a layer act on what goes from layer to layer, and what each adds to it.
 
-    The carry is the residual stream, or a tree with it and a cache: layer_stack.run_layers.
+    The carry is the residual stream, or a tree with it and a cache: layer_stack.run_layers. An object
+    with operators is a tree of the arrays that they read.
     """
 
     def attend(self, layer: DecoderLayer, carry: Any, p: jax.Array | int) -> Any:
@@ -59,6 +61,11 @@ class Operators(Protocol):
         """FFW of layer p."""
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["documents", "dropout_key"],
+    meta_fields=["config"],
+)
 @dataclasses.dataclass(frozen=True)
 class WholeSequences:
     """The operators on all positions at once; the carry is the residual stream [B, N, D].

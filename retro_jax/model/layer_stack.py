@@ -19,8 +19,8 @@ from flax import nnx
 from retro_jax.config import ExecutionConfig
 from retro_jax.model.layers import Module
 
-# (layer, its extra module or None, carry, the layer's number from 1) -> carry
-LayerFunction = Callable[[Any, Any, Any, Any], Any]
+# (layer, its extra module or None, carry, the layer's number from 1, shared) -> carry
+LayerFunction = Callable[[Any, Any, Any, Any, Any], Any]
 
 _POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -66,37 +66,40 @@ class Extras:
 def run_layers(
     run: LayerFunction,
     carry: Any,
-    layers: nnx.Module,
-    extras: Extras | None = None,
+    stacks: tuple[nnx.Module, Extras | None],
     *,
     first: int,
     last: int,
+    shared: Any,
     execution: ExecutionConfig,
 ) -> Any:
     """Runs layers first .. last, one after the other or by scan.
 
     Args:
-      run: runs one layer; `extra` is None for a layer without. The layer's number is a Python int
-        unrolled and an int32 scalar in a scan.
+      run: runs one layer; its extra module is None for a layer without. The layer's number is a
+        Python int unrolled and an int32 scalar in a scan.
       carry: what goes from layer to layer: the residual stream, or any tree with it. A cache of all
         layers' keys and values is an array with an axis of layers in it, updated in place at p - 1.
-      layers: a stack of all layers, from layer 1. extras: extra modules of some of them.
+      stacks: all layers, from layer 1, and the extra modules of some of them.
       first, last: layer numbers from 1; none runs where last < first.
+      shared: what all layers read: a tree of arrays, which rematerialisation keeps.
       execution: its scan_layers and remat.
 
     Returns:
       The last layer's carry.
     """
+    layers, extras = stacks
     if not execution.scan_layers:
         for p in range(first, last + 1):
             has_extra = extras is not None and p in extras.layers
             extra = take_extra(extras, p) if extras is not None and has_extra else None
-            layer = take_layer(layers, p - 1)
-            carry = rematerialised(_one_layer(run, layer, extra), execution)(carry, p)
+            one = rematerialised(_one_layer(run, take_layer(layers, p - 1), extra), execution)
+            carry = one(carry, p, shared)
         return carry
     start = first
     for group in layer_groups(first, last, () if extras is None else extras.layers):
-        carry = _scan_group(run, carry, layers, extras, group, start=start, execution=execution)
+        scanned = _scanned_group(run, stacks, group, start=start, execution=execution)
+        carry = scanned(carry, shared)
         start += group.layers
     return carry
 
@@ -115,22 +118,21 @@ def rematerialised(
     return jax.checkpoint(run, policy=_POLICIES[execution.remat], prevent_cse=not scanned)
 
 
-def _one_layer(run: LayerFunction, layer: Any, extra: Any) -> Callable[[Any, Any], Any]:
-    """A function of (carry, layer number)."""
-    return lambda carry, p: run(layer, extra, carry, p)
+def _one_layer(run: LayerFunction, layer: Any, extra: Any) -> Callable[[Any, Any, Any], Any]:
+    """A function of (carry, layer number, shared)."""
+    return lambda carry, p, shared: run(layer, extra, carry, p, shared)
 
 
-def _scan_group(
+def _scanned_group(
     run: LayerFunction,
-    carry: Any,
-    layers: nnx.Module,
-    extras: Extras | None,
+    stacks: tuple[nnx.Module, Extras | None],
     group: LayerGroup,
     *,
     start: int,
     execution: ExecutionConfig,
-) -> Any:
-    """Runs equal groups of layers, from layer `start` on, by jax.lax.scan."""
+) -> Callable[[Any, Any], Any]:
+    """A function of (carry, shared): equal groups of layers, from layer `start` on, by jax.lax.scan."""
+    layers, extras = stacks
     layer_graph, layer_params = _cut(layers, start - 1, group.layers)
     layer_params = jax.tree.map(
         lambda x: x.reshape(group.repeats, group.size, *x.shape[1:]), layer_params
@@ -139,20 +141,25 @@ def _scan_group(
     if extras is not None and group.has_extra:
         index = extras.layers.index(start + group.size - 1)
         extra_graph, extra_params = _cut(extras.stack, index, group.repeats)
-    numbers = (jnp.arange(group.layers) + start).reshape(group.repeats, group.size)
+    numbers = jnp.arange(group.layers).reshape(group.repeats, group.size) + start
 
-    def body(carry: Any, params: Any) -> tuple[Any, None]:
-        layer_params, extra_params, p = params
-        for i in range(group.size):
-            layer = nnx.merge(layer_graph, jax.tree.map(lambda leaf, i=i: leaf[i], layer_params))
-            extra = None
-            if extra_graph is not None and i == group.size - 1:
-                extra = nnx.merge(extra_graph, extra_params)
-            one = rematerialised(_one_layer(run, layer, extra), execution, scanned=True)
-            carry = one(carry, p[i])
-        return carry, None
+    def scan(carry: Any, shared: Any) -> Any:
+        def body(carry: Any, params: Any) -> tuple[Any, None]:
+            layer_params, extra_params, p = params
+            for i in range(group.size):
+                layer = nnx.merge(
+                    layer_graph, jax.tree.map(lambda leaf, i=i: leaf[i], layer_params)
+                )
+                extra = None
+                if extra_graph is not None and i == group.size - 1:
+                    extra = nnx.merge(extra_graph, extra_params)
+                one = rematerialised(_one_layer(run, layer, extra), execution, scanned=True)
+                carry = one(carry, p[i], shared)
+            return carry, None
 
-    return jax.lax.scan(body, carry, (layer_params, extra_params, numbers))[0]
+        return jax.lax.scan(body, carry, (layer_params, extra_params, numbers))[0]
+
+    return scan
 
 
 def stack_layers(make: Callable[[nnx.Rngs], Module], count: int, rngs: nnx.Rngs) -> Module:

@@ -7,10 +7,12 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from retro_jax.config import ExecutionConfig, RetroConfig
 from retro_jax.model.matmul import product
-from retro_jax.sharding import Shardings, lay_out
+from retro_jax.parameters import parameter
+from retro_jax.sharding import FSDP, TENSOR, Shardings, lay_out
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": jax.nn.gelu,
@@ -20,10 +22,18 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 Module = TypeVar("Module", bound=nnx.Module)
 
 
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, gain: float = 1.0) -> nnx.Param:
-    """A float32 parameter drawn from N(0, gain^2 / fan_in)."""
-    draw = jax.random.normal(rngs.params(), shape, jnp.float32)
-    return nnx.Param(draw * (gain / math.sqrt(fan_in)))
+def normal(
+    rngs: nnx.Rngs, shape: tuple[int, ...], spec: P, *, fan_in: int, gain: float = 1.0
+) -> nnx.Param:
+    """A float32 parameter drawn from N(0, gain^2 / fan_in); on a mesh, each device draws its part.
+
+    Args:
+      rngs: the parameters' random stream. shape: of one layer. spec: how it is split.
+      fan_in: products that are summed. gain: on the deviation.
+    """
+    sharding = None if jax.sharding.get_abstract_mesh().empty else spec
+    draw = jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=sharding)
+    return parameter(draw * (gain / math.sqrt(fan_in)), spec)
 
 
 class Layout:
@@ -42,16 +52,16 @@ class Layout:
             return NotImplemented
         return (self.execution, self.shardings) == (other.execution, other.shardings)
 
-    def weight(self, name: str, param: nnx.Param) -> jax.Array:
+    def weight(self, param: nnx.Param) -> jax.Array:
         """A parameter as its product reads it: in the activations' dtype, gathered over fsdp."""
-        return lay_out(param[...].astype(self.dtype), self.shardings.parameter(name, gathered=True))
+        return lay_out(param[...].astype(self.dtype), self.shardings.gathered(param))
 
 
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + epsilon) * scale, computed in float32."""
 
     def __init__(self, width: int, epsilon: float):
-        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
+        self.scale = parameter(jnp.ones(width, jnp.float32), P(None), decays=False)
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -64,12 +74,12 @@ class Embedding(nnx.Module):
     """Rows of a [V, D] table. An id past the table (a pad_id of V) reads the last row; it is masked."""
 
     def __init__(self, vocab_size: int, width: int, *, layout: Layout, rngs: nnx.Rngs):
-        self.table = normal(rngs, (vocab_size, width), fan_in=width)
+        self.table = normal(rngs, (vocab_size, width), P(TENSOR, FSDP), fan_in=width)
         self.layout = layout
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Embeds [B, ...] ids as [B, ..., D]."""
-        table = self.layout.weight("table", self.table)
+        table = self.layout.weight(self.table)
         spec = self.layout.shardings.rows(tokens.ndim + 1)
         return table.at[tokens].get(mode="clip", out_sharding=spec)
 
@@ -87,8 +97,9 @@ class FeedForward(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.norm = RMSNorm(width, config.norm_epsilon)
-        self.widen = normal(rngs, (width, d_ff), fan_in=width)
-        self.narrow = normal(rngs, (d_ff, width), fan_in=d_ff, gain=residual_gain(config, width))
+        gain = residual_gain(config, width)
+        self.widen = normal(rngs, (width, d_ff), P(FSDP, TENSOR), fan_in=width)
+        self.narrow = normal(rngs, (d_ff, width), P(TENSOR, FSDP), fan_in=d_ff, gain=gain)
         self.activation = config.activation
         self.layout = layout
 
@@ -97,12 +108,12 @@ class FeedForward(nnx.Module):
         shardings = self.layout.shardings
         wide = product(
             self.norm(x),
-            self.layout.weight("widen", self.widen),
+            self.layout.weight(self.widen),
             out_sharding=shardings.wide(x.ndim),
         )
         return product(
             _ACTIVATIONS[self.activation](wide),
-            self.layout.weight("narrow", self.narrow),
+            self.layout.weight(self.narrow),
             out_sharding=shardings.rows(x.ndim),
         )
 
@@ -117,13 +128,15 @@ def residual_gain(config: RetroConfig, width: int) -> float:
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Inverted dropout; without a key (evaluation) or rate it is the identity."""
+    """Inverted dropout; without a key (evaluation) or rate it is the identity.
+
+    On a mesh each device draws the mask of its own part; the mask is the same on any mesh.
+    """
     if key is None or rate == 0.0:
         return x
     sharding = jax.typeof(x).sharding
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    if not sharding.mesh.empty:
-        keep = jax.sharding.reshard(keep, sharding.spec)
+    spec = None if sharding.mesh.empty else sharding.spec
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape, out_sharding=spec)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
 

@@ -35,9 +35,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from retro_jax.model.layers import largest_divisor, normal
-from retro_jax.sharding import target_platform
+from retro_jax.parameters import parameter
+from retro_jax.sharding import FSDP, TENSOR, target_platform
 
 # A parameter of the attention by its name, as products read it.
 Weight = Callable[[str], jax.Array]
@@ -120,10 +122,15 @@ class Relative(Positions):
         self, rngs: nnx.Rngs, width: int, heads: tuple[int, int]
     ) -> dict[str, nnx.Param]:
         """The map R of sinusoids, and the biases u and v."""
+
+        def bias() -> nnx.Param:
+            return parameter(jnp.zeros(heads, jnp.float32), P(TENSOR, None), decays=False)
+
+        spec = P(FSDP, TENSOR, None)
         return {
-            "relative": normal(rngs, (width, *heads), fan_in=width),
-            "content_bias": nnx.Param(jnp.zeros(heads, jnp.float32)),
-            "position_bias": nnx.Param(jnp.zeros(heads, jnp.float32)),
+            "relative": normal(rngs, (width, *heads), spec, fan_in=width),
+            "content_bias": bias(),
+            "position_bias": bias(),
         }
 
     def distance_table(self, weight: Weight, distances_Q: jax.Array) -> jax.Array:

@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from retro_jax.batch import RetroBatch
 from retro_jax.config import ExecutionConfig, RetroConfig
@@ -35,7 +36,7 @@ from retro_jax.model.decoder import DecoderLayer, Operators, Retrieved, WholeSeq
 from retro_jax.model.encoder import Encoder
 from retro_jax.model.layer_stack import Extras, stack_layers, take_extra, take_layer
 from retro_jax.model.layers import Embedding, Layout, RMSNorm, normal
-from retro_jax.sharding import Shardings
+from retro_jax.sharding import FSDP, TENSOR, Shardings
 
 
 class Retro(nnx.Module):
@@ -73,7 +74,8 @@ class Retro(nnx.Module):
             )
         self.norm = RMSNorm(config.d_model, config.norm_epsilon)
         if not config.tie_embeddings:
-            self.read_out = normal(rngs, (config.vocab_size, config.d_model), fan_in=config.d_model)
+            shape = (config.vocab_size, config.d_model)
+            self.read_out = normal(rngs, shape, P(TENSOR, FSDP), fan_in=config.d_model)
 
     def __call__(
         self,
@@ -98,7 +100,7 @@ class Retro(nnx.Module):
 
     def read(self, h: jax.Array) -> jax.Array:
         """Logits [B, N, V] float32 of final activations [B, N, D], or of some positions of them."""
-        return loss.read_out(h, self._read_out_table(), self.layout)
+        return loss.read_out(h, self._read_out_table()[...], self.layout)
 
     def token_losses(self, batch: RetroBatch, dropout_key: jax.Array | None = None) -> jax.Array:
         """[B, N] float32 negative log-likelihoods in nats, 0 where the target is pad_id."""
@@ -186,11 +188,11 @@ class Retro(nnx.Module):
         first = self.config.cca_layers[0]
         layer, cca = take_layer(self.layers, first - 1), take_extra(self._ccas(), first)
 
-        def run(carry: Any) -> Any:
+        def run(carry: Any, retrieved: Retrieved, operators: Operators) -> Any:
             carry = operators.cross_attend(cca, carry, first, retrieved)
             return operators.feed_forward(layer, carry, first)
 
-        carry = self._rematerialised(run)(carry)
+        carry = self._rematerialised(run)(carry, retrieved, operators)
         return self._run_layers(first + 1, self.config.num_layers, carry, retrieved, operators)
 
     def _run_layers(
@@ -198,16 +200,23 @@ class Retro(nnx.Module):
     ) -> Any:
         """Algorithm 1's loop: ATTN, CCA where the layer has one and something is retrieved, FFW."""
 
-        def run(layer: DecoderLayer, cca: ChunkedCrossAttention | None, carry: Any, p: Any) -> Any:
+        def run(
+            layer: DecoderLayer, cca: ChunkedCrossAttention | None, carry: Any, p: Any, shared: Any
+        ) -> Any:
+            retrieved, operators = shared
             carry = operators.attend(layer, carry, p)
-            if cca is not None and retrieved is not None:
+            if cca is not None:
                 carry = operators.cross_attend(cca, carry, p, retrieved)
             return operators.feed_forward(layer, carry, p)
 
-        extras = None if retrieved is None else self._ccas()
-        execution = self.layout.execution
         return layer_stack.run_layers(
-            run, carry, self.layers, extras, first=first, last=last, execution=execution
+            run,
+            carry,
+            (self.layers, None if retrieved is None else self._ccas()),
+            first=first,
+            last=last,
+            shared=(retrieved, operators),
+            execution=self.layout.execution,
         )
 
     def _ccas(self) -> Extras:
@@ -218,10 +227,9 @@ class Retro(nnx.Module):
         """A part of the model as its execution rematerialises it."""
         return layer_stack.rematerialised(run, self.layout.execution)
 
-    def _read_out_table(self) -> jax.Array:
+    def _read_out_table(self) -> nnx.Param:
         """[V, D] float32."""
-        tied = self.config.tie_embeddings
-        return (self.embedding.table if tied else self.read_out)[...]
+        return self.embedding.table if self.config.tie_embeddings else self.read_out
 
 
 def check_inputs(

@@ -53,10 +53,10 @@ class Affine(nnx.Module):
         self.a = nnx.Param(jax.random.normal(rngs.params()))
 
 
-def _record(layer, extra, carry, p):
+def _record(layer, extra, carry, p, one):
     """Runs a layer, and writes its output into a cache of all layers."""
     x, cache = carry
-    x = layer.a[...] * x + 1.0
+    x = layer.a[...] * x + one
     if extra is not None:
         x = x - extra.a[...]
     return x, jax.lax.dynamic_update_slice(cache, x[None], (p - 1,))
@@ -71,10 +71,10 @@ def test_a_cache_travels_with_the_stream(scan_layers, remat):
     x, cache = run_layers(
         _record,
         (jnp.float32(0.5), jnp.full(8, -1.0)),
-        layers,
-        Extras(stack, (2, 4, 6)),
+        (layers, Extras(stack, (2, 4, 6))),
         first=3,
         last=7,
+        shared=jnp.float32(1.0),
         execution=execution,
     )
     wanted, value = np.full(8, -1.0, np.float32), np.float32(0.5)
