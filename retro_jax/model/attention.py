@@ -13,8 +13,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from retro_jax.config import RetroConfig
+from retro_jax.model.backend import product, scores
 from retro_jax.model.layers import Layout, RMSNorm, normal, residual_gain
-from retro_jax.model.matmul import product, scores
 from retro_jax.model.positions import Positions, distances
 from retro_jax.sharding import FSDP, TENSOR
 

@@ -23,6 +23,7 @@ from flax import nnx
 
 from retro_jax.config import RetroConfig
 from retro_jax.model.attention import Attention, Widths
+from retro_jax.model.backend import settled
 from retro_jax.model.layers import Layout
 from retro_jax.model.positions import NoPositions, positions_of
 
@@ -89,6 +90,4 @@ class ChunkedCrossAttention(nnx.Module):
         last_of_chunk_M = jnp.arange(chunk_length) == 0
         following_BxC = jnp.pad(documents_BxC[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
         may_read_BxCxM = last_of_chunk_M | (documents_BxC == following_BxC)[:, :, None]
-        # The barrier keeps the two conditions out of the softmax's loops: with one row a device,
-        # LLVM never finished compiling their combination there (jax 0.10.2 on CPU).
-        return jax.lax.optimization_barrier(may_read_BxCxM)[:, :, None, :, None]
+        return settled(may_read_BxCxM)[:, :, None, :, None]

@@ -1,4 +1,7 @@
-"""Embedding, RMSNorm, feed-forward, dropout: what every part of the model is made of."""
+"""Embedding, RMSNorm, feed-forward, dropout: what every part of the model is made of.
+
+Shape letter beside those of the model: I any leading axes, of which the batch is the first.
+"""
 
 import math
 from collections.abc import Callable
@@ -10,7 +13,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from retro_jax.config import ExecutionConfig, RetroConfig
-from retro_jax.model.matmul import product
+from retro_jax.model.backend import product
 from retro_jax.parameters import parameter
 from retro_jax.sharding import FSDP, TENSOR, Shardings, lay_out
 
@@ -64,10 +67,12 @@ class RMSNorm(nnx.Module):
         self.scale = parameter(jnp.ones(width, jnp.float32), P(None), decays=False)
         self.epsilon = epsilon
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-        return (x32 * jax.lax.rsqrt(mean_square + self.epsilon) * self.scale[...]).astype(x.dtype)
+    def __call__(self, x_IxD: jax.Array) -> jax.Array:
+        """[*I, D] -> [*I, D] in the dtype of x."""
+        x32_IxD = x_IxD.astype(jnp.float32)
+        mean_square_Ix1 = jnp.mean(jnp.square(x32_IxD), axis=-1, keepdims=True)
+        inverse_Ix1 = jax.lax.rsqrt(mean_square_Ix1 + self.epsilon)
+        return (x32_IxD * inverse_Ix1 * self.scale[...]).astype(x_IxD.dtype)
 
 
 class Embedding(nnx.Module):
@@ -77,11 +82,11 @@ class Embedding(nnx.Module):
         self.table = normal(rngs, (vocab_size, width), P(TENSOR, FSDP), fan_in=width)
         self.layout = layout
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Embeds [B, ...] ids as [B, ..., D]."""
-        table = self.layout.weight(self.table)
-        spec = self.layout.shardings.rows(tokens.ndim + 1)
-        return table.at[tokens].get(mode="clip", out_sharding=spec)
+    def __call__(self, tokens_I: jax.Array) -> jax.Array:
+        """Embeds [*I] ids as [*I, D]."""
+        table_VxD = self.layout.weight(self.table)
+        spec = self.layout.shardings.rows(tokens_I.ndim + 1)
+        return table_VxD.at[tokens_I].get(mode="clip", out_sharding=spec)
 
 
 class FeedForward(nnx.Module):
@@ -103,18 +108,18 @@ class FeedForward(nnx.Module):
         self.activation = config.activation
         self.layout = layout
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, ..., D] -> [B, ..., D], without the residual."""
+    def __call__(self, x_IxD: jax.Array) -> jax.Array:
+        """[*I, D] -> [*I, D], without the residual."""
         shardings = self.layout.shardings
-        wide = product(
-            self.norm(x),
+        wide_IxF = product(
+            self.norm(x_IxD),
             self.layout.weight(self.widen),
-            out_sharding=shardings.wide(x.ndim),
+            out_sharding=shardings.wide(x_IxD.ndim),
         )
         return product(
-            _ACTIVATIONS[self.activation](wide),
+            _ACTIVATIONS[self.activation](wide_IxF),
             self.layout.weight(self.narrow),
-            out_sharding=shardings.rows(x.ndim),
+            out_sharding=shardings.rows(x_IxD.ndim),
         )
 
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from retro_jax.model.backend import product
 from retro_jax.model.layers import Layout, largest_divisor
-from retro_jax.model.matmul import product
 from retro_jax.sharding import lay_out
 
 

@@ -37,6 +37,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from retro_jax.model.backend import constants
 from retro_jax.model.layers import largest_divisor, normal
 from retro_jax.parameters import parameter
 from retro_jax.sharding import FSDP, TENSOR, target_platform
@@ -220,8 +221,7 @@ def shift_by_slices(logits_IxTxQ: jax.Array, num_keys: int) -> jax.Array:
 def rotate(x_IxTxHxW: jax.Array, positions_T: np.ndarray) -> jax.Array:
     """Rotary positions [T]: turns the pairs (x[t], x[t + W / 2]) of [*I, T, H, W]."""
     width = x_IxTxHxW.shape[-1]
-    # XLA's CPU backend would make sines anew for every row and head: there they are constants.
-    of = np if target_platform() == "cpu" else jnp
+    of = constants()
     angles = of.asarray(positions_T, np.float32)[:, None, None] * frequencies(width)
     sine, cosine = of.sin(angles), of.cos(angles)
     first, second = (

@@ -98,21 +98,21 @@ class Retro(nnx.Module):
         """
         return self.read(self.hidden_states(tokens, neighbours, documents))
 
-    def read(self, h: jax.Array) -> jax.Array:
-        """Logits [B, N, V] float32 of final activations [B, N, D], or of some positions of them."""
-        return loss.read_out(h, self._read_out_table()[...], self.layout)
+    def read(self, h_BxNxD: jax.Array) -> jax.Array:
+        """Logits [B, N, V] float32 of final activations, or of some positions of them."""
+        return loss.read_out(h_BxNxD, self._read_out_table()[...], self.layout)
 
     def token_losses(self, batch: RetroBatch, dropout_key: jax.Array | None = None) -> jax.Array:
         """[B, N] float32 negative log-likelihoods in nats, 0 where the target is pad_id."""
-        h = self.hidden_states(batch.tokens, batch.neighbours, batch.documents, dropout_key)
-        return self.losses(h, batch.targets)
+        h_BxNxD = self.hidden_states(batch.tokens, batch.neighbours, batch.documents, dropout_key)
+        return self.losses(h_BxNxD, batch.targets)
 
-    def losses(self, h: jax.Array, targets: jax.Array) -> jax.Array:
-        """`token_losses` of final activations [B, N, D] and targets [B, N]."""
+    def losses(self, h_BxNxD: jax.Array, targets_BxN: jax.Array) -> jax.Array:
+        """`token_losses` of final activations and targets."""
         return loss.token_losses(
-            h,
+            h_BxNxD,
             self._read_out_table(),
-            targets,
+            targets_BxN,
             pad_id=self.config.pad_id,
             layout=self.layout,
         )
