@@ -19,8 +19,9 @@ from jax.sharding import PartitionSpec as P
 
 from retro_jax.config import RetroConfig, require
 from retro_jax.errors import UserError
+from retro_jax.parameters import map_parameters, spec_of
 
-AXES = ("data", "fsdp", "tensor")
+AXES = DATA, FSDP, TENSOR = ("data", "fsdp", "tensor")
 _REPLICATED_WARNING_BYTES = 1 << 20
 
 
@@ -80,28 +81,22 @@ def arrange_slices(devices: list[Any], shape: tuple[int, int, int]) -> np.ndarra
       UserError: the data axis does not divide among the slices.
     """
     data, fsdp, tensor = shape
-    slices = _by_slice(devices)
-    if data % len(slices):
+    tpu = devices[0].platform == "tpu"
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if tpu else 1
+    if data % slices:
         raise UserError(
-            f"mesh axis data={data} cannot be split over {len(slices)} slices: expected a multiple of "
-            f"{len(slices)}"
+            f"mesh axis data={data} cannot be split over {slices} slices: expected a multiple of "
+            f"{slices}"
         )
-    part = (data // len(slices), fsdp, tensor)
     # A mesh axis may be a part of a torus's, as 128 of 16 x 16 is; jax.make_mesh refuses some of these.
-    arranged = [
-        mesh_utils.create_device_mesh(part, group, allow_split_physical_axes=True)
-        for group in slices
-    ]
-    return np.concatenate(arranged)
-
-
-def _by_slice(devices: list[Any]) -> list[list[Any]]:
-    """Devices of each TPU slice; all of them in one list elsewhere."""
-    slices: dict[int, list[Any]] = {}
-    for device in devices:
-        number = getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
-        slices.setdefault(number, []).append(device)
-    return [slices[number] for number in sorted(slices)]
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, fsdp, tensor),
+        (slices, 1, 1),
+        devices,
+        allow_split_physical_axes=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +105,10 @@ class Shardings:
 
     Attributes:
       batch: mesh axes of the leading axis B. tensor: mesh axis of heads, feed-forward, vocabulary.
-      fsdp: mesh axis that splits parameters at rest.
     """
 
     batch: tuple[str, ...] | None = None
     tensor: str | None = None
-    fsdp: str | None = None
 
     @property
     def active(self) -> bool:
@@ -134,29 +127,14 @@ class Shardings:
         """[B, ..., F] or [B, ..., V]: batch and the last axis are split."""
         return P(self.batch, *(None,) * (ndim - 2), self.tensor) if self.active else None
 
-    def parameter(self, name: str, gathered: bool = False) -> P | None:
-        """The spec of one layer's parameter by its name; gathered: as its product reads it."""
+    def gathered(self, param: nnx.Param) -> P | None:
+        """The spec of a layer's parameter as its product reads it: whole along fsdp."""
         if not self.active:
             return None
-        fsdp = None if gathered else self.fsdp
-        specs = {
-            "table": P(self.tensor, fsdp),  # [V, D]
-            "read_out": P(self.tensor, fsdp),  # [V, D]
-            "query_key_value": P(fsdp, None, self.tensor, None),  # [D, 3, H, head_dim]
-            "query": P(fsdp, self.tensor, None),  # [D, H, head_dim]
-            "key_value": P(fsdp, None, self.tensor, None),  # [E, 2, H, head_dim]
-            "relative": P(fsdp, self.tensor, None),  # [D, H, head_dim]
-            "content_bias": P(self.tensor, None),  # [H, head_dim]
-            "position_bias": P(self.tensor, None),  # [H, head_dim]
-            "output": P(self.tensor, None, fsdp),  # [H, head_dim, D]
-            "widen": P(fsdp, self.tensor),  # [D, F]
-            "narrow": P(self.tensor, fsdp),  # [F, D]
-            "scale": P(None),  # [D]
-        }
-        return specs[name]
+        return P(*(None if axis == FSDP else axis for axis in spec_of(param)))
 
 
-MESH_SHARDINGS = Shardings(batch=("data", "fsdp"), tensor="tensor", fsdp="fsdp")
+MESH_SHARDINGS = Shardings(batch=(DATA, FSDP), tensor=TENSOR)
 
 
 def lay_out(x: jax.Array, spec: P | None) -> jax.Array:
@@ -175,18 +153,17 @@ def target_platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def parameter_specs(params: Any, shardings: Shardings = MESH_SHARDINGS) -> Any:
-    """The PartitionSpec of every parameter of a Retro, as a tree like `params`.
+def parameter_specs(params: Any) -> Any:
+    """The PartitionSpec of every parameter of a module, as a tree like `params`.
 
     Stacks of layers have one more leading axis than one layer's parameter; it is not split.
     """
 
-    def spec_of(path: tuple[Any, ...], leaf: Any) -> P:
-        spec = shardings.parameter(_parameter_name(path))
-        assert spec is not None
-        return P(*(None,) * (len(leaf.shape) - len(spec)), *spec)
+    def full_spec(param: Any) -> P:
+        spec = spec_of(param)
+        return P(*(None,) * (len(param.shape) - len(spec)), *spec)
 
-    return jax.tree_util.tree_map_with_path(spec_of, params)
+    return map_parameters(full_spec, params)
 
 
 def parameter_shardings(params: Any, mesh: Mesh) -> Any:
@@ -241,12 +218,6 @@ def check_mesh(config: RetroConfig, mesh: Mesh, batch_size: int | None = None) -
         raise UserError(
             f"batch size {batch_size} cannot be split over data x fsdp = {rows}: expected a multiple of {rows}"
         )
-
-
-def _parameter_name(path: tuple[Any, ...]) -> str:
-    """The last name on a tree path that is a parameter's (nnx wraps leaves in a `.value`)."""
-    names = [getattr(key, "key", getattr(key, "name", None)) for key in path]
-    return next(str(name) for name in reversed(names) if name not in (None, "value", "raw_value"))
 
 
 def abstract_parameters(make: Any) -> tuple[nnx.GraphDef, Any]:

@@ -20,8 +20,7 @@ import jax.numpy as jnp
 
 from retro_jax.batch import RetroBatch
 from retro_jax.model import Retro
-from retro_jax.model.layer_stack import take_layer
-from retro_jax.model.retro import Context
+from retro_jax.model.decoder import Retrieved, WholeSequences
 
 _AT_ONCE = 8  # neighbours of a chunk that the encoder reads together
 
@@ -35,75 +34,65 @@ def sweep_losses(ks: Sequence[int]) -> Callable[[Retro, RetroBatch], jax.Array]:
     groups = _groups(ks)
 
     def losses(model: Retro, batch: RetroBatch) -> jax.Array:
-        h, context = _shared(model, batch)
-        found = [_losses(model, batch, h, context, group) for group in groups]
-        return jnp.concatenate(found)
+        operators = WholeSequences(model.config, batch.documents)
+        h = model.before_retrieval(model.embed(batch.tokens, operators), operators)
+        retrieved = _encode(model, batch, h, operators)
+        parts = [_losses(model, batch, h, retrieved, operators, group) for group in groups]
+        return jnp.concatenate(parts)
 
     return losses
 
 
 def _groups(ks: Sequence[int]) -> list[list[int]]:
     """Those between two powers of two together: 3, 4 and 5, 6, 7, 8 and 9 to 16."""
-    found: dict[int, list[int]] = {}
+    groups: dict[int, list[int]] = {}
     for k in ks:
-        found.setdefault((k - 1).bit_length(), []).append(k)
-    return list(found.values())
+        groups.setdefault((k - 1).bit_length(), []).append(k)
+    return list(groups.values())
 
 
-def _shared(model: Retro, batch: RetroBatch) -> tuple[jax.Array, Context]:
-    """The decoder's activations before the first CCA, and all neighbours as the encoder reads them."""
-    first, *_ = model.config.cca_layers
-    context = Context(documents=batch.documents, dropout_key=None)
-    h = model.embedding(batch.tokens)
-    for p in range(1, first):
-        h = model.run_layer(take_layer(model.layers, p - 1), None, h, p, context)
-    h = model.attend(take_layer(model.layers, first - 1), h, first, context)
-    assert batch.neighbours is not None
+def _encode(model: Retro, batch: RetroBatch, h: jax.Array, operators: WholeSequences) -> Retrieved:
+    """All neighbours as the encoder reads them, a block after the other."""
+    if batch.neighbours is None:
+        raise ValueError("a sweep over k needs a batch with neighbours")
     neighbours = batch.neighbours
     batch_size, chunks, k, length = neighbours.shape
     if k <= _AT_ONCE:
-        return h, model.encode(neighbours, h, batch.tokens, context)
+        return model.encode(neighbours, h, batch.tokens, operators)
     pad_id = model.config.pad_id
     filled = ((0, 0), (0, 0), (0, -k % _AT_ONCE), (0, 0))
     blocks = jnp.pad(neighbours, filled, constant_values=pad_id)
     blocks = jnp.moveaxis(blocks.reshape(batch_size, chunks, -1, _AT_ONCE, length), 2, 0)
 
     def encode(block: jax.Array) -> jax.Array:
-        encoded = model.encode(block, h, batch.tokens, context).encoded
-        assert encoded is not None
-        return encoded
+        return model.encode(block, h, batch.tokens, operators).encoded
 
     encoded = jnp.moveaxis(jax.lax.map(encode, blocks), 0, 2)
     encoded = encoded.reshape(batch_size, chunks, -1, *encoded.shape[4:])[:, :, :k]
-    return h, dataclasses.replace(context, encoded=encoded, present=neighbours != pad_id)
+    return Retrieved(encoded, neighbours != pad_id)
 
 
 def _losses(
-    model: Retro, batch: RetroBatch, h: jax.Array, context: Context, ks: Sequence[int]
+    model: Retro,
+    batch: RetroBatch,
+    h: jax.Array,
+    retrieved: Retrieved,
+    operators: WholeSequences,
+    ks: Sequence[int],
 ) -> jax.Array:
     """[len(ks), B, N]: the losses of a group."""
-    assert context.encoded is not None and context.present is not None
-    encoded, present = (x[:, :, : ks[-1]] for x in (context.encoded, context.present))
-    few = dataclasses.replace(context, encoded=encoded, present=present)
+    nearest = jax.tree.map(lambda x: x[:, :, : ks[-1]], retrieved)
+
+    def losses(retrieved: Retrieved) -> jax.Array:
+        return model.losses(
+            model.norm(model.after_retrieval(h, retrieved, operators)), batch.targets
+        )
+
     if len(ks) == 1:
-        return model.losses(_rest(model, h, few), batch.targets)[None]
+        return losses(nearest)[None]
 
     def one(k: jax.Array) -> jax.Array:
         inside = (jnp.arange(ks[-1]) < k)[None, None, :, None]
-        masked = dataclasses.replace(few, present=present & inside)
-        return model.losses(_rest(model, h, masked), batch.targets)
+        return losses(dataclasses.replace(nearest, present=nearest.present & inside))
 
     return jax.lax.map(one, jnp.array(ks))
-
-
-def _rest(model: Retro, h: jax.Array, context: Context) -> jax.Array:
-    """From the first CCA to the final norm."""
-    cca_layers = model.config.cca_layers
-    for p in range(cca_layers[0], model.config.num_layers + 1):
-        layer = take_layer(model.layers, p - 1)
-        cca = take_layer(model.cca, cca_layers.index(p)) if p in cca_layers else None
-        if p == cca_layers[0] and cca is not None:  # its ATTN has been run
-            h = model.feed_forward(layer, model.retrieve(cca, h, p, context), p, context)
-        else:
-            h = model.run_layer(layer, cca, h, p, context)
-    return model.norm(h)

@@ -1,23 +1,7 @@
-"""Multi-head attention with relative or rotary positions: one operator for self and cross attention.
+"""Multi-head attention: one operator for self and cross attention, with any kind of positions.
 
-Shape letters: T queries, S keys, H heads; `...` stands for the leading axes [B, ...].
-
-Relative positions (Transformer-XL; paper, appendix B.1.1):
-
-    logits_ij = (q_i.k_j + u.k_j + q_i.R(d_ij) + v.R(d_ij)) / sqrt(head_dim)
-
-The distance d_ij = i - j + offset takes only T + S - 1 values, so q.R is computed once per distance
-and each query's row is then shifted into place. With T = 3, S = 4, offset 0 and columns from the
-largest distance down, row i must begin at column T - 1 - i:
-
-    columns d:    2  1  0 -1 -2 -3          row 0 reads  0 -1 -2 -3   (from column 2)
-                                            row 1 reads  1  0 -1 -2   (from column 1)
-                                            row 2 reads  2  1  0 -1   (from column 0)
-
-Read as one flat array of rows of width W = 6, dropping the first T - 1 values and cutting rows of
-width W - 1 moves each row's beginning one further to the left than the row before: the shift. libtpu
-takes hours over a reshape of such widths, so TPUs are given slices: of groups of rows, then of the
-rows of a group.
+Shape letters beside those of the model: I any leading axes [B, ...], T queries, S keys, W head width
+(head_dim). What positions add to the logits is said in positions.py.
 """
 
 import dataclasses
@@ -26,11 +10,13 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from retro_jax.config import RetroConfig
+from retro_jax.model.backend import product, scores
 from retro_jax.model.layers import Layout, RMSNorm, normal, residual_gain
-from retro_jax.model.matmul import product, scores
-from retro_jax.model.positions import shift, sinusoids
+from retro_jax.model.positions import Positions, distances
+from retro_jax.sharding import FSDP, TENSOR
 
 MASKED = -1e30
 
@@ -51,139 +37,136 @@ class Attention(nnx.Module):
     Self attention has one fused projection; cross attention reads the key stream as it is.
     """
 
+    # Of Relative positions only.
+    relative: nnx.Param
+    content_bias: nnx.Param
+    position_bias: nnx.Param
+
     def __init__(
         self,
         config: RetroConfig,
         widths: Widths,
         *,
+        positions: Positions,
         cross: bool,
         layout: Layout,
         rngs: nnx.Rngs,
-        positions: str | None = None,
     ):
         heads = (widths.num_heads, widths.head_dim)
         self.norm = RMSNorm(widths.query, config.norm_epsilon)
         if cross:
-            self.query = normal(rngs, (widths.query, *heads), fan_in=widths.query)
-            self.key_value = normal(rngs, (widths.key, 2, *heads), fan_in=widths.key)
+            spec = P(FSDP, TENSOR, None)
+            self.query = normal(rngs, (widths.query, *heads), spec, fan_in=widths.query)
+            spec = P(FSDP, None, TENSOR, None)
+            self.key_value = normal(rngs, (widths.key, 2, *heads), spec, fan_in=widths.key)
         else:
-            self.query_key_value = normal(rngs, (widths.query, 3, *heads), fan_in=widths.query)
+            spec = P(FSDP, None, TENSOR, None)
+            self.query_key_value = normal(
+                rngs, (widths.query, 3, *heads), spec, fan_in=widths.query
+            )
         self.output = normal(
             rngs,
             (*heads, widths.query),
+            P(TENSOR, None, FSDP),
             fan_in=math.prod(heads),
             gain=residual_gain(config, widths.query),
         )
-        self.positions = positions if positions is not None else config.positions
-        if self.positions == "relative":
-            self.relative = normal(rngs, (widths.query, *heads), fan_in=widths.query)
-            self.content_bias = nnx.Param(jnp.zeros(heads, jnp.float32))
-            self.position_bias = nnx.Param(jnp.zeros(heads, jnp.float32))
-        self.cross = cross
+        for name, param in positions.parameters(rngs, widths.query, heads).items():
+            setattr(self, name, param)
+        self.positions = positions
         self.layout = layout
 
     def project(
-        self, x: jax.Array, context: jax.Array | None
+        self, x_IxTxD: jax.Array, context: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [..., T, H, head_dim], keys and values [..., S, H, head_dim]."""
-        x = self.norm(x)
-        if not self.cross:
-            query, key, value = self._project(x, "query_key_value", self.query_key_value)
+        """Queries [*I, T, H, W], keys and values [*I, S, H, W], before positions."""
+        x_IxTxD = self.norm(x_IxTxD)
+        if context is None:
+            query, key, value = self._project(x_IxTxD, "query_key_value")
             return query, key, value
-        assert context is not None
-        (query,) = self._project(x, "query", self.query)
-        key, value = self._project(context, "key_value", self.key_value)
+        (query,) = self._project(x_IxTxD, "query")
+        key, value = self._project(context, "key_value")
         return query, key, value
 
-    def _project(self, x: jax.Array, name: str, weight: nnx.Param) -> tuple[jax.Array, ...]:
+    def _project(self, x_IxTxD: jax.Array, name: str) -> tuple[jax.Array, ...]:
         """One product for all of a weight's parts, cut apart afterwards."""
-        w = self.layout.weight(name, weight)
-        made = product(x, w, out_sharding=self.layout.shardings.heads(x.ndim - 1 + w.ndim - 1))
-        if w.ndim == 3:
-            return (made,)
+        weight, axis = self._weight(name), x_IxTxD.ndim - 1
+        spec = self.layout.shardings.heads(axis + weight.ndim - 1)
+        product_IxTxPxHxW = product(x_IxTxD, weight, out_sharding=spec)
+        if weight.ndim == 3:
+            return (product_IxTxPxHxW,)
         # The gradients of what a split makes are joined; those of slices are padded and added.
-        parts = jax.lax.split(made, (1,) * w.shape[1], axis=x.ndim - 1)
-        return tuple(jnp.squeeze(part, x.ndim - 1) for part in parts)
+        parts = jax.lax.split(product_IxTxPxHxW, (1,) * weight.shape[1], axis=axis)
+        return tuple(jnp.squeeze(part, axis) for part in parts)
 
-    def position_keys(self, distances: jax.Array) -> jax.Array:
-        """R(d): [n] distances -> [n, H, head_dim], the learned map of the distances' sinusoids."""
-        weight = self.layout.weight("relative", self.relative)
-        table = sinusoids(distances, weight.shape[0]).astype(self.layout.dtype)
-        return jnp.einsum("nd,dhk->nhk", table, weight)
+    def distance_table(self, num_queries: int, num_keys: int, offset: int = 0) -> jax.Array | None:
+        """What positions need of every distance, the largest first: [T + S - 1, ...] or None."""
+        return self.positions.distance_table(self._weight, distances(num_queries, num_keys, offset))
 
     def attend(
         self,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
+        query_IxTxHxW: jax.Array,
+        key_IxSxHxW: jax.Array,
+        value_IxSxHxW: jax.Array,
         mask: jax.Array,
-        position_keys: jax.Array | None,
+        table: jax.Array | None,
         repeats: int = 1,
     ) -> jax.Array:
-        """Softmax attention with the relative terms where there are position keys.
+        """Softmax attention of turned queries and keys, with what positions add to the logits.
 
         Args:
-          query: [..., T, H, head_dim]. key, value: [..., S, H, head_dim].
-          mask: [..., 1, T or 1, S] bool. position_keys: [T + S / repeats - 1, H, head_dim] or None.
-          repeats: how many times the same distances stand side by side along S (neighbours).
+          query_IxTxHxW, key_IxSxHxW, value_IxSxHxW: queries, keys, values.
+          mask: [*I, 1, T or 1, S] bool. table: `distance_table` of T and S / repeats, or None.
+          repeats: how many times the same distances come along S (neighbours).
 
         Returns:
-          [..., T, H, head_dim].
+          [*I, T, H, W].
         """
-        if position_keys is None:
-            return attend(query, key, value, mask)
-        by_distance = jnp.einsum(
-            "...thk,nhk->...htn",
-            query + self._bias("position_bias", self.position_bias),
-            position_keys,
-            preferred_element_type=jnp.float32,
+        if table is None:
+            return attend(query_IxTxHxW, key_IxSxHxW, value_IxSxHxW, mask)
+        query_IxTxHxW, bias = self.positions.logits(
+            self._weight, query_IxTxHxW, table, key_IxSxHxW.shape[-3] // repeats
         )
-        bias = shift(by_distance, key.shape[-3] // repeats)
-        bias = jnp.concatenate([bias] * repeats, axis=-1)
-        return attend(
-            query + self._bias("content_bias", self.content_bias),
-            key,
-            value,
-            mask,
-            bias,
-        )
+        bias_IxHxTxS = jnp.concatenate([bias] * repeats, axis=-1)
+        return attend(query_IxTxHxW, key_IxSxHxW, value_IxSxHxW, mask, bias_IxHxTxS)
 
-    def _bias(self, name: str, param: nnx.Param) -> jax.Array:
-        """u or v, [H, head_dim]."""
-        return self.layout.weight(name, param)
+    def read_out(self, heads_IxTxHxW: jax.Array) -> jax.Array:
+        """[*I, T, H, W] -> [*I, T, D]."""
+        spec = self.layout.shardings.rows(heads_IxTxHxW.ndim - 1)
+        return product(heads_IxTxHxW, self._weight("output"), contracted=2, out_sharding=spec)
 
-    def read_out(self, heads: jax.Array) -> jax.Array:
-        """[..., T, H, head_dim] -> [..., T, D]."""
-        spec = self.layout.shardings.rows(heads.ndim - 1)
-        return product(
-            heads, self.layout.weight("output", self.output), contracted=2, out_sharding=spec
-        )
+    def _weight(self, name: str) -> jax.Array:
+        """A parameter as its product reads it."""
+        return self.layout.weight(getattr(self, name))
 
 
 def attend(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    query_IxTxHxW: jax.Array,
+    key_IxSxHxW: jax.Array,
+    value_IxSxHxW: jax.Array,
     mask: jax.Array,
-    bias: jax.Array | None = None,
+    bias_IxHxTxS: jax.Array | None = None,
 ) -> jax.Array:
-    """softmax((q.k + bias) / sqrt(head_dim)) v in float32; a query that may read no key gets zero.
+    """softmax((q.k + bias) / sqrt(W)) v in float32; a query that may read no key gets zero.
 
     Args:
-      query: [..., T, H, head_dim]. key, value: [..., S, H, head_dim].
-      mask: [..., 1, T or 1, S] bool, True where a query may read a key.
-      bias: [..., H, T, S], added to q.k before the division; None for none.
+      query_IxTxHxW, key_IxSxHxW, value_IxSxHxW: queries, keys, values.
+      mask: [*I, 1, T or 1, S] bool, True where a query may read a key.
+      bias_IxHxTxS: added to q.k before the division; None for none.
 
     Returns:
-      [..., T, H, head_dim] in the queries' dtype.
+      [*I, T, H, W] in the queries' dtype.
     """
-    logits = scores(query, key)
-    if bias is not None:
-        logits = logits + bias.astype(jnp.float32)
-    logits = jnp.where(mask, logits / math.sqrt(query.shape[-1]), MASKED)
+    logits_IxHxTxS = scores(query_IxTxHxW, key_IxSxHxW)
+    if bias_IxHxTxS is not None:
+        logits_IxHxTxS = logits_IxHxTxS + bias_IxHxTxS.astype(jnp.float32)
+    scaled_IxHxTxS = logits_IxHxTxS / math.sqrt(query_IxTxHxW.shape[-1])
+    logits_IxHxTxS = jnp.where(mask, scaled_IxHxTxS, MASKED)
     # The maximum only guards exp against overflow: softmax does not depend on it, nor do gradients.
-    peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    weights = jnp.where(mask, jnp.exp(logits - peak), 0.0)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights / jnp.where(total == 0.0, 1.0, total)
-    return jnp.einsum("...hts,...shk->...thk", weights.astype(value.dtype), value)
+    peak = jax.lax.stop_gradient(jnp.max(logits_IxHxTxS, axis=-1, keepdims=True))
+    weights_IxHxTxS = jnp.where(mask, jnp.exp(logits_IxHxTxS - peak), 0.0)
+    total = jnp.sum(weights_IxHxTxS, axis=-1, keepdims=True)
+    weights_IxHxTxS = weights_IxHxTxS / jnp.where(total == 0.0, 1.0, total)
+    return jnp.einsum(
+        "...hts,...shw->...thw", weights_IxHxTxS.astype(value_IxSxHxW.dtype), value_IxSxHxW
+    )

@@ -2,7 +2,7 @@
 
     gpu    cuDNN's flash attention (jax.nn.dot_product_attention): bfloat16, heads of at most 128
     tpu    JAX's splash attention (Pallas): causal blocks that nobody reads are never visited
-    else   none: self_attention.py goes by blocks of queries
+    else   none: causal_attention.py goes by blocks of queries
 
 Neither kernel has relative positions: cuDNN takes a bias, but it would have to be made for all
 [B, H, N, N] pairs. Documents cost cuDNN a bias of [B, 1, N, N]; jax 0.10 has the backward pass make
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from retro_jax.config import ExecutionConfig, RetroConfig
 from retro_jax.errors import UserError
+from retro_jax.model.positions import Positions, kinds_with_kernel, positions_of
 from retro_jax.sharding import Shardings
 
 PLATFORMS = ("gpu", "tpu")
@@ -26,7 +27,7 @@ _LANES = 128  # a TPU's vector: splash attention's blocks are multiples of it
 
 
 def attention_kind(
-    execution: ExecutionConfig, *, platform: str, positions: str, head_dim: int, length: int
+    execution: ExecutionConfig, *, platform: str, positions: Positions, head_dim: int, length: int
 ) -> str:
     """Which attention a program runs: "plain", "chunked" or "fused".
 
@@ -60,17 +61,17 @@ def check_attention(
     attention_kind(
         execution,
         platform=platform,
-        positions=config.positions,
+        positions=positions_of(config.positions),
         head_dim=config.head_dim,
         length=length,
     )
 
 
 def fused_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segments: jax.Array | None,
+    query_BxNxHxW: jax.Array,
+    key_BxNxHxW: jax.Array,
+    value_BxNxHxW: jax.Array,
+    segments_BxN: jax.Array | None,
     *,
     platform: str,
     shardings: Shardings = Shardings(),
@@ -78,50 +79,56 @@ def fused_attention(
     """Causal attention inside segments.
 
     Args:
-      query, key, value: [B, N, H, head_dim]; positions are in them already.
-      segments: [B, N] int32, which document a token is of, or None for one a row.
+      query_BxNxHxW, key_BxNxHxW, value_BxNxHxW: turned by their positions.
+      segments_BxN: int32, which document a token is of, or None for one a row.
       platform: one of PLATFORMS. shardings: how batch and heads are split on a mesh.
 
     Returns:
-      [B, N, H, head_dim] in the queries' dtype.
+      [B, N, H, W] in the queries' dtype.
     """
     kernel = cudnn_attention if platform == "gpu" else splash_attention
+    arrays = (query_BxNxHxW, key_BxNxHxW, value_BxNxHxW, segments_BxN)
     if not shardings.active:
-        return kernel(query, key, value, segments)
+        return kernel(*arrays)
     heads, rows = shardings.heads(4), shardings.rows(2)
-    in_specs = (heads, heads, heads, None if segments is None else rows)
+    in_specs = (heads, heads, heads, None if segments_BxN is None else rows)
     local = jax.shard_map(kernel, in_specs=in_specs, out_specs=heads, check_vma=False)
-    return local(query, key, value, segments)
+    return local(*arrays)
 
 
 def cudnn_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segments: jax.Array | None,
+    query_BxNxHxW: jax.Array,
+    key_BxNxHxW: jax.Array,
+    value_BxNxHxW: jax.Array,
+    segments_BxN: jax.Array | None,
     implementation: Any = "cudnn",
 ) -> jax.Array:
     """`fused_attention` of one GPU; implementation "xla" computes the same anywhere."""
-    mask = None
-    if segments is not None:
-        mask = (segments[:, :, None] == segments[:, None, :])[:, None]
+    mask_Bx1xNxN = None
+    if segments_BxN is not None:
+        mask_Bx1xNxN = (segments_BxN[:, :, None] == segments_BxN[:, None, :])[:, None]
     return jax.nn.dot_product_attention(
-        query, key, value, mask=mask, is_causal=True, implementation=implementation
+        query_BxNxHxW,
+        key_BxNxHxW,
+        value_BxNxHxW,
+        mask=mask_Bx1xNxN,
+        is_causal=True,
+        implementation=implementation,
     )
 
 
 def splash_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segments: jax.Array | None,
+    query_BxNxHxW: jax.Array,
+    key_BxNxHxW: jax.Array,
+    value_BxNxHxW: jax.Array,
+    segments_BxN: jax.Array | None,
     interpret: bool = False,
 ) -> jax.Array:
     """`fused_attention` of one TPU core; interpret=True computes the same anywhere, slowly."""
     # Imported here: Pallas takes a second, and most runs have no use for it.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    length, heads, head_dim = query.shape[1:]
+    length, heads, head_dim = query_BxNxHxW.shape[1:]
     block = next(size for size in (512, 256, _LANES) if length % size == 0)
     mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
     sizes = splash.BlockSizes(
@@ -134,26 +141,35 @@ def splash_attention(
     kernel = splash.make_splash_mha(
         mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
     )
-    if segments is not None:
-        segments = segments.astype(jnp.int32)
+    if segments_BxN is not None:
+        segments_BxN = segments_BxN.astype(jnp.int32)
 
     def row(
-        query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array | None
+        query_HxNxW: jax.Array,
+        key_HxNxW: jax.Array,
+        value_HxNxW: jax.Array,
+        segments_N: jax.Array | None,
     ) -> jax.Array:
-        ids = None if segments is None else splash.SegmentIds(segments, segments)
-        return kernel(query, key, value, segment_ids=ids)
+        ids = None if segments_N is None else splash.SegmentIds(segments_N, segments_N)
+        return kernel(query_HxNxW, key_HxNxW, value_HxNxW, segment_ids=ids)
 
-    arrays = [(query / math.sqrt(head_dim)).astype(query.dtype), key, value]
-    query, key, value = (jnp.swapaxes(x, 1, 2) for x in arrays)
-    return jnp.swapaxes(jax.vmap(row)(query, key, value, segments), 1, 2)
+    scaled_BxNxHxW = (query_BxNxHxW / math.sqrt(head_dim)).astype(query_BxNxHxW.dtype)
+    query_BxHxNxW, key_BxHxNxW, value_BxHxNxW = (
+        jnp.swapaxes(x, 1, 2) for x in (scaled_BxNxHxW, key_BxNxHxW, value_BxNxHxW)
+    )
+    heads_BxHxNxW = jax.vmap(row)(query_BxHxNxW, key_BxHxNxW, value_BxHxNxW, segments_BxN)
+    return jnp.swapaxes(heads_BxHxNxW, 1, 2)
 
 
-def _obstacle(platform: str, dtype: str, positions: str, head_dim: int, length: int) -> str | None:
+def _obstacle(
+    platform: str, dtype: str, positions: Positions, head_dim: int, length: int
+) -> str | None:
     """Why there is no kernel, in words; None if there is one."""
     if platform not in PLATFORMS:
         return f"{platform} has no fused kernel ({' and '.join(PLATFORMS)} have)"
-    if positions == "relative":
-        return "no fused kernel has relative positions ('rotary' has one)"
+    if not positions.has_kernel:
+        known = " and ".join(map(repr, kinds_with_kernel()))
+        return f"no fused kernel has {positions.name} positions ({known} has one)"
     if platform == "gpu" and dtype != "bfloat16":
         return f"cuDNN's kernel computes in bfloat16 and activation_dtype is {dtype!r}"
     if platform == "gpu" and (head_dim > 128 or head_dim % 8):

@@ -11,6 +11,7 @@ are gathered in four spans, each a loop over its blocks, which read the keys up 
     keys      0..3   0..7   0..11  0..15       blocks by themselves make 8.5 and one loop all 16
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -20,7 +21,6 @@ import numpy as np
 from retro_jax.model.attention import Attention
 from retro_jax.model.attention_kernels import attention_kind, fused_attention
 from retro_jax.model.layers import largest_divisor
-from retro_jax.model.positions import distances, rotate
 from retro_jax.sharding import target_platform
 
 _SPANS = 4
@@ -28,8 +28,8 @@ _SPANS = 4
 
 def causal_attention(
     attention: Attention,
-    x: jax.Array,
-    documents: jax.Array | None,
+    x_BxNxD: jax.Array,
+    documents_BxC: jax.Array | None,
     *,
     chunk_length: int,
 ) -> jax.Array:
@@ -37,63 +37,81 @@ def causal_attention(
 
     Args:
       attention: the layer's self attention.
-      x: [B, N, D], the residual stream.
-      documents: [B, C] which document each chunk is of, or None for one document a row.
+      x_BxNxD: the residual stream.
+      documents_BxC: which document each chunk is of, or None for one document a row.
       chunk_length: M, with N = C * M.
 
     Returns:
       [B, N, D].
     """
-    length = x.shape[1]
-    execution = attention.layout.execution
-    query, key, value = attention.project(x, None)
+    length = x_BxNxD.shape[1]
+    execution, positions = attention.layout.execution, attention.positions
+    query, key, value_BxNxHxW = attention.project(x_BxNxD, None)
     kind = attention_kind(
         execution,
         platform=target_platform(),
-        positions=attention.positions,
+        positions=positions,
         head_dim=query.shape[-1],
         length=length,
     )
-    segments = None if documents is None else jnp.repeat(documents, chunk_length, axis=1)
-    if attention.positions == "rotary":
-        positions = np.arange(length)
-        query, key = rotate(query, positions), rotate(key, positions)
+    segments_BxN = None
+    if documents_BxC is not None:
+        segments_BxN = jnp.repeat(documents_BxC, chunk_length, axis=1)
+    query_BxNxHxW, key_BxNxHxW = (positions.turn(x, np.arange(length)) for x in (query, key))
     if kind == "fused":
-        shardings = attention.layout.shardings
-        heads = fused_attention(
-            query, key, value, segments, platform=target_platform(), shardings=shardings
+        heads_BxNxHxW = fused_attention(
+            query_BxNxHxW,
+            key_BxNxHxW,
+            value_BxNxHxW,
+            segments_BxN,
+            platform=target_platform(),
+            shardings=attention.layout.shardings,
         )
-        return attention.read_out(heads)
+        return attention.read_out(heads_BxNxHxW)
     block = length if kind == "plain" else min(execution.attention_block, length)
-    return attention.read_out(_attend_by_spans(attention, query, key, value, segments, block))
+    keys = _Keys(key_BxNxHxW, value_BxNxHxW, segments_BxN)
+    return attention.read_out(_attend_by_spans(attention, query_BxNxHxW, keys, block))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Keys:
+    """What queries read: keys and values [B, S, H, W], and the documents [B, S] of their tokens or None.
+
+    table: what positions need of distances, its first row of the largest: from position S - 1 to 0.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    segments: jax.Array | None
+    table: jax.Array | None = None
+
+    def first(self, count: int) -> "_Keys":
+        """The first `count` keys, of all S."""
+        dropped = self.key.shape[1] - count
+        return _Keys(
+            self.key[:, :count],
+            self.value[:, :count],
+            None if self.segments is None else self.segments[:, :count],
+            None if self.table is None else self.table[dropped:],
+        )
 
 
 def _attend_by_spans(
-    attention: Attention,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segments: jax.Array | None,
-    block: int,
+    attention: Attention, query_BxNxHxW: jax.Array, keys: _Keys, block: int
 ) -> jax.Array:
-    """Attends by blocks of queries, gathered in spans: [B, N, H, head_dim]."""
-    length = query.shape[1]
+    """Attends by blocks of queries, gathered in spans: [B, N, H, W]."""
+    length = query_BxNxHxW.shape[1]
     span, block = _span_and_block(length, block)
-    table = None
-    if attention.positions == "relative":
-        table = attention.position_keys(distances(span, length, offset=length - span))
+    table = attention.distance_table(span, length, offset=length - span)
+    keys = dataclasses.replace(keys, table=table)
+    if span == length:
+        return _attend_block(attention, query_BxNxHxW, keys, start=0)
     outputs = []
     for start in range(0, length, span):
         stop = min(start + span, length)
-        keys = (
-            key[:, :stop],
-            value[:, :stop],
-            None if segments is None else segments[:, :stop],
-            None if table is None else table[length - stop :],
-        )
-        if span == length:
-            return _attend_block(attention, query, *keys, start=0)
-        outputs.append(_attend_span(attention, query[:, start:stop], keys, start, block))
+        query_BxTxHxW = query_BxNxHxW[:, start:stop]
+        outputs.append(_attend_span(attention, query_BxTxHxW, keys.first(stop), start, block))
     return jnp.concatenate(outputs, axis=1)
 
 
@@ -106,48 +124,39 @@ def _span_and_block(length: int, block: int) -> tuple[int, int]:
 
 
 def _attend_span(
-    attention: Attention, query: jax.Array, keys: tuple, start: int, block: int
+    attention: Attention, query_BxTxHxW: jax.Array, keys: _Keys, start: int, block: int
 ) -> jax.Array:
-    """The positions from `start` to the last key as queries, a block at a time: [B, T, H, head_dim]."""
-    batch, length, *heads = query.shape
+    """The positions from `start` to the last key as queries, a block at a time: [B, T, H, W]."""
+    batch, length, *heads = query_BxTxHxW.shape
     # The logits of a block are made again in the backward pass.
     if length <= block:
         return jax.checkpoint(functools.partial(_attend_block, attention, start=start))(
-            query, *keys
+            query_BxTxHxW, keys
         )
 
     @jax.checkpoint
-    def run(query: jax.Array, start: jax.Array, keys: tuple) -> jax.Array:
-        return _attend_block(attention, query, *keys, start=start)
+    def run(query: jax.Array, start: jax.Array, keys: _Keys) -> jax.Array:
+        return _attend_block(attention, query, keys, start=start)
 
-    queries = jnp.moveaxis(query.reshape(batch, length // block, block, *heads), 1, 0)
+    blocks = query_BxTxHxW.reshape(batch, length // block, block, *heads)
     starts = start + block * jnp.arange(length // block)
-    out = jax.lax.map(lambda xs: run(*xs, keys), (queries, starts))
-    return jnp.moveaxis(out, 0, 1).reshape(query.shape)
+    out = jax.lax.map(lambda xs: run(*xs, keys), (jnp.moveaxis(blocks, 1, 0), starts))
+    return jnp.moveaxis(out, 0, 1).reshape(query_BxTxHxW.shape)
 
 
 def _attend_block(
-    attention: Attention,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segments: jax.Array | None,
-    table: jax.Array | None,
-    *,
-    start: jax.Array | int,
+    attention: Attention, query_BxTxHxW: jax.Array, keys: _Keys, *, start: jax.Array | int
 ) -> jax.Array:
-    """T positions from `start` on as queries over the first S as keys: [B, T, H, head_dim].
-
-    The table's first row is of the largest distance there is, from position S - 1 to position 0.
-    """
-    num_queries, num_keys = query.shape[1], key.shape[1]
-    mask = jnp.arange(num_keys) <= start + jnp.arange(num_queries)[:, None]
-    mask = mask[None, None]
-    if segments is not None:
-        own = jax.lax.dynamic_slice_in_dim(segments, start, num_queries, axis=1)
-        mask = mask & (own[:, None, :, None] == segments[:, None, None, :])
+    """T positions from `start` on as queries over the first S as keys: [B, T, H, W]."""
+    num_queries, num_keys = query_BxTxHxW.shape[1], keys.key.shape[1]
+    mask_TxS = jnp.arange(num_keys) <= start + jnp.arange(num_queries)[:, None]
+    mask = mask_TxS[None, None]
+    if keys.segments is not None:
+        segments_BxT = jax.lax.dynamic_slice_in_dim(keys.segments, start, num_queries, axis=1)
+        mask = mask & (segments_BxT[:, None, :, None] == keys.segments[:, None, None, :])
+    table = keys.table
     if table is not None:
         # From the block's last query and the first key to its first query and last key.
         first = num_keys - start - num_queries
         table = jax.lax.dynamic_slice_in_dim(table, first, num_queries + num_keys - 1)
-    return attention.attend(query, key, value, mask, table)
+    return attention.attend(query_BxTxHxW, keys.key, keys.value, mask, table)

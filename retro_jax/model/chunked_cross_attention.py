@@ -23,8 +23,9 @@ from flax import nnx
 
 from retro_jax.config import RetroConfig
 from retro_jax.model.attention import Attention, Widths
+from retro_jax.model.backend import settled
 from retro_jax.model.layers import Layout
-from retro_jax.model.positions import distances, rotate
+from retro_jax.model.positions import NoPositions, positions_of
 
 
 class ChunkedCrossAttention(nnx.Module):
@@ -32,60 +33,61 @@ class ChunkedCrossAttention(nnx.Module):
 
     def __init__(self, config: RetroConfig, *, layout: Layout, rngs: nnx.Rngs):
         widths = Widths(config.d_model, config.encoder_d_model, config.num_heads, config.head_dim)
-        positions = config.positions if config.cca_positions else "none"
         self.attention = Attention(
-            config, widths, cross=True, layout=layout, rngs=rngs, positions=positions
+            config,
+            widths,
+            positions=positions_of(config.positions) if config.cca_positions else NoPositions(),
+            cross=True,
+            layout=layout,
+            rngs=rngs,
         )
 
     def __call__(
         self,
-        h: jax.Array,
-        encoded: jax.Array,
-        present: jax.Array,
-        documents: jax.Array | None,
+        h_BxNxD: jax.Array,
+        encoded_BxCxKxRxE: jax.Array,
+        present_BxCxKxR: jax.Array,
+        documents_BxC: jax.Array | None,
     ) -> jax.Array:
         """Attends from the shifted chunks to their neighbours.
 
         Args:
-          h: [B, N, D], the residual stream.
-          encoded: [B, C, K, R, E], the encoder's output.
-          present: [B, C, K, R] bool, False where a neighbour is padding.
-          documents: [B, C], or None for one document a row.
+          h_BxNxD: the residual stream.
+          encoded_BxCxKxRxE: the encoder's output.
+          present_BxCxKxR: bool, False where a neighbour is padding.
+          documents_BxC: which document each chunk is of, or None for one document a row.
 
         Returns:
           [B, N, D]; zero for the first M - 1 tokens.
         """
-        batch, chunks, neighbours, neighbour_length, width = encoded.shape
-        length = h.shape[1]
+        batch, chunks, neighbours, neighbour_length, width = encoded_BxCxKxRxE.shape
+        length = h_BxNxD.shape[1]
         chunk_length = length // chunks
         ahead = chunk_length - 1
-        h_BxCxMxD = jnp.pad(h[:, ahead:], ((0, 0), (0, ahead), (0, 0))).reshape(
+        # S = K * R: the neighbours of a chunk side by side.
+        context_BxCxSxE = encoded_BxCxKxRxE.reshape(
+            batch, chunks, neighbours * neighbour_length, width
+        )
+        h_BxCxMxD = jnp.pad(h_BxNxD[:, ahead:], ((0, 0), (0, ahead), (0, 0))).reshape(
             batch, chunks, chunk_length, -1
         )
-        context = encoded.reshape(batch, chunks, neighbours * neighbour_length, width)
-        query, key, value = self.attention.project(h_BxCxMxD, context)
-        table = None
-        if self.attention.positions == "rotary":
-            query = rotate(query, np.arange(chunk_length) + ahead)
-            key = rotate(key, np.tile(np.arange(neighbour_length), neighbours))
-        elif self.attention.positions == "relative":
-            table = self.attention.position_keys(
-                distances(chunk_length, neighbour_length, offset=ahead)
-            )
-        mask_BxCxS = present.reshape(batch, chunks, -1)
-        mask = mask_BxCxS[:, :, None, None, :] & self._may_read(documents, chunk_length)
+        query, key, value = self.attention.project(h_BxCxMxD, context_BxCxSxE)
+        positions = self.attention.positions
+        query = positions.turn(query, np.arange(chunk_length) + ahead)
+        key = positions.turn(key, np.tile(np.arange(neighbour_length), neighbours))
+        table = self.attention.distance_table(chunk_length, neighbour_length, offset=ahead)
+        mask_BxCxS = present_BxCxKxR.reshape(batch, chunks, -1)
+        mask = mask_BxCxS[:, :, None, None, :] & self._may_read(documents_BxC, chunk_length)
         heads = self.attention.attend(query, key, value, mask, table, repeats=neighbours)
-        out = self.attention.read_out(heads).reshape(batch, length, -1)
-        return jnp.pad(out, ((0, 0), (ahead, 0), (0, 0)))[:, :length]
+        out_BxNxD = self.attention.read_out(heads).reshape(batch, length, -1)
+        return jnp.pad(out_BxNxD, ((0, 0), (ahead, 0), (0, 0)))[:, :length]
 
     @staticmethod
-    def _may_read(documents: jax.Array | None, chunk_length: int) -> jax.Array:
+    def _may_read(documents_BxC: jax.Array | None, chunk_length: int) -> jax.Array:
         """[B or 1, C or 1, 1, M, 1]: a chunk's own last token always, the next chunk's in its document."""
-        own = jnp.arange(chunk_length) == 0
-        if documents is None:
+        if documents_BxC is None:
             return jnp.ones((1, 1, 1, 1, 1), bool)
-        following = jnp.pad(documents[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
-        may_read_BxCxM = own | (documents == following)[:, :, None]
-        # The barrier keeps the two conditions out of the softmax's loops: with one row a device,
-        # LLVM never finished compiling their combination there (jax 0.10.2 on CPU).
-        return jax.lax.optimization_barrier(may_read_BxCxM)[:, :, None, :, None]
+        last_of_chunk_M = jnp.arange(chunk_length) == 0
+        following_BxC = jnp.pad(documents_BxC[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+        may_read_BxCxM = last_of_chunk_M | (documents_BxC == following_BxC)[:, :, None]
+        return settled(may_read_BxCxM)[:, :, None, :, None]

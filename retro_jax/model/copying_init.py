@@ -16,12 +16,14 @@ import math
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from retro_jax.config import RetroConfig
 from retro_jax.errors import UserError
 from retro_jax.model.attention import Attention
-from retro_jax.model.positions import frequencies, sinusoids
+from retro_jax.model.positions import Relative, frequencies, sinusoids
 from retro_jax.model.retro import Retro
+from retro_jax.sharding import lay_out, replicated
 
 # Logits that the token before has over its own neighbours in the encoder are about 2 * _SHARPNESS.
 _SHARPNESS = 2.0
@@ -66,23 +68,38 @@ def begin_with_copying(model: Retro) -> None:
     width, head_dim = seen_DxH.shape
 
     # |query|^2 is about head_dim: where the tokens are equal the logit is about its root.
-    cca.query[...] = cca.query[...].at[:, :, 0].set(seen_DxH)
+    _store(cca.query, _whole(cca.query).at[:, :, 0].set(seen_DxH))
     key_DxH = 1.5 * head_dim / math.sqrt(width) * written_HxD.T
-    cca.key_value[...] = cca.key_value[...].at[:, :, 0, 0].set(key_DxH)
-    if cca.positions == "relative":
-        cca.relative[...] = cca.relative[...].at[:, :, 0].set(0.0)
+    key_value = _whole(cca.key_value).at[:, :, 0, 0].set(key_DxH)
+    _store(cca.key_value, key_value)
+    if isinstance(cca.positions, Relative):
+        _store(cca.relative, _whole(cca.relative).at[:, :, 0].set(0.0))
 
     # Reading by V and writing by its transpose is a projection, scaled by head_dim / width.
-    value_LxDxH = cca.key_value[...][:, :, 1, 0]
+    value_LxDxH = key_value[:, :, 1, 0]
     gain = 2.0 * math.sqrt(width) / head_dim
-    cca.output[...] = cca.output[...].at[:, 0].set(gain * jnp.swapaxes(value_LxDxH, 1, 2))
+    output = _whole(cca.output).at[:, 0].set(gain * jnp.swapaxes(value_LxDxH, 1, 2))
+    _store(cca.output, output)
+
+
+def _whole(param: nnx.Param) -> jax.Array:
+    """A parameter's values, on a mesh whole on every device."""
+    value = param[...]
+    return value if jax.typeof(value).sharding.mesh.empty else replicated(value)
+
+
+def _store(param: nnx.Param, value: jax.Array) -> None:
+    """Sets a parameter, split as it was."""
+    sharding = jax.typeof(param[...]).sharding
+    param[...] = value if sharding.mesh.empty else lay_out(value, sharding.spec)
 
 
 def _read_token_before(attention: Attention) -> tuple[jax.Array, jax.Array]:
     """Makes head 0 of layer 1 read the token before: its value map [D, H] and output map [H, D]."""
-    fused = attention.query_key_value[...].at[0, :, 0, 0].multiply(0.1)
-    attention.query_key_value[...] = fused
-    value_DxH, output_HxD = fused[0, :, 2, 0], attention.output[...][0, 0]
+    fused = _whole(attention.query_key_value).at[0, :, 0, 0].multiply(0.1)
+    _store(attention.query_key_value, fused)
+    output = _whole(attention.output)
+    value_DxH, output_HxD = fused[0, :, 2, 0], output[0, 0]
     width, head_dim = value_DxH.shape
 
     # v.R(d) is largest at distance 1: the sum of cos(w (d - 1)) over the fast frequencies w.
@@ -90,10 +107,10 @@ def _read_token_before(attention: Attention) -> tuple[jax.Array, jax.Array]:
     fast_D = jnp.tile(frequencies(width) > _SLOWEST, 2)
     column_D = _SHARPNESS / math.sqrt(head_dim) * jnp.where(fast_D, at_one_D, 0.0)
     relative_DxH = jnp.broadcast_to(column_D[:, None], (width, head_dim))
-    attention.relative[...] = attention.relative[...].at[0, :, 0].set(relative_DxH)
-    attention.position_bias[...] = attention.position_bias[...].at[0, 0].set(1.0)
+    _store(attention.relative, _whole(attention.relative).at[0, :, 0].set(relative_DxH))
+    _store(attention.position_bias, _whole(attention.position_bias).at[0, 0].set(1.0))
 
     # Of norm 1, as an embedding is.
     output_HxD = output_HxD / (jnp.std(output_HxD) * math.sqrt(head_dim * width))
-    attention.output[...] = attention.output[...].at[0, 0].set(output_HxD)
+    _store(attention.output, output.at[0, 0].set(output_HxD))
     return value_DxH, output_HxD

@@ -20,6 +20,7 @@ whatever is recomputed: rematerialisation is work of the program, not of the alg
 import dataclasses
 
 from retro_jax.config import RetroConfig
+from retro_jax.model.positions import positions_of
 
 TRAINING = 3  # forward, and twice that backward
 
@@ -56,7 +57,7 @@ def forward_flops(config: RetroConfig, sequence_length: int, neighbours: int) ->
       Operations for one token of the decoder, on average over the sequence.
     """
     d, inner = config.d_model, config.num_heads * config.head_dim
-    pair = 6 if config.positions == "relative" else 4  # a query and a key: q.k, q.R(d), weight.v
+    pair = 4 + positions_of(config.positions).flops_per_distance  # q.k, weight.v, q.R(d)
     layer = 2 * (4 * d * inner + 2 * d * config.d_ff) + pair * inner * (sequence_length + 1) / 2
     flops = Flops(config.num_layers * layer, 0.0, 0.0, 2.0 * d * config.vocab_size)
     if not (config.has_retrieval and neighbours):
@@ -83,8 +84,9 @@ def _cca(config: RetroConfig, sequence_length: int, neighbours: int) -> float:
     keys = neighbours * config.neighbour_length
     made = 2 * 2 * config.encoder_d_model * inner * keys / config.chunk_length
     query = 2 * 2 * config.d_model * inner + 4 * keys * inner
-    if config.positions == "relative" and config.cca_positions:
-        query += 2 * config.neighbour_length * inner
+    if config.cca_positions:
+        per_distance = positions_of(config.positions).flops_per_distance
+        query += per_distance * config.neighbour_length * inner
     reads = (sequence_length - config.chunk_length + 1) / sequence_length
     return len(config.cca_layers) * (made + reads * query)
 
@@ -92,10 +94,12 @@ def _cca(config: RetroConfig, sequence_length: int, neighbours: int) -> float:
 def _encoder(config: RetroConfig, neighbours: int) -> float:
     """The encoder, for one decoder token, which has K R / M neighbour tokens."""
     e, inner = config.encoder_d_model, config.encoder_num_heads * config.encoder_head_dim
-    pair = 6 if config.positions == "relative" else 4
-    own = 2 * (4 * e * inner + 2 * e * config.encoder_d_ff) + pair * inner * config.neighbour_length
+    pair = 4 + positions_of(config.positions).flops_per_distance
+    layer = (
+        2 * (4 * e * inner + 2 * e * config.encoder_d_ff) + pair * inner * config.neighbour_length
+    )
     crossed = 2 * 2 * e * inner + pair * inner * config.chunk_length
     layers, crosses = config.encoder_num_layers, len(config.encoder_cca_layers)
     tokens = neighbours * config.neighbour_length / config.chunk_length
     chunk_keys = crosses * 2 * 2 * config.d_model * inner
-    return tokens * (layers * own + crosses * crossed) + chunk_keys
+    return tokens * (layers * layer + crosses * crossed) + chunk_keys

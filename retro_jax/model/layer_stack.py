@@ -1,20 +1,26 @@
-"""Stacks of equal layers, run one after the other or by scan, with rematerialisation."""
+"""Stacks of equal layers: one loop over them, unrolled or by scan, with rematerialisation.
+
+Some layers have an extra module, as a decoder's have CCA. By scan, equal groups of layers share one
+program. With layers 2 to 9 and extras in layers 3, 6 and 9:
+
+    layer      2 3 | 4 5 6 | 7 8 9         layers 2 and 3 are one group,
+    extra        x       x       x         4 to 6 and 7 to 9 are two equal groups in one scan
+"""
 
 import dataclasses
-import functools
 import itertools
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from retro_jax.config import RetroConfig
-from retro_jax.model.layers import Layout, Module
+from retro_jax.config import ExecutionConfig
+from retro_jax.model.layers import Module
 
-if TYPE_CHECKING:
-    from retro_jax.model.retro import Context, Retro
+# (layer, its extra module or None, carry, the layer's number from 1, shared) -> carry
+LayerFunction = Callable[[Any, Any, Any, Any, Any], Any]
 
 _POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -23,140 +29,137 @@ _POLICIES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """`repeats` equal groups of layers; a group is `size` layers, the last of them with CCA or not."""
+class LayerGroup:
+    """`repeats` equal groups of `size` layers; the last layer of each has an extra module or not."""
 
     size: int
-    cca: bool
+    has_extra: bool
     repeats: int
 
     @property
     def layers(self) -> int:
-        """Decoder layers in all groups."""
+        """Layers in all repeats."""
         return self.size * self.repeats
 
 
-def runs_after(config: RetroConfig, first: int) -> list[Run]:
-    """The runs that cover layers first + 1 .. L, CCA layers included."""
-    ends = [p for p in config.cca_layers if p > first]
-    gaps = [end - start for start, end in zip([first, *ends], ends, strict=False)]
-    runs = [Run(size, True, len(list(same))) for size, same in itertools.groupby(gaps)]
-    return runs + plain_runs(config.num_layers - (ends[-1] if ends else first))
+def layer_groups(first: int, last: int, extra_layers: Sequence[int]) -> list[LayerGroup]:
+    """The groups that cover layers first .. last, of which some have an extra module."""
+    ends = [p for p in extra_layers if first <= p <= last]
+    sizes = [end - start for start, end in zip([first - 1, *ends], ends, strict=False)]
+    groups = [LayerGroup(size, True, len(list(same))) for size, same in itertools.groupby(sizes)]
+    rest = last - (ends[-1] if ends else first - 1)
+    return [*groups, LayerGroup(1, False, rest)] if rest else groups
 
 
-def plain_runs(layers: int) -> list[Run]:
-    """One run of layers without CCA, or none."""
-    return [Run(1, False, layers)] if layers else []
+@dataclasses.dataclass(frozen=True)
+class Extras:
+    """The extra modules of some layers.
+
+    Attributes:
+      stack: the modules, stacked. layers: which layers have them, from 1, increasing.
+    """
+
+    stack: nnx.Module
+    layers: Sequence[int]
 
 
-def scan_layers(
-    model: "Retro",
-    h: jax.Array,
-    tokens: jax.Array,
-    neighbours: jax.Array | None,
-    context: "Context",
-) -> jax.Array:
-    """Algorithm 1's loop over a Retro's layers: [B, N, D] -> [B, N, D]."""
-    config = model.config
-    layers = _Stack(model.layers)
-    if neighbours is None:
-        for run in plain_runs(config.num_layers):
-            h = _scan_run(model, run, layers, None, h, context)
-        return h
-    cca = _Stack(model.cca)
-    first = config.cca_layers[0]
-    for run in plain_runs(first - 1):
-        h = _scan_run(model, run, layers, None, h, context)
-    layer, first_cca = layers.merge(_first(layers)), cca.merge(_first(cca))
-    h, context = first_retrieval(model, layer, first_cca, h, tokens, neighbours, context)
-    for run in runs_after(config, first):
-        h = _scan_run(model, run, layers, cca if run.cca else None, h, context)
-    return h
+def run_layers(
+    run: LayerFunction,
+    carry: Any,
+    stacks: tuple[nnx.Module, Extras | None],
+    *,
+    first: int,
+    last: int,
+    shared: Any,
+    execution: ExecutionConfig,
+) -> Any:
+    """Runs layers first .. last, one after the other or by scan.
 
+    Args:
+      run: runs one layer; its extra module is None for a layer without. The layer's number is a
+        Python int unrolled and an int32 scalar in a scan.
+      carry: what goes from layer to layer: the residual stream, or any tree with it. A cache of all
+        layers' keys and values is an array with an axis of layers in it, updated in place at p - 1.
+      stacks: all layers, from layer 1, and the extra modules of some of them.
+      first, last: layer numbers from 1; none runs where last < first.
+      shared: what all layers read: a tree of arrays, which rematerialisation keeps.
+      execution: its scan_layers and remat.
 
-def first_retrieval(
-    model: "Retro",
-    layer: Any,
-    cca: Any,
-    h: jax.Array,
-    tokens: jax.Array,
-    neighbours: jax.Array,
-    context: "Context",
-) -> tuple[jax.Array, "Context"]:
-    """Layer min(P): ATTN, ENCODER, CCA, FFW; the activations, and the context with E in it."""
-    first = model.config.cca_layers[0]
-
-    def retrieve(h: jax.Array, context: "Context") -> jax.Array:
-        return model.feed_forward(layer, model.retrieve(cca, h, first, context), first, context)
-
-    h = rematerialised(lambda h: model.attend(layer, h, first, context), model.layout)(h)
-    encode = rematerialised(lambda h: model.encode(neighbours, h, tokens, context), model.layout)
-    context = encode(h)
-    return rematerialised(retrieve, model.layout)(h, context), context
+    Returns:
+      The last layer's carry.
+    """
+    layers, extras = stacks
+    if not execution.scan_layers:
+        for p in range(first, last + 1):
+            has_extra = extras is not None and p in extras.layers
+            extra = take_extra(extras, p) if extras is not None and has_extra else None
+            one = rematerialised(_one_layer(run, take_layer(layers, p - 1), extra), execution)
+            carry = one(carry, p, shared)
+        return carry
+    start = first
+    for group in layer_groups(first, last, () if extras is None else extras.layers):
+        scanned = _scanned_group(run, stacks, group, start=start, execution=execution)
+        carry = scanned(carry, shared)
+        start += group.layers
+    return carry
 
 
 def rematerialised(
-    run: Callable[..., Any], layout: Layout, *, scanned: bool = False
+    run: Callable[..., Any], execution: ExecutionConfig, *, scanned: bool = False
 ) -> Callable[..., Any]:
-    """Wraps a part of the model so that the backward pass makes again what the policy does not keep.
+    """Wraps a part of the model so that the backward pass recomputes what the policy does not keep.
 
     Args:
-      run: a function of arrays. layout: says the policy.
+      run: a function of arrays. execution: its remat names the policy.
       scanned: whether it runs inside a loop, which by itself keeps XLA from merging the two passes.
     """
-    policy = layout.execution.remat
-    if policy == "none":
+    if execution.remat == "none":
         return run
-    return jax.checkpoint(run, policy=_POLICIES[policy], prevent_cse=not scanned)
+    return jax.checkpoint(run, policy=_POLICIES[execution.remat], prevent_cse=not scanned)
 
 
-class _Stack:
-    """A stack of layers handed out from the front."""
-
-    def __init__(self, stacked: nnx.Module):
-        self.graphdef, self.rest = nnx.split(stacked)
-        self.taken = 0
-
-    def take(self, count: int) -> tuple[int, Any]:
-        """The index of the next layer and the parameters of the next `count`, stacked."""
-        start, self.taken = self.taken, self.taken + count
-        params = jax.tree.map(lambda leaf: leaf[start : start + count], self.rest)
-        return start, params
-
-    def merge(self, params: Any) -> Any:
-        """One layer's module."""
-        return nnx.merge(self.graphdef, params)
+def _one_layer(run: LayerFunction, layer: Any, extra: Any) -> Callable[[Any, Any, Any], Any]:
+    """A function of (carry, layer number, shared)."""
+    return lambda carry, p, shared: run(layer, extra, carry, p, shared)
 
 
-def _first(stack: _Stack) -> Any:
-    """The parameters of the next layer of a stack."""
-    return jax.tree.map(lambda leaf: leaf[0], stack.take(1)[1])
+def _scanned_group(
+    run: LayerFunction,
+    stacks: tuple[nnx.Module, Extras | None],
+    group: LayerGroup,
+    *,
+    start: int,
+    execution: ExecutionConfig,
+) -> Callable[[Any, Any], Any]:
+    """A function of (carry, shared): equal groups of layers, from layer `start` on, by jax.lax.scan."""
+    layers, extras = stacks
+    layer_graph, layer_params = _cut(layers, start - 1, group.layers)
+    layer_params = jax.tree.map(
+        lambda x: x.reshape(group.repeats, group.size, *x.shape[1:]), layer_params
+    )
+    extra_graph, extra_params = None, None
+    if extras is not None and group.has_extra:
+        index = extras.layers.index(start + group.size - 1)
+        extra_graph, extra_params = _cut(extras.stack, index, group.repeats)
+    numbers = jnp.arange(group.layers).reshape(group.repeats, group.size) + start
 
+    def scan(carry: Any, shared: Any) -> Any:
+        def body(carry: Any, params: Any) -> tuple[Any, None]:
+            layer_params, extra_params, p = params
+            for i in range(group.size):
+                layer = nnx.merge(
+                    layer_graph, jax.tree.map(lambda leaf, i=i: leaf[i], layer_params)
+                )
+                extra = None
+                if extra_graph is not None and i == group.size - 1:
+                    extra = nnx.merge(extra_graph, extra_params)
+                one = rematerialised(_one_layer(run, layer, extra), execution, scanned=True)
+                carry = one(carry, p[i], shared)
+            return carry, None
 
-def _scan_run(
-    model: "Retro",
-    run: Run,
-    layers: _Stack,
-    cca: _Stack | None,
-    h: jax.Array,
-    context: "Context",
-) -> jax.Array:
-    """Runs equal groups of layers by jax.lax.scan."""
-    start, params = layers.take(run.layers)
-    group_params = jax.tree.map(lambda x: x.reshape(run.repeats, run.size, *x.shape[1:]), params)
-    cca_params = cca.take(run.repeats)[1] if cca is not None else None
-    numbers = jnp.arange(run.layers).reshape(run.repeats, run.size) + start + 1
+        return jax.lax.scan(body, carry, (layer_params, extra_params, numbers))[0]
 
-    def group(h: jax.Array, xs: Any) -> tuple[jax.Array, None]:
-        layer_params, cca_params, p = xs
-        for i in range(run.size):
-            layer = layers.merge(jax.tree.map(lambda leaf, i=i: leaf[i], layer_params))
-            module = cca.merge(cca_params) if cca is not None and i == run.size - 1 else None
-            run_layer = functools.partial(model.run_layer, layer, module)
-            h = rematerialised(run_layer, model.layout, scanned=True)(h, p[i], context)
-        return h, None
-
-    return jax.lax.scan(group, h, (group_params, cca_params, numbers))[0]
+    return scan
 
 
 def stack_layers(make: Callable[[nnx.Rngs], Module], count: int, rngs: nnx.Rngs) -> Module:
@@ -170,3 +173,14 @@ def take_layer(stacked: Module, index: int) -> Module:
     """Layer `index` (from 0) of a stack."""
     graphdef, params = nnx.split(stacked)
     return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], params))
+
+
+def take_extra(extras: Extras, p: int) -> Any:
+    """The extra module of layer p (from 1)."""
+    return take_layer(extras.stack, extras.layers.index(p))
+
+
+def _cut(stacked: nnx.Module, start: int, count: int) -> tuple[nnx.GraphDef, Any]:
+    """One layer's graph definition, and the parameters of `count` layers from index `start` on."""
+    graphdef, params = nnx.split(stacked)
+    return graphdef, jax.tree.map(lambda leaf: leaf[start : start + count], params)

@@ -1,4 +1,7 @@
-"""Embedding, RMSNorm, feed-forward, dropout: what every part of the model is made of."""
+"""Embedding, RMSNorm, feed-forward, dropout: what every part of the model is made of.
+
+Shape letter beside those of the model: I any leading axes, of which the batch is the first.
+"""
 
 import math
 from collections.abc import Callable
@@ -7,10 +10,12 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from retro_jax.config import ExecutionConfig, RetroConfig
-from retro_jax.model.matmul import product
-from retro_jax.sharding import Shardings, lay_out
+from retro_jax.model.backend import product
+from retro_jax.parameters import parameter
+from retro_jax.sharding import FSDP, TENSOR, Shardings, lay_out
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": jax.nn.gelu,
@@ -20,10 +25,18 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 Module = TypeVar("Module", bound=nnx.Module)
 
 
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, gain: float = 1.0) -> nnx.Param:
-    """A float32 parameter drawn from N(0, gain^2 / fan_in)."""
-    draw = jax.random.normal(rngs.params(), shape, jnp.float32)
-    return nnx.Param(draw * (gain / math.sqrt(fan_in)))
+def normal(
+    rngs: nnx.Rngs, shape: tuple[int, ...], spec: P, *, fan_in: int, gain: float = 1.0
+) -> nnx.Param:
+    """A float32 parameter drawn from N(0, gain^2 / fan_in); on a mesh, each device draws its part.
+
+    Args:
+      rngs: the parameters' random stream. shape: of one layer. spec: how it is split.
+      fan_in: products that are summed. gain: on the deviation.
+    """
+    sharding = None if jax.sharding.get_abstract_mesh().empty else spec
+    draw = jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=sharding)
+    return parameter(draw * (gain / math.sqrt(fan_in)), spec)
 
 
 class Layout:
@@ -42,36 +55,38 @@ class Layout:
             return NotImplemented
         return (self.execution, self.shardings) == (other.execution, other.shardings)
 
-    def weight(self, name: str, param: nnx.Param) -> jax.Array:
+    def weight(self, param: nnx.Param) -> jax.Array:
         """A parameter as its product reads it: in the activations' dtype, gathered over fsdp."""
-        return lay_out(param[...].astype(self.dtype), self.shardings.parameter(name, gathered=True))
+        return lay_out(param[...].astype(self.dtype), self.shardings.gathered(param))
 
 
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + epsilon) * scale, computed in float32."""
 
     def __init__(self, width: int, epsilon: float):
-        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
+        self.scale = parameter(jnp.ones(width, jnp.float32), P(None), decays=False)
         self.epsilon = epsilon
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-        return (x32 * jax.lax.rsqrt(mean_square + self.epsilon) * self.scale[...]).astype(x.dtype)
+    def __call__(self, x_IxD: jax.Array) -> jax.Array:
+        """[*I, D] -> [*I, D] in the dtype of x."""
+        x32_IxD = x_IxD.astype(jnp.float32)
+        mean_square_Ix1 = jnp.mean(jnp.square(x32_IxD), axis=-1, keepdims=True)
+        inverse_Ix1 = jax.lax.rsqrt(mean_square_Ix1 + self.epsilon)
+        return (x32_IxD * inverse_Ix1 * self.scale[...]).astype(x_IxD.dtype)
 
 
 class Embedding(nnx.Module):
     """Rows of a [V, D] table. An id past the table (a pad_id of V) reads the last row; it is masked."""
 
     def __init__(self, vocab_size: int, width: int, *, layout: Layout, rngs: nnx.Rngs):
-        self.table = normal(rngs, (vocab_size, width), fan_in=width)
+        self.table = normal(rngs, (vocab_size, width), P(TENSOR, FSDP), fan_in=width)
         self.layout = layout
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Embeds [B, ...] ids as [B, ..., D]."""
-        table = self.layout.weight("table", self.table)
-        spec = self.layout.shardings.rows(tokens.ndim + 1)
-        return table.at[tokens].get(mode="clip", out_sharding=spec)
+    def __call__(self, tokens_I: jax.Array) -> jax.Array:
+        """Embeds [*I] ids as [*I, D]."""
+        table_VxD = self.layout.weight(self.table)
+        spec = self.layout.shardings.rows(tokens_I.ndim + 1)
+        return table_VxD.at[tokens_I].get(mode="clip", out_sharding=spec)
 
 
 class FeedForward(nnx.Module):
@@ -87,23 +102,24 @@ class FeedForward(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.norm = RMSNorm(width, config.norm_epsilon)
-        self.widen = normal(rngs, (width, d_ff), fan_in=width)
-        self.narrow = normal(rngs, (d_ff, width), fan_in=d_ff, gain=residual_gain(config, width))
+        gain = residual_gain(config, width)
+        self.widen = normal(rngs, (width, d_ff), P(FSDP, TENSOR), fan_in=width)
+        self.narrow = normal(rngs, (d_ff, width), P(TENSOR, FSDP), fan_in=d_ff, gain=gain)
         self.activation = config.activation
         self.layout = layout
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, ..., D] -> [B, ..., D], without the residual."""
+    def __call__(self, x_IxD: jax.Array) -> jax.Array:
+        """[*I, D] -> [*I, D], without the residual."""
         shardings = self.layout.shardings
-        wide = product(
-            self.norm(x),
-            self.layout.weight("widen", self.widen),
-            out_sharding=shardings.wide(x.ndim),
+        wide_IxF = product(
+            self.norm(x_IxD),
+            self.layout.weight(self.widen),
+            out_sharding=shardings.wide(x_IxD.ndim),
         )
         return product(
-            _ACTIVATIONS[self.activation](wide),
-            self.layout.weight("narrow", self.narrow),
-            out_sharding=shardings.rows(x.ndim),
+            _ACTIVATIONS[self.activation](wide_IxF),
+            self.layout.weight(self.narrow),
+            out_sharding=shardings.rows(x_IxD.ndim),
         )
 
 
@@ -117,13 +133,15 @@ def residual_gain(config: RetroConfig, width: int) -> float:
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Inverted dropout; without a key (evaluation) or rate it is the identity."""
+    """Inverted dropout; without a key (evaluation) or rate it is the identity.
+
+    On a mesh each device draws the mask of its own part; the mask is the same on any mesh.
+    """
     if key is None or rate == 0.0:
         return x
     sharding = jax.typeof(x).sharding
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    if not sharding.mesh.empty:
-        keep = jax.sharding.reshard(keep, sharding.spec)
+    spec = None if sharding.mesh.empty else sharding.spec
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape, out_sharding=spec)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
 

@@ -2,56 +2,66 @@
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
+from retro_jax.model.backend import product
 from retro_jax.model.layers import Layout, largest_divisor
-from retro_jax.model.matmul import product
 from retro_jax.sharding import lay_out
 
 
-def read_out(h: jax.Array, table: jax.Array, layout: Layout) -> jax.Array:
-    """[B, N, D] final activations and a [V, D] table -> [B, N, V] float32 logits."""
+def read_out(h_BxNxD: jax.Array, table_VxD: jax.Array, layout: Layout) -> jax.Array:
+    """Final activations and the read-out's table -> [B, N, V] float32 logits."""
     if layout.dtype == jnp.float32:
-        return product(h, table.T, out_sharding=layout.shardings.wide(3))
+        return product(h_BxNxD, table_VxD.T, out_sharding=layout.shardings.wide(3))
     return jnp.einsum(
         "bnd,vd->bnv",
-        h,
-        table.astype(layout.dtype),
+        h_BxNxD,
+        table_VxD.astype(layout.dtype),
         preferred_element_type=jnp.float32,
         out_sharding=layout.shardings.wide(3),
     )
 
 
 def token_losses(
-    h: jax.Array, table: jax.Array, targets: jax.Array, *, pad_id: int, layout: Layout
+    h_BxNxD: jax.Array,
+    table: nnx.Param,
+    targets_BxN: jax.Array,
+    *,
+    pad_id: int,
+    layout: Layout,
 ) -> jax.Array:
     """Negative log-likelihood of every target in nats.
 
     Args:
-      h: [B, N, D], the final activations. table: [V, D], the read-out.
-      targets: [B, N] int32; pad_id where there is no loss.
+      h_BxNxD: the final activations. table: [V, D], the read-out.
+      targets_BxN: int32; pad_id where there is no loss.
       pad_id: RetroConfig.pad_id. layout: dtype, shardings and the block's size.
 
     Returns:
       [B, N] float32; 0 where the target is pad_id.
     """
     # Gathered once and in float32, so that the blocks' gradients add up in float32.
-    table = lay_out(table, layout.shardings.parameter("read_out", gathered=True))
+    table_VxD = lay_out(table[...], layout.shardings.gathered(table))
 
-    def block_losses(h: jax.Array, targets: jax.Array) -> jax.Array:
-        logits = read_out(h, table, layout)
-        hit = jnp.arange(logits.shape[-1]) == targets[..., None]
+    def block_losses(h_BxTxD: jax.Array, targets_BxT: jax.Array) -> jax.Array:
+        logits_BxTxV = read_out(h_BxTxD, table_VxD, layout)
+        hit_BxTxV = jnp.arange(logits_BxTxV.shape[-1]) == targets_BxT[..., None]
         # A masked sum, unlike a gather, works where the vocabulary is sharded.
-        target_logits = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
-        losses = jax.nn.logsumexp(logits, axis=-1) - target_logits
-        return jnp.where(targets == pad_id, 0.0, losses)
+        target_logits_BxT = jnp.sum(jnp.where(hit_BxTxV, logits_BxTxV, 0.0), axis=-1)
+        losses_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1) - target_logits_BxT
+        return jnp.where(targets_BxT == pad_id, 0.0, losses_BxT)
 
-    batch, length = targets.shape
+    batch, length = targets_BxN.shape
     block = largest_divisor(length, layout.execution.loss_block or length)
     if block == length:
-        return block_losses(h, targets)
+        return block_losses(h_BxNxD, targets_BxN)
 
-    def cut(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.reshape(batch, length // block, block, *x.shape[2:]), 1, 0)
+    def blocks(x_BxNxX: jax.Array) -> jax.Array:
+        """[B, N, ...] -> [blocks, B, T, ...]."""
+        shape = (batch, length // block, block, *x_BxNxX.shape[2:])
+        return jnp.moveaxis(x_BxNxX.reshape(shape), 1, 0)
 
-    losses = jax.lax.map(lambda xs: jax.checkpoint(block_losses)(*xs), (cut(h), cut(targets)))
+    losses = jax.lax.map(
+        lambda xs: jax.checkpoint(block_losses)(*xs), (blocks(h_BxNxD), blocks(targets_BxN))
+    )
     return jnp.moveaxis(losses, 0, 1).reshape(batch, length)

@@ -1,13 +1,173 @@
-"""Positions in attention: distances, their sinusoids, the shift to keys, rotary turns."""
+"""Positions in attention: what each kind adds to queries, keys and logits, and the parameters it needs.
 
+An attention asks its positions, an object of one of these kinds; a further kind is a further class.
+
+    Relative       the paper's: four terms in the logits, made for every distance and then shifted
+    Rotary         queries and keys turned by their positions; logits stay plain products
+    NoPositions    nothing
+
+Relative positions (Transformer-XL; paper, appendix B.1.1):
+
+    logits_ij = (q_i.k_j + u.k_j + q_i.R(d_ij) + v.R(d_ij)) / sqrt(head_dim)
+
+The distance d_ij = i - j + offset takes only T + S - 1 values, so q.R is computed once per distance
+and each query's row is then shifted into place. With T = 3, S = 4, offset 0 and columns from the
+largest distance down, row i must begin at column T - 1 - i:
+
+    columns d:    2  1  0 -1 -2 -3          row 0 reads  0 -1 -2 -3   (from column 2)
+                                            row 1 reads  1  0 -1 -2   (from column 1)
+                                            row 2 reads  2  1  0 -1   (from column 0)
+
+Read as one flat array of rows of width W = 6, dropping the first T - 1 values and cutting rows of
+width W - 1 moves each row's beginning one further to the left than the row before: the shift. libtpu
+takes hours over a reshape of such widths, so TPUs are given slices: of groups of rows, then of the
+rows of a group.
+
+Shape letters beside those of the model: I any leading axes, T queries, S keys, W head width
+(head_dim), Q = T + S - 1 distances.
+"""
+
+import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as P
 
-from retro_jax.model.layers import largest_divisor
-from retro_jax.sharding import target_platform
+from retro_jax.model.backend import constants
+from retro_jax.model.layers import largest_divisor, normal
+from retro_jax.parameters import parameter
+from retro_jax.sharding import FSDP, TENSOR, target_platform
+
+# A parameter of the attention by its name, as products read it.
+Weight = Callable[[str], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Positions:
+    """A kind of positions. This base changes nothing; each kind overrides the parts it needs.
+
+    Attributes:
+      name: in RetroConfig.positions and in messages.
+      has_kernel: whether fused kernels compute this kind.
+      flops_per_distance: operations for each query, distance and unit of heads x head width.
+    """
+
+    name = "no"
+    has_kernel = True
+    flops_per_distance = 0
+
+    def parameters(
+        self, rngs: nnx.Rngs, width: int, heads: tuple[int, int]
+    ) -> dict[str, nnx.Param]:
+        """Parameters of an attention whose queries have a width; heads: (H, head_dim)."""
+        return {}
+
+    def turn(self, x_IxTxHxW: jax.Array, positions: np.ndarray) -> jax.Array:
+        """Queries or keys [*I, T, H, W] at integer positions [T]."""
+        return x_IxTxHxW
+
+    def distance_table(self, weight: Weight, distances_Q: jax.Array) -> jax.Array | None:
+        """What logits need of every distance, [Q, ...], or None where they need nothing."""
+        return None
+
+    def logits(
+        self,
+        weight: Weight,
+        query_IxTxHxW: jax.Array,
+        table: jax.Array,
+        num_keys: int,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The queries for the products with keys, and what is added to these products.
+
+        Args:
+          weight: reads a parameter by name.
+          query_IxTxHxW: the queries.
+          table: `distance_table` of T + S - 1 distances, the largest first.
+          num_keys: S.
+
+        Returns:
+          Queries [*I, T, H, W] and an addend [*I, H, T, S].
+        """
+        raise TypeError(f"{type(self).__name__} has no table of distances")
+
+
+@dataclasses.dataclass(frozen=True)
+class NoPositions(Positions):
+    """Attention in which the order of keys has no meaning."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotary(Positions):
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864)."""
+
+    name = "rotary"
+
+    def turn(self, x_IxTxHxW: jax.Array, positions: np.ndarray) -> jax.Array:
+        """Turns pairs of values by an angle that grows with the position."""
+        return rotate(x_IxTxHxW, positions)
+
+
+@dataclasses.dataclass(frozen=True)
+class Relative(Positions):
+    """Transformer-XL's relative positions (this file's head)."""
+
+    name = "relative"
+    has_kernel = False
+    flops_per_distance = 2
+
+    def parameters(
+        self, rngs: nnx.Rngs, width: int, heads: tuple[int, int]
+    ) -> dict[str, nnx.Param]:
+        """The map R of sinusoids, and the biases u and v."""
+
+        def bias() -> nnx.Param:
+            return parameter(jnp.zeros(heads, jnp.float32), P(TENSOR, None), decays=False)
+
+        spec = P(FSDP, TENSOR, None)
+        return {
+            "relative": normal(rngs, (width, *heads), spec, fan_in=width),
+            "content_bias": bias(),
+            "position_bias": bias(),
+        }
+
+    def distance_table(self, weight: Weight, distances_Q: jax.Array) -> jax.Array:
+        """R(d): [Q] distances -> [Q, H, W], the learned map of the distances' sinusoids."""
+        weight_DxHxW = weight("relative")
+        table_QxD = sinusoids(distances_Q, weight_DxHxW.shape[0]).astype(weight_DxHxW.dtype)
+        return jnp.einsum("nd,dhk->nhk", table_QxD, weight_DxHxW)
+
+    def logits(
+        self,
+        weight: Weight,
+        query_IxTxHxW: jax.Array,
+        table: jax.Array,
+        num_keys: int,
+    ) -> tuple[jax.Array, jax.Array]:
+        """q + u, and (q + v).R(d) shifted from distances to keys."""
+        by_distance_IxHxTxQ = jnp.einsum(
+            "...thk,nhk->...htn",
+            query_IxTxHxW + weight("position_bias"),
+            table,
+            preferred_element_type=jnp.float32,
+        )
+        return query_IxTxHxW + weight("content_bias"), shift(by_distance_IxHxTxQ, num_keys)
+
+
+_KINDS: dict[str, Positions] = {kind.name: kind for kind in (Relative(), Rotary())}
+
+
+def positions_of(name: str) -> Positions:
+    """The kind of positions that RetroConfig.positions names."""
+    return _KINDS[name]
+
+
+def kinds_with_kernel() -> list[str]:
+    """Names of the kinds that fused kernels compute."""
+    return [name for name, kind in _KINDS.items() if kind.has_kernel]
 
 
 def frequencies(width: int) -> np.ndarray:
@@ -15,9 +175,9 @@ def frequencies(width: int) -> np.ndarray:
     return (10000.0 ** (-2.0 * np.arange(width // 2) / width)).astype(np.float32)
 
 
-def sinusoids(distances: jax.Array, width: int) -> jax.Array:
-    """[n] distances -> [n, width] float32: sines, then cosines, of distance / 10000^(2t / width)."""
-    angles = distances.astype(jnp.float32)[:, None] * frequencies(width)
+def sinusoids(distances_Q: jax.Array, width: int) -> jax.Array:
+    """[Q] distances -> [Q, width] float32: sines, then cosines, of distance / 10000^(2t / width)."""
+    angles = distances_Q.astype(jnp.float32)[:, None] * frequencies(width)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
@@ -26,45 +186,47 @@ def distances(num_queries: int, num_keys: int, offset: int = 0) -> jax.Array:
     return jnp.arange(num_queries - 1 + offset, offset - num_keys, -1)
 
 
-def shift(logits: jax.Array, num_keys: int) -> jax.Array:
-    """[..., T, T + S - 1] logits by distance -> [..., T, S] logits by key (see the file's head)."""
-    *leading, rows, columns = logits.shape
+def shift(logits_IxTxQ: jax.Array, num_keys: int) -> jax.Array:
+    """[*I, T, Q] logits by distance -> [*I, T, S] logits by key (see the file's head)."""
+    *leading, rows, columns = logits_IxTxQ.shape
     if rows == 1:
-        return logits
+        return logits_IxTxQ
     if target_platform() == "tpu":
-        return shift_by_slices(logits, num_keys)
-    flat = logits.reshape(*leading, rows * columns)
+        return shift_by_slices(logits_IxTxQ, num_keys)
+    flat = logits_IxTxQ.reshape(*leading, rows * columns)
     flat = flat[..., rows - 1 : rows - 1 + rows * (columns - 1)]
     return flat.reshape(*leading, rows, columns - 1)[..., :num_keys]
 
 
-def shift_by_slices(logits: jax.Array, num_keys: int) -> jax.Array:
+def shift_by_slices(logits_IxTxQ: jax.Array, num_keys: int) -> jax.Array:
     """`shift` in two rounds: about 2 sqrt(T) slices instead of one reshape of uneven widths."""
-    *leading, rows, columns = logits.shape
+    *leading, rows, columns = logits_IxTxQ.shape
     size = largest_divisor(rows, math.isqrt(rows))
-    groups = logits.reshape(*leading, rows // size, size, columns)
+    groups = logits_IxTxQ.reshape(*leading, rows // size, size, columns)
     # A group keeps what any of its rows reads, from where its last row begins.
-    cut = [
+    slices = [
         jax.lax.slice_in_dim(groups[..., group, :, :], start, start + num_keys + size - 1, axis=-1)
         for group, start in enumerate(range(rows - size, -1, -size))
     ]
-    logits = jnp.stack(cut, axis=-3)
-    cut = [
+    by_group = jnp.stack(slices, axis=-3)
+    slices = [
         jax.lax.slice_in_dim(
-            logits[..., row, :], size - 1 - row, size - 1 - row + num_keys, axis=-1
+            by_group[..., row, :], size - 1 - row, size - 1 - row + num_keys, axis=-1
         )
         for row in range(size)
     ]
-    return jnp.stack(cut, axis=-2).reshape(*leading, rows, num_keys)
+    return jnp.stack(slices, axis=-2).reshape(*leading, rows, num_keys)
 
 
-def rotate(x: jax.Array, positions: np.ndarray) -> jax.Array:
-    """Rotary positions [T]: turns the pairs (x[t], x[t + head_dim/2]) of [..., T, H, head_dim]."""
-    half = x.shape[-1] // 2
-    # XLA's CPU backend would make sines anew for every row and head: there they are constants.
-    of = np if target_platform() == "cpu" else jnp
-    angles = of.asarray(positions, np.float32)[:, None, None] * frequencies(x.shape[-1])
+def rotate(x_IxTxHxW: jax.Array, positions_T: np.ndarray) -> jax.Array:
+    """Rotary positions [T]: turns the pairs (x[t], x[t + W / 2]) of [*I, T, H, W]."""
+    width = x_IxTxHxW.shape[-1]
+    of = constants()
+    angles = of.asarray(positions_T, np.float32)[:, None, None] * frequencies(width)
     sine, cosine = of.sin(angles), of.cos(angles)
-    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    first, second = (
+        half.astype(jnp.float32)
+        for half in (x_IxTxHxW[..., : width // 2], x_IxTxHxW[..., width // 2 :])
+    )
     turned = [first * cosine - second * sine, second * cosine + first * sine]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    return jnp.concatenate(turned, axis=-1).astype(x_IxTxHxW.dtype)

@@ -9,55 +9,34 @@
     O = READ(H)
 
 Every operator adds to the residual stream H and normalises its own input. Parameters of equal
-layers are stacked: `layers` has a leading axis of L, `cca` of len(P). The loop below is the
-definition; depth.py runs the same layers by scan, which compiles faster.
+layers are stacked: `layers` has a leading axis of L, `cca` of len(P).
+
+The loop is written once, in two parts that meet at the first CCA, since E is made there:
+
+    before_retrieval        layers 1 .. min(P) - 1, and ATTN of layer min(P)
+    encode                  E = ENCODER(RET, H)
+    after_retrieval         CCA and FFW of layer min(P), layers min(P) + 1 .. L
+
+Training runs them once. The k sweep of evaluation runs the last part for each number of neighbours.
 """
 
-import dataclasses
-import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from retro_jax.batch import RetroBatch
 from retro_jax.config import ExecutionConfig, RetroConfig
 from retro_jax.errors import UserError
 from retro_jax.model import layer_stack, loss
-from retro_jax.model.attention import Attention, Widths
-from retro_jax.model.causal_attention import causal_attention
 from retro_jax.model.chunked_cross_attention import ChunkedCrossAttention
+from retro_jax.model.decoder import DecoderLayer, Operators, Retrieved, WholeSequences
 from retro_jax.model.encoder import Encoder
-from retro_jax.model.layer_stack import stack_layers, take_layer
-from retro_jax.model.layers import Embedding, FeedForward, Layout, RMSNorm, dropout, normal
-from retro_jax.sharding import Shardings
-
-
-class DecoderLayer(nnx.Module):
-    """The ATTN and FFW of one decoder layer."""
-
-    def __init__(self, config: RetroConfig, *, layout: Layout, rngs: nnx.Rngs):
-        widths = Widths(config.d_model, config.d_model, config.num_heads, config.head_dim)
-        self.attention = Attention(config, widths, cross=False, layout=layout, rngs=rngs)
-        self.feed_forward = FeedForward(
-            config, config.d_model, config.d_ff, layout=layout, rngs=rngs
-        )
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """What every layer may read besides the residual stream.
-
-    Attributes:
-      documents: [B, C] or None. encoded: [B, C, K, R, E], the encoder's output, or None before it
-        has run and with retrieval off. present: [B, C, K, R] bool, where neighbours are no padding.
-      dropout_key: a key while training with dropout, else None.
-    """
-
-    documents: jax.Array | None = None
-    encoded: jax.Array | None = None
-    present: jax.Array | None = None
-    dropout_key: jax.Array | None = None
+from retro_jax.model.layer_stack import Extras, stack_layers, take_extra, take_layer
+from retro_jax.model.layers import Embedding, Layout, RMSNorm, normal
+from retro_jax.sharding import FSDP, TENSOR, Shardings
 
 
 class Retro(nnx.Module):
@@ -95,7 +74,8 @@ class Retro(nnx.Module):
             )
         self.norm = RMSNorm(config.d_model, config.norm_epsilon)
         if not config.tie_embeddings:
-            self.read_out = normal(rngs, (config.vocab_size, config.d_model), fan_in=config.d_model)
+            shape = (config.vocab_size, config.d_model)
+            self.read_out = normal(rngs, shape, P(TENSOR, FSDP), fan_in=config.d_model)
 
     def __call__(
         self,
@@ -118,21 +98,21 @@ class Retro(nnx.Module):
         """
         return self.read(self.hidden_states(tokens, neighbours, documents))
 
-    def read(self, h: jax.Array) -> jax.Array:
-        """Logits [B, N, V] float32 of final activations [B, N, D], or of some positions of them."""
-        return loss.read_out(h, self._read_out_table(), self.layout)
+    def read(self, h_BxNxD: jax.Array) -> jax.Array:
+        """Logits [B, N, V] float32 of final activations, or of some positions of them."""
+        return loss.read_out(h_BxNxD, self._read_out_table()[...], self.layout)
 
     def token_losses(self, batch: RetroBatch, dropout_key: jax.Array | None = None) -> jax.Array:
         """[B, N] float32 negative log-likelihoods in nats, 0 where the target is pad_id."""
-        h = self.hidden_states(batch.tokens, batch.neighbours, batch.documents, dropout_key)
-        return self.losses(h, batch.targets)
+        h_BxNxD = self.hidden_states(batch.tokens, batch.neighbours, batch.documents, dropout_key)
+        return self.losses(h_BxNxD, batch.targets)
 
-    def losses(self, h: jax.Array, targets: jax.Array) -> jax.Array:
-        """`token_losses` of final activations [B, N, D] and targets [B, N]."""
+    def losses(self, h_BxNxD: jax.Array, targets_BxN: jax.Array) -> jax.Array:
+        """`token_losses` of final activations and targets."""
         return loss.token_losses(
-            h,
+            h_BxNxD,
             self._read_out_table(),
-            targets,
+            targets_BxN,
             pad_id=self.config.pad_id,
             layout=self.layout,
         )
@@ -146,102 +126,110 @@ class Retro(nnx.Module):
     ) -> jax.Array:
         """The normalised activations that the read-out reads, [B, N, D]."""
         check_inputs(self.config, tokens, neighbours, documents)
-        if not self.config.has_retrieval:
-            neighbours = None
-        context = Context(documents=documents, dropout_key=dropout_key)
-        h = dropout(self.embedding(tokens), self.config.dropout, self._key(context, 0))
-        if self.layout.execution.scan_layers:
-            h = layer_stack.scan_layers(self, h, tokens, neighbours, context)
+        operators = WholeSequences(self.config, documents, dropout_key)
+        h_BxNxD = self.embed(tokens, operators)
+        if neighbours is None or not self.config.has_retrieval:
+            h_BxNxD = self.without_retrieval(h_BxNxD, operators)
         else:
-            h = self._loop_layers(h, tokens, neighbours, context)
-        return self.norm(h)
+            h_BxNxD = self.before_retrieval(h_BxNxD, operators)
+            retrieved = self.encode(neighbours, h_BxNxD, tokens, operators)
+            h_BxNxD = self.after_retrieval(h_BxNxD, retrieved, operators)
+        return self.norm(h_BxNxD)
 
-    def _loop_layers(
-        self,
-        h: jax.Array,
-        tokens: jax.Array,
-        neighbours: jax.Array | None,
-        context: Context,
-    ) -> jax.Array:
-        """Algorithm 1, layer by layer."""
-        cca_layers = self.config.cca_layers
-        for p in range(1, self.config.num_layers + 1):
-            layer = take_layer(self.layers, p - 1)
-            cca = None
-            if neighbours is not None and p in cca_layers:
-                cca = take_layer(self.cca, cca_layers.index(p))
-            if neighbours is not None and p == cca_layers[0]:
-                h, context = layer_stack.first_retrieval(
-                    self, layer, cca, h, tokens, neighbours, context
-                )
-            else:
-                run_layer = functools.partial(self.run_layer, layer, cca)
-                h = layer_stack.rematerialised(run_layer, self.layout)(h, p, context)
-        return h
+    def embed(self, tokens_BxN: jax.Array, operators: WholeSequences) -> jax.Array:
+        """H = EMB(X), [B, N, D]."""
+        return operators.dropped(self.embedding(tokens_BxN), 0)
 
-    def run_layer(
-        self,
-        layer: DecoderLayer,
-        cca: ChunkedCrossAttention | None,
-        h: jax.Array,
-        p: jax.Array | int,
-        context: Context,
-    ) -> jax.Array:
-        """ATTN, CCA where the layer has one, FFW."""
-        h = self.attend(layer, h, p, context)
-        if cca is not None:
-            h = self.retrieve(cca, h, p, context)
-        return self.feed_forward(layer, h, p, context)
+    def without_retrieval(self, carry: Any, operators: Operators) -> Any:
+        """All layers without CCA: the baseline, and RETRO[OFF]."""
+        return self._run_layers(1, self.config.num_layers, carry, None, operators)
 
-    def attend(
-        self, layer: DecoderLayer, h: jax.Array, p: jax.Array | int, context: Context
-    ) -> jax.Array:
-        """H + ATTN(H) of layer p."""
-        branch = causal_attention(
-            layer.attention, h, context.documents, chunk_length=self.config.chunk_length
-        )
-        return h + dropout(branch, self.config.dropout, self._key(context, 4 * p))
+    def before_retrieval(self, carry: Any, operators: Operators) -> Any:
+        """From the first layer to ATTN of layer min(P).
+
+        Args:
+          carry: `embed`'s. operators: of the layers.
+
+        Returns:
+          The carry whose stream ENCODER reads, and `after_retrieval` continues with.
+        """
+        first = self.config.cca_layers[0]
+        carry = self._run_layers(1, first - 1, carry, None, operators)
+        layer = take_layer(self.layers, first - 1)
+        return self._rematerialised(lambda carry: operators.attend(layer, carry, first))(carry)
 
     def encode(
-        self, neighbours: jax.Array, h: jax.Array, tokens: jax.Array, context: Context
-    ) -> Context:
-        """The context with E = ENCODER(RET, H) in it."""
-        encoded = self.encoder(
-            neighbours, h, tokens, self.embedding, dropout_key=self._key(context, 1)
-        )
-        return dataclasses.replace(
-            context, encoded=encoded, present=neighbours != self.config.pad_id
-        )
-
-    def retrieve(
         self,
-        cca: ChunkedCrossAttention,
-        h: jax.Array,
-        p: jax.Array | int,
-        context: Context,
-    ) -> jax.Array:
-        """H + CCA(H, E) of layer p."""
-        assert context.encoded is not None and context.present is not None
-        branch = cca(h, context.encoded, context.present, context.documents)
-        return h + dropout(branch, self.config.dropout, self._key(context, 4 * p + 1))
+        neighbours_BxCxKxR: jax.Array,
+        h_BxNxD: jax.Array,
+        tokens_BxN: jax.Array,
+        operators: WholeSequences,
+    ) -> Retrieved:
+        """E = ENCODER(RET, H), with H as `before_retrieval` returns it."""
 
-    def feed_forward(
-        self, layer: DecoderLayer, h: jax.Array, p: jax.Array | int, context: Context
-    ) -> jax.Array:
-        """H + FFW(H) of layer p."""
-        branch = layer.feed_forward(h)
-        return h + dropout(branch, self.config.dropout, self._key(context, 4 * p + 2))
+        def run(h_BxNxD: jax.Array) -> jax.Array:
+            return self.encoder(
+                neighbours_BxCxKxR,
+                h_BxNxD,
+                tokens_BxN,
+                self.embedding,
+                dropout_key=operators.key(1),
+            )
 
-    @staticmethod
-    def _key(context: Context, branch: jax.Array | int) -> jax.Array | None:
-        """The dropout key of one residual branch, the same for any way of running the layers."""
-        key = context.dropout_key
-        return None if key is None else jax.random.fold_in(key, branch)
+        encoded_BxCxKxRxE = self._rematerialised(run)(h_BxNxD)
+        return Retrieved(encoded_BxCxKxRxE, neighbours_BxCxKxR != self.config.pad_id)
 
-    def _read_out_table(self) -> jax.Array:
+    def after_retrieval(self, carry: Any, retrieved: Retrieved, operators: Operators) -> Any:
+        """From CCA of layer min(P) to the last layer; the final norm comes after it.
+
+        Args:
+          carry: `before_retrieval`'s. retrieved: what CCA reads. operators: of the layers.
+        """
+        first = self.config.cca_layers[0]
+        layer, cca = take_layer(self.layers, first - 1), take_extra(self._ccas(), first)
+
+        def run(carry: Any, retrieved: Retrieved, operators: Operators) -> Any:
+            carry = operators.cross_attend(cca, carry, first, retrieved)
+            return operators.feed_forward(layer, carry, first)
+
+        carry = self._rematerialised(run)(carry, retrieved, operators)
+        return self._run_layers(first + 1, self.config.num_layers, carry, retrieved, operators)
+
+    def _run_layers(
+        self, first: int, last: int, carry: Any, retrieved: Retrieved | None, operators: Operators
+    ) -> Any:
+        """Algorithm 1's loop: ATTN, CCA where the layer has one and something is retrieved, FFW."""
+
+        def run(
+            layer: DecoderLayer, cca: ChunkedCrossAttention | None, carry: Any, p: Any, shared: Any
+        ) -> Any:
+            retrieved, operators = shared
+            carry = operators.attend(layer, carry, p)
+            if cca is not None:
+                carry = operators.cross_attend(cca, carry, p, retrieved)
+            return operators.feed_forward(layer, carry, p)
+
+        return layer_stack.run_layers(
+            run,
+            carry,
+            (self.layers, None if retrieved is None else self._ccas()),
+            first=first,
+            last=last,
+            shared=(retrieved, operators),
+            execution=self.layout.execution,
+        )
+
+    def _ccas(self) -> Extras:
+        """The CCA modules and their layers P."""
+        return Extras(self.cca, self.config.cca_layers)
+
+    def _rematerialised(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """A part of the model as its execution rematerialises it."""
+        return layer_stack.rematerialised(run, self.layout.execution)
+
+    def _read_out_table(self) -> nnx.Param:
         """[V, D] float32."""
-        tied = self.config.tie_embeddings
-        return (self.embedding.table if tied else self.read_out)[...]
+        return self.embedding.table if self.config.tie_embeddings else self.read_out
 
 
 def check_inputs(

@@ -1,8 +1,8 @@
 """AdamW with linear warm-up and cosine decay (paper, section 3 and appendix C).
 
 Betas and clipping are not in the paper; the defaults are Gopher's. Weight decay acts on matrices
-and embeddings, not on norms' scales nor on any bias, relative positions' u and v included. Layers'
-parameters are stacked, which gives a scale two axes: the choice is by name, not by rank.
+and embeddings, not on norms' scales nor on any bias, relative positions' u and v included: each
+parameter says so where it is defined (retro_jax/parameters.py).
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import optax
 
 from retro_jax.config import require
 from retro_jax.errors import UserError
+from retro_jax.parameters import decays, map_parameters
 from retro_jax.train.parameter_names import map_named
 
 # Whether a parameter is trained, by its name ("encoder.layers.attention.query"); None trains all.
@@ -110,7 +111,7 @@ def make_optimizer(
     """
     steps = [
         optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
-        optax.add_decayed_weights(config.weight_decay, mask=decays),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(learning_rate(config, total_steps)),
     ]
     if config.clip_norm:
@@ -125,12 +126,6 @@ def make_optimizer(
     return optax.multi_transform({"trained": adamw, "frozen": optax.set_to_zero()}, labels)
 
 
-def decays(params: Any) -> Any:
+def decay_mask(params: Any) -> Any:
     """A tree like `params` of bools: whether weight decay acts on each parameter."""
-    return map_named(lambda name, _: not _is_scale_or_bias(name), params)
-
-
-def _is_scale_or_bias(name: str) -> bool:
-    """Whether a parameter is a norm's scale, a bias, or relative positions' u or v."""
-    last = name.rsplit(".", 1)[-1]
-    return last == "scale" or last.endswith("bias")
+    return map_parameters(decays, params)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from retro_jax.batch import RetroBatch
 from retro_jax.config import require
+from retro_jax.model.backend import options_for_one_use
 from retro_jax.sharding import parameter_shardings
 from retro_jax.train.optimizer import Trainable
 from retro_jax.train.parameter_names import map_named
@@ -188,10 +189,10 @@ def _gradients(
 
         return jax.grad(objective, has_aux=True)(params)[::-1]
 
-    corpora = jnp.zeros(config.num_corpora)
-    zero = _Sums(jnp.zeros(()), corpora, corpora.astype(jnp.int32))
-    none = jax.tree.map(jnp.zeros_like, params)
-    return _accumulated(part, batch, key, parts=config.accumulate, zero=(zero, none))
+    zero_G = jnp.zeros(config.num_corpora)
+    zero = _Sums(jnp.zeros(()), zero_G, zero_G.astype(jnp.int32))
+    no_grads = jax.tree.map(jnp.zeros_like, params)
+    return _accumulated(part, batch, key, parts=config.accumulate, zero=(zero, no_grads))
 
 
 def _count(batch: RetroBatch, config: StepConfig) -> jax.Array:
@@ -307,14 +308,14 @@ def drop_neighbours(batch: RetroBatch, key: jax.Array, *, rate: float, pad_id: i
     if batch.neighbours is None:
         return batch
 
-    def chosen(row: jax.Array) -> jax.Array:
+    def drops(row: jax.Array) -> jax.Array:
         return jax.random.bernoulli(jax.random.fold_in(key, row), rate)
 
-    drop_B = jax.vmap(chosen)(jnp.arange(len(batch.tokens)))
+    drop_B = jax.vmap(drops)(jnp.arange(len(batch.tokens)))
     # Joining with the sharded rows makes the mask sharded as they are.
     drop_B = drop_B | (batch.corpus < 0)
-    kept = jnp.where(drop_B[:, None, None, None], pad_id, batch.neighbours)
-    return dataclasses.replace(batch, neighbours=kept)
+    neighbours_BxCxKxR = jnp.where(drop_B[:, None, None, None], pad_id, batch.neighbours)
+    return dataclasses.replace(batch, neighbours=neighbours_BxCxKxR)
 
 
 def abstract_state(
@@ -362,13 +363,9 @@ def initial_state(
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     mesh = shardings.step.mesh
-    # Random draws run once and give the same bits, but LLVM's last level compiles them 3.4 times
-    # longer (18 s for a small RETRO).
-    quick = (
-        {"xla_backend_optimization_level": 1} if mesh.devices.flat[0].platform == "cpu" else None
-    )
+    options = options_for_one_use(mesh.devices.flat[0].platform)
     with jax.set_mesh(mesh):
-        return jax.jit(make, out_shardings=shardings, compiler_options=quick)()
+        return jax.jit(make, out_shardings=shardings, compiler_options=options)()
 
 
 def _first_state(

@@ -1,6 +1,5 @@
 """Attention's parts: the shift of distances, rotary turns, masks, and the blocks of queries."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -11,11 +10,21 @@ from flax import nnx
 
 from retro_jax.config import ExecutionConfig
 from retro_jax.model import attention as ops
-from retro_jax.model import positions
+from retro_jax.model import positions as kinds
 from retro_jax.model.attention import Attention, Widths
 from retro_jax.model.causal_attention import causal_attention
 from retro_jax.model.layers import Layout
-from retro_jax.model.positions import distances, rotate, shift, shift_by_slices, sinusoids
+from retro_jax.model.positions import (
+    NoPositions,
+    Positions,
+    Relative,
+    Rotary,
+    distances,
+    rotate,
+    shift,
+    shift_by_slices,
+    sinusoids,
+)
 from retro_jax.sharding import Shardings
 from tests.model.tiny import TINY, assert_close
 from tests.reference import retro_numpy
@@ -46,7 +55,7 @@ def test_shift_keeps_rows_apart(shift):
 
 def test_a_tpu_is_given_slices(monkeypatch):
     """libtpu takes hours over the reshape: a program for it has none of a row's whole width."""
-    monkeypatch.setattr(positions, "target_platform", lambda: "tpu")
+    monkeypatch.setattr(kinds, "target_platform", lambda: "tpu")
     program = jax.jit(lambda x: shift(x, 7)).lower(jnp.zeros((12, 18))).as_text()
     assert "slice" in program
     assert f"tensor<{12 * 18}xf32>" not in program
@@ -105,12 +114,17 @@ def test_large_logits_do_not_overflow():
     np.testing.assert_allclose(out, expected, rtol=1e-5)
 
 
-def _self_attention(positions: str, execution: ExecutionConfig) -> Any:
+def _self_attention(positions: Positions, execution: ExecutionConfig) -> Any:
     """ATTN of one layer with random weights: a function of (x, documents)."""
-    config = dataclasses.replace(TINY, positions=positions)
+    config = TINY
     layout = Layout(execution, Shardings())
     widths = Widths(config.d_model, config.d_model, config.num_heads, config.head_dim)
-    make = lambda: Attention(config, widths, cross=False, layout=layout, rngs=nnx.Rngs(0))  # noqa: E731
+
+    def make() -> Attention:
+        return Attention(
+            config, widths, positions=positions, cross=False, layout=layout, rngs=nnx.Rngs(0)
+        )
+
     graph, shapes = nnx.split(nnx.eval_shape(make))
     rng = np.random.default_rng(0)
     weights = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape), s.dtype), shapes)
@@ -118,7 +132,7 @@ def _self_attention(positions: str, execution: ExecutionConfig) -> Any:
     return jax.jit(lambda x, documents: causal_attention(module, x, documents, chunk_length=4))
 
 
-@pytest.mark.parametrize("positions", ["relative", "rotary"])
+@pytest.mark.parametrize("positions", [Relative(), Rotary(), NoPositions()], ids=str)
 @pytest.mark.parametrize("block", [1, 2, 5, 12, 100])
 def test_any_block_of_queries_gives_the_same(positions, block):
     """Blocks that divide the sequence of 12, that do not, of one query, and longer than it."""

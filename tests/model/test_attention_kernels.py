@@ -11,6 +11,7 @@ from retro_jax.config import PRESETS, ExecutionConfig
 from retro_jax.errors import UserError
 from retro_jax.model import attention as ops
 from retro_jax.model import attention_kernels as fused
+from retro_jax.model.positions import Relative, Rotary
 from retro_jax.sharding import MESH_SHARDINGS, MeshConfig, make_mesh, target_platform
 from tests.model.tiny import assert_close
 
@@ -90,7 +91,7 @@ def test_on_a_mesh_each_device_runs_its_rows_and_heads(monkeypatch, documents):
 
 def kind(attention: str, platform: str, **changes: Any) -> str:
     """What runs of one published size with one change."""
-    given = {"positions": "rotary", "head_dim": 64, "length": 2048, "dtype": "bfloat16"} | changes
+    given = {"positions": Rotary(), "head_dim": 64, "length": 2048, "dtype": "bfloat16"} | changes
     execution = ExecutionConfig(attention=attention, activation_dtype=given.pop("dtype"))
     return fused.attention_kind(execution, platform=platform, **given)
 
@@ -101,7 +102,7 @@ def test_auto_takes_a_kernel_where_there_is_one():
         "fused",
         "chunked",
     )
-    assert kind("auto", "gpu", positions="relative") == "chunked"
+    assert kind("auto", "gpu", positions=Relative()) == "chunked"
     assert kind("auto", "gpu", dtype="float32") == "chunked"
     assert kind("auto", "tpu", length=192) == "chunked"
     assert (kind("plain", "tpu"), kind("chunked", "gpu"), kind("fused", "tpu")) == (
@@ -115,7 +116,7 @@ def test_auto_takes_a_kernel_where_there_is_one():
     ("platform", "changes", "message"),
     [
         ("cpu", {}, "cpu has no fused kernel"),
-        ("tpu", {"positions": "relative"}, "no fused kernel has relative positions"),
+        ("tpu", {"positions": Relative()}, "no fused kernel has relative positions"),
         ("gpu", {"dtype": "float32"}, "computes in bfloat16 and activation_dtype is 'float32'"),
         ("gpu", {"head_dim": 256}, "up to 128 and head_dim is 256"),
         ("gpu", {"head_dim": 20}, "multiple of 8 up to 128 and head_dim is 20"),

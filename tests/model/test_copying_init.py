@@ -1,17 +1,22 @@
 """A model that begins with copying: it copies at once, and nothing else is changed."""
 
 import dataclasses
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from retro_jax.batch import RetroBatch
 from retro_jax.config import RetroConfig
 from retro_jax.errors import UserError
 from retro_jax.model import Retro
 from retro_jax.model.copying_init import begin_with_copying
+from retro_jax.sharding import MESH_SHARDINGS, MeshConfig, make_mesh
 from retro_jax.train.loop import TrainConfig
+from retro_jax.train.parameter_names import named_leaves
 from tests.model.test_layers import parameters
 from tests.model.tiny import token_losses, with_neighbours
 
@@ -111,6 +116,24 @@ def test_nothing_but_the_first_heads_is_set(random, copying):
     np.testing.assert_array_equal(before[output][0, 1:], after[output][0, 1:])
     query = "cca.attention.query"  # [P, D, H, head_dim]
     np.testing.assert_array_equal(before[query][:, :, 1:], after[query][:, :, 1:])
+
+
+def test_a_mesh_begins_with_the_same_values(copying):
+    """Drawn in parts, and split as any other model's afterwards."""
+
+    @jax.jit
+    def make() -> Any:
+        model = Retro(_CONFIG, shardings=MESH_SHARDINGS, rngs=nnx.Rngs(3))
+        begin_with_copying(model)
+        return nnx.state(model)
+
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    with jax.set_mesh(mesh):
+        params = make()
+    assert params.cca.attention.query[...].sharding.spec == P(None, "fsdp", "tensor", None)
+    wanted = named_leaves(nnx.state(copying))
+    for name, value in named_leaves(params).items():
+        np.testing.assert_allclose(value, wanted[name], rtol=1e-5, atol=1e-7, err_msg=name)
 
 
 def test_a_baseline_is_left_alone():

@@ -65,8 +65,8 @@ def _masks(monkeypatch: pytest.MonkeyPatch, config: RetroConfig) -> list[np.ndar
     def loss(params: Any, key: jax.Array) -> list[jax.Array]:
         masks: list[jax.Array] = []
 
-        def record(*args: Any) -> jax.Array:
-            masks.append(draw(*args))
+        def record(*args: Any, **kwargs: Any) -> jax.Array:
+            masks.append(draw(*args, **kwargs))
             return masks[-1]
 
         with monkeypatch.context() as patch:

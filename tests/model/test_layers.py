@@ -1,6 +1,5 @@
-"""Initialisation of the parameters and the plan of a scan over layers."""
+"""Initialisation of the parameters."""
 
-import dataclasses
 import math
 from typing import Any
 
@@ -8,12 +7,8 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from retro_jax.config import PRESETS, RetroConfig
 from retro_jax.model import Retro
-from retro_jax.model.layer_stack import Run, plain_runs, runs_after
 from tests.model.tiny import TINY
 
 
@@ -71,27 +66,3 @@ def test_the_seed_decides(fresh):
     for path, value in fresh.items():
         np.testing.assert_array_equal(again[path], value)
     assert any(np.abs(other[path] - value).max() > 0.01 for path, value in fresh.items())
-
-
-def test_the_plan_of_the_papers_sizes():
-    """The docstring's example: layers 1..5, layer 6 alone, then groups of three."""
-    config = PRESETS["172m"]
-    assert plain_runs(5) == [Run(1, False, 5)]
-    assert runs_after(config, 6) == [Run(3, True, 2)]
-    config = PRESETS["7.5b"]
-    assert runs_after(config, 6) == [Run(3, True, 8), Run(1, False, 2)]
-
-
-@given(st.integers(1, 20), st.sets(st.integers(1, 20), min_size=1))
-@settings(deadline=None)
-def test_every_plan_runs_each_layer_once_and_cca_where_p_says(num_layers, chosen):
-    cca_layers = tuple(sorted(p for p in chosen if p <= num_layers)) or (num_layers,)
-    config: RetroConfig = dataclasses.replace(TINY, num_layers=num_layers, cca_layers=cca_layers)
-    first = cca_layers[0]
-    layer, crossed = first, [first]
-    for run in runs_after(config, first):
-        for _ in range(run.repeats):
-            layer += run.size
-            crossed += [layer] if run.cca else []
-    assert layer == num_layers
-    assert tuple(crossed) == cca_layers

@@ -126,14 +126,16 @@ def test_every_strategy_splits_parameters_into_as_many_parts(mesh_config, matric
         assert parts == wanted, name
 
 
-def losses_and_gradient(model: Retro, batch: Any) -> tuple[np.ndarray, Any]:
-    """Token losses, and the gradient of their sum."""
+def losses_and_gradient(
+    model: Retro, batch: Any, key: jax.Array | None = None
+) -> tuple[np.ndarray, Any]:
+    """Token losses, with dropout if there is a key, and the gradient of their sum."""
     graph, params = nnx.split(model)
 
     @jax.jit
     def compute(params: Any, batch: Any) -> Any:
         def loss(params: Any) -> tuple[jax.Array, jax.Array]:
-            losses = nnx.merge(graph, params).token_losses(batch)
+            losses = nnx.merge(graph, params).token_losses(batch, key)
             return losses.sum(), losses
 
         return jax.grad(loss, has_aux=True)(params)
@@ -186,6 +188,43 @@ def test_eight_devices_compute_what_one_does(mesh_config):
     for name, leaf in named.items():
         assert leaf.sharding.is_equivalent_to(places[name], leaf.ndim), name
         assert_close(np.asarray(leaf), wanted[name])
+
+
+def test_each_device_draws_its_part_of_parameters_and_masks(monkeypatch):
+    """The values of one device, and no draw whose result is not split by then."""
+    config = dataclasses.replace(CONFIG, dropout=0.25, tie_embeddings=False)
+    mesh, key = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), jax.random.key(3)
+    wanted = nnx.state(Retro(config, rngs=nnx.Rngs(5)))
+    model = nnx.merge(abstract_parameters(lambda: Retro(config, rngs=nnx.Rngs(5)))[0], wanted)
+    wanted_losses, _ = losses_and_gradient(model, example(), key)
+
+    split: list[bool] = []
+    for name in ("normal", "bernoulli"):
+        draw = getattr(jax.random, name)
+
+        def record(*args: Any, draw: Any = draw, **kwargs: Any) -> jax.Array:
+            value = draw(*args, **kwargs)
+            split.append(any(axis is not None for axis in jax.typeof(value).sharding.spec))
+            return value
+
+        monkeypatch.setattr(jax.random, name, record)
+
+    @jax.jit
+    def make() -> Any:
+        return nnx.state(Retro(config, shardings=MESH_SHARDINGS, rngs=nnx.Rngs(5)))
+
+    graph, _ = abstract_parameters(
+        lambda: Retro(config, shardings=MESH_SHARDINGS, rngs=nnx.Rngs(5))
+    )
+    split.clear()
+    with jax.set_mesh(mesh):
+        params = make()
+        batch = jax.device_put(example(), batch_sharding(mesh))
+        losses, _ = losses_and_gradient(nnx.merge(graph, params), batch, key)
+    assert split and all(split)
+    for name, value in named_leaves(params).items():
+        np.testing.assert_allclose(value, named_leaves(wanted)[name], rtol=1e-6, err_msg=name)
+    assert_close(np.asarray(losses), np.asarray(wanted_losses))
 
 
 def test_the_vocabulary_is_split_in_embedding_and_loss():

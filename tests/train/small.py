@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from retro_jax.batch import RetroBatch
-from retro_jax.sharding import MeshConfig, batch_sharding, make_mesh
+from retro_jax.parameters import parameter
+from retro_jax.sharding import FSDP, TENSOR, MeshConfig, batch_sharding, make_mesh
 from retro_jax.train.checkpoint import Checkpoints
 from retro_jax.train.optimizer import OptimizerConfig, Trainable, make_optimizer
 from retro_jax.train.step import (
@@ -31,16 +33,16 @@ _OPTIMIZER = OptimizerConfig(max_learning_rate=0.01, warmup_steps=2)
 class Bigram(nnx.Module):
     """Predicts the next token from this one and the mean of the chunk's neighbours.
 
-    Its parameters are named as the model's are: a table, a stack of matrices, a stacked scale and a
-    stacked bias.
+    Its parameters are split and decay as the model's: a table, a stack of matrices, a stacked scale
+    and a stacked bias.
     """
 
     def __init__(self, rngs: nnx.Rngs, dropout: float = 0.0):
         normal = functools.partial(jax.random.normal, dtype=jnp.float32)
-        self.table = nnx.Param(normal(rngs.params(), (VOCABULARY, WIDTH)))
-        self.widen = nnx.Param(0.3 * normal(rngs.params(), (2, WIDTH, WIDTH)))
-        self.scale = nnx.Param(jnp.ones((2, WIDTH)))
-        self.content_bias = nnx.Param(jnp.zeros((2, 2, WIDTH // 2)))
+        self.table = parameter(normal(rngs.params(), (VOCABULARY, WIDTH)), P(TENSOR, FSDP))
+        self.widen = parameter(0.3 * normal(rngs.params(), (2, WIDTH, WIDTH)), P(FSDP, TENSOR))
+        self.scale = parameter(jnp.ones((2, WIDTH)), P(None), decays=False)
+        self.content_bias = parameter(jnp.zeros((2, 2, WIDTH // 2)), P(TENSOR, None), decays=False)
         self.dropout = dropout
 
     def token_losses(self, batch: RetroBatch, dropout_key: jax.Array | None = None) -> jax.Array:
@@ -68,7 +70,7 @@ def _gather(parameter: nnx.Param) -> jax.Array:
     """The whole parameter on every device; nothing to do where there is no mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return parameter[...]
-    return jax.sharding.reshard(parameter[...], PartitionSpec())
+    return jax.sharding.reshard(parameter[...], P())
 
 
 def _embed(tokens: jax.Array, table: jax.Array) -> jax.Array:

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from retro_jax.config import RetroConfig
 from retro_jax.errors import UserError
 from retro_jax.model import Retro
-from retro_jax.train.optimizer import OptimizerConfig, decays, learning_rate, make_optimizer
+from retro_jax.parameters import parameter
+from retro_jax.train.optimizer import OptimizerConfig, decay_mask, learning_rate, make_optimizer
 from retro_jax.train.parameter_names import map_named, named_leaves
 
 _CONFIG = OptimizerConfig(max_learning_rate=2e-4, warmup_steps=750)
@@ -78,7 +80,7 @@ def _tiny_params(**overrides):
 
 def test_weight_decay_spares_scales_and_biases_of_stacked_layers():
     params = _tiny_params(tie_embeddings=False)
-    decayed = {name for name, acts in named_leaves(decays(params)).items() if acts}
+    decayed = {name for name, acts in named_leaves(decay_mask(params)).items() if acts}
     spared = set(named_leaves(params)) - decayed
 
     def last(names):
@@ -95,12 +97,16 @@ def test_weight_decay_spares_scales_and_biases_of_stacked_layers():
 
 def test_decay_is_decoupled_and_times_the_learning_rate():
     config = OptimizerConfig(warmup_steps=0, weight_decay=0.1, max_learning_rate=1e-2)
-    params = {"table": jnp.full((2, 2), 3.0), "scale": jnp.full((2, 2), 3.0)}
+    three = jnp.full((2, 2), 3.0)
+    params = {
+        "table": parameter(three, P(None, None)),
+        "scale": parameter(three, P(None), decays=False),
+    }
     optimizer = make_optimizer(config, 10)
     zero = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zero, optimizer.init(params), params)
-    np.testing.assert_allclose(updates["table"], -1e-2 * 0.1 * 3.0, rtol=1e-6)
-    np.testing.assert_array_equal(updates["scale"], 0.0)
+    np.testing.assert_allclose(updates["table"][...], -1e-2 * 0.1 * 3.0, rtol=1e-6)
+    np.testing.assert_array_equal(updates["scale"][...], 0.0)
 
 
 def test_gradients_are_clipped_by_their_global_norm():

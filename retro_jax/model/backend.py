@@ -1,7 +1,10 @@
-"""Products of activations with a weight or with each other, whose backward pass suits the backend.
+"""What the backends need to be fast: products, barriers, constants, compile options.
 
-XLA's CPU backend multiplies fast only where the left operand's contracted axis is its last one and
-the right operand's its first; else it transposes an operand inside of a loop of its own, or takes
+Every tuning for one backend is here, so that the model reads as its mathematics. XLA's CPU backend
+is the one that needs help; the others choose layouts and loops by themselves, and are left to it.
+
+Products. The CPU backend multiplies fast only where the left operand's contracted axis is its last one
+and the right operand's its first; else it transposes an operand inside of a loop of its own, or takes
 a product half as fast. Left to itself, JAX makes a weight's gradient as cotangent^T x, with the
 wider of the two on the left. Here the narrower one is transposed, by a plain copy:
 
@@ -9,13 +12,15 @@ wider of the two on the left. Here the narrower one is transposed, by a plain co
                                                D > F:    dw = (dy^T x)^T
 
 and so are the queries in the gradient of attention's keys [S, H], of whose logits [T, S] JAX would
-transpose the cotangent. Elsewhere the backend chooses layouts by itself, and products are left to JAX.
+transpose the cotangent.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from retro_jax.sharding import target_platform
@@ -34,22 +39,41 @@ def product(
     Returns:
       [B, ..., *O] in the operands' dtype.
     """
-    if target_platform() != "cpu":
-        return _product(x, weight, contracted, out_sharding)
-    return _cpu_product(x, weight, contracted, out_sharding)
+    multiply = _cpu_product if target_platform() == "cpu" else _product
+    return multiply(x, weight, contracted, out_sharding)
 
 
-def scores(query: jax.Array, key: jax.Array) -> jax.Array:
-    """Every query times every key: [..., T, H, d] and [..., S, H, d] -> [..., H, T, S] float32."""
-    return (_cpu_scores if target_platform() == "cpu" else _scores)(query, key)
+def scores(query_IxTxHxW: jax.Array, key_IxSxHxW: jax.Array) -> jax.Array:
+    """Every query times every key: [*I, H, T, S] float32."""
+    multiply = _cpu_scores if target_platform() == "cpu" else _scores
+    return multiply(query_IxTxHxW, key_IxSxHxW)
 
 
 def settled(x: jax.Array) -> jax.Array:
-    """On a CPU an array that stands in memory as it is written here; elsewhere x itself.
+    """On a CPU an array that is written to memory; elsewhere x itself.
 
-    What makes it and what reads it are not merged into one loop.
+    The operations before and after it are not merged into one loop. Some such loops are slow, and one
+    was never compiled: CCA's two conditions on documents inside a softmax, with one row a device
+    (LLVM, jax 0.10.2).
     """
     return jax.lax.optimization_barrier(x) if target_platform() == "cpu" else x
+
+
+def constants() -> Any:
+    """The module, of NumPy's functions, that makes arrays which depend on no input.
+
+    On a CPU NumPy itself: XLA would make the sines of rotary positions anew for every row and head.
+    """
+    return np if target_platform() == "cpu" else jnp
+
+
+def options_for_one_use(platform: str) -> dict[str, Any] | None:
+    """Compiler options of a program that runs once, such as the draws of initial values.
+
+    On a CPU LLVM's last level takes 3.4 times longer to compile them (18 s for a small RETRO) and
+    gives the same bits.
+    """
+    return {"xla_backend_optimization_level": 1} if platform == "cpu" else None
 
 
 def _product(x: jax.Array, weight: jax.Array, contracted: int, out_sharding: P | None) -> jax.Array:
@@ -103,7 +127,7 @@ def _over_rows(left: jax.Array, right: jax.Array, rows: int, spec: P | None) -> 
 
 
 def _spec(x: jax.Array) -> P | None:
-    """How an array lies on the mesh, if there is one."""
+    """An array's PartitionSpec, if there is a mesh."""
     sharding = jax.typeof(x).sharding
     return None if sharding.mesh.empty else sharding.spec
 
@@ -111,29 +135,31 @@ def _spec(x: jax.Array) -> P | None:
 _cpu_product.defvjp(_forward, _backward)
 
 
-def _scores(query: jax.Array, key: jax.Array) -> jax.Array:
+def _scores(query_IxTxHxW: jax.Array, key_IxSxHxW: jax.Array) -> jax.Array:
     """The scores as JAX would make them."""
-    return jnp.einsum("...thd,...shd->...hts", query, key, preferred_element_type=jnp.float32)
+    return jnp.einsum(
+        "...thw,...shw->...hts", query_IxTxHxW, key_IxSxHxW, preferred_element_type=jnp.float32
+    )
 
 
 _cpu_scores = jax.custom_vjp(_scores)
 
 
 def _scores_forward(
-    query: jax.Array, key: jax.Array
+    query_IxTxHxW: jax.Array, key_IxSxHxW: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """The scores, and what their gradients need."""
-    return _scores(query, key), (query, key)
+    return _scores(query_IxTxHxW, key_IxSxHxW), (query_IxTxHxW, key_IxSxHxW)
 
 
 def _scores_backward(
-    saved: tuple[jax.Array, jax.Array], cotangent: jax.Array
+    saved: tuple[jax.Array, jax.Array], cotangent_IxHxTxS: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The gradients by the queries and by the keys."""
-    query, key = saved
-    dquery = jnp.einsum("...hts,...shd->...thd", cotangent, key)
-    dkey = jnp.einsum("...thd,...hts->...shd", query, cotangent)
-    return dquery.astype(query.dtype), dkey.astype(key.dtype)
+    query_IxTxHxW, key_IxSxHxW = saved
+    dquery = jnp.einsum("...hts,...shw->...thw", cotangent_IxHxTxS, key_IxSxHxW)
+    dkey = jnp.einsum("...thw,...hts->...shw", query_IxTxHxW, cotangent_IxHxTxS)
+    return dquery.astype(query_IxTxHxW.dtype), dkey.astype(key_IxSxHxW.dtype)
 
 
 _cpu_scores.defvjp(_scores_forward, _scores_backward)

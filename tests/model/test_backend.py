@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from retro_jax.model import matmul
+from retro_jax.model import backend
 from tests.model.tiny import assert_close
 
 # shape of x, shape of the weight, contracted axes: wider, narrower, several parts, heads
@@ -23,11 +23,11 @@ def test_value_and_gradients_are_the_plain_products(
     monkeypatch, platform, x_shape, weight_shape, contracted
 ):
     """Against NumPy's tensordot in float64, for every platform's way."""
-    monkeypatch.setattr(matmul, "target_platform", lambda: platform)
+    monkeypatch.setattr(backend, "target_platform", lambda: platform)
     rng = np.random.default_rng(0)
     x, weight = rng.normal(size=x_shape), rng.normal(size=weight_shape)
     y, vjp = jax.vjp(
-        lambda x, w: matmul.product(x, w, contracted=contracted),
+        lambda x, w: backend.product(x, w, contracted=contracted),
         x.astype(np.float32),
         weight.astype(np.float32),
     )
@@ -45,10 +45,10 @@ def test_value_and_gradients_are_the_plain_products(
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_scores_and_their_gradients_are_those_of_every_pair(monkeypatch, platform):
     """Against NumPy's einsum in float64: 2 leading axes, 5 queries, 7 keys, 2 heads of 4."""
-    monkeypatch.setattr(matmul, "target_platform", lambda: platform)
+    monkeypatch.setattr(backend, "target_platform", lambda: platform)
     rng = np.random.default_rng(0)
     query, key = rng.normal(size=(2, 3, 5, 2, 4)), rng.normal(size=(2, 3, 7, 2, 4))
-    scores, vjp = jax.vjp(matmul.scores, query.astype("f4"), key.astype("f4"))
+    scores, vjp = jax.vjp(backend.scores, query.astype("f4"), key.astype("f4"))
     assert_close(np.asarray(scores), np.einsum("abthd,abshd->abhts", query, key))
     dscores = rng.normal(size=scores.shape)
     dquery, dkey = vjp(dscores.astype("f4"))
@@ -59,7 +59,7 @@ def test_scores_and_their_gradients_are_those_of_every_pair(monkeypatch, platfor
 def test_scores_are_float32_and_their_gradients_are_not():
     """In bfloat16 as in float32, whatever takes the product."""
     query, key = (jax.numpy.ones((1, n, 1, 4), "bfloat16") for n in (2, 3))
-    scores, vjp = jax.vjp(matmul.scores, query, key)
+    scores, vjp = jax.vjp(backend.scores, query, key)
     assert scores.dtype == "float32"
     assert [gradient.dtype for gradient in vjp(scores)] == ["bfloat16", "bfloat16"]
 
@@ -68,8 +68,8 @@ def test_only_a_cpu_is_told_how_arrays_lie(monkeypatch):
     """The barriers that keep copies apart are in no other platform's program."""
 
     def program(platform: str) -> str:
-        monkeypatch.setattr(matmul, "target_platform", lambda: platform)
-        gradient = jax.grad(lambda w, x: matmul.product(x, w).sum())
+        monkeypatch.setattr(backend, "target_platform", lambda: platform)
+        gradient = jax.grad(lambda w, x: backend.product(x, w).sum())
         return str(jax.make_jaxpr(gradient)(np.ones((4, 6), "f4"), np.ones((3, 4), "f4")))
 
     assert "optimization_barrier" in program("cpu")
