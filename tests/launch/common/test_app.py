@@ -1,4 +1,4 @@
-"""launch/app.py: what the user sees of flags, help and errors."""
+"""launch/common/app.py: what the user sees of flags, help and errors."""
 
 import errno
 import os
@@ -106,7 +106,9 @@ def test_help_is_the_docstring_and_few_flags(capsys):
 
 
 def test_warnings_are_lines_and_absl_is_quiet():
-    program = "import logging\nfrom absl import logging as absl_logging\nfrom launch import app\n"
+    program = (
+        "import logging\nfrom absl import logging as absl_logging\nfrom launch.common import app\n"
+    )
     program += (
         "def main(): logging.warning('look here'); absl_logging.error('noise')\napp.run(main)"
     )
@@ -117,7 +119,7 @@ def test_warnings_are_lines_and_absl_is_quiet():
 
 
 def test_a_program_exits_with_the_status():
-    program = "from launch import app\nfrom retro_jax.errors import UserError\n"
+    program = "from launch.common import app\nfrom retro_jax.errors import UserError\n"
     program += "def main(): raise UserError('bad thing')\napp.run(main)"
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     command = [sys.executable, "-c", program]
