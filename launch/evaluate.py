@@ -35,7 +35,19 @@ from data_pipelines.evaluation.prepare_text import prepare_slice
 from data_pipelines.evaluation.splits import open_split, places_of
 from data_pipelines.evaluation.texts import SliceConfig, evaluation_text
 from launch.common import app, configurables
-from launch.common.flags import AVERAGED, DATA, NUM_NEIGHBOURS, RETRIEVAL, SPLIT, data_directory
+from launch.common.flags import (
+    AVERAGED,
+    COORDINATOR_ADDRESS,
+    DATA,
+    NUM_NEIGHBOURS,
+    NUM_PROCESSES,
+    PEER_TIMEOUT,
+    PROCESS_ID,
+    RETRIEVAL,
+    SPLIT,
+    data_directory,
+    join_processes,
+)
 from launch.evaluation.conditions import (
     KINDS,
     Condition,
@@ -47,7 +59,6 @@ from launch.evaluation.results import Work, evaluate
 from launch.evaluation.scores import keep_scores
 from launch.evaluation.settings import EvaluationSettings, KnnSettings
 from launch.evaluation.slices import wanted_slices
-from launch.processes import COORDINATOR_ADDRESS, NUM_PROCESSES, PEER_TIMEOUT, PROCESS_ID, join
 from launch.runs import trained_run
 from retro_jax.distributed import processes
 from retro_jax.errors import UserError
@@ -129,7 +140,12 @@ def main() -> None:
     workdir = pathlib.Path(app.required(app.WORKDIR, "the directory of a run"))
     data = data_directory(DATA.value or workdir)
     trained_run.refuse_gin_file()
-    join()
+    join_processes(
+        COORDINATOR_ADDRESS.value,
+        NUM_PROCESSES.value,
+        PROCESS_ID.value,
+        peer_timeout=PEER_TIMEOUT.value,
+    )
     settings = _settings()
     conditions = processes.together(lambda: _checked_conditions(workdir, data, settings))
     scorer = Scorer()

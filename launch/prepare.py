@@ -36,9 +36,9 @@ from data_pipelines.workdir.preparation import Preparation, materialise
 from data_pipelines.workdir.settings_file import SETTINGS_FILE
 from data_pipelines.workdir.stages import chosen_stages, only_one
 from launch.common import app, configurables
-from launch.runs import record
 from retro_jax.errors import UserError
 from retro_jax.report.tables import as_text
+from retro_jax.train import record
 
 STAGES = flags.DEFINE_list("stages", None, "Only these stages, in their own order. Default: all.")
 SKIP_BAD = flags.DEFINE_bool(
