@@ -1,7 +1,7 @@
 """What has to be run, and where, to train on TPU VMs, on GKE or on a Slurm cluster: pure functions.
 
 A plan is a list of commands for the machine of whoever launches, each with what goes to its standard
-input. The trainer finds the other hosts by itself (launch/processes.py). It ends with status 75 when
+input. The trainer finds the other hosts by itself (retro_jax/distributed/join.py). It ends with status 75 when
 it was asked to stop and has saved, and with 76 when it lost another host: both mean "start it again".
 """
 

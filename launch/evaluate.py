@@ -34,7 +34,19 @@ from data_pipelines.evaluation.prepare_text import prepare_slice
 from data_pipelines.evaluation.splits import open_split, places_of
 from data_pipelines.evaluation.texts import SliceConfig
 from launch.common import app, configurables
-from launch.common.flags import AVERAGED, DATA, NUM_NEIGHBOURS, RETRIEVAL, SPLIT, data_directory
+from launch.common.flags import (
+    AVERAGED,
+    COORDINATOR_ADDRESS,
+    DATA,
+    NUM_NEIGHBOURS,
+    NUM_PROCESSES,
+    PEER_TIMEOUT,
+    PROCESS_ID,
+    RETRIEVAL,
+    SPLIT,
+    data_directory,
+    join_processes,
+)
 from launch.evaluation.conditions import (
     KINDS,
     Condition,
@@ -45,7 +57,6 @@ from launch.evaluation.conditions import (
 from launch.evaluation.figures import Scored, with_intervals, write_overlap
 from launch.evaluation.knn import KNN
 from launch.evaluation.results import Work, evaluate
-from launch.processes import join
 from launch.runs import trained_run
 from launch.slices import wanted_slices
 from launch.windows import overlaps, windows_of
@@ -65,7 +76,6 @@ HELP_ALSO = (
     "launch.evaluation.knn",
     "launch.slices",
     "launch.windows",
-    "launch.processes",
 )
 
 FOLDER = "evaluation"
@@ -77,7 +87,12 @@ def main() -> None:
     workdir = pathlib.Path(app.required(app.WORKDIR, "the directory of a run"))
     data = data_directory(DATA.value or workdir)
     trained_run.refuse_gin_file()
-    join()
+    join_processes(
+        COORDINATOR_ADDRESS.value,
+        NUM_PROCESSES.value,
+        PROCESS_ID.value,
+        peer_timeout=PEER_TIMEOUT.value,
+    )
     conditions = processes.together(lambda: _checked_conditions(workdir, data))
     scorer = Scorer()
     with processes.noticing_loss():

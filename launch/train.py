@@ -39,8 +39,14 @@ from data_pipelines.batches.batches import BatchConfig, Batches
 from data_pipelines.chunk_database.database import CHUNK_LENGTH
 from launch.autopsy import Autopsy
 from launch.common import app, configurables
-from launch.common.flags import DATA
-from launch.processes import join
+from launch.common.flags import (
+    COORDINATOR_ADDRESS,
+    DATA,
+    NUM_PROCESSES,
+    PEER_TIMEOUT,
+    PROCESS_ID,
+    join_processes,
+)
 from launch.runs import mirror, record, replay
 from launch.runs.training_data import Data, find_data
 from retro_jax.batch import RetroBatch
@@ -76,7 +82,6 @@ BASELINE = flags.DEFINE_bool(
 )
 
 HELP_ALSO = (
-    "launch.processes",
     "launch.runs.replay",
     "launch.runs.training_data",
     "launch.runs.mirror",
@@ -128,7 +133,12 @@ class Plan:
 def main() -> None:
     """Trains, or says that there is nothing left to train."""
     directory = pathlib.Path(app.required(app.WORKDIR, "the directory of the run"))
-    join()
+    join_processes(
+        COORDINATOR_ADDRESS.value,
+        NUM_PROCESSES.value,
+        PROCESS_ID.value,
+        peer_timeout=PEER_TIMEOUT.value,
+    )
     begun = directory / (BASELINE_RUN if BASELINE.value else RETRO_RUN)
     if told := processes.from_first(lambda: mirror.fetch(begun)):
         _say(told)

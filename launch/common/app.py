@@ -1,6 +1,6 @@
 """Runs an entry point: flags, help, and errors of the user's told in one line.
 
-    from launch import app
+    from launch.common import app
     ...
     if __name__ == "__main__":
         app.run(main)

@@ -1,8 +1,12 @@
 """Flags that more than one entry point has: absl defines a flag once a process."""
 
 import pathlib
+import re
 
 from absl import flags
+
+from launch.common import app
+from retro_jax.distributed import join, processes
 
 DATA = flags.DEFINE_string("data", None, "Directory of the prepared data. Default: --workdir.")
 SPLIT = flags.DEFINE_string("split", "test", "Which split of the documents.")
@@ -24,6 +28,54 @@ MAX_TOKENS = flags.DEFINE_integer(
 AVERAGED = flags.DEFINE_bool(
     "averaged", False, "Use the moving average of the parameters (TrainConfig.average_decay)."
 )
+COORDINATOR_ADDRESS = flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0, where several processes train together."
+)
+NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "How many processes train together.", lower_bound=1
+)
+PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Which of them this one is, from 0.", lower_bound=0
+)
+PEER_TIMEOUT = flags.DEFINE_integer(
+    "peer_timeout",
+    100,
+    "Seconds without a sign of life after which another process counts as lost.",
+    lower_bound=1,
+)
+
+
+def join_processes(
+    address: str | None, count: int | None, index: int | None, *, peer_timeout: int
+) -> None:
+    """Joins the other processes of this run, where there are any. Before any other use of JAX.
+
+    Args:
+      address, count, index: values of the three flags; all None to find the place in the
+        environment. peer_timeout: that of --peer_timeout.
+
+    Raises:
+      flags.Error: only a part of the three flags was given, or they do not fit together.
+      UserError: the environment contradicts itself, or the others cannot be reached.
+    """
+    join.join(_place(address, count, index), peer_timeout=peer_timeout)
+    app.name_process(processes.name())
+
+
+def _place(address: str | None, count: int | None, index: int | None) -> join.Place | None:
+    """The place that the three flags give; None where they give none, or one process."""
+    given = {COORDINATOR_ADDRESS.name: address, NUM_PROCESSES.name: count, PROCESS_ID.name: index}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return None
+    if address is None or count is None or index is None:
+        names = ", --".join(given)
+        raise flags.Error(f"--{missing[0]} is missing: expected all of --{names}")
+    if not re.fullmatch(r".+:\d+", address):
+        raise flags.Error(f"--coordinator_address={address}: expected HOST:PORT of process 0")
+    if index >= count:
+        raise flags.Error(f"--process_id={index}: expected less than --num_processes={count}")
+    return join.Place(address, count, index) if count > 1 else None
 
 
 def data_directory(place: str | pathlib.Path) -> pathlib.Path:

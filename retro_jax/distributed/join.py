@@ -1,9 +1,22 @@
-"""Where a process of a run is: the address of the first one, how many there are, which this is."""
+"""Joins the processes of one run. Where they are is found in this order:
+
+    the caller    a Place, as launch's flags give it
+    TPU on GKE    TPU_WORKER_HOSTNAMES and TPU_WORKER_ID; MEGASCALE_* for several slices
+    Slurm         the variables of a step that srun started
+    Kubernetes    JAX_COORDINATOR_ADDRESS, NNODES and the job's index, as launch.cluster and xpk set them
+    TPU VMs       the metadata server, asked by JAX
+
+and where none of them is there, this process trains alone.
+"""
 
 import dataclasses
+import functools
+import os
 import pathlib
 import re
 from collections.abc import Mapping
+
+import jax
 
 from retro_jax.errors import UserError
 
@@ -27,6 +40,50 @@ class Place:
     index: int
     devices: tuple[int, ...] | None = None
     source: str = "flags"
+
+
+def join(place: Place | None = None, *, peer_timeout: int = 100) -> None:
+    """Joins the other processes of this run, where there are any. Before any other use of JAX.
+
+    Args:
+      place: of this process; None to find it in the environment.
+      peer_timeout: seconds without a sign of life after which another process counts as lost.
+
+    Raises:
+      UserError: the environment contradicts itself, or the others cannot be reached.
+    """
+    if jax.distributed.is_initialized():
+        return
+    place = place or find_place(os.environ)
+    if place is None and not is_tpu_machine(os.environ):
+        return
+    initialize = functools.partial(
+        jax.distributed.initialize,
+        heartbeat_timeout_seconds=peer_timeout,
+        shutdown_timeout_seconds=60,
+    )
+    try:
+        if place is None:
+            initialize()
+        else:
+            initialize(
+                place.coordinator,
+                place.count,
+                place.index,
+                local_device_ids=place.devices,
+                cluster_detection_method="deactivate",
+            )
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        where = (
+            "the TPU's metadata server says"
+            if place is None
+            else f"process {place.index} of {place.count}, coordinator {place.coordinator} ({place.source})"
+        )
+        raise UserError(
+            f"{where}: cannot join the other processes ({reason}); expected all of them to start "
+            "within five minutes with the same coordinator"
+        ) from error
 
 
 def find_place(environment: Mapping[str, str]) -> Place | None:

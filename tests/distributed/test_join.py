@@ -1,9 +1,8 @@
-"""launch/processes.py: where a process stands, by flags and by its environment."""
+"""Where a process of a run is: by flags and by its environment."""
 
 import pytest
 
-from launch import processes
-from launch.common import app
+from launch.common import app, flags
 from retro_jax.distributed import join
 from retro_jax.errors import UserError
 
@@ -96,8 +95,14 @@ def test_an_environment_that_contradicts_itself_is_refused(environment, message)
     assert message in str(error.value)
 
 
+def _join() -> None:
+    """Joins by flags, as a command does."""
+    three = (flags.COORDINATOR_ADDRESS, flags.NUM_PROCESSES, flags.PROCESS_ID)
+    flags.join_processes(*(flag.value for flag in three), peer_timeout=flags.PEER_TIMEOUT.value)
+
+
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("given", "message"),
     [
         (["--process_id=0"], "--coordinator_address is missing: expected all of"),
         (
@@ -110,11 +115,11 @@ def test_an_environment_that_contradicts_itself_is_refused(environment, message)
         ),
     ],
 )
-def test_flags_that_do_not_fit_are_one_line(flags, message, capsys):
-    assert app.execute(lambda: processes.join(), ["program", *flags]) == 2
+def test_flags_that_do_not_fit_are_one_line(given, message, capsys):
+    assert app.execute(_join, ["program", *given]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_a_single_process_joins_nothing():
     one = ["--coordinator_address=nowhere:1", "--num_processes=1", "--process_id=0"]
-    assert app.execute(lambda: processes.join(), ["program", *one]) == 0
+    assert app.execute(_join, ["program", *one]) == 0
