@@ -43,9 +43,9 @@ from data_pipelines.retriever.retriever import Retriever
 from data_pipelines.workdir import leakage_report, summary, update, verify
 from data_pipelines.workdir.preparation import Preparation, materialise, open_keys, prepare_table
 from launch.common import app, configurables
-from launch.runs import record
 from retro_jax.errors import UserError
 from retro_jax.storage import files
+from retro_jax.train import record
 
 STAGES = flags.DEFINE_list("stages", None, "Only these stages, in their own order. Default: all.")
 SKIP_BAD = flags.DEFINE_bool(

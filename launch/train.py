@@ -36,6 +36,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from data_pipelines.batches.batches import BatchConfig, Batches
+from data_pipelines.batches.training_data import TrainingData
 from data_pipelines.chunk_database.database import CHUNK_LENGTH
 from launch.autopsy import Autopsy
 from launch.common import app, configurables
@@ -47,8 +48,8 @@ from launch.common.flags import (
     PROCESS_ID,
     join_processes,
 )
-from launch.runs import mirror, record, replay
-from launch.runs.training_data import Data, find_data
+from launch.runs import mirror, replay
+from launch.runs.training_data import find_data
 from retro_jax.batch import RetroBatch
 from retro_jax.config import ExecutionConfig, RetroConfig
 from retro_jax.distributed import processes
@@ -65,7 +66,7 @@ from retro_jax.sharding import (
     check_mesh,
     make_mesh,
 )
-from retro_jax.train import loop, step
+from retro_jax.train import loop, record, step
 from retro_jax.train.bad_batches import BadBatches
 from retro_jax.train.checkpoint import CHECKPOINTS, Checkpoints, find_damage, latest_step
 from retro_jax.train.curves import Observer, Watched
@@ -80,11 +81,14 @@ from retro_jax.train.watchdog import Watchdog
 BASELINE = flags.DEFINE_bool(
     "baseline", False, "Train the transformer of equal decoder, without retrieval, in W/baseline."
 )
-
-HELP_ALSO = (
-    "launch.runs.replay",
-    "launch.runs.training_data",
-    "launch.runs.mirror",
+MIRROR = flags.DEFINE_string(
+    "mirror", None, "Place in a bucket that the run's directory is copied to, as in gs://B/runs/W."
+)
+REPLAY = flags.DEFINE_string(
+    "replay", None, "A workdir, or a run in it, to make again from what it recorded."
+)
+STAGE_TO = flags.DEFINE_string(
+    "stage_to", None, "Directory on this host's own disk, for copies of --data in a bucket."
 )
 PROFILE_STEPS = flags.DEFINE_string(
     "profile_steps", None, "Trace these steps, as in 100:102, into the run's folder `profile`."
@@ -140,18 +144,18 @@ def main() -> None:
         peer_timeout=PEER_TIMEOUT.value,
     )
     begun = directory / (BASELINE_RUN if BASELINE.value else RETRO_RUN)
-    if told := processes.from_first(lambda: mirror.fetch(begun)):
+    if told := processes.from_first(lambda: mirror.fetch(begun, MIRROR.value)):
         _say(told)
     prepared = processes.together(lambda: prepare(directory))
     if prepared is None:
         return
     data, plan, run, recorded = prepared
     steps = plan.settings.training.steps
-    if processes.from_first(lambda: _claim(run, data, steps)):
+    if processes.from_first(lambda: _claim(run, data, plan.settings)):
         _say(f"{run}: trained already, {steps} steps")
     else:
         stop = loop.StopRequest()
-        with stop.listening(), mirror.following(run):
+        with stop.listening(), mirror.following(run, MIRROR.value):
             last = train(run, plan, data.batches, stop)
         if last < steps:
             message = f"{run}: stopped and saved at step {last} of {steps}; run it again to go on"
@@ -164,7 +168,7 @@ def main() -> None:
 
 def prepare(
     directory: pathlib.Path,
-) -> tuple[Data, Plan, pathlib.Path, pathlib.Path | None] | None:
+) -> tuple[TrainingData, Plan, pathlib.Path, pathlib.Path | None] | None:
     """Reads the settings and opens the data; writes nothing. None after --print_config.
 
     Args:
@@ -176,10 +180,11 @@ def prepare(
     Raises:
       UserError: a setting or an artefact is wrong.
     """
-    recorded = replay.find_run(BASELINE_RUN, RETRO_RUN, BASELINE.value)
-    run = directory / (BASELINE_RUN if BASELINE.value else RETRO_RUN)
-    source = DATA.value or str(directory)
-    if recorded is not None:
+    name = BASELINE_RUN if BASELINE.value else RETRO_RUN
+    run, source, recorded = directory / name, DATA.value or str(directory), None
+    if REPLAY.value is not None:
+        given = configurables.GIN_FILE.value
+        recorded = replay.find_run(REPLAY.value, name, workdir=str(directory), gin_file=given)
         configurables.load(str(recorded / record.CONFIG_FILE), configurables.GIN_BINDINGS.value)
         source, run = DATA.value or replay.data_place(recorded), directory / recorded.name
     else:
@@ -188,13 +193,14 @@ def prepare(
         configurables.override("RetroConfig.cca_layers", ())
         configurables.override("BatchConfig.neighbours", 0)
         configurables.override("TrainConfig.neighbour_dropout", 0.0)
-    data = find_data(source, recorded or run)
+    data = find_data(source, recorded or run, disk=STAGE_TO.value)
     settings = make_settings(data)
     if configurables.PRINT_CONFIG.value:
         _say(configurables.operative_config(), end="")
         return None
     if recorded is not None:
-        replay.check(recorded, data.parents, FREE)
+        settled = configurables.operative_config()
+        replay.check(recorded, settled, parents=data.parents, free=FREE)
     if PROFILE_STEPS.value is not None:
         _check_profile(PROFILE_STEPS.value, run, settings.training.steps)
     return data, make_plan(settings, data), run, recorded
@@ -210,17 +216,20 @@ def _check_profile(steps: str, run: pathlib.Path, end: int) -> None:
         _say(f"--profile_steps={steps}: no trace, {run} is at step {reached}", file=sys.stderr)
 
 
-def _claim(run: pathlib.Path, data: Data, steps: int) -> str:
+def _claim(run: pathlib.Path, data: TrainingData, settings: Settings) -> str:
     """Makes the run's directory this run's own; says "done" when it is trained to its end."""
-    reached = latest_step(run / CHECKPOINTS)
+    reached, batch = latest_step(run / CHECKPOINTS), data.batches.config
+    configs = [*(getattr(settings, field.name) for field in dataclasses.fields(settings)), batch]
     record.claim(
         run,
-        configurables.operative_config(),
+        record.settings_text(configs),
         parents=data.parents,
         free=FREE,
+        defaults=record.default_settings(configs),
         begun=reached is not None,
         data=data.source or str(data.directory.absolute()),
     )
+    steps = settings.training.steps
     done = reached == steps and not find_damage(run / CHECKPOINTS / str(steps))
     return "done" if done else ""
 
@@ -231,7 +240,7 @@ def _say(text: str, **options: Any) -> None:
         print(text, **options)
 
 
-def make_settings(data: Data) -> Settings:
+def make_settings(data: TrainingData) -> Settings:
     """Builds the configurations, with the vocabulary of the data where gin leaves it open.
 
     Raises:
@@ -260,7 +269,7 @@ def make_settings(data: Data) -> Settings:
     )
 
 
-def make_plan(settings: Settings, data: Data) -> Plan:
+def make_plan(settings: Settings, data: TrainingData) -> Plan:
     """Everything that can be known, and refused, before anything is written or allocated.
 
     Raises:

@@ -6,7 +6,8 @@ import pathlib
 from data_pipelines.artefacts.manifest import Manifest
 from data_pipelines.artefacts.runner import Runner
 from data_pipelines.batches.batches import BatchConfig
-from data_pipelines.batches.materialised import RETRIEVED, prepare_batches
+from data_pipelines.batches.materialised import prepare_batches
+from data_pipelines.batches.training_data import parents_of
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.chunk_database.tokenizer import TokenizerConfig
 from data_pipelines.documents.documents import DocumentsConfig
@@ -64,18 +65,6 @@ def queries_of(directory: pathlib.Path, split: str, retriever: Retriever) -> Que
         chunks = directory / "chunks" / split
         return retriever.database if split == "train" else ChunkDatabase.open(chunks)
     return retriever.keys if split == "train" else open_keys(directory, split)
-
-
-def parents_of(
-    directory: pathlib.Path, database: ChunkDatabase, table: NeighbourTable | None = None
-) -> dict[str, str]:
-    """The hashes that a training run records of the data it reads."""
-    parents = {"chunks/train": Manifest.read(directory / "chunks" / "train").hash}
-    if database.manifest.revision:
-        parents["database"] = database.manifest.hash
-    if table is not None:
-        parents[RETRIEVED] = table.manifest.hash
-    return parents
 
 
 def materialise(directory: pathlib.Path, config: BatchConfig, steps: int, runner: Runner) -> str:

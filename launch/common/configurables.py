@@ -187,22 +187,6 @@ def operative_config() -> str:
     return "".join(f"{line}\n" for line in bindings)
 
 
-def parse_bindings(text: str) -> dict[str, str]:
-    """The bindings of an operative_config text: {"Class.field": "value"}."""
-    pairs = (line.split(" = ", 1) for line in text.splitlines() if " = " in line)
-    return dict(pairs)
-
-
-def default_of(name: str) -> str | None:
-    """The default of a "Class.field" of TABLE as operative_config writes it; None where it has none."""
-    cls, _, field_name = name.rpartition("/")[2].partition(".")
-    fields = dataclasses.fields(configurable(cls)) if cls in TABLE else ()
-    for field in fields:
-        if field.name == field_name and field.default is not dataclasses.MISSING:
-            return repr(field.default)
-    return None
-
-
 def _nested_error(error: Exception) -> Exception:
     """An error from building a configurable, in one line; others than the user's as they are."""
     message = str(error)

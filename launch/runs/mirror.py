@@ -2,10 +2,10 @@
 
     python -m launch.train ... --mirror=gs://B/runs/W
 
-Checkpoints are written to W as ever. Once one is whole there, the first process copies it, its seal
-last, with the run's other files; what W keeps no longer is removed there too. A run that starts in an
-empty or older W first brings the newest whole checkpoint back. Nothing waits for the copies but the
-end of the run.
+Checkpoints are written to W as usual. Once one is complete there, the first process copies it, its
+seal last, with the run's other files; what W no longer keeps is removed from the bucket too. A run
+that starts in an empty or older W first brings the newest complete checkpoint back. Only the end of
+the run waits for the copies.
 """
 
 import contextlib
@@ -15,27 +15,24 @@ import shutil
 import threading
 from collections.abc import Iterator
 
-from absl import flags
-
 from data_pipelines.artefacts.bucket_copy import Bucket
 from retro_jax.distributed import processes
 from retro_jax.errors import UserError
+from retro_jax.storage import files
 from retro_jax.train.checkpoint import CHECKPOINTS, SEAL, find_damage, latest_step
 
-MIRROR = flags.DEFINE_string(
-    "mirror", None, "Place in a bucket that the run's directory is copied to, as in gs://B/runs/W."
-)
 _SECONDS = 10.0  # between looks at what is new
 _FETCHED = "orbax-checkpoint-tmp-fetched"  # a name that Orbax removes when a copy was cut short
 
 _logger = logging.getLogger(__name__)
 
 
-def fetch(run: pathlib.Path) -> str:
-    """Brings the newest whole checkpoint of a run back, if it is newer than what stands here.
+def fetch(run: pathlib.Path, url: str | None) -> str:
+    """Brings the newest complete checkpoint of a run back, if it is newer than those here.
 
     Args:
       run: the run's directory, whose name it has in the bucket too.
+      url: of the mirror; None for none.
 
     Returns:
       A line about it; empty where nothing was brought.
@@ -43,9 +40,9 @@ def fetch(run: pathlib.Path) -> str:
     Raises:
       UserError: the bucket cannot be read.
     """
-    if MIRROR.value is None:
+    if url is None:
         return ""
-    bucket = Bucket(MIRROR.value)
+    bucket = Bucket(url)
     names = bucket.list(run.name)
     here = latest_step(run / CHECKPOINTS)
     for step in sorted(_sealed(names), reverse=True):
@@ -70,26 +67,29 @@ def fetch(run: pathlib.Path) -> str:
 
 
 @contextlib.contextmanager
-def following(run: pathlib.Path) -> Iterator[None]:
+def following(run: pathlib.Path, url: str | None) -> Iterator[None]:
     """Copies what is new in a run's directory while inside, and all of it at the end.
+
+    Args:
+      run: the run's directory. url: of the mirror; None for none.
 
     Raises:
       UserError: the last copies cannot be written.
     """
-    if MIRROR.value is None or not processes.is_first():
+    if url is None or not processes.is_first():
         yield
         return
-    copies, left = _Copies(run, Bucket(MIRROR.value)), threading.Event()
+    copies, left = _Copies(run, Bucket(url)), threading.Event()
 
     def follow() -> None:
-        told = ""
+        warned = ""
         while not left.wait(_SECONDS):
             try:
                 copies.update()
             except UserError as error:  # perhaps it can be written later
-                if str(error) != told:
+                if str(error) != warned:
                     _logger.warning("%s", error)
-                told = str(error)
+                warned = str(error)
 
     thread = threading.Thread(target=follow, name="mirror", daemon=True)
     thread.start()
@@ -105,11 +105,11 @@ def following(run: pathlib.Path) -> Iterator[None]:
         except UserError as error:
             if not failed:
                 raise
-            _logger.warning("%s", error)  # what ended the run is told as its error
+            _logger.warning("%s", error)  # the error that ended the run is reported
 
 
 class _Copies:
-    """What of a run's directory stands in a bucket."""
+    """The part of a run's directory that a bucket has."""
 
     def __init__(self, run: pathlib.Path, bucket: Bucket) -> None:
         self._run, self._bucket = run, bucket
@@ -130,13 +130,13 @@ class _Copies:
             self._steps.discard(step)
         self._mine = steps & self._steps
         for path in sorted(self._run.glob("*")):
-            if path.is_file() and path.suffix != ".tmp":
+            if path.is_file() and not path.name.startswith(files.TEMPORARY):
                 self._copy_file(path)
 
     def _copy_step(self, path: pathlib.Path) -> None:
         """A checkpoint; its seal, without which it does not count, comes last."""
-        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
-        for file in sorted(files, key=lambda file: file.name == SEAL):
+        found = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        for file in sorted(found, key=lambda file: file.name == SEAL):
             self._put(file)
 
     def _copy_file(self, path: pathlib.Path) -> None:

@@ -1,11 +1,10 @@
-"""Makes a recorded run again from its directory, and says whether it came out the same.
+"""Makes a recorded run again from its directory, and says whether the result is the same.
 
-What the directory holds is enough: config.gin has every setting, parents.json the hashes of the
-data, versions.json where the data was, the code's revision, the packages and the hardware,
-metrics.jsonl the losses to compare with.
+The directory is enough: config.gin has every setting, parents.json the hashes of the data,
+versions.json the data's path, the code's revision, the packages and the hardware, metrics.jsonl the
+losses to compare with.
 """
 
-import json
 import logging
 import pathlib
 from collections.abc import Collection, Mapping
@@ -14,42 +13,34 @@ from typing import Any
 from absl import flags
 
 from data_pipelines.artefacts.manifest import MANIFEST_FILE
-from launch.common import app, configurables
-from launch.runs import record
 from retro_jax.errors import UserError
-from retro_jax.storage import urls
+from retro_jax.storage import files, urls
+from retro_jax.train import record
 from retro_jax.train.curves import METRICS_FILE, read_curve, without_clock
 
-REPLAY = flags.DEFINE_string(
-    "replay", None, "A workdir, or a run in it, to make again from what it recorded."
-)
-_SHOWN = 5  # differences that are told
+_SHOWN = 5  # differences in a message
 
 
-def find_run(baseline: str, retro: str, is_baseline: bool) -> pathlib.Path | None:
-    """The run that --replay names; None without the flag.
+def find_run(replay: str, name: str, *, workdir: str, gin_file: str | None) -> pathlib.Path:
+    """The run that --replay names.
 
     Args:
-      baseline, retro: names of runs in a workdir. is_baseline: which of them is wanted.
+      replay: value of the flag: a workdir, or a run in it. name: of the run in a workdir.
+      workdir, gin_file: values of these flags.
 
     Raises:
       flags.Error: --replay and --gin_file together, or into the directory of the run itself.
       UserError: there is no recorded run.
     """
-    if REPLAY.value is None:
-        return None
-    if configurables.GIN_FILE.value is not None:
+    if gin_file is not None:
         raise flags.Error("--replay has settings of its own: expected no --gin_file beside it")
-    given = pathlib.Path(REPLAY.value)
-    run = given if (given / record.CONFIG_FILE).is_file() else None
-    run = run or given / (baseline if is_baseline else retro)
-    for name in (record.CONFIG_FILE, record.PARENTS_FILE, record.VERSIONS_FILE):
-        if not (run / name).is_file():
-            raise UserError(f"--replay={given}: there is no {run / name}, expected a run's record")
-    if pathlib.Path(app.WORKDIR.value or "").resolve() == run.parent.resolve():
-        raise flags.Error(
-            f"--workdir={app.WORKDIR.value} holds the run to replay: expected another"
-        )
+    given = pathlib.Path(replay)
+    run = given if (given / record.CONFIG_FILE).is_file() else given / name
+    for file in (record.CONFIG_FILE, record.PARENTS_FILE, record.VERSIONS_FILE):
+        if not (run / file).is_file():
+            raise UserError(f"--replay={given}: there is no {run / file}, expected a run's record")
+    if pathlib.Path(workdir).resolve() == run.parent.resolve():
+        raise flags.Error(f"--workdir={workdir} holds the run to replay: expected another")
     return run
 
 
@@ -69,31 +60,32 @@ def data_place(run: pathlib.Path) -> str:
     raise UserError(f"the data of {run} is no longer at {recorded or run.parent}: expected --data")
 
 
-def check(run: pathlib.Path, parents: Mapping[str, str], free: Collection[str]) -> None:
+def check(
+    run: pathlib.Path, settings: str, *, parents: Mapping[str, str], free: Collection[str]
+) -> None:
     """Refuses other data and settings than a recorded run had; warns of other versions.
 
     Args:
-      run: the recorded one. parents: hashes of the data that was opened.
-      free: settings that may differ, as in workdir.claim.
+      run: the recorded one. settings: of this run, as record.settings_text writes them.
+      parents: hashes of the data that was opened.
+      free: settings that may differ, as in record.claim.
 
     Raises:
       UserError: the run cannot be replayed with them.
     """
-    recorded = json.loads((run / record.PARENTS_FILE).read_text(encoding="utf-8"))
+    recorded = files.read_json(run / record.PARENTS_FILE)
     for name in sorted({*recorded, *parents}):
         held, found = recorded.get(name, "(none)")[:12], parents.get(name, "(none)")[:12]
         if held != found:
             raise UserError(f"{run} was trained on {name} {held}: expected that, found {found}")
-    old = configurables.parse_bindings((run / record.CONFIG_FILE).read_text(encoding="utf-8"))
-    new = configurables.parse_bindings(configurables.operative_config())
+    old = record.parse_settings((run / record.CONFIG_FILE).read_text(encoding="utf-8"))
+    new = record.parse_settings(settings)
     for name in sorted({*old, *new}):
         if old.get(name) == new.get(name) or name in free or name.split(".")[0] in free:
             continue
         if name in old:
-            told = f"{name} = {old[name]}"
-            raise UserError(
-                f"{run} has {told}: expected the same, found {new.get(name, 'no such')}"
-            )
+            found = new.get(name, "no such")
+            raise UserError(f"{run} has {name} = {old[name]}: expected the same, found {found}")
         _warn(f"{run} is older than the setting {name}: {new[name]} is taken")
     for line in differences(_last_start(run), record.versions()):
         _warn(f"not as in {run}: {line}")
@@ -144,7 +136,7 @@ def _last_start(run: pathlib.Path) -> dict[str, Any]:
     """The newest entry of a run's versions.json."""
     path = run / record.VERSIONS_FILE
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["starts"][-1]
+        return files.read_json(path)["starts"][-1]
     except (ValueError, KeyError, IndexError) as error:
         raise UserError(f"{path}: expected what launch.train records") from error
 

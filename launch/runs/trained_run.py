@@ -14,13 +14,13 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from data_pipelines.artefacts.manifest import Manifest
 from data_pipelines.batches.batches import BatchConfig
 from launch.common import configurables
-from launch.runs.record import CONFIG_FILE, PARENTS_FILE
 from retro_jax.config import ExecutionConfig, RetroConfig
 from retro_jax.errors import UserError
 from retro_jax.model import Retro
 from retro_jax.sharding import MESH_SHARDINGS, MeshConfig, Shardings, parameter_shardings
 from retro_jax.storage import files
 from retro_jax.train.checkpoint import CHECKPOINTS, SEAL, latest_step, restore_params
+from retro_jax.train.record import CONFIG_FILE, PARENTS_FILE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,7 @@ def check_data(run: Run, data: pathlib.Path) -> None:
     Raises:
       UserError: naming both directories.
     """
-    recorded = files.read_json(run.directory / PARENTS_FILE)["chunks/train"]
+    recorded = files.read_json(run.directory / PARENTS_FILE).get("chunks/train", "(none)")
     found = Manifest.read(data / "chunks" / "train").hash
     if found != recorded:
         raise UserError(

@@ -13,15 +13,14 @@ import pytest
 
 from data_pipelines.artefacts.manifest import MANIFEST_FILE
 from data_pipelines.batches.batches import BatchConfig, Batches
+from data_pipelines.batches.training_data import open_training_data, revision_of
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.corpora import SPLITS
 from data_pipelines.evaluation import prepare_text, splits
 from data_pipelines.evaluation.texts import SliceConfig
 from data_pipelines.retriever.neighbours import NeighbourTable
 from data_pipelines.retriever.retriever import Retriever
-from launch.common import configurables
 from launch.prepare import ALL_STAGES, only_one
-from launch.runs import training_data
 from retro_jax.errors import UserError
 from tests.conftest_prepared import run_prepare, write_slice
 
@@ -286,21 +285,16 @@ def test_the_nearest_keys_are_judged_by_bm25_in_tables_and_live(tiny, tmp_path, 
 def test_training_begins_with_the_newest_revision_and_stays_with_its_own(tiny, tmp_path):
     workdir = shutil.copytree(tiny[0].parent / "W", tmp_path / "W")
     first = next(ChunkDatabase.open(workdir / "chunks" / "train").records())
-    configurables.load(None, ["BatchConfig.sequence_length = 64", "BatchConfig.batch_size = 2"])
-    before = training_data.open_data(workdir)
+    config = BatchConfig(sequence_length=64, batch_size=2)
+    before = open_training_data(workdir, config)
     assert run_prepare(workdir, None, f"--remove={first.corpus}/{first.id}") == 0
-    configurables.load(None, ["BatchConfig.sequence_length = 64", "BatchConfig.batch_size = 2"])
-    after = training_data.open_data(workdir)
+    after = open_training_data(workdir, config)
     assert after.database.removed.tolist() == [0]
     assert after.parents["chunks/train"] == before.parents["chunks/train"]
     assert after.parents["neighbours/train"] != before.parents["neighbours/train"]
-    assert training_data.open_data(workdir, 0).parents == before.parents
-    run = tmp_path / "run"
-    assert training_data.recorded_revision(run, workdir) is None
+    assert open_training_data(workdir, config, 0).parents == before.parents
     for revision, parents in enumerate((before.parents, after.parents)):
-        (run / "checkpoints" / "1").mkdir(parents=True, exist_ok=True)
-        (run / "parents.json").write_text(json.dumps(parents))
-        assert training_data.recorded_revision(run, workdir) == revision
+        assert revision_of(workdir, parents) == revision
 
 
 def test_training_reads_materialised_batches_as_it_reads_the_tables(tiny, tmp_path, capsys):
@@ -310,12 +304,12 @@ def test_training_reads_materialised_batches_as_it_reads_the_tables(tiny, tmp_pa
     assert run_prepare(workdir, tiny[0], "--materialise=5", *flags) == 0
     assert "materialised: 10 sequences of 5 steps" in capsys.readouterr().out
     for neighbours in (2, 0):
-        configurables.load(None, [*settings, f"BatchConfig.neighbours = {neighbours}"])
+        config = BatchConfig(sequence_length=128, batch_size=2, neighbours=neighbours)
         tables, written = (
-            training_data.open_data(place) for place in (workdir, workdir / "materialised")
+            open_training_data(place, config) for place in (workdir, workdir / "materialised")
         )
         assert written.parents == tables.parents
-        assert training_data.recorded_revision(tmp_path / "none", workdir / "materialised") is None
+        assert revision_of(workdir / "materialised", written.parents) is None
         for step in range(5):
             one, other = (data.batches.rows(step) for data in (tables, written))
             np.testing.assert_array_equal(one.tokens, other.tokens)

@@ -16,10 +16,12 @@ import jax
 import numpy as np
 import pytest
 
+from data_pipelines.batches.batches import BatchConfig
+from data_pipelines.batches.training_data import open_training_data
 from launch import train
 from launch.autopsy import Autopsy
-from launch.common import app, configurables
-from launch.runs import trained_run, training_data
+from launch.common import app
+from launch.runs import trained_run
 from retro_jax.train.checkpoint import latest_step
 from retro_jax.train.curves import read_curve, without_clock
 from retro_jax.train.held_out import OFF, ON
@@ -284,8 +286,7 @@ def test_a_run_is_replayed_to_the_same_bits(workdir, whole, tmp_path, capsys, ca
 
 
 def test_a_bad_batch_is_told_by_its_documents(workdir, tmp_path):
-    configurables.load(str(workdir.parent / "tiny.gin"))
-    data = training_data.open_data(workdir)
+    data = open_training_data(workdir, BatchConfig(sequence_length=128, batch_size=8))
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     told = Autopsy(tmp_path, data.batches)(7)
     (line,) = (tmp_path / "bad_batches.jsonl").read_text().splitlines()

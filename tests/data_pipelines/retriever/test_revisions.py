@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.batches.batches import BatchConfig, Batches
+from data_pipelines.batches.training_data import copy_databases, copy_tables
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.retriever import revisions
 from data_pipelines.retriever.index import IndexConfig, prepare_index
@@ -215,9 +216,6 @@ def test_refuses_what_is_not_there_or_does_not_belong(workdir, tmp_path):
 
 
 def test_what_training_reads_of_a_revision_is_staged_from_a_bucket(workdir, tmp_path):
-    from launch.common import app
-    from launch.runs import training_data
-
     shutil.copytree(
         workdir, tmp_path / "W", ignore=shutil.ignore_patterns("revisions/*/neighbours")
     )
@@ -226,12 +224,8 @@ def test_what_training_reads_of_a_revision_is_staged_from_a_bucket(workdir, tmp_
         make_table(tmp_path / "W", split, 1)
     url, config = f"file://{tmp_path}/W", BatchConfig(sequence_length=128, batch_size=4)
     for revision, disk in ((None, tmp_path / "newest"), (0, tmp_path / "first")):
-
-        def stage(revision=revision):
-            folder = training_data.local_databases(url)
-            training_data.stage_tables(url, folder, revision, config, "validation")
-
-        assert app.execute(stage, ["program", f"--stage_to={disk}"]) == 0
+        folder = copy_databases(url, disk)
+        copy_tables(url, folder, revision, config, held_out=True)
         assert not (disk / "keys").exists() and not (disk / "index").exists()
         assert not list(disk.rglob("scores-*"))
         held = [(revisions.open_database(w, revision), w) for w in (disk, tmp_path / "W")]

@@ -9,6 +9,7 @@ from data_pipelines.documents.documents import DocumentsConfig
 from launch.common import configurables
 from retro_jax.config import ExecutionConfig, RetroConfig
 from retro_jax.errors import UserError
+from retro_jax.train.record import parse_settings
 
 _FILE = """
 include 'sizes/tiny.gin'
@@ -54,7 +55,7 @@ def test_operative_config_is_complete_sorted_and_can_be_loaded(gin_file):
     config = configurables.make(RetroConfig, pad_id=3)
     execution = configurables.make(ExecutionConfig)
     text = configurables.operative_config()
-    names = list(configurables.parse_bindings(text))
+    names = list(parse_settings(text))
     assert names == sorted(names)
     fields = [f"ExecutionConfig.{name}" for name in vars(execution)]
     fields += [f"RetroConfig.{name}" for name in vars(config)]

@@ -1,30 +1,67 @@
 """What a run leaves in its directory about itself, and the refusal to mix two runs in one.
 
-config.gin      every setting in force, defaults included, sorted; can be given as --gin_file
+config.gin      every setting in force, defaults included, sorted: Class.field = value
 parents.json    hashes of the artefacts that the run reads
 versions.json   for each start that differs from the one before: Python, packages, git revision
-                (and whether the working tree differed from it), hardware, where the data lies
+                (and whether the working tree differed from it), hardware, where the data is
 """
 
+import dataclasses
 import importlib.metadata
-import json
 import os
 import pathlib
 import platform
+import pprint
 import subprocess
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax
 
-from launch.common.configurables import default_of, parse_bindings
 from retro_jax.errors import UserError
+from retro_jax.storage import files
+from retro_jax.train.checkpoint import CHECKPOINTS, latest_step
 
 CONFIG_FILE, PARENTS_FILE, VERSIONS_FILE = "config.gin", "parents.json", "versions.json"
 # Variables that change what is computed, or how.
 _ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE", "JAX_ENABLE_X64")
 _SHOWN = 5  # differences in an error
 _HASH_DIGITS = 12
+_WIDE = 1_000_000  # keeps a value in one line
+
+
+def settings_text(configs: Iterable[Any]) -> str:
+    """Every field of some dataclasses, one "Class.field = value" per line, sorted; gin reads it."""
+    lines = []
+    for config in configs:
+        for field in dataclasses.fields(config):
+            value = pprint.pformat(getattr(config, field.name), width=_WIDE)
+            lines.append(f"{type(config).__name__}.{field.name} = {value}\n")
+    return "".join(sorted(lines))
+
+
+def default_settings(configs: Iterable[Any]) -> dict[str, str]:
+    """The defaults of some dataclasses' fields, as `settings_text` writes them."""
+    return {
+        f"{type(config).__name__}.{field.name}": repr(field.default)
+        for config in configs
+        for field in dataclasses.fields(config)
+        if field.default is not dataclasses.MISSING
+    }
+
+
+def parse_settings(text: str) -> dict[str, str]:
+    """The lines of a settings text: {"Class.field": "value"}."""
+    pairs = (line.split(" = ", 1) for line in text.splitlines() if " = " in line)
+    return dict(pairs)
+
+
+def recorded_parents(directory: str | os.PathLike) -> dict[str, str] | None:
+    """The hashes that a run recorded of its data; None where no run has a checkpoint yet."""
+    path = pathlib.Path(directory) / PARENTS_FILE
+    if latest_step(pathlib.Path(directory) / CHECKPOINTS) is None or not path.is_file():
+        return None
+    return files.read_json(path)
 
 
 def claim(
@@ -33,19 +70,21 @@ def claim(
     *,
     parents: Mapping[str, str],
     free: Collection[str] = (),
+    defaults: Mapping[str, str] | None = None,
     begun: bool = True,
     data: str = "",
 ) -> None:
     """Records a run's settings in its directory, or checks them against those recorded.
 
     Args:
-      directory: the run's; made when it is not there.
-      settings: configurables.operative_config().
+      directory: the run's; made when it does not exist.
+      settings: as `settings_text` writes them.
       parents: hash of each artefact that the run reads, by name.
       free: settings ("Class.field", or "Class" for all of it) that may differ from those recorded;
         the new values are then recorded.
+      defaults: of the settings; one that was not recorded had its default.
       begun: whether the directory holds results; where not, what is recorded is replaced.
-      data: where the artefacts lie.
+      data: where the artefacts are.
 
     Raises:
       UserError: the directory belongs to a run of other settings or data; says which, old -> new.
@@ -53,29 +92,29 @@ def claim(
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     config, lineage = directory / CONFIG_FILE, directory / PARENTS_FILE
-    new = parse_bindings(settings)
+    new = parse_settings(settings)
     if begun and config.exists():
-        old = parse_bindings(config.read_text(encoding="utf-8"))
+        old = parse_settings(config.read_text(encoding="utf-8"))
         fixed = {n for n in old | new if n not in free and n.split(".")[0] not in free}
         # A setting that came after the run began was its default then: it could not be otherwise.
-        fixed -= {n for n in new if n not in old and new[n] == default_of(n)}
+        fixed -= {n for n in new if n not in old and new[n] == (defaults or {}).get(n)}
         _refuse(directory, "settings", _only(old, fixed), _only(new, fixed))
     if begun and lineage.exists():
         short = {n: h[:_HASH_DIGITS] for n, h in parents.items()}
-        recorded = {n: h[:_HASH_DIGITS] for n, h in _read_json(lineage).items()}
+        recorded = {n: h[:_HASH_DIGITS] for n, h in files.read_json(lineage).items()}
         _refuse(directory, "data", recorded, short)
-    _write(config, settings)
-    _write(lineage, json.dumps(dict(parents), indent=1, sort_keys=True) + "\n")
+    files.write_atomically(config, settings.encode())
+    files.write_atomically(lineage, files.to_json(dict(parents)))
     record_versions(directory, data)
 
 
 def record_versions(directory: str | os.PathLike, data: str = "") -> None:
     """Appends this start to versions.json, unless it is like the one before it."""
     path = pathlib.Path(directory) / VERSIONS_FILE
-    starts = _read_json(path)["starts"] if path.exists() else []
+    starts = files.read_json(path)["starts"] if path.exists() else []
     now = versions() | ({"data": data} if data else {})
     if not starts or starts[-1] != now:
-        _write(path, json.dumps({"starts": [*starts, now]}, indent=1, sort_keys=True) + "\n")
+        files.write_atomically(path, files.to_json({"starts": [*starts, now]}))
 
 
 def versions() -> dict[str, Any]:
@@ -134,25 +173,3 @@ def _refuse(
 def _only(values: Mapping[str, str], names: Collection[str]) -> dict[str, str]:
     """The entries of some names."""
     return {name: value for name, value in values.items() if name in names}
-
-
-def _read_json(path: pathlib.Path) -> Any:
-    """A JSON file of ours."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: expected JSON as this project writes it ({error})") from error
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise

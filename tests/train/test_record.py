@@ -1,18 +1,22 @@
-"""launch/runs/record.py: what is recorded, and what is refused."""
+"""What a run records about itself, and what is refused."""
 
+import dataclasses
 import json
 
 import pytest
 
-from launch.runs import record
 from retro_jax.errors import UserError
+from retro_jax.train import record
 
 _SETTINGS = "A.steps = 100\nA.log_every = 5\nB.width = 8\n"
 _PARENTS = {"tokenizer": "a" * 64, "chunks/train": "b" * 64}
 
 
+_DEFAULTS = {"BatchConfig.neighbour_part": "'both'"}
+
+
 def _claim(directory, settings=_SETTINGS, parents=_PARENTS, free=()):
-    record.claim(directory, settings, parents=parents, free=free)
+    record.claim(directory, settings, parents=parents, free=free, defaults=_DEFAULTS)
 
 
 def test_everything_is_recorded_and_nothing_else(tmp_path):
@@ -95,7 +99,40 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match=r"config\.gin cannot be written: No space left"):
         _claim(tmp_path, _SETTINGS.replace("5", "6"), free=["A.log_every"])
     assert (tmp_path / "config.gin").read_text() == _SETTINGS
-    assert not list(tmp_path.glob("*.tmp"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "config.gin",
+        "parents.json",
+        "versions.json",
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Config:
+    name: str
+    rate: float = 1e-8
+    layers: tuple[int, ...] = (2,)
+    mixture: dict | None = None
+
+
+def test_settings_of_dataclasses_are_lines_that_can_be_read_again():
+    config = _Config("it's", mixture={"b": 1.0, "a": 2})
+    text = record.settings_text([config])
+    assert text.splitlines() == [
+        "_Config.layers = (2,)",
+        "_Config.mixture = {'a': 2, 'b': 1.0}",
+        '_Config.name = "it\'s"',
+        "_Config.rate = 1e-08",
+    ]
+    assert record.parse_settings(text)["_Config.rate"] == "1e-08"
+    defaults = {"_Config.rate": "1e-08", "_Config.layers": "(2,)", "_Config.mixture": "None"}
+    assert record.default_settings([config]) == defaults
+
+
+def test_parents_are_those_of_a_run_that_has_begun(tmp_path):
+    _claim(tmp_path)
+    assert record.recorded_parents(tmp_path) is None
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    assert record.recorded_parents(tmp_path) == _PARENTS
