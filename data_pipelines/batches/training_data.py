@@ -14,9 +14,10 @@ from data_pipelines.artefacts import bucket_copy
 from data_pipelines.artefacts.manifest import MANIFEST_FILE, Manifest, Path
 from data_pipelines.batches.batches import BatchConfig, Batches
 from data_pipelines.batches.materialised import RETRIEVED, MaterialisedBatches
-from data_pipelines.chunk_database.database import ChunkDatabase
+from data_pipelines.chunk_database.database import CHUNK_LENGTH, ChunkDatabase
 from data_pipelines.retriever import revisions
 from data_pipelines.retriever.neighbours import SCORES, NeighbourTable
+from retro_jax.config import RetroConfig
 from retro_jax.errors import UserError
 
 HELD_OUT = "validation"
@@ -30,14 +31,49 @@ class TrainingData:
     Attributes:
       directory: what launch.prepare has filled. database: its chunks. batches: made of them.
       parents: hashes of the artefacts that were opened.
-      source: where the directory is a copy from, as in gs://B/W; "" where it is none.
+      source: where it was opened: the absolute path, or as in gs://B/W where the directory is a copy.
     """
 
     directory: pathlib.Path
     database: ChunkDatabase | MaterialisedBatches
     batches: Batches
     parents: dict[str, str]
-    source: str = ""
+    source: str
+
+    @property
+    def vocab_size(self) -> int:
+        """V, of its tokens."""
+        return self.database.vocab_size
+
+    @property
+    def pad_id(self) -> int:
+        """The token of padding."""
+        return self.database.pad_id
+
+    def check_model(self, retro: RetroConfig) -> None:
+        """Refuses a model that does not fit the tokens, chunks and neighbours.
+
+        Raises:
+          UserError: names the setting and the value that fits.
+        """
+        expected = {
+            "vocab_size": self.vocab_size,
+            "pad_id": self.pad_id,
+            "chunk_length": CHUNK_LENGTH,
+        }
+        if retro.has_retrieval:
+            expected["neighbour_length"] = 2 * CHUNK_LENGTH
+        for field, value in expected.items():
+            if getattr(retro, field) != value:
+                raise UserError(
+                    f"RetroConfig.{field} is {getattr(retro, field)}: expected {value}, that of "
+                    f"{self.database.directory}"
+                )
+        if retro.has_retrieval and not self.batches.config.neighbours:
+            raise UserError(
+                "BatchConfig.neighbours is 0: expected at least 1, or a model without cca_layers "
+                "(--baseline)"
+            )
 
     def held_out(self) -> Batches:
         """The validation split, with the sequences and neighbours per chunk of training.
@@ -73,16 +109,15 @@ def open_training_data(
       UserError: an artefact is missing, damaged or of other parents.
     """
     directory = pathlib.Path(workdir)
+    source = str(directory.absolute())
     if (directory / MANIFEST_FILE).is_file():  # W/materialised, and not W
         written = MaterialisedBatches.read(directory, config)
-        return TrainingData(directory, written, written, written.lineage)
-    chunks = revisions.open_database(directory, revision)
-    parents = parents_of(directory, chunks)
-    if not config.neighbours:
-        return TrainingData(directory, chunks, Batches(config, chunks), parents)
-    table = NeighbourTable.of(directory, "train", chunks, chunks)
-    parents = parents_of(directory, chunks, table)
-    return TrainingData(directory, chunks, Batches(config, chunks, table, chunks), parents)
+        return TrainingData(directory, written, written, written.lineage, source)
+    chunks, table = revisions.open_database(directory, revision), None
+    if config.neighbours:
+        table = NeighbourTable.of(directory, "train", chunks, chunks)
+    batches = Batches(config, chunks, table, None if table is None else chunks)
+    return TrainingData(directory, chunks, batches, parents_of(directory, chunks, table), source)
 
 
 def parents_of(

@@ -6,20 +6,19 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from absl import flags
 from flax import nnx
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 
 from data_pipelines.artefacts.manifest import Manifest
 from data_pipelines.batches.batches import BatchConfig
 from launch.common import configurables
 from retro_jax.config import ExecutionConfig, RetroConfig
 from retro_jax.errors import UserError
-from retro_jax.model import Retro
-from retro_jax.sharding import MESH_SHARDINGS, MeshConfig, Shardings, parameter_shardings
+from retro_jax.sharding import MeshConfig
 from retro_jax.storage import files
-from retro_jax.train.checkpoint import CHECKPOINTS, SEAL, latest_step, restore_params
+from retro_jax.train import trained_model
+from retro_jax.train.checkpoint import CHECKPOINTS, SEAL, latest_step
 from retro_jax.train.record import CONFIG_FILE, PARENTS_FILE
 
 
@@ -129,22 +128,8 @@ def load_model(run: Run, mesh: Mesh | None = None) -> tuple[nnx.GraphDef, nnx.St
     Raises:
       UserError: the newest checkpoint is damaged, or of another model.
     """
-    layout = Shardings() if mesh is None else MESH_SHARDINGS
-    graphdef, params = nnx.split(
-        nnx.eval_shape(lambda: Retro(run.model, run.execution, shardings=layout, rngs=nnx.Rngs(0)))
-    )
-    if mesh is None:
-        places = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), params)
-    else:
-        places = parameter_shardings(params, mesh)
-
-    def struct(leaf: Any, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-
-    step, restored = restore_params(
-        run.directory / CHECKPOINTS,
-        jax.tree.map(struct, params, places),
-        part="average" if run.averaged else "params",
+    step, graphdef, restored = trained_model.load_model(
+        run.directory / CHECKPOINTS, run.model, run.execution, mesh=mesh, averaged=run.averaged
     )
     if step != run.step:
         raise UserError(

@@ -26,6 +26,7 @@ import orbax.checkpoint as ocp
 
 from retro_jax.distributed.processes import from_first, together
 from retro_jax.errors import UserError
+from retro_jax.storage import files
 from retro_jax.train.parameter_names import named_leaves
 from retro_jax.train.step import TrainState
 
@@ -158,10 +159,7 @@ class Checkpoints:
             return
         (path,) = self._temporary()
         seal = {"format_version": FORMAT_VERSION, "arrays": self._arrays, "files": _hashes(path)}
-        with open(path / SEAL, "w", encoding="utf-8") as file:
-            json.dump(seal, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        files.write_atomically(path / SEAL, json.dumps(seal, indent=1).encode())
 
 
 def latest_step(directory: str | os.PathLike) -> int | None:
@@ -218,21 +216,21 @@ def find_damage(path: pathlib.Path) -> str | None:
       UserError: it was written in another format than this code reads.
     """
     try:
-        seal = json.loads((path / SEAL).read_text(encoding="utf-8"))
-        files = seal["files"]
+        seal = files.read_json(path / SEAL)
+        sealed = seal["files"]
     except (OSError, ValueError, KeyError):
         return f"no readable {SEAL}"
     if seal.get("format_version") != FORMAT_VERSION:
         version = seal.get("format_version")
         raise UserError(f"checkpoint {path} has format {version}: expected {FORMAT_VERSION}")
-    for name, (size, _) in files.items():
+    for name, (size, _) in sealed.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes, expected {size}"
     found = _hashes(path)
-    for name, entry in files.items():
+    for name, entry in sealed.items():
         if found[name] != entry:
             return f"{name} has other content than was written"
     return None
@@ -240,8 +238,8 @@ def find_damage(path: pathlib.Path) -> str | None:
 
 def _hashes(path: pathlib.Path) -> dict[str, list[Any]]:
     """{file: [size, sha256]} of a checkpoint's array files."""
-    files = sorted(file for file in (path / _ITEM).rglob("*") if file.is_file())
-    files = [file for file in files if file.name != _COMMITTED]
+    found = sorted(file for file in (path / _ITEM).rglob("*") if file.is_file())
+    found = [file for file in found if file.name != _COMMITTED]
 
     def entry(file: pathlib.Path) -> list[Any]:
         with open(file, "rb") as stream:
@@ -249,7 +247,7 @@ def _hashes(path: pathlib.Path) -> dict[str, list[Any]]:
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:  # hashing releases the interpreter lock
         return {
-            str(f.relative_to(path)): e for f, e in zip(files, pool.map(entry, files), strict=True)
+            str(f.relative_to(path)): e for f, e in zip(found, pool.map(entry, found), strict=True)
         }
 
 
@@ -266,7 +264,7 @@ def _restore_state(path: pathlib.Path, abstract: TrainState) -> TrainState:
 
 def _read_arrays(path: pathlib.Path) -> dict[str, list[Any]]:
     """{name: [shape, dtype]} of a checkpoint."""
-    return json.loads((path / SEAL).read_text(encoding="utf-8"))["arrays"]
+    return files.read_json(path / SEAL)["arrays"]
 
 
 def _restore(path: pathlib.Path, abstract: Any, whole: str | None = "") -> Any:

@@ -33,6 +33,7 @@ import tqdm
 
 from retro_jax.distributed import processes
 from retro_jax.errors import SharedError, UserError
+from retro_jax.storage import files
 from retro_jax.train.bad_batches import BadBatches
 from retro_jax.train.phases import Phases
 from retro_jax.train.step import StepMetrics
@@ -167,9 +168,8 @@ def truncate_curve(path: str | os.PathLike, step: int) -> None:
     kept = [entry for entry in read_curve(path) if entry["step"] <= step]
     if not path.exists():
         return
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-    temporary.replace(path)
+    text = "".join(json.dumps(entry) + "\n" for entry in kept)
+    files.write_atomically(path, text.encode())
 
 
 def without_clock(line: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,11 +210,13 @@ class Watched:
     Attributes:
       bad_batches: what happens at one; by default the run stops.
       machine: what speed is related to. profile: steps that are traced.
+      on_metrics: called with the step and the values of each line, in every process.
     """
 
     bad_batches: BadBatches = dataclasses.field(default_factory=BadBatches)
     machine: Machine | None = None
     profile: Profile | None = None
+    on_metrics: Sequence[Callable[[int, Mapping[str, float]], Any]] = ()
 
 
 class Observer:
@@ -282,6 +284,9 @@ class Observer:
             self._noted = {}
             if self._writer is not None:
                 self._writer.write(step, values)
+            for call in self._watched.on_metrics:
+                with self.phases.during("hooks", step):
+                    call(step, dict(values))
 
     def close(self) -> None:
         """Closes files, bar and trace."""

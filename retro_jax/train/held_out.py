@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from data_pipelines.batches.batches import Batches
 from retro_jax.batch import RetroBatch
-from retro_jax.train.global_batches import global_batch, local_rows
+from retro_jax.train.global_batches import BatchSource, global_batch, local_rows
+from retro_jax.train.loop import Hook
 from retro_jax.train.step import Model, TrainState
 
 ON, OFF = "validation/on", "validation/off"
@@ -51,7 +51,7 @@ def make_evaluation(
 
 
 def held_out_evaluation(
-    graphdef: nnx.GraphDef, batches: Batches, mesh: Mesh, *, count: int, pad_id: int
+    graphdef: nnx.GraphDef, batches: BatchSource, mesh: Mesh, *, count: int, pad_id: int
 ) -> Evaluate:
     """Evaluation on the first `count` batches of a split; each process makes its own rows."""
     size = batches.config.batch_size
@@ -62,3 +62,19 @@ def held_out_evaluation(
             yield global_batch(batches.rows(number, rows), mesh, size, rows)
 
     return make_evaluation(graphdef, made, pad_id)
+
+
+def evaluation_hook(
+    evaluate: Evaluate, every: int, note: Callable[[dict[str, float]], object]
+) -> Hook:
+    """A hook of the loop that evaluates.
+
+    Args:
+      evaluate: as above. every: steps between evaluations.
+      note: receives the losses (Observer.note).
+    """
+
+    def call(number: int, state: TrainState) -> None:
+        note(evaluate(state))
+
+    return Hook(every, call, phase="evaluation")

@@ -15,7 +15,7 @@ import dataclasses
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,6 @@ from retro_jax.batch import RetroBatch
 from retro_jax.config import require
 from retro_jax.train.checkpoint import Checkpoints
 from retro_jax.train.curves import Observer
-from retro_jax.train.held_out import Evaluate
 from retro_jax.train.step import StepMetrics, TrainState, TrainStep
 
 INITIAL_RETRIEVAL = ("random", "copying")
@@ -135,12 +134,35 @@ class StopRequest:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def request(self) -> None:
+        """Asks from inside the run, as a hook may: it saves and stops after its current step."""
+        if jax.process_count() > 1:  # the preemption service makes all processes agree
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self.signal = signal.SIGTERM
+
     def _note(self, number: int, frame: Any) -> None:
         """Notes the first signal."""
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
         os.write(2, b"\nsaving and stopping after this step; once more to stop at once\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Hook:
+    """A function that the loop calls between steps.
+
+    Attributes:
+      every: steps between two calls: it is called after the updates whose number is a multiple.
+      call: of the number of updates and the state after them. The next step reuses the state's
+        memory: copy (jax.device_get) what is kept.
+      phase: of phases.PHASES, that its time counts as.
+    """
+
+    every: int
+    call: Callable[[int, TrainState], Any]
+    phase: str = "hooks"
 
 
 def train(
@@ -152,7 +174,7 @@ def train(
     checkpoints: Checkpoints,
     observer: Observer,
     stop: StopRequest,
-    evaluate: Evaluate | None = None,
+    hooks: Sequence[Hook] = (),
 ) -> TrainState:
     """Trains from a state to config.steps, or until it is asked to stop.
 
@@ -160,7 +182,7 @@ def train(
       state: where to start. batches: global batches, the first of them number state.step.
       step: the compiled train_step. config: steps and intervals.
       checkpoints: where states are saved. observer: where metrics go. stop: asks to stop.
-      evaluate: run every config.evaluate_every steps, on the state after them.
+      hooks: called in this order, in every process; they must not change the state.
 
     Returns:
       The last state, which is saved.
@@ -188,9 +210,10 @@ def train(
         if pending is not None:
             observe(number - 1, pending)
         pending = metrics
-        if evaluate is not None and number % config.evaluate_every == 0:
-            with during("evaluation", number):
-                observer.note(evaluate(state))
+        for hook in hooks:
+            if number % hook.every == 0:
+                with during(hook.phase, number):
+                    hook.call(number, state)
         stopping = checkpoints.must_stop(number, stop.signal is not None)
         if stopping or number == config.steps or number % config.checkpoint_every == 0:
             observe(number, pending)  # first: a bad state is not saved

@@ -2,7 +2,7 @@
 
     input        waiting for the next batch            device       waiting for a step to end
     checkpoint   handing a state to the writer, and    evaluation   scoring held-out batches
-                 waiting for the write before it
+                 waiting for the write before it       hooks        functions of the caller
 
 Steps are dispatched ahead of the device, so that what is waited for is whatever binds: a run that
 waits for its input does not wait for the device. Where several processes train together, each of
@@ -14,7 +14,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-PHASES = ("input", "device", "checkpoint", "evaluation")
+PHASES = ("input", "device", "checkpoint", "evaluation", "hooks")
 
 
 class Phases:

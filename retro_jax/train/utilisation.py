@@ -8,7 +8,6 @@ import sys
 import jax
 
 from retro_jax.chips import CHIPS
-from retro_jax.errors import UserError
 
 _GIB = 2**30
 # As JAX calls the devices -> dense bfloat16 operations a second, as their makers publish them.
@@ -82,15 +81,3 @@ class Profile:
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
-
-
-def parse_steps(text: str) -> tuple[int, int]:
-    """Reads FIRST:LAST, as in "10:12".
-
-    Raises:
-      UserError: it is no such range.
-    """
-    first, _, last = text.partition(":")
-    if not (first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last)):
-        raise UserError(f"--profile_steps={text}: expected FIRST:LAST, as in 100:102")
-    return int(first), int(last)

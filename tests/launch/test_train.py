@@ -19,9 +19,10 @@ import pytest
 from data_pipelines.batches.batches import BatchConfig
 from data_pipelines.batches.training_data import open_training_data
 from launch import train
-from launch.autopsy import Autopsy
 from launch.common import app
 from launch.runs import trained_run
+from retro_jax.errors import UserError
+from retro_jax.train.bad_batches import describe_documents
 from retro_jax.train.checkpoint import latest_step
 from retro_jax.train.curves import read_curve, without_clock
 from retro_jax.train.held_out import OFF, ON
@@ -100,6 +101,9 @@ def test_the_baseline_is_the_same_decoder_without_retrieval(workdir, tmp_path, c
     parents = json.loads((tmp_path / "baseline" / "parents.json").read_text())
     assert list(parents) == ["chunks/train"]
     assert "baseline of" in capsys.readouterr().out
+    # The record is written without gin, and is what gin has in force.
+    assert _run(workdir, tmp_path, "--baseline", *four, "--print_config") == 0
+    assert capsys.readouterr().out == (tmp_path / "baseline" / "config.gin").read_text()
 
 
 def test_print_config_writes_nothing(workdir, tmp_path, capsys):
@@ -288,7 +292,7 @@ def test_a_run_is_replayed_to_the_same_bits(workdir, whole, tmp_path, capsys, ca
 def test_a_bad_batch_is_told_by_its_documents(workdir, tmp_path):
     data = open_training_data(workdir, BatchConfig(sequence_length=128, batch_size=8))
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
-    told = Autopsy(tmp_path, data.batches)(7)
+    told = describe_documents(tmp_path, data.batches, 7)
     (line,) = (tmp_path / "bad_batches.jsonl").read_text().splitlines()
     entry = json.loads(line)
     batch = data.batches.rows(6)
@@ -319,6 +323,13 @@ def test_a_replay_or_a_place_that_cannot_be_is_one_line(whole, tmp_path, capsys,
     flags = [flag.format(whole=whole[0]) for flag in flags]
     assert app.execute(train.main, ["launch.train", f"--workdir={tmp_path}", *flags]) in (1, 2)
     assert message.format(whole=whole[0]) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "5", "5:", ":5", "7:5", "0:3", "a:b"])
+def test_steps_that_are_no_range_are_refused(text):
+    assert train.parse_steps("10:12") == (10, 12)
+    with pytest.raises(UserError, match="expected FIRST:LAST"):
+        train.parse_steps(text)
 
 
 def test_no_tensorflow_before_it_is_used():

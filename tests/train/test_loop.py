@@ -17,7 +17,7 @@ from retro_jax.train.bad_batches import BadBatches
 from retro_jax.train.checkpoint import Checkpoints, latest_step
 from retro_jax.train.curves import Observer, Watched, read_curve, without_clock
 from retro_jax.train.global_batches import global_batch, global_batches, local_rows
-from retro_jax.train.held_out import OFF, ON, make_evaluation
+from retro_jax.train.held_out import OFF, ON, evaluation_hook, make_evaluation
 from retro_jax.train.loop import StopRequest, TrainConfig, train
 from retro_jax.train.parameter_names import named_leaves
 from retro_jax.train.utilisation import Profile
@@ -36,7 +36,7 @@ def _trainer():
 
 def _train(trainer, directory, *, batches=None, stop=None, config=_CONFIG, bad=None, **more):
     """Starts or resumes a run in a directory; the state it ends with."""
-    profile = more.pop("profile", None)
+    profile, evaluate = more.pop("profile", None), more.pop("evaluate", None)
     checkpoints = Checkpoints(directory / "checkpoints", keep=config.keep)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, trainer.abstract)
     first = jax.device_put(trainer.first, shardings)
@@ -51,6 +51,8 @@ def _train(trainer, directory, *, batches=None, stop=None, config=_CONFIG, bad=N
         log_every=config.log_every,
         watched=Watched(bad or BadBatches(), profile=profile),
     )
+    if evaluate is not None:
+        more["hooks"] = [evaluation_hook(evaluate, config.evaluate_every, observer.note)]
     if batches is None:
         batches = (host_batch(step) for step in itertools.count(start))
     with jax.set_mesh(trainer.mesh), _closing(checkpoints, observer):

@@ -3,9 +3,8 @@
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from retro_jax.errors import UserError
 from retro_jax.train.curves import CurveWriter, read_curve
-from retro_jax.train.utilisation import Machine, memory, parse_steps, peak_flops
+from retro_jax.train.utilisation import Machine, memory, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -31,13 +30,6 @@ def test_mfu_is_the_models_part_of_the_peak():
 
 def test_memory_is_in_gib():
     assert 0.05 < memory()["memory/host"] < 1000
-
-
-@pytest.mark.parametrize("text", ["", "5", "5:", ":5", "7:5", "0:3", "a:b"])
-def test_steps_that_are_no_range_are_refused(text):
-    assert parse_steps("10:12") == (10, 12)
-    with pytest.raises(UserError, match="expected FIRST:LAST"):
-        parse_steps(text)
 
 
 def test_tensorboard_shows_what_metrics_jsonl_holds_after_a_second_start(tmp_path):
