@@ -32,12 +32,12 @@ from benchmarks.training import (
     PRESET,
     ROWS,
     TURNS,
+    Work,
     baseline_of,
     work_from_flags,
 )
 from launch.common import app
 from retro_jax.batch import ChunkText
-from retro_jax.costs.step_report import Work
 from retro_jax.evaluate.score import (
     TokenLosses,
     WindowConfig,

@@ -1,24 +1,23 @@
 """A training step to be timed: the one that launch.train runs, on random tokens."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
-from flax import nnx
 
 from benchmarks.timing import Turn, peak_rate, timed
 from retro_jax.batch import RetroBatch
 from retro_jax.config import PRESETS, ExecutionConfig, RetroConfig
-from retro_jax.costs.step_report import STEPS, Work, lower
+from retro_jax.costs.step_report import abstract_batch, lower
 from retro_jax.errors import UserError
-from retro_jax.model import Retro
 from retro_jax.model.flops import training_flops
-from retro_jax.sharding import MESH_SHARDINGS, MeshConfig, batch_sharding, make_mesh
-from retro_jax.train.optimizer import OptimizerConfig, make_optimizer
-from retro_jax.train.step import TrainState, initial_state
+from retro_jax.sharding import batch_sharding
+from retro_jax.train.global_batches import BatchShape
+from retro_jax.train.loop import TrainConfig
+from retro_jax.train.run import Plan, Settings, make_plan
+from retro_jax.train.step import TrainState
 
 PRESET = flags.DEFINE_string("preset", "peer", "tiny, peer (retro-pytorch's), or a published size.")
 POSITIONS = flags.DEFINE_string(
@@ -40,6 +39,7 @@ STEPS_A_TURN = flags.DEFINE_integer(
 )
 OUTPUT = flags.DEFINE_string("output", None, "Also write everything to this file, as JSON.")
 
+_STEPS = 1_000_000  # of the schedule, which is a number in the program
 _SMALL = RetroConfig(
     vocab_size=512,
     d_model=32,
@@ -78,6 +78,29 @@ OWN = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A step to be timed.
+
+    Attributes:
+      retro, execution: the model's configurations.
+      batch_size: B, rows of the global batch. sequence_length: N. neighbours: K; 0 for none.
+    """
+
+    retro: RetroConfig
+    execution: ExecutionConfig
+    batch_size: int
+    sequence_length: int
+    neighbours: int
+
+    def plan(self) -> Plan:
+        """Of a run that makes such steps on all devices, rows over them."""
+        training = TrainConfig(steps=_STEPS)
+        settings = Settings(retro=self.retro, execution=self.execution, training=training)
+        shape = BatchShape(self.batch_size, self.sequence_length, self.neighbours)
+        return make_plan(settings, shape)
+
+
 def work_from_flags(**execution: Any) -> Work:
     """The step that the flags ask for.
 
@@ -97,7 +120,6 @@ def work_from_flags(**execution: Any) -> Work:
     return Work(
         retro,
         ExecutionConfig(activation_dtype=dtype, **execution),
-        OptimizerConfig(),
         batch_size=ROWS.value or rows,
         sequence_length=LENGTH.value or length,
         neighbours=NEIGHBOURS.value,
@@ -119,17 +141,18 @@ class Step:
 
     def __init__(self, work: Work):
         self.work = work
-        mesh = make_mesh(MeshConfig())
-        self.devices = mesh.size
-        abstract, shapes, lowered = lower(work, mesh)
-        self._program = lowered.compile()
+        plan = work.plan()
+        self.devices = plan.mesh.size
+        self._program = lower(plan).compile()
         self.temporaries = self._program.memory_analysis().temp_size_in_bytes
         self.parameters = work.retro.num_parameters()
         self.tokens = work.batch_size * work.sequence_length
         sequence = training_flops(work.retro, work.sequence_length, work.neighbours)
         self.flops = work.batch_size * sequence
-        self._state = initial_state(_maker(work), make_optimizer(work.optimizer, STEPS), abstract)
-        self._batch = jax.device_put(random_batch(work, shapes), batch_sharding(mesh))
+        with jax.set_mesh(plan.mesh):
+            self._state = plan.first_state()
+        batch = random_batch(work, abstract_batch(plan))
+        self._batch = jax.device_put(batch, batch_sharding(plan.mesh))
         self.turn(1)
 
     @property
@@ -188,8 +211,3 @@ def figures(name: str, step: Step, turn: Turn, product_rate: float) -> dict[str,
         "of peak": None if peak is None else rate / peak,
         "temporaries GB": step.temporaries / 1e9,
     }
-
-
-def _maker(work: Work) -> Callable[[], Retro]:
-    """Builds the module on a mesh."""
-    return lambda: Retro(work.retro, work.execution, shardings=MESH_SHARDINGS, rngs=nnx.Rngs(0))

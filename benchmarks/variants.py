@@ -26,12 +26,12 @@ from benchmarks.training import (
     STEPS_A_TURN,
     TURNS,
     Step,
+    Work,
     figures,
     steps_a_turn,
     work_from_flags,
 )
 from launch.common import app
-from retro_jax.costs.step_report import Work
 from retro_jax.errors import UserError
 from retro_jax.host_memory import keep_freed_memory
 

@@ -1,12 +1,14 @@
-"""Compiles a run's train step for TPUs that need not be there, and says what it will cost them.
+"""Compiles a run's programs for TPUs that need not be there, and says what they will cost them.
 
     python -m launch.compile_check --gin_file=experiments/retro_7_5b.gin --topology=v5p:4x4x4
     python -m launch.compile_check --gin_file=experiments/retro_172m.gin --topology=v5e:4x4 \\
         --gin_bindings='MeshConfig.fsdp = 16' --gin_bindings="ExecutionConfig.remat = 'full'"
 
-Prints memory per chip against its HBM, operations against the model's own count, collectives by kind
-and bytes, and the least time a step can take, with what binds. Compiles as far as these are settled:
-machine code is not made, and its bytes are not in the memory. Needs libtpu: pip install
+The plan is that of launch.train, with accumulation, moving average, trained parameters and all else
+that needs memory. Prints memory per chip against its HBM, of the step and of its first state;
+operations against the model's own count, collectives by kind and bytes, and the least time a step can
+take, with what binds. Compiles as far as these are settled: machine code is not made, and its bytes
+are not in the memory. Needs libtpu: pip install
 'retro-jax[tpu]'. --topology=cpu:8 compiles for simulated devices instead, and needs nothing.
 """
 
@@ -18,13 +20,13 @@ import jax
 from absl import flags
 
 from launch.common import app, configurables
-from retro_jax.config import ExecutionConfig, RetroConfig
+from launch.runs.settings import make_settings
 from retro_jax.costs import topology
 from retro_jax.costs.roofline import Slice
-from retro_jax.costs.step_report import Report, Work, check
-from retro_jax.sharding import MeshConfig, make_mesh
-from retro_jax.train.loop import TrainConfig
-from retro_jax.train.optimizer import OptimizerConfig
+from retro_jax.costs.step_report import Report, check
+from retro_jax.storage import files
+from retro_jax.train.global_batches import BatchShape
+from retro_jax.train.run import Plan, make_plan
 
 TOPOLOGY = flags.DEFINE_string(
     "topology", None, "What to compile for: v4:AxBxC, v5p:AxBxC, v5e:AxB, v6e:AxB chips, or cpu:N."
@@ -39,57 +41,51 @@ def main() -> None:
     """Compiles, and prints the report."""
     name = app.required(TOPOLOGY, "chips to compile for, as in v5p:4x4x4")
     configurables.load_from_flags()
-    work, mesh_config = make_work()
+    settings, shape = make_settings(), make_shape()
     if configurables.PRINT_CONFIG.value:
         print(configurables.operative_config(), end="")
         return
     jax.config.update("jax_platforms", "cpu")  # nothing runs: an accelerator here stays free
     devices, slice_ = topology.devices(name)
-    report = check(work, make_mesh(mesh_config, devices), slice_)
+    plan = make_plan(settings, shape, devices)
+    report = check(plan, slice_)
     if JSON.value:
         figures = {
             "topology": name,
-            "remat": work.execution.remat,
-            "positions": work.retro.positions,
+            "remat": settings.execution.remat,
+            "positions": settings.retro.positions,
         }
         figures |= as_json(report, slice_)
-        pathlib.Path(JSON.value).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    print("\n".join(lines(work, report, slice_)))
+        text = json.dumps(figures, indent=1) + "\n"
+        files.write_atomically(pathlib.Path(JSON.value), text.encode())
+    print("\n".join(lines(plan, report, slice_)))
 
 
-def make_work() -> tuple[Work, MeshConfig]:
-    """The step that launch.train would run with this configuration, and its mesh."""
+def make_shape() -> BatchShape:
+    """The shape of the batches that launch.train would read with this configuration."""
     # Imported here: it brings the data pipelines' libraries along.
     from data_pipelines.batches.batches import BatchConfig
 
-    batch, training = configurables.make(BatchConfig), configurables.make(TrainConfig)
-    work = Work(
-        retro=configurables.make(RetroConfig),
-        execution=configurables.make(ExecutionConfig),
-        optimizer=configurables.make(OptimizerConfig),
-        batch_size=batch.batch_size,
-        sequence_length=batch.sequence_length,
-        neighbours=batch.neighbours,
-        neighbour_dropout=training.neighbour_dropout,
-        num_corpora=len(batch.mixture or [""]),
-    )
-    return work, configurables.make(MeshConfig)
+    batch = configurables.make(BatchConfig)
+    corpora = len(batch.mixture or [""])
+    return BatchShape(batch.batch_size, batch.sequence_length, batch.neighbours, corpora)
 
 
-def lines(work: Work, report: Report, slice_: Slice | None) -> list[str]:
+def lines(plan: Plan, report: Report, slice_: Slice | None) -> list[str]:
     """The report as text."""
+    settings, shape = plan.settings, plan.shape
     mesh = " ".join(f"{axis}={size}" for axis, size in report.mesh.items())
-    kind = "RETRO" if work.retro.has_retrieval else "baseline"
+    kind = "RETRO" if settings.retro.has_retrieval else "baseline"
     where = f"{slice_.name}, {slice_.size} chips" if slice_ else "simulated devices"
-    tokens = work.batch_size * work.sequence_length
+    tokens = shape.batch_size * shape.sequence_length
     return [
-        f"{kind} of {work.retro.num_parameters():,} parameters on {where}: mesh {mesh}, "
-        f"remat {work.execution.remat}",
-        f"{work.batch_size} x {work.sequence_length} = {tokens:,} tokens a step; compiled in "
+        f"{kind} of {settings.retro.num_parameters():,} parameters on {where}: mesh {mesh}, "
+        f"remat {settings.execution.remat}",
+        f"{shape.batch_size} x {shape.sequence_length} = {tokens:,} tokens a step; compiled in "
         f"{report.compile_seconds:.0f} s of a processor, {report.lowered_bytes / 1e6:.1f} MB of "
         f"program to {report.compiled_bytes / 1e6:.1f} MB",
         "",
-        *_memory_lines(report, slice_),
+        *_memory_lines(plan, report, slice_),
         "",
         *_work_lines(report),
         "",
@@ -104,6 +100,8 @@ def as_json(report: Report, slice_: Slice | None) -> dict:
     figures = {
         "mesh": report.mesh,
         "memory": memory | ({"hbm": slice_.chip.hbm} if slice_ else {}),
+        "first_state": report.first_state,
+        "restore": report.restore,
         "model_flops": report.model_flops,
         "program_flops": report.costs.flops,
         "hbm_bytes": report.costs.hbm_bytes,
@@ -124,20 +122,25 @@ def as_json(report: Report, slice_: Slice | None) -> dict:
     return figures
 
 
-def _memory_lines(report: Report, slice_: Slice | None) -> list[str]:
-    """Memory per device, by what it is for."""
-    memory = report.memory
+def _memory_lines(plan: Plan, report: Report, slice_: Slice | None) -> list[str]:
+    """Memory per device, by purpose and by program."""
+    memory, begins = report.memory, bool(plan.settings.start.run)
     parts = {
         "parameters": memory.parameters,
         "optimiser": memory.optimizer,
+        "moving average": memory.average,
         "batch": memory.batch,
         "activations and other temporaries": memory.temporaries,
         "total": memory.total,
+        "making the first state": report.first_state,
+        "taking another run's parameters" if begins else "restoring a checkpoint": report.restore,
     }
-    found = [f"{name:36}{nbytes / _GIB:10.3f} GiB" for name, nbytes in parts.items()]
+    if not memory.average:
+        del parts["moving average"]
+    found = {name: f"{name:36}{nbytes / _GIB:10.3f} GiB" for name, nbytes in parts.items()}
     if slice_:
-        found[-1] += f" of {slice_.chip.hbm / _GIB:.0f} ({memory.total / slice_.chip.hbm:.0%})"
-    return ["memory per device", *found]
+        found["total"] += f" of {slice_.chip.hbm / _GIB:.0f} ({memory.total / slice_.chip.hbm:.0%})"
+    return ["memory per device", *found.values()]
 
 
 def _work_lines(report: Report) -> list[str]:

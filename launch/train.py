@@ -28,7 +28,6 @@ from typing import Any
 
 from absl import flags
 
-from data_pipelines.batches.training_data import TrainingData
 from launch.common import app, configurables
 from launch.common.flags import (
     COORDINATOR_ADDRESS,
@@ -39,19 +38,16 @@ from launch.common.flags import (
     join_processes,
 )
 from launch.runs import mirror, replay
+from launch.runs.settings import make_settings
 from launch.runs.training_data import find_data
-from retro_jax.config import ExecutionConfig, RetroConfig
 from retro_jax.distributed import processes
 from retro_jax.errors import UserError
 from retro_jax.host_memory import keep_freed_memory
-from retro_jax.sharding import MeshConfig
 from retro_jax.train import record
 from retro_jax.train.checkpoint import CHECKPOINTS, latest_step
 from retro_jax.train.global_batches import BatchShape
-from retro_jax.train.loop import StopRequest, TrainConfig
-from retro_jax.train.optimizer import OptimizerConfig
-from retro_jax.train.run import FREE, Run, Settings, make_plan
-from retro_jax.train.warm_start import StartConfig
+from retro_jax.train.loop import StopRequest
+from retro_jax.train.run import FREE, Run, make_plan
 
 BASELINE = flags.DEFINE_bool(
     "baseline", False, "Train the transformer of equal decoder, without retrieval, in W/baseline."
@@ -129,7 +125,8 @@ def prepare(directory: pathlib.Path, name: str) -> tuple[Run, pathlib.Path | Non
         configurables.override("BatchConfig.neighbours", 0)
         configurables.override("TrainConfig.neighbour_dropout", 0.0)
     data = find_data(source, recorded or directory / name, disk=STAGE_TO.value)
-    settings = make_settings(data)
+    settings = make_settings(vocab_size=data.vocab_size, pad_id=data.pad_id)
+    data.check_model(settings.retro)
     if configurables.PRINT_CONFIG.value:
         _say(configurables.operative_config(), end="")
         return None
@@ -139,24 +136,6 @@ def prepare(directory: pathlib.Path, name: str) -> tuple[Run, pathlib.Path | Non
     profile = _profiled_steps(directory / name, settings.training.steps)
     plan = make_plan(settings, BatchShape.of(data.batches))
     return Run(directory / name, plan, data, profile=profile, on_hang=_give_up), recorded
-
-
-def make_settings(data: TrainingData) -> Settings:
-    """Builds the configurations, with the vocabulary of the data where gin leaves it open.
-
-    Raises:
-      UserError: a setting is wrong, or does not fit the data.
-    """
-    retro = configurables.make(RetroConfig, vocab_size=data.vocab_size, pad_id=data.pad_id)
-    data.check_model(retro)
-    return Settings(
-        retro=retro,
-        execution=configurables.make(ExecutionConfig),
-        optimizer=configurables.make(OptimizerConfig),
-        training=configurables.make(TrainConfig),
-        start=configurables.make(StartConfig),
-        mesh=configurables.make(MeshConfig),
-    )
 
 
 def parse_steps(text: str) -> tuple[int, int]:

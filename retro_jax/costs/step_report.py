@@ -1,7 +1,8 @@
-"""Compiles a run's train step for devices that need not be there, and says what it will cost them.
+"""Compiles a run's programs for devices that need not be there, and reports what they cost.
 
-Nothing is allocated: the state and the batch are shapes on a mesh. For TPUs no machine code is made
-either (stopped.py), which is most of a compilation and changes none of the figures.
+The programs are those of a Plan: the one that makes the first state, and the train step. Nothing is
+allocated: the state and the batch are shapes on a mesh. For TPUs no machine code is made either
+(partial_compile.py), which is most of a compilation and changes none of the figures.
 """
 
 import collections
@@ -14,65 +15,45 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from retro_jax.batch import RetroBatch
-from retro_jax.config import ExecutionConfig, RetroConfig
 from retro_jax.costs import hlo, topology
 from retro_jax.costs.partial_compile import CompilationError, Program, compile_until_allocated
 from retro_jax.costs.program_costs import Collective, Costs, program_costs
 from retro_jax.costs.roofline import Bound, Slice
 from retro_jax.errors import UserError
-from retro_jax.model import Retro
 from retro_jax.model.flops import training_flops
-from retro_jax.sharding import MESH_SHARDINGS, MeshConfig, batch_sharding, check_mesh, make_mesh
-from retro_jax.train.optimizer import OptimizerConfig, make_optimizer
-from retro_jax.train.step import StepConfig, TrainState, abstract_state, compile_train_step
+from retro_jax.sharding import batch_sharding
+from retro_jax.train.global_batches import BatchShape
+from retro_jax.train.run import Plan, Settings, make_plan
+from retro_jax.train.warm_start import wanted_parameters
 
+STEP, FIRST_STATE = "step", "first state"  # the programs of a plan
 _HBM_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
-STEPS = 1_000_000  # of the schedule, which is a number in the program
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What a step is compiled for.
-
-    Attributes:
-      retro, execution, optimizer: the run's configurations.
-      batch_size: B, rows of the global batch. sequence_length: N. neighbours: K; 0 for none.
-      neighbour_dropout: part of the sequences trained without neighbours.
-      num_corpora: in the mixture.
-    """
-
-    retro: RetroConfig
-    execution: ExecutionConfig
-    optimizer: OptimizerConfig
-    batch_size: int = 256
-    sequence_length: int = 2048
-    neighbours: int = 2
-    neighbour_dropout: float = 0.0
-    num_corpora: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on the device that holds most.
+    """Bytes of the train step on the device that needs most.
 
     Attributes:
-      parameters, optimizer, batch: of the step's arguments. temporaries: activations, gradients and
-        what else lives inside the step; its code too, except of TPUs.
+      parameters, optimizer, average, batch: of the step's arguments; average: the moving average of
+        the parameters.
+      temporaries: activations, gradients and all else inside the step; its code too, except of TPUs.
     """
 
     parameters: float
     optimizer: float
+    average: float
     batch: float
     temporaries: float
 
     @property
     def total(self) -> float:
         """All of it; the new state replaces the old one."""
-        return self.parameters + self.optimizer + self.batch + self.temporaries
+        arguments = self.parameters + self.optimizer + self.average + self.batch
+        return arguments + self.temporaries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +76,12 @@ class Exchange:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What one train step costs each device.
+    """What a run costs each device.
 
     Attributes:
-      mesh: devices by axis. memory: per device. model_flops: the algorithm's own, a device's share.
+      mesh: devices by axis. memory: of the step. model_flops: the algorithm's own, a device's share.
+      first_state: bytes while the first state is made. restore: bytes once a checkpoint is restored,
+        or another run's parameters are taken (StartConfig.run).
       costs: of the compiled program on a device. exchanges: its collectives, the largest first.
       bound: of the step's time; None off TPU. compile_seconds: of a processor of this machine.
         lowered_bytes, compiled_bytes: of the program's text before and after compilation.
@@ -106,6 +89,8 @@ class Report:
 
     mesh: dict[str, int]
     memory: Memory
+    first_state: float
+    restore: float
     model_flops: float
     costs: Costs
     exchanges: tuple[Exchange, ...]
@@ -115,22 +100,18 @@ class Report:
     compiled_bytes: int
 
 
-def abstract_batch(work: Work, mesh: Mesh) -> RetroBatch:
-    """The shapes of a global batch on a mesh."""
-    chunk_length = work.retro.chunk_length
-    if work.sequence_length % chunk_length:
-        raise UserError(
-            f"sequence_length {work.sequence_length}: expected a multiple of chunk_length {chunk_length}"
-        )
-    sharding = batch_sharding(mesh)
+def abstract_batch(plan: Plan) -> RetroBatch:
+    """The shapes of a global batch on a plan's mesh."""
+    retro, shape = plan.settings.retro, plan.shape
+    sharding = batch_sharding(plan.mesh)
 
-    def array(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+    def array(*extents: int) -> Any:
+        return jax.ShapeDtypeStruct(extents, jnp.int32, sharding=sharding)
 
-    rows, length = work.batch_size, work.sequence_length
-    chunks = length // chunk_length
-    retrieval = work.retro.has_retrieval and work.neighbours
-    slots = (rows, chunks, work.neighbours, work.retro.neighbour_length)
+    rows, length = shape.batch_size, shape.sequence_length
+    chunks = length // retro.chunk_length
+    retrieval = retro.has_retrieval and shape.neighbours
+    slots = (rows, chunks, shape.neighbours, retro.neighbour_length)
     return RetroBatch(
         tokens=array(rows, length),
         targets=array(rows, length),
@@ -140,61 +121,49 @@ def abstract_batch(work: Work, mesh: Mesh) -> RetroBatch:
     )
 
 
-def lower(work: Work, mesh: Mesh) -> tuple[TrainState, RetroBatch, Any]:
-    """Traces the step that launch.train runs.
+def lower(plan: Plan, program: str = STEP) -> Any:
+    """JAX's lowered program of a plan: STEP or FIRST_STATE."""
+    with jax.set_mesh(plan.mesh):
+        if program == FIRST_STATE:
+            first_state: Any = plan.first_state
+            return first_state.lower()
+        step: Any = plan.step
+        return step.lower(plan.abstract, abstract_batch(plan))
+
+
+def lower_for(settings: Settings, shape: BatchShape, slice_name: str, program: str) -> Any:
+    """JAX's lowered program for a slice, in a process that has not used JAX yet.
 
     Args:
-      work: what to trace. mesh: of any devices, present or described.
-
-    Returns:
-      The abstract state and batch, and JAX's lowered program.
-
-    Raises:
-      UserError: the mesh does not divide the model or the batch.
+      settings, shape: of the run. slice_name: such as "v5p:4x4x4". program: STEP or FIRST_STATE.
     """
-    step, state, batch = _abstract_step(work, mesh)
-    with jax.set_mesh(mesh):
-        return state, batch, step.lower(state, batch)
+    jax.config.update("jax_platforms", "cpu")  # nothing runs: an accelerator here stays free
+    return lower(make_plan(settings, shape, topology.devices(slice_name)[0]), program)
 
 
-def _abstract_step(work: Work, mesh: Mesh) -> tuple[Any, TrainState, RetroBatch]:
-    """The step before it is traced, and what it is called with."""
-    check_mesh(work.retro, mesh, work.batch_size)
-    optimizer = make_optimizer(work.optimizer, STEPS)
-
-    def make() -> Retro:
-        return Retro(work.retro, work.execution, shardings=MESH_SHARDINGS, rngs=nnx.Rngs(0))
-
-    graphdef, state = abstract_state(make, optimizer, mesh)
-    config = StepConfig(
-        work.retro.pad_id, work.num_corpora, neighbour_dropout=work.neighbour_dropout
-    )
-    step: Any = compile_train_step(graphdef=graphdef, optimizer=optimizer, config=config)
-    return step, state, abstract_batch(work, mesh)
-
-
-def check(work: Work, mesh: Mesh, slice_: Slice | None) -> Report:
-    """Compiles a step and reads what it costs.
+def check(plan: Plan, slice_: Slice | None) -> Report:
+    """Compiles the programs of a plan and reads what they cost.
 
     Args:
-      work: what to compile. mesh: of the slice's devices, or of simulated ones.
+      plan: on the slice's devices, or on simulated ones.
       slice_: the slice; None for simulated devices, which have no roofline.
 
     Raises:
-      UserError: the mesh does not fit, or the step needs more memory than the chip has.
+      UserError: a program needs more memory than the chip has.
     """
-    _, state, batch = _abstract_step(work, mesh)
-    program = _compile_here(work, mesh) if slice_ is None else _compile_for(work, mesh, slice_)
-    costs = program_costs(hlo.parse(program.text), mesh.size)
-    exchanges = tuple(group_exchanges(costs.collectives, mesh, slice_))
-    sequence = training_flops(
-        work.retro, work.sequence_length, work.neighbours if work.retro.has_retrieval else 0
-    )
-    model_flops = work.batch_size * sequence / mesh.size
-    params, optimizer, rows = map(shard_bytes, (state.params, state.opt_state, batch))
+    programs = {}
+    for name in (STEP, FIRST_STATE):
+        compiled = _compile_here(plan, name) if slice_ is None else _compile_for(plan, name, slice_)
+        programs[name] = compiled
+    program = programs[STEP]
+    costs = program_costs(hlo.parse(program.text), plan.mesh.size)
+    exchanges = tuple(group_exchanges(costs.collectives, plan.mesh, slice_))
+    model_flops = _model_flops(plan)
     return Report(
-        mesh=dict(mesh.shape),
-        memory=Memory(params, optimizer, rows, program.nbytes - params - optimizer - rows),
+        mesh={str(name): size for name, size in plan.mesh.shape.items()},
+        memory=_memory(plan, program.nbytes),
+        first_state=programs[FIRST_STATE].nbytes,
+        restore=restored_bytes(plan),
         model_flops=model_flops,
         costs=costs,
         exchanges=exchanges,
@@ -205,46 +174,61 @@ def check(work: Work, mesh: Mesh, slice_: Slice | None) -> Report:
     )
 
 
-def _compile_here(work: Work, mesh: Mesh) -> Program:
+def _memory(plan: Plan, nbytes: int) -> Memory:
+    """The bytes of the step by purpose."""
+    state = plan.abstract
+    parts = (state.params, state.opt_state, state.average, abstract_batch(plan))
+    params, optimizer, average, batch = map(shard_bytes, parts)
+    temporaries = nbytes - params - optimizer - average - batch
+    return Memory(params, optimizer, average, batch, temporaries)
+
+
+def restored_bytes(plan: Plan) -> int:
+    """Bytes on a device once a checkpoint is restored, or another run's parameters are taken."""
+    nbytes, start = shard_bytes(plan.abstract), plan.settings.start
+    if not start.run:
+        return nbytes
+    taken = wanted_parameters(start, plan.abstract.params)  # beside those of the first state
+    return nbytes + shard_bytes(taken) + shard_bytes(plan.abstract.average)
+
+
+def _model_flops(plan: Plan) -> float:
+    """A device's share of the algorithm's own operations."""
+    retro, shape = plan.settings.retro, plan.shape
+    neighbours = shape.neighbours if retro.has_retrieval else 0
+    sequence = training_flops(retro, shape.sequence_length, neighbours)
+    return shape.batch_size * sequence / plan.mesh.size
+
+
+def _compile_here(plan: Plan, name: str) -> Program:
     """Compiles for devices of this process, machine code and all."""
-    lowered = lower(work, mesh)[2]
+    lowered = lower(plan, name)
     start = time.process_time()
     compiled = lowered.compile()
     seconds = time.process_time() - start
     analysis = compiled.memory_analysis()
-    held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
-    held += analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes
-    nbytes = held - analysis.alias_size_in_bytes
+    nbytes = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
+    nbytes += analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes
+    nbytes -= analysis.alias_size_in_bytes
     return Program(compiled.as_text(), nbytes, seconds, len(lowered.as_text()))
 
 
-def _compile_for(work: Work, mesh: Mesh, slice_: Slice) -> Program:
+def _compile_for(plan: Plan, name: str, slice_: Slice) -> Program:
     """Compiles for a slice as far as its costs are settled.
 
     Raises:
-      UserError: the step needs more memory than the chip has.
+      UserError: the program needs more memory than the chip has.
     """
-    axes = {str(name): size for name, size in mesh.shape.items()}
     try:
         program = compile_until_allocated(
-            functools.partial(lower_for, work, MeshConfig(**axes), slice_.name)
+            functools.partial(lower_for, plan.settings, plan.shape, slice_.name, name)
         )
     except CompilationError as error:
-        raise _out_of_memory(error, slice_) from error
+        raise _out_of_memory(error, name, slice_) from error
     if program.nbytes > slice_.chip.hbm:
         needed, has = (f"{nbytes / 2**30:.2f} GiB" for nbytes in (program.nbytes, slice_.chip.hbm))
-        raise _too_large(needed, has, slice_)
+        raise _too_large(needed, has, name, slice_)
     return program
-
-
-def lower_for(work: Work, mesh_config: MeshConfig, name: str) -> Any:
-    """JAX's lowered program of the step for a slice, in a process that has not used JAX yet.
-
-    Args:
-      work: what to trace. mesh_config: of the slice's chips. name: the slice's.
-    """
-    jax.config.update("jax_platforms", "cpu")  # nothing runs: an accelerator here stays free
-    return lower(work, make_mesh(mesh_config, topology.devices(name)[0]))[2]
 
 
 def shard_bytes(tree: Any) -> int:
@@ -310,17 +294,17 @@ def _bandwidth(collective: Collective, mesh: Mesh, slice_: Slice) -> float:
     return slice_.bandwidth([devices[number].coords for number in collective.groups[0]])
 
 
-def _out_of_memory(error: Exception, slice_: Slice) -> Exception:
+def _out_of_memory(error: Exception, name: str, slice_: Slice) -> Exception:
     """The compiler's refusal in one line; any other error as it is."""
     used = _HBM_USED.search(str(error))
     if used is None:
         return error
-    return _too_large(f"{used[1]} {used[2]}iB", f"{used[3]} {used[4]}iB", slice_)
+    return _too_large(f"{used[1]} {used[2]}iB", f"{used[3]} {used[4]}iB", name, slice_)
 
 
-def _too_large(needed: str, has: str, slice_: Slice) -> UserError:
-    """What a step that does not fit is told."""
+def _too_large(needed: str, has: str, name: str, slice_: Slice) -> UserError:
+    """The refusal of a program that does not fit."""
     return UserError(
-        f"the step needs {needed} of the {has} that a {slice_.chip.name} has: expected a "
+        f"the {name} needs {needed} of the {has} that a {slice_.chip.name} has: expected a "
         "larger mesh axis fsdp or tensor, remat 'full', fewer rows or more chips"
     )

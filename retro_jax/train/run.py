@@ -110,6 +110,11 @@ def make_plan(
       UserError: the mesh, the model, the batch and the schedule do not fit together.
     """
     mesh, training = make_mesh(settings.mesh, devices), settings.training
+    if shape.sequence_length % settings.retro.chunk_length:
+        raise UserError(
+            f"sequence_length {shape.sequence_length}: expected a multiple of chunk_length "
+            f"{settings.retro.chunk_length}"
+        )
     if shape.batch_size % training.accumulate:
         raise UserError(
             f"TrainConfig.accumulate is {training.accumulate}: expected a divisor of the batch size "

@@ -83,16 +83,25 @@ def begin(config: StartConfig, state: TrainState, checkpoints: str | os.PathLike
     Raises:
       UserError: the other run lacks a parameter that is not `fresh`, or has another shape of it.
     """
-    wanted = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-        for name, leaf in named_leaves(state.params).items()
-        if not _matches(name, config.fresh)
-    }
+    wanted = wanted_parameters(config, state.params)
     part = "average" if config.averaged else "params"
     _, found = restore_params(checkpoints, wanted, config.step or None, part=part, all_of_it=False)
     params = map_named(lambda name, leaf: found.get(name, leaf), state.params)
     average = None if state.average is None else jax.tree.map(jnp.copy, params)
     return dataclasses.replace(state, params=params, average=average)
+
+
+def wanted_parameters(config: StartConfig, params: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """The parameters that a run takes from another, by name.
+
+    Args:
+      config: of the run. params: a tree of them, or of their shapes.
+    """
+    return {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        for name, leaf in named_leaves(params).items()
+        if not _matches(name, config.fresh)
+    }
 
 
 def _check_patterns(config: StartConfig, field: str, names: Sequence[str]) -> None:

@@ -25,8 +25,8 @@ TINY = ["--preset=tiny", "--turns=1"]
 @pytest.fixture
 def one_device(monkeypatch):
     """Compiles for one of the simulated devices, which takes half as long as for eight."""
-    make = functools.partial(training.make_mesh, devices=jax.devices()[:1])
-    monkeypatch.setattr(training, "make_mesh", make)
+    make = functools.partial(training.make_plan, devices=jax.devices()[:1])
+    monkeypatch.setattr(training, "make_plan", make)
 
 
 def refused(capsys, main, *arguments) -> str:

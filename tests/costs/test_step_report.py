@@ -1,24 +1,28 @@
 """The report's parts: what each exchange costs and where, memory, and a step that does not fit."""
 
+import dataclasses
 import types
 from typing import Any
 
 import numpy as np
 import pytest
 
-from retro_jax.config import ExecutionConfig
 from retro_jax.costs import step_report
 from retro_jax.costs.hlo import Array
 from retro_jax.costs.partial_compile import CompilationError, Program
 from retro_jax.costs.program_costs import Collective
 from retro_jax.costs.roofline import parse_slice
-from retro_jax.costs.step_report import Work, abstract_batch, check, group_exchanges
+from retro_jax.costs.step_report import FIRST_STATE, STEP, check, group_exchanges, shard_bytes
 from retro_jax.errors import UserError
-from retro_jax.sharding import MeshConfig, make_mesh
-from retro_jax.train.optimizer import OptimizerConfig
+from retro_jax.train.global_batches import BatchShape
+from retro_jax.train.loop import TrainConfig
+from retro_jax.train.parameter_names import named_leaves
+from retro_jax.train.run import Settings, make_plan
+from retro_jax.train.warm_start import StartConfig
 from tests.model.tiny import TINY
 
-WORK = Work(TINY, ExecutionConfig(), OptimizerConfig(), batch_size=8, sequence_length=16)
+SETTINGS = Settings(retro=TINY, training=TrainConfig(steps=1000))
+SHAPE = BatchShape(batch_size=8, sequence_length=16)
 
 
 def grid(data: int, fsdp: int, tensor: int, slice_name: str) -> Any:
@@ -61,36 +65,42 @@ def test_exchanges_are_gathered_by_kind_and_axes():
     assert group_exchanges(collectives, mesh, None)[0].seconds is None
 
 
-def test_a_sequence_that_is_no_whole_number_of_chunks_is_refused():
-    work = Work(TINY, ExecutionConfig(), OptimizerConfig(), batch_size=8, sequence_length=18)
-    mesh = make_mesh(MeshConfig())
-    with pytest.raises(UserError, match="sequence_length 18: expected a multiple of chunk_length"):
-        abstract_batch(work, mesh)
-
-
 def test_what_the_compiler_allocates_is_reported(monkeypatch):
     """Bytes beyond the arguments are temporaries; more than the chip has is one line."""
     text = "ENTRY %main (p: f32[8]) -> f32[8] {\n  ROOT %p = f32[8]{0} parameter(0)\n}"
-    mesh, slice_ = make_mesh(MeshConfig()), parse_slice("v5e:2x2")
-    held = 2**30
+    plan, slice_ = make_plan(SETTINGS, SHAPE), parse_slice("v5e:2x2")
+    needed = {STEP: 2**30, FIRST_STATE: 2**29}
 
     def compiled(lower) -> Program:
-        work, mesh_config, name = lower.args
-        assert (work, mesh_config, name) == (WORK, MeshConfig(data=8), "v5e:2x2")
-        return Program(text, held, seconds=2.0, lowered_bytes=100)
+        *work, name = lower.args
+        assert work == [SETTINGS, SHAPE, "v5e:2x2"]
+        return Program(text, needed[name], seconds=2.0, lowered_bytes=100)
 
     monkeypatch.setattr(step_report, "compile_until_allocated", compiled)
-    report = check(WORK, mesh, slice_)
-    assert report.memory.total == held
+    report = check(plan, slice_)
+    assert report.memory.total == 2**30
     assert report.memory.temporaries > 0
+    assert report.first_state == 2**29
     assert (report.compile_seconds, report.lowered_bytes, report.compiled_bytes) == (
         2,
         100,
         len(text),
     )
-    held = 17 * 2**30
-    with pytest.raises(UserError, match=r"the step needs 17\.00 GiB of the 16\.00 GiB"):
-        check(WORK, mesh, slice_)
+    for name in (FIRST_STATE, STEP):
+        needed[name] = 17 * 2**30
+        with pytest.raises(UserError, match=rf"the {name} needs 17\.00 GiB of the 16\.00 GiB"):
+            check(plan, slice_)
+
+
+def test_restoring_needs_the_state_and_what_is_taken_of_another_run():
+    """The bytes of a checkpoint; another run's parameters are read beside the first state."""
+    plan = make_plan(SETTINGS, SHAPE)
+    whole = shard_bytes(plan.abstract)
+    assert step_report.restored_bytes(plan) == whole
+    begun = dataclasses.replace(SETTINGS, start=StartConfig(run="W/baseline", fresh=("encoder.*",)))
+    taken = [leaf for n, leaf in named_leaves(plan.abstract.params).items() if "encoder." not in n]
+    expected = whole + shard_bytes(taken)
+    assert step_report.restored_bytes(make_plan(begun, SHAPE)) == expected
 
 
 @pytest.mark.parametrize(
@@ -112,4 +122,4 @@ def test_more_memory_than_a_chip_has_is_one_line(monkeypatch, message, expected)
     monkeypatch.setattr(step_report, "compile_until_allocated", refuse)
     kind: type[Exception] = UserError if "hbm" in message else CompilationError
     with pytest.raises(kind, match=expected):
-        check(WORK, make_mesh(MeshConfig()), parse_slice("v5e:2x2"))
+        check(make_plan(SETTINGS, SHAPE), parse_slice("v5e:2x2"))

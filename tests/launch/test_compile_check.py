@@ -69,13 +69,14 @@ def test_a_step_is_compiled_and_its_costs_are_told(settings, tmp_path, capsys):
     found = json.loads((tmp_path / "figures.json").read_text())
     assert (found["topology"], found["positions"]) == ("cpu:4", "relative")
     assert found["mesh"] == {"data": 1, "fsdp": 2, "tensor": 2}
-    work, _ = compile_check.make_work()
-    weights = 4 * work.retro.num_parameters() / 4  # bytes of float32 over four devices
+    retro = compile_check.make_settings().retro
+    weights = 4 * retro.num_parameters() / 4  # bytes of float32 over four devices
     memory = found["memory"]
     assert weights < memory["parameters"] < 1.05 * weights  # scales are on every device
     assert 2 * weights < memory["optimizer"] < 2.1 * weights
     assert memory["temporaries"] > 0
-    parts = ("parameters", "optimizer", "batch", "temporaries")
+    assert memory["average"] == 0
+    parts = ("parameters", "optimizer", "average", "batch", "temporaries")
     assert memory["total"] == sum(memory[part] for part in parts)
     # remat makes the forward pass once more; plain attention makes both halves of its square, and
     # twice as many distances as there are keys
@@ -83,6 +84,39 @@ def test_a_step_is_compiled_and_its_costs_are_told(settings, tmp_path, capsys):
     axes = {(each["kind"], each["axes"]) for each in found["collectives"]}
     assert ("all-gather", "fsdp") in axes
     assert any(axis == "tensor" for _, axis in axes)
+
+
+def _figures(settings, tmp_path, *bindings):
+    """The figures of a run with further settings."""
+    path = tmp_path / "figures.json"
+    assert run(settings, f"--json={path}", *(f"--gin_bindings={b}" for b in bindings)) == 0
+    return json.loads(path.read_text())
+
+
+def test_the_plan_is_that_of_training(settings, tmp_path, capsys):
+    """Accumulation, moving average, loss_jump and what is trained show in the memory."""
+    plain = _figures(settings, tmp_path)
+    weights = plain["memory"]["parameters"]
+    state = weights + plain["memory"]["optimizer"]
+    assert state <= plain["restore"] < 1.01 * state
+    assert state < plain["first_state"]  # its outputs; random bits and code besides
+
+    parts = _figures(settings, tmp_path, "TrainConfig.accumulate = 4")
+    assert parts["memory"]["temporaries"] < 0.9 * plain["memory"]["temporaries"]
+
+    capsys.readouterr()
+    averaged = _figures(settings, tmp_path, "TrainConfig.average_decay = 0.99")
+    assert averaged["memory"]["average"] == weights
+    assert averaged["memory"]["total"] > plain["memory"]["total"] + 0.9 * weights
+    assert averaged["restore"] == plain["restore"] + weights
+    assert averaged["first_state"] > plain["first_state"] + 0.4 * weights
+    assert "moving average" in capsys.readouterr().out
+
+    judged = _figures(settings, tmp_path, "TrainConfig.loss_jump = 1.0")
+    assert judged["restore"] == plain["restore"] + 8  # two numbers
+
+    fitted = _figures(settings, tmp_path, "StartConfig.trained = ('encoder.*', 'cca.*')")
+    assert fitted["memory"]["optimizer"] < 0.7 * plain["memory"]["optimizer"]
 
 
 def test_a_slice_of_chips_has_memory_and_a_roofline(settings, capsys, monkeypatch):
@@ -93,7 +127,9 @@ def test_a_slice_of_chips_has_memory_and_a_roofline(settings, capsys, monkeypatc
     )
     report = step_report.Report(
         mesh={"data": 1, "fsdp": 4, "tensor": 1},
-        memory=step_report.Memory(2**30, 2**31, 0.0, 2**32),
+        memory=step_report.Memory(2**30, 2**31, 0.0, 0.0, 2**32),
+        first_state=2**31,
+        restore=2**30,
         model_flops=1.5e12,
         costs=step_report.Costs(2e12, 3e9, ()),
         exchanges=(
@@ -105,12 +141,14 @@ def test_a_slice_of_chips_has_memory_and_a_roofline(settings, capsys, monkeypatc
         compiled_bytes=3_000_000,
     )
     monkeypatch.setattr(topology, "devices", lambda name: (jax.devices()[:4], slice_))
-    monkeypatch.setattr(compile_check, "check", lambda work, mesh, slice_: report)
+    monkeypatch.setattr(compile_check, "check", lambda plan, slice_: report)
     assert run(settings, topology="v5e:2x2") == 0
     out = capsys.readouterr().out
     for words in (
         "v5e:2x2, 4 chips",
         "total                                    7.000 GiB of 16 (44%)",
+        "making the first state                   2.000 GiB",
+        "restoring a checkpoint                   1.000 GiB",
         "1.33 of the model's",
         "a step takes at least 2.000 s, bound by compute",
         "at most 512 tokens a second, MFU 75.0%; if nothing overlapped 37.5%",

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from retro_jax.config import PRESETS, ExecutionConfig, RetroConfig
-from retro_jax.costs.step_report import Work, lower
+from retro_jax.costs.step_report import lower
 from retro_jax.errors import UserError
 from retro_jax.model import Retro
 from retro_jax.model.loss import read_out
@@ -28,8 +28,10 @@ from retro_jax.sharding import (
     parameter_shardings,
     parameter_specs,
 )
-from retro_jax.train.optimizer import OptimizerConfig
+from retro_jax.train.global_batches import BatchShape
+from retro_jax.train.loop import TrainConfig
 from retro_jax.train.parameter_names import named_leaves
+from retro_jax.train.run import Settings, make_plan
 from tests.model.tiny import TINY, assert_close, make_batch, make_model
 
 # Divisible by every mesh below: 8 ways of fsdp, 4 ways of tensor.
@@ -268,12 +270,12 @@ def test_large_parameters_on_every_device_are_logged(caplog):
 
 def test_the_largest_program_is_hardly_larger_than_the_smallest():
     """7.5B against 172M, the whole train step as it is lowered; depth and width cost no program."""
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     execution = ExecutionConfig(activation_dtype="bfloat16", remat="full")
+    mesh, training = MeshConfig(data=2, fsdp=2, tensor=2), TrainConfig(steps=1000)
     sizes = {}
     for name in ("172m", "7.5b"):
-        work = Work(PRESETS[name], execution, OptimizerConfig(), batch_size=8)
-        sizes[name] = len(lower(work, mesh)[2].as_text())
+        settings = Settings(retro=PRESETS[name], execution=execution, training=training, mesh=mesh)
+        sizes[name] = len(lower(make_plan(settings, BatchShape(batch_size=8))).as_text())
     assert sizes["7.5b"] < 1.5 * sizes["172m"]
 
 
@@ -288,10 +290,10 @@ def test_memory_grows_with_the_sequence_and_not_with_its_square():
         neighbour_length=16,
     )
     execution = ExecutionConfig(remat="full", attention="chunked")
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    settings = Settings(retro=config, execution=execution, training=TrainConfig(steps=1000))
     sizes = []
     for length in (2048, 8192):
-        work = Work(config, execution, OptimizerConfig(), batch_size=1, sequence_length=length)
-        compiled = lower(work, mesh)[2].compile()
+        plan = make_plan(settings, BatchShape(1, length), jax.devices()[:1])
+        compiled = lower(plan).compile()
         sizes.append(compiled.memory_analysis().temp_size_in_bytes)
     assert 0 < sizes[1] < 5 * sizes[0]

@@ -178,6 +178,7 @@ def test_a_run_records_its_settings_and_refuses_others(plan, whole):
     [
         ("training", {"accumulate": 3}, "accumulate is 3: expected a divisor of the batch size 8"),
         ("training", {"steps": 2}, "warmup_steps is 2: expected fewer than"),
+        ("retro", {"chunk_length": 3}, "sequence_length 16: expected a multiple of chunk_length 3"),
         ("mesh", {"fsdp": 3}, "does not fit 8 devices"),
         ("start", {"trained": ("nothing.*",)}, "'nothing.*', which no parameter matches"),
     ],
