@@ -33,7 +33,7 @@ from absl import flags
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.evaluation.prepare_text import prepare_slice
 from data_pipelines.evaluation.splits import open_split, places_of
-from data_pipelines.evaluation.texts import SliceConfig, evaluation_text
+from data_pipelines.evaluation.texts import TEXTS, SliceConfig, evaluation_text
 from launch.common import app, configurables
 from launch.common.flags import (
     AVERAGED,
@@ -100,8 +100,8 @@ MAX_DOCUMENTS = flags.DEFINE_integer(
 SLICES = flags.DEFINE_list(
     "slices",
     [],
-    "Score these texts instead of a split: wikitext103, wikitext103_detokenised, pile or pile:github, "
-    "curation, lambada, or any name for JSON lines with a text field each.",
+    f"Score these texts instead of a split: {', '.join(TEXTS)}, a subset as in pile:github, or any name "
+    "for JSON lines with a text field each.",
 )
 PATHS = flags.DEFINE_list(
     "slice_paths", [], "Where slices are read, as in pile=/data/val.jsonl.zst; needed once."

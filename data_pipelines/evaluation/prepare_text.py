@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 from data_pipelines.artefacts.manifest import MANIFEST_FILE
 from data_pipelines.chunk_database.database import ChunkDatabase, prepare_chunks
-from data_pipelines.corpora import CorpusConfig
-from data_pipelines.documents import inputs
 from data_pipelines.documents.documents import KIND as DOCUMENTS
 from data_pipelines.evaluation.splits import slice_table
 from data_pipelines.evaluation.texts import SliceConfig, check_source, prepare_texts
@@ -48,18 +46,11 @@ def prepare_slice(
     """
     folder = data / FOLDER / config.key
     table = slice_table(folder, latest(data))
-    identity = _identity_of(config)
-    if (folder / DOCUMENTS / MANIFEST_FILE).is_file():
-        expected = "the same, or another name for these"
-        inputs.refuse_changes(folder, inputs.recorded(folder), identity, expected)
     if (table / MANIFEST_FILE).is_file():
         check_source(folder, config)
         return config.key
     with only_one(data):
         report(f"preparing {config.key} ...")
-        if identity and not (folder / DOCUMENTS / MANIFEST_FILE).is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            inputs.record(folder, identity)
         prepare_texts(folder, config)
         prepare_chunks(folder / "chunks", folder / DOCUMENTS, data / "tokenizer")
         retriever = Retriever.open(data, model=bert_folder)
@@ -78,11 +69,3 @@ def prepare_slice(
             recall_queries=_RECALL_QUERIES,
         )
     return config.key
-
-
-def _identity_of(config: SliceConfig) -> dict[str, inputs.Identity]:
-    """What is at the path of a text now; nothing for a text without a path."""
-    if config.path is None:
-        return {}
-    files = CorpusConfig(FOLDER, "text", config.path, include=("*",))
-    return {config.name: inputs.identity_of(files)}

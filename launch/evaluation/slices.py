@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from data_pipelines.evaluation.texts import SliceConfig
+from data_pipelines.evaluation.texts import TEXTS, SliceConfig, evaluation_text
 
 
 def wanted_slices(
@@ -13,7 +13,7 @@ def wanted_slices(
     """The texts of --slices and --slice_paths; subsets of one slice together.
 
     Args:
-      values: NAME, or pile:SUBSET. paths: NAME=PATH. max_documents: of each corpus.
+      values: NAME, or NAME:SUBSET of a text with subsets. paths: NAME=PATH. max_documents: of each corpus.
 
     Raises:
       flags.Error: a value that cannot be read, or a path of no slice.
@@ -21,8 +21,10 @@ def wanted_slices(
     subsets: dict[str, list[str]] = {}
     for value in values:
         name, colon, subset = value.partition(":")
-        if not name.replace("_", "").replace(".", "").isalnum() or (colon and name != "pile"):
-            raise flags.Error(f"--slices={value}: expected a name, or pile: and a subset of it")
+        cut = colon and not evaluation_text(name).subsets
+        if not name.replace("_", "").replace(".", "").isalnum() or cut:
+            whole = " or ".join(f"{text.name}:" for text in TEXTS.values() if text.subsets)
+            raise flags.Error(f"--slices={value}: expected a name, or {whole} and a subset of it")
         subsets.setdefault(name, []).extend([subset] if subset else [])
     places = _paths(paths, list(subsets))
     return [

@@ -39,7 +39,7 @@ def test_another_file_under_a_prepared_name_is_refused(workdir, tmp_path):
     prepare_slice(workdir, SliceConfig("mine", first), report=told.append)
     assert told == ["preparing mine ..."]
     other = lines(tmp_path / "test.jsonl", "A lobster in the sea.", "And a harbour.")
-    message = r"slices/mine was made of other files: corpus 'mine' has other bytes; expected the"
+    message = r"test.jsonl has .* but the slice mine was read from 'validation.jsonl' of .* another"
     with pytest.raises(UserError, match=message):
         prepare_slice(workdir, SliceConfig("mine", other))
     nowhere = SliceConfig("mine", str(tmp_path / "nowhere.jsonl"))
