@@ -1,4 +1,4 @@
-"""Runs an entry point: flags, help, and errors of the user's told in one line.
+"""Runs an entry point: flags, help, and errors of the user's in one line.
 
     from launch.common import app
     ...
@@ -10,7 +10,7 @@ Exit statuses:
     0    done
     1    bad input (UserError) or a failing file system; a defect of this project, with its traceback
     2    bad flags
-    75   asked to stop, saved: the same command goes on
+    75   asked to stop, saved: the same command resumes
     76   another process of the run was lost or hangs: start all of them again
     130  Ctrl-C
 """
@@ -81,7 +81,7 @@ def required(flag: flags.FlagHolder, expected: str) -> str:
     """The value of a flag that this entry point cannot do without.
 
     Raises:
-      flags.Error: it was not given; told as "--name is missing: expected ...".
+      flags.Error: it was not given; reported as "--name is missing: expected ...".
     """
     if flag.value in (None, "", []):
         raise flags.Error(f"--{flag.name} is missing: expected {expected}")
@@ -92,8 +92,8 @@ def usage(main: Callable[[], None]) -> str:
     """The help text: the entry point's docstring, then its own and the shared flags."""
     module = sys.modules[main.__module__]
     lines = [(module.__doc__ or "").strip(), "", "Flags:"]
-    held = [value for value in vars(module).values() if isinstance(value, flags.FlagHolder)]
-    own = {holder.name for holder in held}  # defined by the module, or imported into it
+    holders = [value for value in vars(module).values() if isinstance(value, flags.FlagHolder)]
+    own = {holder.name for holder in holders}  # defined by the module, or imported into it
     by_module = flags.FLAGS.flags_by_module_dict()
     others = (*getattr(module, "HELP_ALSO", ()), *_SHARED_MODULES)
     shared = {flag.name for name in others for flag in by_module.get(name, [])}
@@ -164,7 +164,7 @@ def _set_up_logging(debug: bool) -> None:
 
 
 def _status_and_message(error: BaseException) -> tuple[int, str]:
-    """What the user is told about an error of theirs."""
+    """The exit status and the line for an error of the user's."""
     if isinstance(error, flags.Error):
         return 2, str(error)
     if isinstance(error, KeyboardInterrupt):

@@ -75,9 +75,9 @@ def check(
     """
     recorded = files.read_json(run / record.PARENTS_FILE)
     for name in sorted({*recorded, *parents}):
-        held, found = recorded.get(name, "(none)")[:12], parents.get(name, "(none)")[:12]
-        if held != found:
-            raise UserError(f"{run} was trained on {name} {held}: expected that, found {found}")
+        then, found = recorded.get(name, "(none)")[:12], parents.get(name, "(none)")[:12]
+        if then != found:
+            raise UserError(f"{run} was trained on {name} {then}: expected that, found {found}")
     old = record.parse_settings((run / record.CONFIG_FILE).read_text(encoding="utf-8"))
     new = record.parse_settings(settings)
     for name in sorted({*old, *new}):

@@ -26,7 +26,7 @@ _BITS = {"pred": 8, "token": 0, "opaque": 0}
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array's type and extents, and whether it lies in HBM."""
+    """One array's type and extents, and whether it is in HBM."""
 
     dtype: str
     extents: tuple[int, ...]
@@ -163,7 +163,7 @@ def trip_count(loop: Instruction) -> int:
 
 
 def _instruction(name: str, text: str, root: bool) -> Instruction:
-    """Reads what stands behind the equals sign."""
+    """Reads the right side of the equals sign."""
     text = _COMMENT.sub("", text)
     shape = _balanced(text, " ")
     rest = text[len(shape) :].strip()

@@ -76,7 +76,7 @@ def _compile(lower: Callable[[], Any], folder: pathlib.Path) -> None:
         (folder / "lowered").write_text(json.dumps(noted), encoding="utf-8")
         options = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
         lowered.compile(compiler_options=options)
-    except Exception as error:  # told by the process that waits
+    except Exception as error:  # reported by the process that waits
         (folder / "error").write_text(str(error), encoding="utf-8")
 
 
@@ -95,9 +95,9 @@ def _read(folder: pathlib.Path, seconds: float) -> Program:
 
 def _failure(folder: pathlib.Path, status: int | None) -> str:
     """Why there is no program."""
-    told = folder / "error"
-    if told.exists():
-        return told.read_text(encoding="utf-8")
+    message = folder / "error"
+    if message.exists():
+        return message.read_text(encoding="utf-8")
     return f"the compiler's process ended with status {status} before it had a program"
 
 

@@ -27,7 +27,7 @@ _TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a process stands among those of its run.
+    """The place of a process among those of its run.
 
     Attributes:
       coordinator: HOST:PORT of process 0. count: processes. index: which this one is.

@@ -61,10 +61,10 @@ def together(action: Callable[[], T]) -> T:
     except (UserError, OSError) as error:
         failure = error
     meet("together")  # a collective would give the slowest of them half a minute only
-    told = _exchange("" if failure is None else describe(failure) or repr(failure))
+    messages = _exchange("" if failure is None else describe(failure) or repr(failure))
     if failure is not None:
         raise SharedError(describe(failure)) from failure
-    for process, message in enumerate(told):
+    for process, message in enumerate(messages):
         if message:
             raise SharedError(f"process {process} failed: {message}")
     return result  # type: ignore[return-value]
@@ -86,8 +86,8 @@ def as_first(answers: Sequence[bool]) -> list[bool]:
     """The first process's answers, where all of them asked (which files are there)."""
     if jax.process_count() == 1 or not answers:
         return list(answers)
-    told = multihost_utils.broadcast_one_to_all(np.array(answers, np.int32))
-    return [bool(answer) for answer in np.asarray(told)]
+    shared = multihost_utils.broadcast_one_to_all(np.array(answers, np.int32))
+    return [bool(answer) for answer in np.asarray(shared)]
 
 
 def client() -> Any:
@@ -139,11 +139,11 @@ def noticing_loss() -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        told = str(error)
-        if jax.process_count() == 1 or not any(sign in told.lower() for sign in _SIGNS_OF_LOSS):
+        reason = str(error)
+        if jax.process_count() == 1 or not any(sign in reason.lower() for sign in _SIGNS_OF_LOSS):
             raise
         raise LostPeerError(
-            f"a collective failed ({told.splitlines()[0]}): another process was lost, see what it said "
+            f"a collective failed ({reason.splitlines()[0]}): another process was lost, see what it said "
             "last; start all of them again, and the run goes on from its last checkpoint"
         ) from error
 

@@ -44,14 +44,14 @@ class Checkpoints:
     """The checkpoints of one training run.
 
     Attributes:
-      directory: where they lie.
+      directory: where they are.
     """
 
     def __init__(self, directory: str | os.PathLike, *, keep: int = 3, keep_every: int = 0):
         """Opens the directory, making it when it is not there.
 
         Args:
-          directory: where the checkpoints lie.
+          directory: of the checkpoints.
           keep: how many of the newest stay. keep_every: those at multiples of it stay for ever; 0
             for none.
         """
@@ -291,8 +291,8 @@ def _check_arrays(path: pathlib.Path, expected: dict[str, list[Any]], whole: str
         if name not in found:
             raise UserError(f"checkpoint {path} lacks {name}: expected {dtype}{shape}")
         if found[name] != [shape, dtype]:
-            held = f"{found[name][1]}{found[name][0]}"
-            raise UserError(f"checkpoint {path}: {name} is {held}, expected {dtype}{shape}")
+            actual = f"{found[name][1]}{found[name][0]}"
+            raise UserError(f"checkpoint {path}: {name} is {actual}, expected {dtype}{shape}")
     for name in found:
         wanted = whole is not None and name.startswith(whole) and name != _RECENT_LOSS
         if wanted and name not in expected:

@@ -118,7 +118,7 @@ class CurveWriter:
         """Opens the files of a run that has made `start_step` updates.
 
         Args:
-          directory: the run's. start_step: what lies after it is dropped.
+          directory: the run's. start_step: lines after it are dropped.
         """
         self._path = pathlib.Path(directory) / METRICS_FILE
         truncate_curve(self._path, start_step)
@@ -198,7 +198,7 @@ class Progress:
         self._bar.update()
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Leaves the bar as it is."""
         self._bar.refresh()
         self._bar.close()
 
@@ -304,18 +304,18 @@ class Observer:
         return values | memory()
 
     def _skip_or_stop(self, step: int, problem: str) -> None:
-        """Tells of a bad batch; raises unless the run goes on without it."""
-        told = f"{problem}{self._watched.bad_batches.describe(step)}"
+        """Reports a bad batch; raises unless the run continues without it."""
+        message = f"{problem}{self._watched.bad_batches.describe(step)}"
         self._skipped_in_a_row += 1
         if not self._watched.bad_batches.skip:
             raise SharedError(
-                f"{told}; nothing was saved after it (TrainConfig.skip_bad_batches = True leaves such "
+                f"{message}; nothing was saved after it (TrainConfig.skip_bad_batches = True leaves such "
                 "batches out, a lower OptimizerConfig.max_learning_rate may help)"
             )
         if self._skipped_in_a_row >= _MOST_SKIPPED:
-            raise SharedError(f"{told}; the last {_MOST_SKIPPED} batches were all bad")
+            raise SharedError(f"{message}; the last {_MOST_SKIPPED} batches were all bad")
         if self._writer is not None:
-            _logger.warning("%s: its update is left out", told)
+            _logger.warning("%s: its update is left out", message)
         self._averager.skip()
 
 

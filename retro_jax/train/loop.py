@@ -94,7 +94,7 @@ class TrainConfig:
         require(whole, self, "checkpoint_every", f"a multiple of log_every = {self.log_every}")
 
 
-# Settings that may differ when a run goes on: the parameters do not depend on them, or only where the
+# Settings that may differ when a run resumes: the parameters do not depend on them, or only where the
 # run would not go on without.
 FREE_SETTINGS = (
     "log_every",

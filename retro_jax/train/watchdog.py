@@ -67,7 +67,7 @@ class Watchdog:
 
         Args:
           phases: of this process. seconds: that one phase may take; 0 for any.
-          end: told why, by another thread than the main one; does not return.
+          end: called with the reason, by another thread than the main one; does not return.
         """
         self._phases, self._seconds, self._end = phases, seconds, end
         self._interval = min(seconds / _REPORTS_BEFORE_END, _MOST_BETWEEN_REPORTS)
@@ -109,8 +109,8 @@ class Watchdog:
     def _ask(self, phase: str, step: int) -> str:
         """Who is behind, as far as it is known."""
         self._report(phase, step)
-        told = client().key_value_dir_get(_KEY)
-        reports = {int(key.rsplit("/", 1)[1]): Report(*json.loads(text)) for key, text in told}
+        entries = client().key_value_dir_get(_KEY)
+        reports = {int(key.rsplit("/", 1)[1]): Report(*json.loads(text)) for key, text in entries}
         silence = _REPORTS_BEFORE_END / 2 * self._interval + 1
         found = blame(reports, jax.process_count(), silence)
         # The first to ask speaks for all: once it has ended, it would itself seem to be the cause.
