@@ -109,7 +109,8 @@ def test_the_plan_is_that_of_training(settings, tmp_path, capsys):
     assert averaged["memory"]["average"] == weights
     assert averaged["memory"]["total"] > plain["memory"]["total"] + 0.9 * weights
     assert averaged["restore"] == plain["restore"] + weights
-    assert averaged["first_state"] > plain["first_state"] + 0.4 * weights
+    # its outputs are the whole state; the copy may take memory that random bits had before
+    assert averaged["first_state"] > max(plain["first_state"], averaged["restore"])
     assert "moving average" in capsys.readouterr().out
 
     judged = _figures(settings, tmp_path, "TrainConfig.loss_jump = 1.0")
