@@ -50,6 +50,7 @@ from launch.common.flags import (
 )
 from launch.evaluation.conditions import (
     KINDS,
+    TOKENS,
     Condition,
     check_split,
     passes,
@@ -293,6 +294,8 @@ def _conditions(workdir: pathlib.Path, wanted: Sequence[str]) -> list[Condition]
     if trained_run.is_trained(workdir / _BASELINE):
         baseline = trained_run.open_run(workdir / _BASELINE, bindings, averaged=AVERAGED.value)
         conditions.append(Condition(_BASELINE, baseline, 0, _BASELINE))
+        if TOKENS in wanted:
+            conditions.append(Condition(f"{_BASELINE}+{TOKENS}", baseline, 0, TOKENS))
     if KNN.value:
         model = conditions[-1].run if conditions[-1].name == _BASELINE else retro
         conditions.append(Condition("knn", model, 0, "knn"))

@@ -7,6 +7,8 @@ oracle        with the neighbours of the chunk that is predicted, which no model
 k_4           as on, with 4 neighbours; all such conditions are scored in one pass
 database_0.1  as on, from a tenth of the retrieval database's documents (smaller shares are part
               of larger ones)
+tokens        as on, mixed with the votes of the token memory (launch/evaluation/tokens.py);
+              baseline+tokens is the baseline with it
 ngrams_0.5    as on, without neighbours that hold more than half of the 13-grams of the chunk and
               the one after it
 """
@@ -27,7 +29,8 @@ from retro_jax.errors import UserError
 from retro_jax.evaluate import overlap
 from retro_jax.evaluate.scorer import ScoredModel
 
-KINDS = ("on", "off", "random", "oracle")  # of --retrieval
+TOKENS = "tokens"
+KINDS = ("on", "off", "random", "oracle", TOKENS)  # of --retrieval
 
 NeighbourTokens = Callable[[np.ndarray], np.ndarray]
 _GRAM = 13

@@ -11,7 +11,9 @@ import numpy as np
 
 from data_pipelines.evaluation.splits import Split
 from data_pipelines.evaluation.texts import evaluation_text
+from data_pipelines.retriever.revisions import open_database
 from launch.evaluation.conditions import (
+    TOKENS,
     Condition,
     condition_settings,
     neighbour_tokens,
@@ -19,15 +21,16 @@ from launch.evaluation.conditions import (
 )
 from launch.evaluation.knn import knn_scoring
 from launch.evaluation.settings import EvaluationSettings, KnnSettings
+from launch.evaluation.tokens import TokenMixture
 from retro_jax.distributed import processes
 from retro_jax.evaluate import bits_per_byte, score
-from retro_jax.evaluate.conditions import condition_name
+from retro_jax.evaluate.conditions import MIXED_WITH_TOKENS, condition_name
 from retro_jax.evaluate.k_sweep import sweep_losses
 from retro_jax.evaluate.scorer import Pass, Scorer, forget
 from retro_jax.evaluate.uncertainty import share_with_interval
 from retro_jax.model import Retro
 from retro_jax.storage import files
-from retro_jax.storage.files import write_array
+from retro_jax.storage.files import read_array, write_array
 
 _ID_DIGITS = 12
 
@@ -57,12 +60,9 @@ def evaluate(
 
     Several processes compute together; the first one alone writes, and has what is returned.
     """
-    folder, split = work.folder, work.split
+    folder = work.folder
     heads = {c.name: _head(work, settings, c) for c in conditions}
-    names = {
-        c.name: f"{split.name}-{c.name}-{c.run.step:08d}-{_digest(heads[c.name])}"
-        for c in conditions
-    }
+    names = {c.name: _result_name(work, settings, c) for c in conditions}
     there = processes.as_first([_is_there(folder, names[c.name]) for c in conditions])
     missing = [c for c, is_there in zip(conditions, there, strict=True) if not is_there]
     if missing:
@@ -77,6 +77,12 @@ def evaluate(
     if not processes.is_first():
         return {}
     return {c.name: files.read_json(folder / f"{names[c.name]}.json") for c in conditions}
+
+
+def _result_name(work: Work, settings: EvaluationSettings, condition: Condition) -> str:
+    """The files of a condition's result, without their suffixes."""
+    digest = _digest(_head(work, settings, condition))
+    return f"{work.split.name}-{condition.name}-{condition.run.step:08d}-{digest}"
 
 
 def _is_there(folder: pathlib.Path, name: str) -> bool:
@@ -104,8 +110,15 @@ def _head(work: Work, settings: EvaluationSettings, condition: Condition) -> dic
             ),
         },
         "model": condition.run.identity(),
-        "manifests": split.hashes(bool(condition.neighbours)),
+        "manifests": split.hashes(bool(condition.neighbours)) | _memory_hash(work, condition),
     }
+
+
+def _memory_hash(work: Work, condition: Condition) -> dict[str, str]:
+    """The database whose tokens vote, where a condition has a token memory."""
+    if condition.kind != TOKENS:
+        return {}
+    return {"token_memory": open_database(work.data).manifest.hash}
 
 
 def _knn_settings(settings: KnnSettings) -> dict[str, Any]:
@@ -123,7 +136,7 @@ def _measured(
 ) -> dict[str, dict[str, float | None]]:
     """The further figure that the text is measured by, under conditions with one model's logits."""
     measure = evaluation_text(work.split.name).measure
-    if measure is None or condition.kind in ("knn", "k"):
+    if measure is None or condition.kind in ("knn", "k", TOKENS):
         return {}
     return {measure: share_with_interval(documents_right(work, settings, condition))}
 
@@ -156,6 +169,9 @@ def _score(
         )
         nll, facts = scoring.score(split, work.text)
         return nll[None], {"knn": facts}
+    if last.kind == TOKENS:
+        nll, facts = _score_with_tokens(work, settings, last)
+        return nll[None], {"tokens": facts}
     sweep = last.kind == "k"
     losses = sweep_losses([c.neighbours for c in conditions]) if sweep else Retro.token_losses
     tokens = neighbour_tokens(split, last, folder, work.data)
@@ -166,6 +182,19 @@ def _score(
     nll = work.scorer.nll(one, text)
     forget(one)
     return (nll if sweep else nll[None]), {}
+
+
+def _score_with_tokens(
+    work: Work, settings: EvaluationSettings, condition: Condition
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """[n, 64] nats of a model with the token memory, and the facts of their mixture."""
+    name = MIXED_WITH_TOKENS[condition.name]
+    alone = dataclasses.replace(condition, name=name, kind=name)
+    evaluate(work, settings, [alone])
+    nll = read_array(work.folder / f"{_result_name(work, settings, alone)}.npy")
+    cut = settings.windows(alone.run.chunks)
+    mixture = TokenMixture(alone, cut, work.scorer, data=work.data, folder=work.folder)
+    return mixture.mix(work.split, work.text, nll)
 
 
 def figures(work: Work, nll: np.ndarray) -> dict[str, Any]:

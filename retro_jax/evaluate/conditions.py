@@ -9,7 +9,11 @@ CONDITION_NAMES = {
     "on": "RETRO[ON]",
     "random": "random neighbours",
     "oracle": "oracle",
+    "tokens": "RETRO[ON] + token memory",
+    "baseline+tokens": "baseline + token memory",
 }
+# The condition whose model is mixed with the token memory.
+MIXED_WITH_TOKENS = {"tokens": "on", "baseline+tokens": "baseline"}
 # Conditions that vary RETRO[ON], by the first part of their names: what the second part is.
 SWEPT_NAMES = {
     "k": "k = {:g}",

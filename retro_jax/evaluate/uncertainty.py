@@ -15,7 +15,15 @@ from retro_jax.errors import UserError
 from retro_jax.evaluate.bootstrap import Interval, intervals, paired_test, resampled_sums
 from retro_jax.evaluate.scored_text import ScoredText
 
-PAIRS = (("on", "off"), ("on", "baseline"), ("on", "random"), ("on", "knn"))
+PAIRS = (
+    ("on", "off"),
+    ("on", "baseline"),
+    ("on", "random"),
+    ("on", "knn"),
+    ("tokens", "on"),
+    ("tokens", "knn"),
+    ("tokens", "baseline+tokens"),
+)
 SAMPLES = 1000
 _COMPARISON_SAMPLES = 10_000
 _DENOMINATORS = ("bytes", "words", "tokens")  # the columns before the conditions' nats

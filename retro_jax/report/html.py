@@ -28,14 +28,14 @@ _STYLE = """
   color-scheme: light dark;
   --page: #fbfbfa; --card: #ffffff; --text: #1d2129; --dim: #667085; --rule: #e3e5e8;
   --code: #f5f6f7; --accent: #1f5fd0; --second: #c2570c; --third: #6b7280;
-  --fourth: #0f8a6b; --fifth: #8b3fc9; --sixth: #b8860b;
+  --fourth: #0f8a6b; --fifth: #8b3fc9; --sixth: #b8860b; --seventh: #b3246b; --eighth: #2b8a9e;
   --more: 16, 150, 72; --less: 214, 50, 50; --shared: #fff1b8; --prompt: #eaf1ff;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #14161a; --card: #1b1e24; --text: #e4e7ec; --dim: #98a2b3; --rule: #2f343d;
     --code: #22262e; --accent: #7fb0ff; --second: #f6a15b; --third: #a3acba;
-  --fourth: #4fc9a5; --fifth: #c08bf0; --sixth: #e0b64a;
+  --fourth: #4fc9a5; --fifth: #c08bf0; --sixth: #e0b64a; --seventh: #ef7fb5; --eighth: #6fc7d8;
     --more: 42, 190, 108; --less: 245, 88, 88; --shared: #57480f; --prompt: #1f2d47;
   }
 }
@@ -67,10 +67,13 @@ svg.chart { width: 100%; height: auto; display: block; }
 .chart .first { stroke: var(--accent); } .chart .second { stroke: var(--second); }
 .chart .third { stroke: var(--third); } .chart .fourth { stroke: var(--fourth); }
 .chart .fifth { stroke: var(--fifth); } .chart .sixth { stroke: var(--sixth); }
+.chart .seventh { stroke: var(--seventh); } .chart .eighth { stroke: var(--eighth); }
 .chart .dot.third, .chart .name.third { fill: var(--third); stroke: none; }
 .chart .dot.fourth, .chart .name.fourth { fill: var(--fourth); stroke: none; }
 .chart .dot.fifth, .chart .name.fifth { fill: var(--fifth); stroke: none; }
 .chart .dot.sixth, .chart .name.sixth { fill: var(--sixth); stroke: none; }
+.chart .dot.seventh, .chart .name.seventh { fill: var(--seventh); stroke: none; }
+.chart .dot.eighth, .chart .name.eighth { fill: var(--eighth); stroke: none; }
 .chart .dot.first, .chart .name.first { fill: var(--accent); stroke: none; }
 .chart .dot.second, .chart .name.second { fill: var(--second); stroke: none; }
 .card { background: var(--card); border: 1px solid var(--rule); border-radius: 10px;
@@ -97,7 +100,8 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 18px; margi
 dt { color: var(--dim); } dd { margin: 0; overflow-wrap: anywhere; }
 """
 
-_STYLES = dict(zip(("on", "off", "baseline", "knn", "random", "oracle"), STYLES, strict=True))
+_CHARTED = ("on", "off", "baseline", "knn", "random", "oracle", "tokens", "baseline+tokens")
+_STYLES = dict(zip(_CHARTED, STYLES, strict=True))
 _FULL_COLOUR_RANGE = (0.25, 4.0)  # bits a token
 
 

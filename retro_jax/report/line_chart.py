@@ -14,8 +14,8 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 160, 14, 44
 
 
 # Classes of the style sheet that are colours, and these colours on white.
-STYLES = ("first", "second", "third", "fourth", "fifth", "sixth")
-_COLOURS = ("#1f5fd0", "#c2570c", "#6b7280", "#0f8a6b", "#8b3fc9", "#b8860b")
+STYLES = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
+_COLOURS = ("#1f5fd0", "#c2570c", "#6b7280", "#0f8a6b", "#8b3fc9", "#b8860b", "#b3246b", "#2b8a9e")
 _FILE_STYLE = """
 svg { background: #fff; font-family: system-ui, sans-serif; }
 .grid { stroke: #e3e5e8; } .axis { stroke: #667085; }

@@ -1,0 +1,87 @@
+"""launch.evaluate --retrieval=tokens: models mixed with the token memory of the database."""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from data_pipelines.evaluation.splits import open_split
+from data_pipelines.retriever import revisions
+from data_pipelines.token_memory.workdir_memory import FOLDER, prepare_and_open
+from launch import evaluate, report
+from retro_jax.evaluate.token_mixture import num_classes
+from tests.launch.trained import call
+
+
+@pytest.fixture(scope="module")
+def places(trained: list[str], prepared_workdir: pathlib.Path, tmp_path_factory) -> list[str]:
+    """Flags of copies of W and of the data, which the token memory is built in."""
+    folder = tmp_path_factory.mktemp("tokens")
+    ignored = shutil.ignore_patterns("evaluation")
+    shutil.copytree(trained[0].partition("=")[2], folder / "work", ignore=ignored)
+    shutil.copytree(prepared_workdir, folder / "data")
+    return [f"--workdir={folder / 'work'}", f"--data={folder / 'data'}"]
+
+
+@pytest.fixture(scope="module")
+def mixed(places: list[str]) -> dict:
+    """The test split under on and tokens."""
+    assert call(evaluate.main, *places, "--retrieval=on,tokens") == 0
+    return _results(places)
+
+
+def _results(places: list[str]) -> dict:
+    folder = pathlib.Path(places[0].partition("=")[2]) / "evaluation"
+    return json.loads((folder / "test.json").read_text())
+
+
+def test_mixtures_gain_on_text_that_the_database_has(mixed: dict, places: list[str]):
+    assert set(mixed) == {"on", "baseline", "tokens", "baseline+tokens"}
+    for name, model in (("tokens", "on"), ("baseline+tokens", "baseline")):
+        alone, together = mixed[model]["all"], mixed[name]["all"]
+        assert together["tokens"] == alone["tokens"]
+        assert together["nats"] < alone["nats"]  # a model of six steps knows next to nothing
+        facts = mixed[name]["tokens"]
+        assert len(facts["weights"]) == num_classes()
+        assert sum(row["tokens"] for row in facts["by_length"]) == alone["tokens"]
+    assert mixed["tokens"]["all"]["differences"]["on"]["high"] < 0
+
+
+def test_the_mixture_of_a_token_is_that_of_its_parts(mixed: dict, places: list[str]):
+    """One token's loss from the model's, the memory's own look-up and the weights that are stated."""
+    work, data = (pathlib.Path(flag.partition("=")[2]) for flag in places)
+    nll = {n: np.load(work / "evaluation" / mixed[n]["nll"]) for n in ("on", "tokens")}
+    split = open_split(data, "test", neighbours=0)
+    memory = prepare_and_open(revisions.open_database(data))
+    chunk = split.database.chunks(split.ids[:1])[0]
+    for place in (1, 5, 20):
+        match = memory.match(chunk[:place])
+        share = match.share(int(chunk[place]))
+        model, mixture = (np.exp(-nll[n][0, place].astype(float)) for n in ("on", "tokens"))
+        if share == model:
+            continue
+        weight = (mixture - model) / (share - model)  # of p = (1 - w) model + w share
+        weights = np.array(mixed["tokens"]["tokens"]["weights"])
+        assert np.abs(weights - weight).min() < 1e-3
+
+
+def test_it_is_read_again_and_shown(mixed: dict, places: list[str], monkeypatch, capsys):
+    monkeypatch.setattr("launch.evaluation.tokens.votes_on", lambda *_, **__: pytest.fail("again"))
+    assert call(evaluate.main, *places, "--retrieval=on,tokens") == 0
+    assert "RETRO[ON] + token memory" in capsys.readouterr().out
+    assert call(report.main, *places) == 0
+
+
+def test_a_removed_document_does_not_vote(mixed: dict, places: list[str], tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(places[1].partition("=")[2], data)
+    count = revisions.open_database(data).num_documents
+    revisions.publish(data, 1, list(range(0, count, 2)))
+    database = revisions.open_database(data)
+    memory = prepare_and_open(database)
+    assert not (data / "revisions" / "00001" / FOLDER).exists()  # it added nothing
+    split = open_split(data, "test", neighbours=0)
+    for chunk in split.database.chunks(split.ids[:20]):
+        assert not database.is_removed(memory.match(chunk[:6], most_votes=0).documents).any()
