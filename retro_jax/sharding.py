@@ -142,6 +142,15 @@ def lay_out(x: jax.Array, spec: P | None) -> jax.Array:
     return x if spec is None else jax.sharding.reshard(x, spec)
 
 
+def draw_sharding(spec: P | None) -> P | None:
+    """The out_sharding of a random draw, so that each device draws only its part of it.
+
+    On one device there is nothing to split, and the program stays the one without a mesh.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else spec
+
+
 def replicated(x: jax.Array) -> jax.Array:
     """Copies an array to every device of the current mesh."""
     return jax.sharding.reshard(x, P())

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from retro_jax.config import ExecutionConfig, RetroConfig
 from retro_jax.model.backend import product
 from retro_jax.parameters import parameter
-from retro_jax.sharding import FSDP, TENSOR, Shardings, lay_out
+from retro_jax.sharding import FSDP, TENSOR, Shardings, draw_sharding, lay_out
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": jax.nn.gelu,
@@ -34,8 +34,8 @@ def normal(
       rngs: the parameters' random stream. shape: of one layer. spec: how it is split.
       fan_in: products that are summed. gain: on the deviation.
     """
-    sharding = None if jax.sharding.get_abstract_mesh().empty else spec
-    draw = jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=sharding)
+    key = rngs.params()
+    draw = jax.random.normal(key, shape, jnp.float32, out_sharding=draw_sharding(spec))
     return parameter(draw * (gain / math.sqrt(fan_in)), spec)
 
 
@@ -133,15 +133,12 @@ def residual_gain(config: RetroConfig, width: int) -> float:
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Inverted dropout; without a key (evaluation) or rate it is the identity.
-
-    On a mesh each device draws the mask of its own part; the mask is the same on any mesh.
-    """
+    """Inverted dropout; without a key (evaluation) or rate it is the identity."""
     if key is None or rate == 0.0:
         return x
     sharding = jax.typeof(x).sharding
-    spec = None if sharding.mesh.empty else sharding.spec
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape, out_sharding=spec)
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    keep = lay_out(keep, None if sharding.mesh.empty else sharding.spec)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
 
