@@ -44,7 +44,6 @@ from retro_jax.train import loop, record, step, trained_model
 from retro_jax.train.bad_batches import BadBatches, describe_documents
 from retro_jax.train.checkpoint import CHECKPOINTS, Checkpoints, find_damage, latest_step
 from retro_jax.train.curves import Observer, Watched
-from retro_jax.train.first_state import compile_first_state
 from retro_jax.train.global_batches import BatchShape, BatchSource, batches_from
 from retro_jax.train.held_out import evaluation_hook, held_out_evaluation
 from retro_jax.train.loop import Hook, StopRequest, TrainConfig
@@ -148,7 +147,7 @@ def make_plan(
         optimizer=optimizer,
         graphdef=graphdef,
         abstract=abstract,
-        first_state=compile_first_state(make_model, optimizer, abstract),
+        first_state=step.compile_first_state(make_model, optimizer, abstract),
         step=step.compile_train_step(
             graphdef=graphdef, optimizer=optimizer, config=config, trainable=trained
         ),

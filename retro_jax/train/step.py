@@ -352,20 +352,26 @@ def abstract_state(
     return graphdef, jax.tree.map(on_mesh, state)
 
 
-def initial_state(
+def compile_first_state(
     make_model: Callable[[], Any], optimizer: optax.GradientTransformation, abstract: TrainState
-) -> TrainState:
-    """The state before the first step, made in place on the devices where it will lie."""
+) -> Callable[[], TrainState]:
+    """A function under jax.jit that makes the state before the first step, each array in its place.
+
+    Args:
+      make_model: builds the module. optimizer: of the run.
+      abstract: its shapes and shardings, as `abstract_state` gives them.
+
+    Returns:
+      A function without arguments, to be called (or lowered) under `jax.set_mesh`.
+    """
 
     def make() -> TrainState:
         judged, averaged = abstract.recent_loss is not None, abstract.average is not None
         return _first_state(nnx.split(make_model())[1], optimizer, judged, averaged)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    mesh = shardings.step.mesh
-    options = options_for_one_use(mesh.devices.flat[0].platform)
-    with jax.set_mesh(mesh):
-        return jax.jit(make, out_shardings=shardings, compiler_options=options)()
+    options = options_for_one_use(shardings.step.mesh.devices.flat[0].platform)
+    return jax.jit(make, out_shardings=shardings, compiler_options=options)
 
 
 def _first_state(

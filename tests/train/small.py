@@ -20,8 +20,8 @@ from retro_jax.train.step import (
     StepConfig,
     TrainState,
     abstract_state,
+    compile_first_state,
     compile_train_step,
-    initial_state,
 )
 
 ROWS = 8
@@ -122,7 +122,8 @@ class Trainer:
 
         config = StepConfig(PAD, 2, seed=seed, neighbour_dropout=neighbour_dropout, **options)
         self.graphdef, self.abstract = abstract_state(make, self.optimizer, mesh, config)
-        self.state = initial_state(make, self.optimizer, self.abstract)
+        with jax.set_mesh(mesh):
+            self.state = compile_first_state(make, self.optimizer, self.abstract)()
         self.step = compile_train_step(
             graphdef=self.graphdef, optimizer=self.optimizer, config=config, trainable=trainable
         )

@@ -10,7 +10,7 @@ from retro_jax.config import RetroConfig
 from retro_jax.model import Retro
 from retro_jax.sharding import MESH_SHARDINGS, MeshConfig, batch_sharding, make_mesh
 from retro_jax.train.optimizer import OptimizerConfig, make_optimizer
-from retro_jax.train.step import StepConfig, abstract_state, compile_train_step, initial_state
+from retro_jax.train.step import StepConfig, abstract_state, compile_first_state, compile_train_step
 
 _CONFIG = RetroConfig(
     vocab_size=48,
@@ -69,11 +69,11 @@ def _metrics(mesh_config: MeshConfig, devices: int) -> np.ndarray:
         return Retro(_CONFIG, shardings=MESH_SHARDINGS, rngs=nnx.Rngs(7))
 
     graphdef, abstract = abstract_state(make, optimizer, mesh)
-    state = initial_state(make, optimizer, abstract)
     config = StepConfig(pad_id=0, num_corpora=2, seed=7, neighbour_dropout=0.2)
     step = compile_train_step(graphdef=graphdef, optimizer=optimizer, config=config)
     rows = []
     with jax.set_mesh(mesh):
+        state = compile_first_state(make, optimizer, abstract)()
         for i in range(3):
             state, m = step(state, jax.device_put(_batch(i), batch_sharding(mesh)))
             rows.append([m.loss, m.grad_norm, m.param_norm, *m.corpus_losses])

@@ -16,14 +16,13 @@ from retro_jax.errors import UserError
 from retro_jax.sharding import MeshConfig
 from retro_jax.train.checkpoint import latest_step
 from retro_jax.train.curves import read_curve, without_clock
-from retro_jax.train.first_state import compile_first_state
 from retro_jax.train.global_batches import BatchShape
 from retro_jax.train.held_out import OFF, ON
 from retro_jax.train.loop import StopRequest, TrainConfig
 from retro_jax.train.optimizer import OptimizerConfig
 from retro_jax.train.parameter_names import named_leaves
 from retro_jax.train.run import Run, Settings, make_plan, model_maker
-from retro_jax.train.step import initial_state
+from retro_jax.train.step import compile_first_state
 from tests.model.tiny import TINY
 
 SETTINGS = Settings(
@@ -204,14 +203,14 @@ def test_a_run_refuses_other_data_before_anything_is_written(plan, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_the_first_state_is_that_of_the_step_bit_for_bit():
-    """Both programs make it: one is called, the other can be compiled without running."""
+def test_the_first_state_of_a_plan_is_its_own_on_every_call():
+    """Made twice it has the same bits, in the layout that the plan states."""
     settings = dataclasses.replace(SETTINGS, mesh=MeshConfig(fsdp=2))
     plan = make_plan(settings, BatchShape.of(DATA.batches))
     make_model = model_maker(settings)
-    expected = initial_state(make_model, plan.optimizer, plan.abstract)
     with jax.set_mesh(plan.mesh):
-        found = compile_first_state(make_model, plan.optimizer, plan.abstract)()
+        expected = compile_first_state(make_model, plan.optimizer, plan.abstract)()
+        found = plan.first_state()
     assert _bits(found) == _bits(expected)
     assert {"average", "recent_loss"} <= {name.split(".")[0] for name in _bits(found)}
     layouts = jax.tree.map(lambda leaf: leaf.sharding, found)
