@@ -7,19 +7,14 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from retro_jax.retrofit.architectures import ARCHITECTURES
 from retro_jax.retrofit.base_model import read_config
 from retro_jax.retrofit.config import BaseConfig, rotary_frequencies
 from retro_jax.storage import files
 
 FOLDER = pathlib.Path(__file__).parent.parent / "data" / "base_models"
 NAMES = sorted(path.name for path in FOLDER.iterdir())
-_ARCHITECTURES = {
-    "LlamaForCausalLM": gguf.MODEL_ARCH.LLAMA,
-    "Qwen2ForCausalLM": gguf.MODEL_ARCH.QWEN2,
-    "Qwen3ForCausalLM": gguf.MODEL_ARCH.QWEN3,
-    "GPT2LMHeadModel": gguf.MODEL_ARCH.GPT2,
-    "GPTNeoXForCausalLM": gguf.MODEL_ARCH.GPTNEOX,
-}
+_GGUF = {name: architecture for architecture, name in gguf.MODEL_ARCH_NAMES.items()}
 
 
 def file_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
@@ -41,7 +36,7 @@ def write_gguf(
       quantise: a type for the matrices whose rows fit its blocks; None for float32.
     """
     config = read_config(FOLDER / name)
-    architecture = _ARCHITECTURES[config.architecture]
+    architecture = _GGUF[ARCHITECTURES[config.architecture].gguf.architecture]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
     _write_settings(writer, config)
     names = gguf.get_tensor_name_map(architecture, config.num_layers)
