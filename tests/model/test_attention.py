@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from retro_jax.config import ExecutionConfig
+from retro_jax.config import POSITIONS, ExecutionConfig
 from retro_jax.model import attention as ops
 from retro_jax.model import positions as kinds
 from retro_jax.model.attention import Attention, Widths
@@ -17,9 +17,8 @@ from retro_jax.model.layers import Layout
 from retro_jax.model.positions import (
     NoPositions,
     Positions,
-    Relative,
-    Rotary,
     distances,
+    positions_of,
     rotate,
     shift,
     shift_by_slices,
@@ -132,7 +131,7 @@ def _self_attention(positions: Positions, execution: ExecutionConfig) -> Any:
     return jax.jit(lambda x, documents: causal_attention(module, x, documents, chunk_length=4))
 
 
-@pytest.mark.parametrize("positions", [Relative(), Rotary(), NoPositions()], ids=str)
+@pytest.mark.parametrize("positions", [*map(positions_of, POSITIONS), NoPositions()], ids=str)
 @pytest.mark.parametrize("block", [1, 2, 5, 12, 100])
 def test_any_block_of_queries_gives_the_same(positions, block):
     """Blocks that divide the sequence of 12, that do not, of one query, and longer than it."""

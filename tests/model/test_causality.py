@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from retro_jax.config import ExecutionConfig, RetroConfig
+from retro_jax.config import POSITIONS, ExecutionConfig, RetroConfig
 from tests.model.tiny import TINY, make_model
 
 CHUNKS, NEIGHBOURS = 4, 2
@@ -72,9 +72,8 @@ def boundary(chunk: int) -> int:
 @pytest.mark.parametrize(
     ("positions", "execution"),
     [
-        ("relative", ExecutionConfig()),
+        *((positions, ExecutionConfig()) for positions in POSITIONS),
         ("relative", ExecutionConfig(scan_layers=False, attention="chunked", attention_block=5)),
-        ("rotary", ExecutionConfig()),
     ],
 )
 def test_causality(positions, execution):
@@ -88,7 +87,7 @@ def test_causality(positions, execution):
     assert_pattern(influence.neighbours, expected)
 
 
-@pytest.mark.parametrize("positions", ["relative", "rotary"])
+@pytest.mark.parametrize("positions", POSITIONS)
 def test_a_single_cca_reads_one_chunk_of_neighbours(positions):
     """With CCA in the last layer alone, E_u reaches exactly the last token of u and the next M - 1."""
     config = dataclasses.replace(CONFIG, positions=positions, cca_layers=(CONFIG.num_layers,))

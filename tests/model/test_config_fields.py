@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from retro_jax.config import PRESETS, RetroConfig
+from retro_jax.config import POSITIONS, PRESETS, RetroConfig
 from retro_jax.errors import UserError
 from retro_jax.model import Retro
 from tests.model.tiny import TINY, logits, make_batch, make_model, token_losses, with_neighbours
@@ -89,8 +89,7 @@ def test_field_matters(field):
 VARIANTS = {
     **PRESETS,
     **{f"{name} baseline": config.baseline() for name, config in PRESETS.items()},
-    "tiny": TINY,
-    "rotary": dataclasses.replace(TINY, positions="rotary"),
+    **{name: dataclasses.replace(TINY, positions=name) for name in POSITIONS},
     "no cca positions": dataclasses.replace(TINY, cca_positions=False),
     "untied": dataclasses.replace(TINY, tie_embeddings=False),
     "untied baseline": dataclasses.replace(TINY, tie_embeddings=False).baseline(),

@@ -7,13 +7,16 @@ import jax
 import pytest
 from flax import nnx
 
-from retro_jax.config import PRESETS, ExecutionConfig
+from retro_jax.config import POSITIONS, PRESETS, ExecutionConfig
 from retro_jax.model import Retro
 from retro_jax.model.flops import forward_flops, training_flops
+from retro_jax.model.positions import positions_of
 from tests.model.tiny import TINY, make_batch
 
 UNROLLED = ExecutionConfig(scan_layers=False, attention="plain", loss_block=0)
 CONFIG = dataclasses.replace(TINY, encoder_cca_layers=(1, 2))
+# Kinds of positions that say that they multiply nothing: an error of theirs shows in the program.
+NO_PRODUCT = [name for name in POSITIONS if not positions_of(name).flops_per_distance]
 
 
 def products(jaxpr) -> float:
@@ -45,9 +48,10 @@ def traced(config, k: int) -> float:
 
 
 @pytest.mark.parametrize("k", [0, 1, 3])
-def test_rotary_counts_every_product_that_is_needed(k):
+@pytest.mark.parametrize("positions", NO_PRODUCT)
+def test_every_product_that_is_needed_is_counted(positions, k):
     """The plain program makes what is counted, and what is masked: half of attention, CCA's padding."""
-    config = dataclasses.replace(CONFIG, positions="rotary")
+    config = dataclasses.replace(CONFIG, positions=positions)
     n, m, inner = 16, config.chunk_length, config.num_heads * config.head_dim
     masked = config.num_layers * inner * (4 * n - 2 * (n + 1))
     query = 4 * config.d_model * inner + 4 * k * config.neighbour_length * inner

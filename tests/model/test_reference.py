@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from retro_jax.config import ExecutionConfig
+from retro_jax.config import POSITIONS, ExecutionConfig
 from tests.model.tiny import (
     TINY,
     assert_close,
@@ -21,17 +21,16 @@ from tests.model.tiny import (
 from tests.reference import retro_numpy
 from tests.reference.parameters import reference_parameters
 
-ROTARY = {"positions": "rotary"}
 AWKWARD = {"documents": True, "padding": True}
 
 # name: (changes to the configuration, changes to the batch)
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "relative": ({}, {}),
-    "relative, awkward": ({}, AWKWARD),
-    "rotary": (ROTARY, {}),
-    "rotary, awkward": (ROTARY, AWKWARD),
-    "no cca positions": ({"cca_positions": False}, AWKWARD),
-    "rotary, no cca positions": (ROTARY | {"cca_positions": False}, {}),
+    **{name: ({"positions": name}, {}) for name in POSITIONS},
+    **{f"{name}, awkward": ({"positions": name}, AWKWARD) for name in POSITIONS},
+    **{
+        f"{name}, no cca positions": ({"positions": name, "cca_positions": False}, AWKWARD)
+        for name in POSITIONS
+    },
     "shared embeddings": ({"share_embeddings": True, "encoder_d_model": 12}, AWKWARD),
     "untied read-out": ({"tie_embeddings": False}, {}),
     "relu": ({"activation": "relu"}, {}),
