@@ -7,7 +7,7 @@ import numpy as np
 
 from data_pipelines.retriever.candidates import Found
 from data_pipelines.retriever.exact import ExactSearcher, KeyRows
-from data_pipelines.retriever.index_kind import IndexConfig, IndexPlan
+from data_pipelines.retriever.index_kind import IndexPlan
 
 
 class ExactIndex:
@@ -37,9 +37,9 @@ class Exact:
 
     excludes = True
 
-    def plan(self, n: int, dimension: int, config: IndexConfig) -> IndexPlan:
+    def plan(self, n: int, dimension: int, wanted: IndexPlan) -> IndexPlan:
         """As `IndexKind`."""
-        return IndexPlan("exact", recall_target=config.recall_target)
+        return IndexPlan("exact", recall_target=wanted.recall_target)
 
     def complete(self, plan: IndexPlan) -> bool:
         """As `IndexKind`."""

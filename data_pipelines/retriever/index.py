@@ -3,15 +3,6 @@
 More keys than fit into memory at once are cut into index shards, each of a range of chunk ids, each
 built, published and loaded by itself; a search merges what each finds.
 
-Which kind of index a shard has follows from its number of keys n (`plan_index`):
-
-    n < 20,000             brute_force   every key is compared
-    20,000 <= n < 100,000  hashing       all keys by 4-bit codes, the best of them again exactly
-    100,000 <= n           tree          the same, within the leaves nearest to the query
-
-and "exact", which is chosen by name only, compares every key on JAX's devices without ScaNN: for offline
-stages that run where the accelerators are. `KINDS` names the file of each.
-
 Training a tree gives another result each time, so an index is identified by the hash of its files and
 everything made with it names that hash.
 
@@ -33,36 +24,16 @@ from data_pipelines.artefacts.manifest import MANIFEST_FILE, Manifest, Path, Sta
 from data_pipelines.artefacts.runner import InProcess, Runner, run_counted, silent
 from data_pipelines.retriever.candidates import Found, first_wanted, merge, nothing, repeated
 from data_pipelines.retriever.exact import ExactSearcher, squared_distances
-from data_pipelines.retriever.exact_index import Exact
-from data_pipelines.retriever.index_kind import IndexConfig, IndexKind, IndexPlan, Searcher
+from data_pipelines.retriever.index_config import KINDS, IndexConfig, plan_index
+from data_pipelines.retriever.index_kind import IndexPlan, Searcher
 from data_pipelines.retriever.keys import BLOCK, Keys, KeysOf
-from data_pipelines.retriever.scann_index import Scann
 from retro_jax.errors import UserError
 from retro_jax.storage import files
 
 KIND = "index"
-KINDS: dict[str, IndexKind] = {
-    "brute_force": Scann("brute_force"),
-    "hashing": Scann("hashing"),
-    "tree": Scann("tree"),
-    "exact": Exact(),
-}
 CHUNK_IDS = "chunk-ids.npy"
-_HASHING_FROM, _TREE_FROM = 20_000, 100_000
 _SHARD_BYTES = 3 << 30  # of an index shard's keys in float32; building takes about three times that
 _WIDEN, _WIDEST = 8, 1024
-
-
-def plan_index(n: int, dimension: int, config: IndexConfig) -> IndexPlan:
-    """Chooses the index for n keys of d dimensions: the one rule.
-
-    Raises:
-      UserError: the configuration asks for what n keys cannot give.
-    """
-    kind = config.kind
-    if kind == "auto":
-        kind = "tree" if n >= _TREE_FROM else "hashing" if n >= _HASHING_FROM else "brute_force"
-    return KINDS[kind].plan(n, dimension, config)
 
 
 def plan_shards(chunks: int, keys: int, dimension: int, config: IndexConfig) -> list[range]:

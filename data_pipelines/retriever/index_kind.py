@@ -1,6 +1,6 @@
 """What a kind of index is: how it is planned for some keys, built, stored and searched.
 
-A further kind is an `IndexKind` in a file of its own, its name and settings here, and a line in index.py's KINDS.
+A further kind is an `IndexKind` in a file of its own, and a line in index_config.py's KINDS.
 """
 
 import dataclasses
@@ -11,48 +11,11 @@ import numpy as np
 
 from data_pipelines.retriever.candidates import Found
 from data_pipelines.retriever.exact import KeyRows
-from retro_jax.config import require
-
-NAMES = ("brute_force", "hashing", "tree", "exact")
-
-
-@dataclasses.dataclass(frozen=True)
-class IndexConfig:
-    """How the index is built; 0 leaves a choice to `plan_index`.
-
-    Attributes:
-      kind: "auto" (by the number of keys), "brute_force", "hashing", "tree" or "exact".
-      num_leaves: leaves of the tree.
-      leaves_to_search: leaves searched per query.
-      dimensions_per_block: dimensions that share one 4-bit code.
-      reorder: candidates that are compared again exactly.
-      training_sample: keys on which leaves and codes are trained, at most.
-      shard_keys: keys per index shard, at most; 0 for 3 GB of them in float32.
-      recall_target: recall of the kind "exact" on TPUs; 1 for all neighbours.
-    """
-
-    kind: str = "auto"
-    num_leaves: int = 0
-    leaves_to_search: int = 0
-    dimensions_per_block: int = 0
-    reorder: int = 100
-    training_sample: int = 100_000
-    shard_keys: int = 0
-    recall_target: float = 1.0
-
-    def __post_init__(self) -> None:
-        require(self.kind in ("auto", *NAMES), self, "kind", f"one of {('auto', *NAMES)}")
-        for field in ("num_leaves", "leaves_to_search", "dimensions_per_block", "shard_keys"):
-            value = getattr(self, field)
-            require(isinstance(value, int) and value >= 0, self, field, "a number, or 0 to choose")
-        require(0 < self.recall_target <= 1, self, "recall_target", "a share from 0 to 1")
-        for field in ("reorder", "training_sample"):
-            require(getattr(self, field) > 0, self, field, "a positive number")
 
 
 @dataclasses.dataclass(frozen=True)
 class IndexPlan:
-    """What is built: IndexConfig with every choice made; fields a kind has no use for are 0."""
+    """The numbers of an index; fields a kind has no use for are 0. Attributes as in IndexConfig."""
 
     kind: str
     num_leaves: int = 0
@@ -102,8 +65,12 @@ class IndexKind(Protocol):
     @property
     def excludes(self) -> bool: ...
 
-    def plan(self, n: int, dimension: int, config: IndexConfig) -> IndexPlan:
-        """The settings for n keys of d dimensions; a UserError for what they cannot give."""
+    def plan(self, n: int, dimension: int, wanted: IndexPlan) -> IndexPlan:
+        """The settings for n keys of d dimensions; a UserError for what they cannot give.
+
+        Args:
+          n, dimension: of the keys. wanted: as IndexConfig has them; 0 leaves the choice.
+        """
         ...
 
     def complete(self, plan: IndexPlan) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 from data_pipelines.retriever.candidates import Found, nothing
 from data_pipelines.retriever.embedder import import_tensorflow
 from data_pipelines.retriever.exact import KeyRows
-from data_pipelines.retriever.index_kind import IndexConfig, IndexPlan
+from data_pipelines.retriever.index_kind import IndexPlan
 from retro_jax.errors import UserError
 
 _CODEWORDS = 16  # of a block of dimensions in 4-bit codes: hashing needs as many keys
@@ -74,7 +74,7 @@ class Scann:
     name: str
     excludes: ClassVar[bool] = False
 
-    def plan(self, n: int, dimension: int, config: IndexConfig) -> IndexPlan:
+    def plan(self, n: int, dimension: int, wanted: IndexPlan) -> IndexPlan:
         """As `IndexKind`."""
         if self.name == "brute_force":
             return IndexPlan(self.name)
@@ -83,14 +83,14 @@ class Scann:
                 f"IndexConfig.kind is {self.name!r}: expected 'brute_force' or 'auto' for {n} keys "
                 f"(codes need {_CODEWORDS})"
             )
-        block = min(config.dimensions_per_block or 4, dimension)
+        block = min(wanted.dimensions_per_block or 4, dimension)
         if self.name == "hashing":
-            return IndexPlan(self.name, dimensions_per_block=block, reorder=config.reorder)
-        leaves = config.num_leaves or max(1, round(math.sqrt(n)))
+            return IndexPlan(self.name, dimensions_per_block=block, reorder=wanted.reorder)
+        leaves = wanted.num_leaves or max(1, round(math.sqrt(n)))
         if leaves > n:
             raise UserError(f"IndexConfig.num_leaves is {leaves}: expected at most the {n} keys")
-        searched = config.leaves_to_search or max(1, math.ceil(leaves / 8))
-        return IndexPlan(self.name, leaves, min(searched, leaves), block, config.reorder)
+        searched = wanted.leaves_to_search or max(1, math.ceil(leaves / 8))
+        return IndexPlan(self.name, leaves, min(searched, leaves), block, wanted.reorder)
 
     def complete(self, plan: IndexPlan) -> bool:
         """As `IndexKind`."""

@@ -51,7 +51,7 @@ TABLE = {
     "LeakageConfig": "data_pipelines.leakage.near_documents",
     "TokenizerConfig": "data_pipelines.chunk_database.tokenizer",
     "KeysConfig": "data_pipelines.retriever.keys",
-    "IndexConfig": "data_pipelines.retriever.index",
+    "IndexConfig": "data_pipelines.retriever.index_config",
     "Bm25Config": "data_pipelines.retriever.bm25",
     "NeighboursConfig": "data_pipelines.retriever.neighbours",
     "TuneConfig": "data_pipelines.retriever.index_tuning",
