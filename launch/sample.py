@@ -196,10 +196,17 @@ def _chunks(
     return chunks
 
 
+def _shown(name: str, value: Any) -> str:
+    """A setting of sampling and its value."""
+    return f"{name} {value:g}" if isinstance(value, int | float) else f"{name} {value}"
+
+
 def show(result: dict[str, Any]) -> None:
     """Prints samples, chunk by chunk, with the neighbours of each beside it."""
     width = min(shutil.get_terminal_size((120, 40)).columns, 200)
-    settings = ", ".join(f"{name} {value:g}" for name, value in result["sampling"].items())
+    settings = ", ".join(
+        _shown(*setting) for setting in result["sampling"].items() if setting[1] not in ((), [])
+    )
     for number, sample in enumerate(result["samples"], 1):
         count = len(sample["tokens"]) - sample["prompt_length"]
         end = "ended by the model" if sample["finished"] else "stopped"

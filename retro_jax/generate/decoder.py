@@ -186,16 +186,23 @@ class Decoder:
         with self.on_mesh():
             return self._programs.choose_rows(cache, logits, self._place(index))
 
-    def replace_rows(self, cache: Cache, new: Cache, rows: dict[int, int]) -> Cache:
-        """Row i becomes row `rows[i]` of a new cache; others stay. The old one's memory is taken."""
-        index = np.zeros(cache.rows, np.int32)
-        replaced = np.zeros(cache.rows, bool)
+    def replace_rows(
+        self, old: tuple[jax.Array, Cache], new: tuple[jax.Array, Cache], rows: dict[int, int]
+    ) -> tuple[jax.Array, Cache]:
+        """Logits and a cache whose row i is row `rows[i]` of new ones; others stay as they were.
+
+        The old cache's memory is taken.
+        """
+        index = np.zeros(old[1].rows, np.int32)
+        replaced = np.zeros(old[1].rows, bool)
         for row, source in rows.items():
             index[row], replaced[row] = source, True
         with self.on_mesh():
-            return self._programs.replace_rows(
-                cache, new, self._place(index), self._place(replaced)
-            )
+            return self._programs.replace_rows(old, new, self._place(index), self._place(replaced))
+
+    def on_one_device(self, logits: jax.Array) -> Any:
+        """Logits of a mesh as one array of the host; of one device as they are."""
+        return logits if self._mesh is None else np.asarray(logits)
 
     def _run(
         self,
@@ -310,7 +317,7 @@ class Programs:
     run_block: jax.stages.Wrapped
     grow: Callable[[Cache, int], Cache]
     choose_rows: Callable[..., Any]
-    replace_rows: Callable[..., Cache]
+    replace_rows: Callable[..., tuple[jax.Array, Cache]]
     choose: Callable[..., jax.Array]
 
 
@@ -325,6 +332,10 @@ def programs(graphdef: nnx.GraphDef, structure: Any, shapes: CacheLayout) -> Pro
     def choose_rows(cache: Cache, logits: jax.Array, rows: jax.Array) -> Any:
         return caches.take_rows(logits, rows), caches.choose_rows(cache, rows)
 
+    def replace_rows(old: Any, new: Any, rows: jax.Array, replaced: jax.Array) -> Any:
+        logits = choose(replaced, caches.take_rows(new[0], rows), old[0])
+        return logits, caches.replace_rows(old[1], new[1], rows, replaced)
+
     def choose(live: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(live[:, None], new, old)
 
@@ -333,7 +344,7 @@ def programs(graphdef: nnx.GraphDef, structure: Any, shapes: CacheLayout) -> Pro
         run_block=jax.jit(run_block, donate_argnums=1),
         grow=jax.jit(caches.grow, static_argnums=1),
         choose_rows=jax.jit(choose_rows),
-        replace_rows=jax.jit(caches.replace_rows, donate_argnums=0),
+        replace_rows=jax.jit(replace_rows, donate_argnums=0),
         choose=jax.jit(choose),
     )
 
