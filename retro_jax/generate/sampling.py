@@ -226,15 +226,40 @@ def keep_likeliest(scores: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax
     Args:
       scores: [B, V]. top_k: [B, 1], 0 for all. top_p: [B, 1], 1 for all.
     """
-    ordered = jnp.sort(scores, axis=-1, descending=True)
-    rank = jnp.arange(scores.shape[-1])
-    ordered = jnp.where((top_k == 0) | (rank < top_k), ordered, -jnp.inf)
-    probabilities = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # A sum of many small probabilities rounds to 1 before the last of them: 1 means all.
-    kept = ((before < top_p) | (top_p >= 1)) & (ordered > -jnp.inf)
-    threshold = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(scores >= threshold, scores, -jnp.inf)
+    order = _in_order(scores)
+    kept = (top_k == 0) | _heaviest(order, jnp.ones_like(scores), top_k)
+    probabilities = jax.nn.softmax(jnp.where(kept, scores, -jnp.inf), axis=-1)
+    # A sum of many small probabilities may round to less than 1: 1 means all.
+    kept &= (top_p >= 1) | _heaviest(order, probabilities, top_p)
+    return jnp.where(kept, scores, -jnp.inf)
+
+
+def _in_order(scores: jax.Array) -> jax.Array:
+    """[B, V] uint32 in the order of float32 scores."""
+    bits = jax.lax.bitcast_convert_type(scores, jnp.uint32)
+    negative = bits >> 31 == 1
+    return jnp.where(negative, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _heaviest(order: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
+    """Which tokens have less than `limit` of weight above them: [B, V] bool.
+
+    By bisection over the 32 bits of a score: sorting 16,384 of them takes as long as a whole step
+    of a model of 36M parameters on a CPU.
+
+    Args:
+      order: [B, V] uint32. weights: [B, V] float32. limit: [B, 1].
+    """
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = low + (high - low) // 2
+        above = jnp.sum(jnp.where(order > middle, weights, 0.0), axis=-1, keepdims=True)
+        return jnp.where(above < limit, low, middle + 1), jnp.where(above < limit, middle, high)
+
+    low = jnp.zeros((order.shape[0], 1), jnp.uint32)
+    _, threshold = jax.lax.fori_loop(0, 32, halve, (low, ~low))
+    return order >= threshold
 
 
 def keep_near_best(scores: jax.Array, min_p: jax.Array) -> jax.Array:
