@@ -48,10 +48,17 @@ MIN_TOKENS = flags.DEFINE_integer("min_tokens", 0, "The text does not end before
 TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 is greedy.")
 TOP_K = flags.DEFINE_integer("top_k", 0, "Draw among the k most likely tokens; 0 for all.")
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw among the likeliest that reach this probability.")
+MIN_P = flags.DEFINE_float("min_p", 0.0, "Draw tokens at least this times as likely as the best.")
+REPETITION_PENALTY = flags.DEFINE_float(
+    "repetition_penalty", 1.0, "Divides the logits of tokens that the text has already."
+)
+STOP = flags.DEFINE_multi_string("stop", [], "The text ends before this string.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Samples of each prompt.", lower_bound=1)
 
 _ID_DIGITS = 12
+# Settings that are part of a request only where they are set: older requests had none of them.
+_OPTIONAL = ("min_p", "repetition_penalty", "allowed_tokens", "forbidden_tokens", "stop")
 
 
 def main() -> None:
@@ -67,6 +74,9 @@ def main() -> None:
         top_k=TOP_K.value,
         top_p=TOP_P.value,
         seed=SEED.value,
+        min_p=MIN_P.value,
+        repetition_penalty=REPETITION_PENALTY.value,
+        stop=tuple(STOP.value),
     )
     run = trained_run.open_run(
         workdir / "retro", configurables.GIN_BINDINGS.value, averaged=AVERAGED.value
@@ -76,7 +86,7 @@ def main() -> None:
     request = {
         "prompts": prompts,
         "num_samples": NUM_SAMPLES.value,
-        "sampling": dataclasses.asdict(sampling),
+        "sampling": _asked(sampling),
         "neighbours": k,
         "model": run.identity(),
         "execution": dataclasses.asdict(run.execution),
@@ -96,6 +106,17 @@ def main() -> None:
         files.write_atomically(path, files.to_json(result))
     show(result)
     print(f"written to {path}")
+
+
+def _asked(sampling: SamplingConfig) -> dict[str, Any]:
+    """The settings of a request, as JSON gives them back."""
+    settings = dataclasses.asdict(sampling)
+    for name in _OPTIONAL:
+        if settings[name] == getattr(SamplingConfig, name):
+            del settings[name]
+        elif isinstance(settings[name], tuple):
+            settings[name] = list(settings[name])
+    return settings
 
 
 def _neighbours(run: trained_run.Run) -> int:
@@ -157,6 +178,8 @@ def make_samples(
         eos_id=tokenizer.eos_id,
         retrieve=retrieve,
         forbidden=[*special, *range(tokenizer.vocab_size, run.model.vocab_size)],
+        decode=tokenizer.decode if sampling.stop else None,
+        num_neighbours=k or None,
     )
     with progress_bar(sampling.max_tokens, "sampling", "token") as bar:
         samples = sample_text(generator, tokenizer, prompts, sampling, on_step=bar.update)
@@ -196,10 +219,17 @@ def _chunks(
     return chunks
 
 
+def _shown(name: str, value: Any) -> str:
+    """A setting of sampling and its value."""
+    return f"{name} {value:g}" if isinstance(value, int | float) else f"{name} {value}"
+
+
 def show(result: dict[str, Any]) -> None:
     """Prints samples, chunk by chunk, with the neighbours of each beside it."""
     width = min(shutil.get_terminal_size((120, 40)).columns, 200)
-    settings = ", ".join(f"{name} {value:g}" for name, value in result["sampling"].items())
+    settings = ", ".join(
+        _shown(*setting) for setting in result["sampling"].items() if setting[1] not in ((), [])
+    )
     for number, sample in enumerate(result["samples"], 1):
         count = len(sample["tokens"]) - sample["prompt_length"]
         end = "ended by the model" if sample["finished"] else "stopped"

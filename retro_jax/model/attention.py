@@ -103,6 +103,23 @@ class Attention(nnx.Module):
         """What positions need of every distance, the largest first: [T + S - 1, ...] or None."""
         return self.positions.distance_table(self._weight, distances(num_queries, num_keys, offset))
 
+    def by_distance(
+        self, query_IxTxHxW: jax.Array, table: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """What positions add for every distance of a table, not yet shifted to keys.
+
+        Args:
+          query_IxTxHxW: queries. table: `distance_table` of Q distances.
+
+        Returns:
+          The queries [*I, T, H, W] for the products with keys, and an addend [*I, T, H, Q].
+        """
+        # A query alone has nothing to shift.
+        query_IxTx1xHxW, addend_IxTxHx1xQ = self.positions.logits(
+            self._weight, query_IxTxHxW[..., None, :, :], table, table.shape[0]
+        )
+        return query_IxTx1xHxW[..., 0, :, :], addend_IxTxHx1xQ[..., 0, :]
+
     def attend(
         self,
         query_IxTxHxW: jax.Array,

@@ -80,7 +80,8 @@ def run_layers(
         Python int unrolled and an int32 scalar in a scan.
       carry: what goes from layer to layer: the residual stream, or any tree with it. A cache of all
         layers' keys and values is an array with an axis of layers in it, updated in place at p - 1.
-      stacks: all layers, from layer 1, and the extra modules of some of them.
+      stacks: all layers, from layer 1, and the extra modules of some of them. Layers that are a
+        list and no stack are never scanned.
       first, last: layer numbers from 1; none runs where last < first.
       shared: what all layers read: a tree of arrays, which rematerialisation keeps.
       execution: its scan_layers and remat.
@@ -89,7 +90,7 @@ def run_layers(
       The last layer's carry.
     """
     layers, extras = stacks
-    if not execution.scan_layers:
+    if not execution.scan_layers or isinstance(layers, nnx.List):
         for p in range(first, last + 1):
             has_extra = extras is not None and p in extras.layers
             extra = take_extra(extras, p) if extras is not None and has_extra else None
@@ -169,8 +170,18 @@ def stack_layers(make: Callable[[nnx.Rngs], Module], count: int, rngs: nnx.Rngs)
     return nnx.merge(graphdef, jax.vmap(lambda key: nnx.split(make(nnx.Rngs(key)))[1])(keys))
 
 
+def unstack_layers(stacked: nnx.Module, count: int) -> nnx.List:
+    """The layers of a stack as a list, each with arrays of its own.
+
+    A program that runs once for every token would copy each layer out of the stack every time.
+    """
+    return nnx.List([take_layer(stacked, index) for index in range(count)])
+
+
 def take_layer(stacked: Module, index: int) -> Module:
-    """Layer `index` (from 0) of a stack."""
+    """Layer `index` (from 0) of a stack, or of a list of layers."""
+    if isinstance(stacked, nnx.List):
+        return stacked[index]
     graphdef, params = nnx.split(stacked)
     return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], params))
 

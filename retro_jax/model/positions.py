@@ -66,8 +66,8 @@ class Positions:
         """Parameters of an attention whose queries have a width; heads: (H, head_dim)."""
         return {}
 
-    def turn(self, x_IxTxHxW: jax.Array, positions: np.ndarray) -> jax.Array:
-        """Queries or keys [*I, T, H, W] at integer positions [T]."""
+    def turn(self, x_IxTxHxW: jax.Array, positions: np.ndarray | jax.Array) -> jax.Array:
+        """Queries or keys [*I, T, H, W] at integer positions [T], or [*I, T] of a traced array."""
         return x_IxTxHxW
 
     def distance_table(self, weight: Weight, distances_Q: jax.Array) -> jax.Array | None:
@@ -106,7 +106,7 @@ class Rotary(Positions):
 
     name = "rotary"
 
-    def turn(self, x_IxTxHxW: jax.Array, positions: np.ndarray) -> jax.Array:
+    def turn(self, x_IxTxHxW: jax.Array, positions: np.ndarray | jax.Array) -> jax.Array:
         """Turns pairs of values by an angle that grows with the position."""
         return rotate(x_IxTxHxW, positions)
 
@@ -218,11 +218,11 @@ def shift_by_slices(logits_IxTxQ: jax.Array, num_keys: int) -> jax.Array:
     return jnp.stack(slices, axis=-2).reshape(*leading, rows, num_keys)
 
 
-def rotate(x_IxTxHxW: jax.Array, positions_T: np.ndarray) -> jax.Array:
-    """Rotary positions [T]: turns the pairs (x[t], x[t + W / 2]) of [*I, T, H, W]."""
+def rotate(x_IxTxHxW: jax.Array, positions_T: np.ndarray | jax.Array) -> jax.Array:
+    """Turns the pairs (x[t], x[t + W / 2]) of [*I, T, H, W] by positions [T], or traced [*I, T]."""
     width = x_IxTxHxW.shape[-1]
-    of = constants()
-    angles = of.asarray(positions_T, np.float32)[:, None, None] * frequencies(width)
+    of = constants() if isinstance(positions_T, np.ndarray) else jnp
+    angles = of.asarray(positions_T, np.float32)[..., None, None] * frequencies(width)
     sine, cosine = of.sin(angles), of.cos(angles)
     first, second = (
         half.astype(jnp.float32)

@@ -100,7 +100,7 @@ class Retro(nnx.Module):
 
     def read(self, h_BxNxD: jax.Array) -> jax.Array:
         """Logits [B, N, V] float32 of final activations, or of some positions of them."""
-        return loss.read_out(h_BxNxD, self._read_out_table()[...], self.layout)
+        return loss.read_out(h_BxNxD, self.read_out_table()[...], self.layout)
 
     def token_losses(self, batch: RetroBatch, dropout_key: jax.Array | None = None) -> jax.Array:
         """[B, N] float32 negative log-likelihoods in nats, 0 where the target is pad_id."""
@@ -111,7 +111,7 @@ class Retro(nnx.Module):
         """`token_losses` of final activations and targets."""
         return loss.token_losses(
             h_BxNxD,
-            self._read_out_table(),
+            self.read_out_table(),
             targets_BxN,
             pad_id=self.config.pad_id,
             layout=self.layout,
@@ -227,7 +227,7 @@ class Retro(nnx.Module):
         """A part of the model as its execution rematerialises it."""
         return layer_stack.rematerialised(run, self.layout.execution)
 
-    def _read_out_table(self) -> nnx.Param:
+    def read_out_table(self) -> nnx.Param:
         """[V, D] float32."""
         return self.embedding.table if self.config.tie_embeddings else self.read_out
 

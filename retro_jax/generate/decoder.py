@@ -1,0 +1,429 @@
+"""Cached decoding: programs that read a block of tokens and give the logits after it.
+
+    prefill     a prompt, one chunk at a time, for several prompts at once
+    step        one token of every text; where a chunk is complete, its neighbours are encoded too
+    logits      after every token of a block (drafts are verified so)
+
+All three are one program, `_run_block`, which calls the two halves of the model's loop. Shapes are
+bucketed (rows and positions by powers of two), so that few programs serve all texts; a cache grows
+at the end of a chunk. Weights are prepared once: layers taken out of their stack, in the activations'
+dtype, the read-out transposed; tables of distances, which depend on weights only, are made then too.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from retro_jax.generate import cache as caches
+from retro_jax.generate.cache import Cache, CacheLayout, PerLayer
+from retro_jax.generate.operators import CachedBlock, CompletedChunks, DistanceTables
+from retro_jax.model.attention import Attention
+from retro_jax.model.backend import product
+from retro_jax.model.decoder import Retrieved, WholeSequences
+from retro_jax.model.layer_stack import take_layer, unstack_layers
+from retro_jax.model.layers import Layout
+from retro_jax.model.retro import Retro
+from retro_jax.sharding import Shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """What the model reads of a text: its last chunks, cut from a chunk's first token on.
+
+    Attributes:
+      tokens: [n], n >= 1. neighbours: of its complete chunks, [n // M, K, R], or None without.
+    """
+
+    tokens: np.ndarray
+    neighbours: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Completed:
+    """A row whose chunk is complete with the tokens of this step: its tokens [M], neighbours [K, R]."""
+
+    row: int
+    tokens: np.ndarray
+    neighbours: np.ndarray
+
+
+class Decoder:
+    """Reads texts with a cache. Its weights are those that the model has when it is made.
+
+    Attributes:
+      config: the architecture. chunks: C of the longest window.
+    """
+
+    def __init__(
+        self, model: Retro, *, chunks: int, mesh: Mesh | None = None, scan: bool | None = None
+    ):
+        """Prepares the weights.
+
+        Args:
+          model: on `mesh`, or on one device.
+          chunks: C, the trained sequence length in chunks: the longest context.
+          mesh: of the model's parameters.
+          scan: runs layers by scan: programs compile sooner; on a CPU each step copies the weights.
+            None is as the model's execution says, and unrolled on a CPU.
+        """
+        self.config, self.chunks, self._mesh = model.config, chunks, mesh
+        if scan is None:
+            scan = model.layout.execution.scan_layers and jax.default_backend() != "cpu"
+        with self.on_mesh():
+            model, tables, read_out = prepare(model, chunks=chunks, scan=scan)
+        self.layout = model.layout
+        self._shapes = CacheLayout(self.config, self.layout.dtype, self.layout.shardings, scan)
+        graphdef, params = nnx.split(model)
+        leaves, structure = jax.tree.flatten((params, tables, read_out))
+        self._weights, self._programs = leaves, programs(graphdef, structure, self._shapes)
+
+    def on_mesh(self) -> Any:
+        """The context in which arrays of a mesh are used."""
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
+    def empty(self, rows: int, capacity: int, neighbours: int) -> Cache:
+        """CacheLayout.empty, by a compiled program."""
+        with self.on_mesh():
+            return self._programs.empty(rows, capacity, neighbours)
+
+    def row_bucket(self, rows: int) -> int:
+        """How many rows a program has for so many texts: a power of two for each part of the batch."""
+        parts = self._batch_parts()
+        return parts * power_of_two(-(-rows // parts))
+
+    def capacity_for(self, length: int) -> int:
+        """Positions of the smallest cache for windows of `length` tokens."""
+        chunk_length = self.config.chunk_length
+        return chunk_length * min(power_of_two(-(-length // chunk_length)), self.chunks)
+
+    def prefill(
+        self, windows: Sequence[Window], *, neighbours: int, capacity: int | None = None
+    ) -> tuple[jax.Array, Cache]:
+        """Reads windows from their first chunk on.
+
+        Args:
+          windows: at least one. neighbours: K of the cache, 0 for retrieval off.
+          capacity: positions of the cache; None for the fewest.
+
+        Returns:
+          Logits [B, V] float32 after each window's last token, and the cache; B is the rows' bucket.
+        """
+        length, rows = self.config.chunk_length, self.row_bucket(len(windows))
+        longest = max(len(window.tokens) for window in windows)
+        cache = self.empty(rows, capacity or self.capacity_for(longest), neighbours)
+        ends = np.array([len(window.tokens) for window in windows])
+        logits = None
+        for u in range(-(-longest // length)):
+            block = np.full((rows, length), self.config.pad_id, np.int32)
+            completed = []
+            for row, window in enumerate(windows):
+                part = window.tokens[u * length : (u + 1) * length]
+                block[row, : len(part)] = part
+                if window.neighbours is not None and neighbours and u < len(window.neighbours):
+                    completed.append(Completed(row, part, window.neighbours[u]))
+            live = np.zeros(rows, bool)
+            live[: len(windows)] = ends > u * length
+            last = np.zeros(rows, np.int32)
+            last[: len(windows)] = np.clip(ends - 1 - u * length, 0, length - 1)
+            starts = np.full(rows, u * length, np.int32)
+            made, cache = self._run(cache, block, starts, live, completed, last=last)
+            logits = made if logits is None else self._choose(live, made, logits)
+        assert logits is not None
+        return logits, cache
+
+    def step(
+        self,
+        cache: Cache,
+        tokens: np.ndarray | jax.Array,
+        starts: np.ndarray,
+        *,
+        live: np.ndarray,
+        completed: Sequence[Completed] = (),
+        all_logits: bool = False,
+    ) -> tuple[jax.Array, Cache]:
+        """Reads a block of tokens of every row; takes the cache's memory.
+
+        Args:
+          cache: of the tokens before. tokens: [B, T], none past its row's chunk.
+          starts: [B] int32, the position in its window of each row's first token; less than S.
+          live: [B] bool; what other rows are given changes nothing that is read later.
+          completed: rows whose chunk is complete with this block.
+          all_logits: after every token, else after the last.
+
+        Returns:
+          Logits [B, V] or [B, T, V] float32, and the cache with these tokens in it.
+        """
+        last = None if all_logits else np.full(len(starts), np.shape(tokens)[1] - 1, np.int32)
+        return self._run(cache, tokens, starts, live, completed, last=last)
+
+    def compiled_step(self, rows: int, *, capacity: int, neighbours: int) -> str:
+        """The compiled program of one step for every row, as text: what it reads and copies."""
+        cache = self.empty(rows, capacity, neighbours)
+        zeros = np.zeros(rows, np.int32)
+        inputs = self._place((zeros[:, None], zeros, np.ones(rows, bool), None, zeros))
+        with self.on_mesh():
+            lowered = self._programs.run_block.lower(self._weights, cache, *inputs)
+        return str(lowered.compile().as_text())
+
+    def grow(self, cache: Cache, capacity: int) -> Cache:
+        """The cache with room for more positions; its memory is taken."""
+        with self.on_mesh():
+            return self._programs.grow(cache, capacity)
+
+    def choose_rows(self, cache: Cache, logits: jax.Array, rows: Sequence[int]) -> Any:
+        """Logits and a cache of the rows given, which may repeat, in the bucket of so many rows."""
+        index = np.zeros(self.row_bucket(len(rows)), np.int32)
+        index[: len(rows)] = rows
+        with self.on_mesh():
+            return self._programs.choose_rows(cache, logits, self._place(index))
+
+    def replace_rows(
+        self, old: tuple[jax.Array, Cache], new: tuple[jax.Array, Cache], rows: dict[int, int]
+    ) -> tuple[jax.Array, Cache]:
+        """Logits and a cache whose row i is row `rows[i]` of new ones; others stay as they were.
+
+        The old cache's memory is taken.
+        """
+        index = np.zeros(old[1].rows, np.int32)
+        replaced = np.zeros(old[1].rows, bool)
+        for row, source in rows.items():
+            index[row], replaced[row] = source, True
+        with self.on_mesh():
+            return self._programs.replace_rows(old, new, self._place(index), self._place(replaced))
+
+    def on_one_device(self, logits: jax.Array) -> Any:
+        """Logits of a mesh as one array of the host; of one device as they are."""
+        return logits if self._mesh is None else np.asarray(logits)
+
+    def _run(
+        self,
+        cache: Cache,
+        tokens: np.ndarray | jax.Array,
+        starts: np.ndarray,
+        live: np.ndarray,
+        completed: Sequence[Completed],
+        *,
+        last: np.ndarray | None,
+    ) -> tuple[jax.Array, Cache]:
+        """One block, its inputs laid out on the mesh."""
+        chunks = self._stack_completed(completed, cache.rows) if completed else None
+        inputs = self._place((tokens, starts, live, chunks, last))
+        with self.on_mesh():
+            return self._programs.run_block(self._weights, cache, *inputs)
+
+    def _choose(self, live: np.ndarray, new: jax.Array, old: jax.Array) -> jax.Array:
+        """New logits for live rows."""
+        with self.on_mesh():
+            return self._programs.choose(self._place(live), new, old)
+
+    def _stack_completed(self, completed: Sequence[Completed], rows: int) -> CompletedChunks:
+        """The completed chunks as arrays, padded to a bucket by repeating the first."""
+        count = min(self.row_bucket(len(completed)), rows)
+        padded = [*completed, *[completed[0]] * (count - len(completed))]
+        source: Any = np.zeros(rows, np.int32)
+        completes: Any = np.zeros(rows, bool)
+        for i, chunk in enumerate(completed):
+            source[chunk.row], completes[chunk.row] = i, True
+        arrays: list[Any] = [
+            np.stack([chunk.neighbours for chunk in padded]).astype(np.int32),
+            np.stack([chunk.tokens for chunk in padded]).astype(np.int32),
+            np.array([chunk.row for chunk in padded], np.int32),
+        ]
+        arrays += [source, completes]
+        return CompletedChunks(*arrays)
+
+    def _place(self, arrays: Any) -> Any:
+        """Arrays whose first axis is of rows, over the mesh."""
+        if self._mesh is None:
+            return arrays
+        return jax.device_put(arrays, NamedSharding(self._mesh, P(self.layout.shardings.batch)))
+
+    def _batch_parts(self) -> int:
+        """Over how many devices the rows are split."""
+        if self._mesh is None:
+            return 1
+        axes = self.layout.shardings.batch or ()
+        return int(np.prod([self._mesh.shape[axis] for axis in axes]))
+
+
+def power_of_two(count: int) -> int:
+    """The smallest power of two that is not less."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def prepare(model: Retro, *, chunks: int, scan: bool) -> tuple[Retro, DistanceTables, jax.Array]:
+    """A model for decoding, its tables of distances, and the read-out [D, V].
+
+    Layers are a list unless by scan; weights are in the activations' dtype, scales of norms float32.
+    """
+    graphdef, params = nnx.split(model)
+
+    def to_dtype(path: Any, leaf: jax.Array) -> jax.Array:
+        return leaf if "scale" in jax.tree_util.keystr(path) else leaf.astype(model.layout.dtype)
+
+    config = model.config
+    ready: Retro = nnx.merge(graphdef, jax.tree_util.tree_map_with_path(to_dtype, params))
+    execution = dataclasses.replace(ready.layout.execution, scan_layers=scan, remat="none")
+    ready.layout = Layout(execution, ready.layout.shardings)
+    read_out_DxV = ready.layout.weight(ready.read_out_table()).T
+    if not scan:
+        cast(Any, ready).layers = unstack_layers(ready.layers, config.num_layers)
+        if config.has_retrieval:
+            cast(Any, ready).cca = unstack_layers(ready.cca, len(config.cca_layers))
+    return ready, distance_tables(ready, chunks, stacked=scan), read_out_DxV
+
+
+def distance_tables(model: Retro, chunks: int, *, stacked: bool) -> DistanceTables:
+    """The tables of all layers for windows of `chunks` chunks."""
+    config = model.config
+
+    def of(modules: Any, count: int, make: Callable[[Attention], Any]) -> PerLayer | None:
+        tables = [make(take_layer(modules, index).attention) for index in range(count)]
+        if tables[0] is None:
+            return None
+        return jnp.stack(tables) if stacked else tuple(tables)
+
+    length = chunks * config.chunk_length
+    attention = of(
+        model.layers,
+        config.num_layers,
+        lambda module: module.distance_table(1, length, offset=length - 1),
+    )
+    if not config.has_retrieval:
+        return DistanceTables(attention, None)
+    ahead = config.chunk_length - 1
+    cca = of(
+        model.cca,
+        len(config.cca_layers),
+        lambda module: module.distance_table(ahead + 2, config.neighbour_length, offset=ahead),
+    )
+    return DistanceTables(attention, cca)
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The compiled functions of one model's shapes; models of equal shapes share them."""
+
+    empty: Callable[[int, int, int], Cache]
+    run_block: jax.stages.Wrapped
+    grow: Callable[[Cache, int], Cache]
+    choose_rows: Callable[..., Any]
+    replace_rows: Callable[..., tuple[jax.Array, Cache]]
+    choose: Callable[..., jax.Array]
+
+
+@functools.lru_cache(maxsize=32)
+def programs(graphdef: nnx.GraphDef, structure: Any, shapes: CacheLayout) -> Programs:
+    """The functions of a prepared model; `structure` is of (parameters, tables, read-out)."""
+
+    def run_block(weights: list[jax.Array], cache: Cache, *inputs: Any) -> Any:
+        params, tables, read_out = jax.tree.unflatten(structure, weights)
+        return _run_block(nnx.merge(graphdef, params), tables, read_out, cache, *inputs)
+
+    def choose_rows(cache: Cache, logits: jax.Array, rows: jax.Array) -> Any:
+        return caches.take_rows(logits, rows), caches.choose_rows(cache, rows)
+
+    def replace_rows(old: Any, new: Any, rows: jax.Array, replaced: jax.Array) -> Any:
+        logits = choose(replaced, caches.take_rows(new[0], rows), old[0])
+        return logits, caches.replace_rows(old[1], new[1], rows, replaced)
+
+    def choose(live: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(live[:, None], new, old)
+
+    return Programs(
+        empty=jax.jit(shapes.empty, static_argnums=(0, 1, 2)),
+        run_block=jax.jit(run_block, donate_argnums=1),
+        grow=jax.jit(caches.grow, static_argnums=1),
+        choose_rows=jax.jit(choose_rows),
+        replace_rows=jax.jit(replace_rows, donate_argnums=0),
+        choose=jax.jit(choose),
+    )
+
+
+def _run_block(
+    model: Retro,
+    tables: DistanceTables,
+    read_out_DxV: jax.Array,
+    cache: Cache,
+    tokens_BxT: jax.Array,
+    starts_B: jax.Array,
+    live_B: jax.Array,
+    completed: CompletedChunks | None,
+    last_B: jax.Array | None,
+) -> tuple[jax.Array, Cache]:
+    """Logits after the tokens `last_B` of a block, or after all, and the cache with the block in it."""
+    operators = CachedBlock(model.config, starts_B, tables, completed)
+    whole = WholeSequences(model.config)
+    carry = (model.embed(tokens_BxT, whole), cache)
+    if cache.chunk is None:
+        h_BxTxD, cache = model.without_retrieval(carry, operators)
+    else:
+        h_BxTxD, cache = model.before_retrieval(carry, operators)
+        cache = _keep_activations(cache, h_BxTxD, starts_B, live_B, model)
+        retrieved = _encode(model, cache, completed)
+        h_BxTxD, cache = model.after_retrieval((h_BxTxD, cache), retrieved, operators)
+        cache = operators.finish(cache, retrieved)
+    h_BxTxD = model.norm(h_BxTxD)
+    shardings = model.layout.shardings
+    if last_B is not None:
+        h_BxTxD = jnp.take_along_axis(h_BxTxD, last_B[:, None, None], axis=1)
+    logits_BxTxV = _logits(h_BxTxD, read_out_DxV, shardings)
+    return (logits_BxTxV if last_B is None else logits_BxTxV[:, 0]), cache
+
+
+def _keep_activations(
+    cache: Cache, h_BxTxD: jax.Array, starts_B: jax.Array, live_B: jax.Array, model: Retro
+) -> Cache:
+    """Writes what the encoder will read of a block's tokens."""
+    assert cache.chunk is not None
+    offsets_B = starts_B % model.config.chunk_length
+    # As keys of one head: [B, 1, D, M].
+    old = cache.chunk.activations
+    written = caches.write_block(
+        old[:, None],
+        h_BxTxD[:, :, None],
+        offsets_B,
+        dataclasses.replace(model.layout.shardings, tensor=None),
+    )[:, 0]
+    kept = jnp.where(live_B[:, None, None], written, old)
+    return dataclasses.replace(cache, chunk=dataclasses.replace(cache.chunk, activations=kept))
+
+
+def _encode(model: Retro, cache: Cache, completed: CompletedChunks | None) -> Retrieved:
+    """E of the chunks completed, [n, 1, K, R, E]; n is 0 where none is."""
+    config = model.config
+    assert cache.chunk is not None
+    if completed is None:
+        count = cache.chunk.present.shape[1] // config.neighbour_length
+        shape = (0, 1, count, config.neighbour_length)
+        encoded = jnp.zeros((*shape, config.encoder_d_model), model.layout.dtype)
+        return Retrieved(encoded, jnp.zeros(shape, bool))
+    activations = caches.take_rows(cache.chunk.activations, completed.rows).swapaxes(1, 2)
+    return model.encode(
+        completed.neighbours[:, None],
+        activations,
+        completed.tokens,
+        WholeSequences(config),
+    )
+
+
+def _logits(h_BxTxD: jax.Array, read_out_DxV: jax.Array, shardings: Shardings) -> jax.Array:
+    """[B, T, V] float32."""
+    if h_BxTxD.dtype == jnp.float32:
+        return product(h_BxTxD, read_out_DxV, out_sharding=shardings.wide(3))
+    return jnp.einsum(
+        "btd,dv->btv",
+        h_BxTxD,
+        read_out_DxV,
+        preferred_element_type=jnp.float32,
+        out_sharding=shardings.wide(3),
+    )

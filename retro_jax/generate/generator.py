@@ -1,0 +1,375 @@
+"""Generation with live retrieval: a chunk's neighbours are retrieved as soon as it is complete.
+
+With chunks of 4 tokens, a prompt "bos a b c d" and "e f g h" generated:
+
+    chunk        0          1          2
+    tokens       bos a b c  d e f g    h
+    retrieved    after c    after g
+    read by      c d e f    g h
+
+Chunks are cut from the start of the text, as in training: the partial chunk is always the last one.
+Chunk u's neighbours are read by its last token, which predicts the first token of chunk u + 1.
+
+A text longer than the trained length is continued from its last `chunks` chunks. The window moves
+by one chunk, at a chunk's end, as the windows of evaluation do, and is read anew then: the cached
+activations had read the chunk that has left. This keeps the text equal to an uncached one, and
+costs a prefill of the window for every chunk (docs/generation.md has the time).
+"""
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from retro_jax.errors import UserError
+from retro_jax.generate.cache import Cache
+from retro_jax.generate.decoder import Completed, Decoder, Window
+from retro_jax.generate.sampling import Needs, Sampler, SamplingConfig, draw, make_sampler, needs
+from retro_jax.generate.text_stream import TextStream
+from retro_jax.model.retro import Retro
+
+Retrieve = Callable[[np.ndarray], np.ndarray]
+Decode = Callable[[Sequence[int]], str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """A finished text.
+
+    Attributes:
+      tokens: [n] int32, the prompt (with bos), what was generated, and eos where it was drawn.
+      prompt_length: how many of them are the prompt.
+      log_probabilities: [n - prompt_length] float32, of the generated tokens in nats, as the model
+        gave them (before penalties, temperature and filters).
+      neighbours: [C, K, R] int32, those of chunks 0 to C - 1 of `tokens`, exactly as the model
+        read them; None with retrieval off.
+      finished: whether eos ended it.
+      ended: "eos", "stop" (a stop string) or "length".
+      text: what was generated, up to the stop string; None without a decoder of tokens.
+    """
+
+    tokens: np.ndarray
+    prompt_length: int
+    log_probabilities: np.ndarray
+    neighbours: np.ndarray | None
+    finished: bool
+    ended: str = "length"
+    text: str | None = None
+
+
+@dataclasses.dataclass
+class _Text:
+    """A text under way.
+
+    Attributes:
+      number: among the samples of its prompt. first: chunk of the window that the cache has read.
+    """
+
+    tokens: list[int]
+    prompt_length: int
+    setting: SamplingConfig
+    number: int
+    stream: TextStream | None
+    neighbours: list[np.ndarray] = dataclasses.field(default_factory=list)
+    log_probabilities: list[float] = dataclasses.field(default_factory=list)
+    first: int = 0
+    ended: str = ""
+
+    @property
+    def generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self.log_probabilities)
+
+
+@dataclasses.dataclass
+class _Batch:
+    """Texts under way in the rows of one cache; rows past them are padding."""
+
+    texts: list[_Text]
+    logits: jax.Array
+    cache: Cache
+    sampler: Sampler
+    needs: Needs
+    seen: np.ndarray | None
+
+
+class Generator:
+    """Continues token sequences with a RETRO, or with the baseline (`retrieve` None).
+
+    Attributes:
+      retrieval_seconds: time spent in `retrieve` so far.
+    """
+
+    def __init__(
+        self,
+        model: Retro,
+        *,
+        chunks: int,
+        eos_id: int,
+        retrieve: Retrieve | None = None,
+        forbidden: Sequence[int] = (),
+        decode: Decode | None = None,
+        num_neighbours: int | None = None,
+        mesh: Mesh | None = None,
+    ):
+        """Prepares to generate.
+
+        Args:
+          model: the model; its parameters are read now.
+          chunks: C, the trained sequence length in chunks: the longest context.
+          eos_id: ends a text.
+          retrieve: gives the neighbours [n, K, R] of complete chunks [n, M]; None is retrieval off.
+          forbidden: tokens never drawn (padding, bos).
+          decode: gives the text of generated tokens; stop strings need it.
+          num_neighbours: K. None waits for the first answer, and compiles for that K then.
+          mesh: of the model's parameters; None for one device.
+        """
+        config = model.config
+        self.decoder = Decoder(model, chunks=chunks, mesh=mesh)
+        self.chunk_length, self.chunks, self.eos_id = config.chunk_length, chunks, eos_id
+        self.retrieve = retrieve if config.has_retrieval else None
+        self.retrieval_seconds = 0.0
+        self._decode, self._shape = decode, (config.chunk_length, config.neighbour_length)
+        self._neighbours = 0 if self.retrieve is None else num_neighbours or 1
+        self._allowed = np.ones(config.vocab_size, bool)
+        self._allowed[[token for token in forbidden if token < config.vocab_size]] = False
+
+    def generate(
+        self,
+        prompts: Sequence[np.ndarray],
+        sampling: SamplingConfig | Sequence[SamplingConfig],
+        *,
+        on_step: Callable[[], object] = lambda: None,
+        on_text: Callable[[int, str], object] | None = None,
+    ) -> list[Generation]:
+        """Continues prompts, all at once.
+
+        Args:
+          prompts: each [n] token ids, n >= 1, bos first. Equal prompts are samples of one.
+          sampling: of all prompts, or of each.
+          on_step: called after each token, of all texts at once.
+          on_text: called with a prompt's index and new text of its continuation; needs `decode`.
+
+        Raises:
+          UserError: an empty prompt, stop strings without a decoder, or a bad answer of `retrieve`.
+        """
+        texts = self._texts(prompts, sampling, streams=on_text is not None)
+        known: dict[bytes, np.ndarray] = {}
+        self._retrieve_complete_chunks(texts, known)
+        batch = self._begin(texts)
+        while True:
+            for text, token, score in zip(batch.texts, *self._draw(batch), strict=False):
+                if not text.ended:
+                    new = self._append(text, int(token), float(score))
+                    if on_text is not None and new:
+                        on_text(texts.index(text), new)
+            on_step()
+            under_way = [text for text in batch.texts if not text.ended]
+            if not under_way:
+                break
+            self._retrieve_complete_chunks(under_way, known)
+            self._drop_finished(batch)
+            self._advance(batch)
+        return [_finish(text) for text in texts]
+
+    def _texts(self, prompts: Sequence[np.ndarray], sampling: Any, *, streams: bool) -> list[_Text]:
+        """Texts of prompts, each with its own settings and sample number."""
+        if not all(len(prompt) for prompt in prompts):
+            raise UserError("a prompt has no token: expected bos at least")
+        settings = list(sampling) if isinstance(sampling, Sequence) else [sampling] * len(prompts)
+        if len(settings) != len(prompts):
+            raise UserError(
+                f"{len(settings)} settings of sampling: expected {len(prompts)}, one a prompt"
+            )
+        if self._decode is None and (streams or any(setting.stop for setting in settings)):
+            raise UserError(
+                "SamplingConfig.stop or streamed text without a decoder of tokens: expected `decode`"
+            )
+        numbers: Counter[bytes] = Counter()
+        texts = []
+        for prompt, setting in zip(prompts, settings, strict=True):
+            tokens = np.asarray(prompt, np.int32)
+            stream = None if self._decode is None else TextStream(self._decode, setting.stop)
+            number = numbers[tokens.tobytes()]
+            numbers[tokens.tobytes()] += 1
+            texts.append(_Text(tokens.tolist(), len(tokens), setting, number, stream))
+        return texts
+
+    def _begin(self, texts: list[_Text]) -> _Batch:
+        """Reads the texts so far; equal ones once."""
+        logits, cache, sources = self._prefill(texts)
+        logits, cache = self.decoder.choose_rows(cache, logits, [sources[id(t)] for t in texts])
+        batch = _Batch(texts, logits, cache, *self._settings(texts, cache.rows), None)
+        if batch.needs.penalty:
+            batch.seen = np.zeros((cache.rows, len(self._allowed)), bool)
+            for row, text in enumerate(texts):
+                batch.seen[row, text.tokens] = True
+        return batch
+
+    def _prefill(
+        self, texts: Sequence[_Text], capacity: int | None = None
+    ) -> tuple[jax.Array, Cache, dict[int, int]]:
+        """Logits and a cache of windows, and which of its rows is whose (by id)."""
+        windows: dict[bytes, tuple[int, Window]] = {}
+        sources = {}
+        for text in texts:
+            text.first = self._first_chunk(text)
+            tokens = np.asarray(text.tokens[text.first * self.chunk_length :], np.int32)
+            neighbours = text.neighbours[text.first :]
+            window = Window(tokens, np.stack(neighbours) if neighbours else None)
+            row, _ = windows.setdefault(tokens.tobytes(), (len(windows), window))
+            sources[id(text)] = row
+        logits, cache = self.decoder.prefill(
+            [window for _, window in windows.values()],
+            neighbours=self._neighbours,
+            capacity=capacity,
+        )
+        return logits, cache, sources
+
+    def _first_chunk(self, text: _Text) -> int:
+        """The first chunk of a text's window."""
+        return max(0, -(-len(text.tokens) // self.chunk_length) - self.chunks)
+
+    def _settings(self, texts: list[_Text], rows: int) -> tuple[Sampler, Needs]:
+        """The settings of the rows; padding is drawn greedily and thrown away."""
+        settings = [text.setting for text in texts]
+        padding = [SamplingConfig(temperature=0)] * (rows - len(texts))
+        numbers = [text.number for text in texts] + [0] * len(padding)
+        return make_sampler([*settings, *padding], numbers, self._allowed), needs(settings)
+
+    def _draw(self, batch: _Batch) -> tuple[np.ndarray, np.ndarray]:
+        """The next token of every row, and its log-probability."""
+        steps, barred = (
+            np.zeros(batch.cache.rows, np.int32),
+            np.full(batch.cache.rows, -1, np.int32),
+        )
+        for row, text in enumerate(batch.texts):
+            steps[row] = text.generated
+            if text.generated < text.setting.min_tokens:
+                barred[row] = self.eos_id
+        tokens, scores = draw(
+            self.decoder.on_one_device(batch.logits),
+            batch.sampler,
+            steps=steps,
+            barred=barred,
+            seen=batch.seen,
+            needs=batch.needs,
+        )
+        tokens, scores = jax.device_get((tokens, scores))
+        if batch.seen is not None:
+            batch.seen[np.arange(len(tokens)), tokens] = True
+        return tokens, scores
+
+    def _append(self, text: _Text, token: int, score: float) -> str:
+        """Adds a token to a text, and ends it where it is to end; gives new text."""
+        text.tokens.append(token)
+        text.log_probabilities.append(score)
+        new = ""
+        if token == self.eos_id:
+            text.ended = "eos"
+        elif text.stream is not None:
+            new = text.stream.push(token)
+            text.ended = "stop" if text.stream.stopped else ""
+        if not text.ended and text.generated >= text.setting.max_tokens:
+            text.ended = "length"
+        return new + text.stream.finish() if text.ended and text.stream is not None else new
+
+    def _advance(self, batch: _Batch) -> None:
+        """Reads the last token of every text under way."""
+        chunks = batch.cache.chunk
+        if chunks is not None and chunks.present.shape[1] != self._neighbours * self._shape[1]:
+            fresh = self._begin(batch.texts)  # the first answer has come with another K
+            batch.logits, batch.cache = fresh.logits, fresh.cache
+            return
+        rows = batch.cache.rows
+        tokens, starts = np.zeros((rows, 1), np.int32), np.zeros(rows, np.int32)
+        live, completed, moved = np.zeros(rows, bool), [], {}
+        for row, text in enumerate(batch.texts):
+            if text.ended:
+                continue
+            if self._first_chunk(text) > text.first:
+                moved[row] = text
+                continue
+            tokens[row], live[row] = text.tokens[-1], True
+            starts[row] = len(text.tokens) - 1 - text.first * self.chunk_length
+            if self.retrieve is not None and len(text.tokens) % self.chunk_length == 0:
+                chunk = np.asarray(text.tokens[-self.chunk_length :], np.int32)
+                completed.append(Completed(row, chunk, text.neighbours[-1]))
+        capacity = self.decoder.capacity_for(int(starts.max()) + 1)
+        if capacity > batch.cache.capacity:
+            batch.cache = self.decoder.grow(batch.cache, capacity)
+        if live.any():
+            batch.logits, batch.cache = self.decoder.step(
+                batch.cache, tokens, starts, live=live, completed=completed
+            )
+        if moved:
+            logits, cache, sources = self._prefill(list(moved.values()), batch.cache.capacity)
+            sources = {row: sources[id(text)] for row, text in moved.items()}
+            batch.logits, batch.cache = self.decoder.replace_rows(
+                (batch.logits, batch.cache), (logits, cache), sources
+            )
+
+    def _drop_finished(self, batch: _Batch) -> None:
+        """Goes on with fewer rows once a smaller bucket has room for the texts under way."""
+        rows = [row for row, text in enumerate(batch.texts) if not text.ended]
+        if self.decoder.row_bucket(len(rows)) >= batch.cache.rows:
+            return
+        batch.logits, batch.cache = self.decoder.choose_rows(batch.cache, batch.logits, rows)
+        batch.texts = [batch.texts[row] for row in rows]
+        batch.sampler, batch.needs = self._settings(batch.texts, batch.cache.rows)
+        if batch.seen is not None:
+            padding = np.zeros((batch.cache.rows - len(rows), batch.seen.shape[1]), bool)
+            batch.seen = np.concatenate([batch.seen[rows], padding])
+
+    def _retrieve_complete_chunks(self, texts: list[_Text], known: dict[bytes, np.ndarray]) -> None:
+        """Gives every text the neighbours of its complete chunks; equal chunks are asked for once."""
+        if self.retrieve is None:
+            return
+        due: list[tuple[_Text, bytes]] = []
+        for text in texts:
+            for u in range(len(text.neighbours), len(text.tokens) // self.chunk_length):
+                chunk = text.tokens[u * self.chunk_length : (u + 1) * self.chunk_length]
+                due.append((text, np.asarray(chunk, np.int32).tobytes()))
+        queries = list(dict.fromkeys(chunk for _, chunk in due if chunk not in known))
+        if queries:
+            known.update(zip(queries, self._ask(queries), strict=True))
+        for text, query in due:
+            text.neighbours.append(known[query])
+
+    def _ask(self, queries: list[bytes]) -> np.ndarray:
+        """[n, K, R]: what `retrieve` gives for chunks."""
+        assert self.retrieve is not None
+        chunks = np.frombuffer(b"".join(queries), np.int32).reshape(len(queries), -1)
+        start = time.perf_counter()
+        neighbours = np.asarray(self.retrieve(chunks), np.int32)
+        self.retrieval_seconds += time.perf_counter() - start
+        expected = (
+            len(queries),
+            neighbours.shape[1] if neighbours.ndim == 3 else 0,
+            self._shape[1],
+        )
+        if neighbours.shape != expected or not expected[1]:
+            raise UserError(
+                f"neighbours of {len(queries)} chunks have shape {neighbours.shape}: "
+                f"expected [{len(queries)}, K >= 1, {self._shape[1]}]"
+            )
+        self._neighbours = expected[1]
+        return neighbours
+
+
+def _finish(text: _Text) -> Generation:
+    """The text as plain arrays."""
+    return Generation(
+        tokens=np.asarray(text.tokens, np.int32),
+        prompt_length=text.prompt_length,
+        log_probabilities=np.asarray(text.log_probabilities, np.float32),
+        neighbours=np.stack(text.neighbours) if text.neighbours else None,
+        finished=text.ended == "eos",
+        ended=text.ended,
+        text=None if text.stream is None else text.stream.text,
+    )

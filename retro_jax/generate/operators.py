@@ -1,0 +1,282 @@
+"""Algorithm 1's operators on a block of new tokens of every text, beside a cache of the old ones.
+
+A block has T tokens for each row, from the row's own position on, and never crosses a chunk's end:
+a whole chunk of a prompt, one token while generating, several of a draft. With M = 4:
+
+    position     0  1  2  3 | 4  5  6  7 | 8
+    block        ---- T=4 --  T=1  T=1 ...
+    reads        .  .  .  E0  E0 E0 E0 E1  E1
+
+The chunk's last token reads the neighbours of its own chunk, and the others those of the chunk
+before. So the encoder runs inside of the block that completes a chunk: between the two parts of the
+loop, when the activations of all of the chunk's tokens are there.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retro_jax.config import RetroConfig
+from retro_jax.generate import cache as caches
+from retro_jax.generate.cache import Cache, ChunkCache, PerLayer
+from retro_jax.model.attention import MASKED, Attention
+from retro_jax.model.backend import scores
+from retro_jax.model.chunked_cross_attention import ChunkedCrossAttention
+from retro_jax.model.decoder import DecoderLayer, Retrieved
+from retro_jax.sharding import target_platform
+
+# The residual stream [B, T, D] of a block, and the cache.
+Carry = tuple[jax.Array, Cache]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DistanceTables:
+    """What positions need of every distance, the largest first; None where they need nothing.
+
+    Attributes:
+      attention: of every layer, [S, ...] for distances S - 1 to 0, S the longest window.
+      cca: of every CCA layer, [M + R, ...] for distances 2M - 1 to M - R.
+    """
+
+    attention: PerLayer | None
+    cca: PerLayer | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CompletedChunks:
+    """Chunks that are complete with this block, and what was retrieved for them.
+
+    Attributes:
+      neighbours: [n, K, R] int32. tokens: [n, M] int32, of the chunks. rows: [n] int32, whose they are.
+      source: [B] int32, which of the n is of a row; any number where `completes` [B] is False.
+    """
+
+    neighbours: jax.Array
+    tokens: jax.Array
+    rows: jax.Array
+    source: jax.Array
+    completes: jax.Array
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["starts", "tables", "completed"],
+    meta_fields=["config"],
+)
+@dataclasses.dataclass(frozen=True)
+class CachedBlock:
+    """The operators on one block; the carry is (stream [B, T, D], cache).
+
+    Attributes:
+      config: the architecture. starts: [B] int32, the position of each row's first token.
+      tables: of the distances.
+      completed: chunks that are complete with this block, or None for none.
+    """
+
+    config: RetroConfig
+    starts: jax.Array
+    tables: DistanceTables
+    completed: CompletedChunks | None
+
+    def attend(self, layer: DecoderLayer, carry: Carry, p: Any) -> Carry:
+        """H + ATTN(H) of layer p, and its keys and values in the cache."""
+        h_BxTxD, cache = carry
+        attention = layer.attention
+        shardings = attention.layout.shardings
+        query, key, value = attention.project(h_BxTxD, None)
+        positions_BxT = self._positions(h_BxTxD.shape[1])
+        query = attention.positions.turn(query, positions_BxT)
+        key = attention.positions.turn(key, positions_BxT)
+        old = caches.take(cache.keys, p - 1), caches.take(cache.values, p - 1)
+        query, biases = self._self_biases(attention, query, p, cache.capacity)
+        mask_Bx1xS = jnp.arange(cache.capacity) < self.starts[:, None, None]
+        mask_TxT = jnp.tril(jnp.ones((h_BxTxD.shape[1],) * 2, bool))
+        before = Part(*old, mask_Bx1xS[:, None], biases[0])
+        new = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 3, 1)
+        block = Part(*new, mask_TxT, biases[1])
+        heads_BxTxHxW = attend_to(query, [before, block])
+        keys, values = (
+            caches.write_block(cached, after(made, heads_BxTxHxW), self.starts, shardings)
+            for cached, made in zip(old, (key, value), strict=True)
+        )
+        cache = dataclasses.replace(
+            cache,
+            keys=caches.put(cache.keys, p - 1, keys),
+            values=caches.put(cache.values, p - 1, values),
+        )
+        return h_BxTxD + attention.read_out(heads_BxTxHxW), cache
+
+    def cross_attend(
+        self, cca: ChunkedCrossAttention, carry: Carry, p: Any, retrieved: Retrieved
+    ) -> Carry:
+        """H + CCA(H, E) of layer p; what the encoder has just made replaces the chunk before."""
+        h_BxTxD, cache = carry
+        chunk = cast(ChunkCache, cache.chunk)
+        index = self._cca_index(p)
+        old = (caches.take(chunk.keys, index), caches.take(chunk.values, index))
+        query, *made = cca.attention.project(h_BxTxD, _side_by_side(retrieved.encoded))
+        offsets_BxT = self._positions(h_BxTxD.shape[1]) % self.config.chunk_length
+        last_BxT = offsets_BxT == self.config.chunk_length - 1
+        positions_BxT = jnp.where(last_BxT, offsets_BxT, offsets_BxT + self.config.chunk_length)
+        query = cca.attention.positions.turn(query, positions_BxT)
+        bias = None
+        if self.tables.cca is not None:
+            table = caches.take(self.tables.cca, index)
+            query, bias = self._cca_bias(cca.attention, query, table, positions_BxT)
+        if self.completed is None:
+            heads = attend_to(query, [Part(*old, chunk.present[:, None, None], bias)])
+            return h_BxTxD + cca.attention.read_out(heads), cache
+        new = self._new_keys(cca.attention, made, old)
+        present = self._present(chunk, retrieved)
+        heads = attend_to(query, [Part(*new, present[:, None, None], bias)])
+        if h_BxTxD.shape[1] > 1:
+            before = attend_to(query, [Part(*old, chunk.present[:, None, None], bias)])
+            heads = jnp.where(last_BxT[..., None, None], heads, before)
+        chunk = dataclasses.replace(
+            chunk,
+            keys=caches.put(chunk.keys, index, new[0]),
+            values=caches.put(chunk.values, index, new[1]),
+        )
+        cache = dataclasses.replace(cache, chunk=chunk)
+        return h_BxTxD + cca.attention.read_out(heads), cache
+
+    def feed_forward(self, layer: DecoderLayer, carry: Carry, p: Any) -> Carry:
+        """H + FFW(H)."""
+        h_BxTxD, cache = carry
+        return h_BxTxD + layer.feed_forward(h_BxTxD), cache
+
+    def finish(self, cache: Cache, retrieved: Retrieved | None) -> Cache:
+        """After the last layer: which positions of new neighbours are not padding."""
+        if self.completed is None or cache.chunk is None or retrieved is None:
+            return cache
+        chunk = dataclasses.replace(cache.chunk, present=self._present(cache.chunk, retrieved))
+        return dataclasses.replace(cache, chunk=chunk)
+
+    def _positions(self, length: int) -> jax.Array:
+        """[B, T]: where each token is in its text."""
+        return self.starts[:, None] + jnp.arange(length)
+
+    def _cca_index(self, p: Any) -> Any:
+        """Which of the CCA layers layer p is, from 0."""
+        if isinstance(p, int):
+            return self.config.cca_layers.index(p)
+        return jnp.searchsorted(jnp.asarray(self.config.cca_layers), p)
+
+    def _self_biases(
+        self, attention: Attention, query: jax.Array, p: Any, capacity: int
+    ) -> tuple[jax.Array, list[jax.Array | None]]:
+        """Queries, and what distances add to logits of S old keys and of the block's T."""
+        if self.tables.attention is None:
+            return query, [None, None]
+        table = caches.take(self.tables.attention, p - 1)
+        query, by_distance = attention.by_distance(query, table[table.shape[0] - capacity :])
+        # Columns are of distances S - 1 to 0. Keys that come after the query are masked anyway.
+        padded = jnp.pad(by_distance, ((0, 0),) * 3 + ((0, capacity - 1),))
+        first_BxT = capacity - 1 - self._positions(query.shape[1])
+        shardings = attention.layout.shardings
+        old = caches.cut_rows(padded, first_BxT, capacity, shardings)
+        first_BxT = first_BxT + self.starts[:, None]
+        return query, [old, caches.cut_rows(padded, first_BxT, query.shape[1], shardings)]
+
+    def _cca_bias(
+        self,
+        attention: Attention,
+        query: jax.Array,
+        table: jax.Array,
+        positions_BxT: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Queries, and what distances add to the logits of one neighbour's keys: [B, H, T, R]."""
+        query, by_distance = attention.by_distance(query, table)
+        largest = 2 * self.config.chunk_length - 1
+        length, shardings = self.config.neighbour_length, attention.layout.shardings
+        return query, caches.cut_rows(by_distance, largest - positions_BxT, length, shardings)
+
+    def _new_keys(
+        self, attention: Attention, made: list[jax.Array], old: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, H, W, Q]: those of the chunks completed, else as they were."""
+        completed = cast(CompletedChunks, self.completed)
+        key_NxQxHxW, value_NxQxHxW = made
+        neighbours = key_NxQxHxW.shape[1] // self.config.neighbour_length
+        positions = np.tile(np.arange(self.config.neighbour_length), neighbours)
+        key_NxQxHxW = attention.positions.turn(key_NxQxHxW, positions)
+        mask = completed.completes[:, None, None, None]
+
+        def chosen(new_NxQxHxW: jax.Array, old_BxHxWxQ: jax.Array) -> jax.Array:
+            new = caches.take_rows(new_NxQxHxW.transpose(0, 2, 3, 1), completed.source)
+            return jnp.where(mask, new, old_BxHxWxQ)
+
+        return chosen(key_NxQxHxW, old[0]), chosen(value_NxQxHxW, old[1])
+
+    def _present(self, chunk: ChunkCache, retrieved: Retrieved) -> jax.Array:
+        """[B, Q] bool, after this block."""
+        completed = cast(CompletedChunks, self.completed)
+        new = retrieved.present.reshape(retrieved.present.shape[0], -1)
+        return jnp.where(
+            completed.completes[:, None], caches.take_rows(new, completed.source), chunk.present
+        )
+
+
+def _side_by_side(encoded_Nx1xKxRxE: jax.Array) -> jax.Array:
+    """[n, Q, E]: a chunk's neighbours one after the other."""
+    rows, _, neighbours, length, width = encoded_Nx1xKxRxE.shape
+    return encoded_Nx1xKxRxE.reshape(rows, neighbours * length, width)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Some of the keys that queries read.
+
+    Attributes:
+      keys, values: [B, H, W, S]. mask: of [B, 1, T, S], broadcast, True where a query may read a key.
+      bias: [B, H, T, S], or fewer columns that are repeated for each neighbour; None for none.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    mask: jax.Array
+    bias: jax.Array | None
+
+
+def attend_to(query_BxTxHxW: jax.Array, parts: Sequence[Part]) -> jax.Array:
+    """model.attention.attend with one softmax over keys that are not in one array: [B, T, H, W]."""
+    scale = math.sqrt(query_BxTxHxW.shape[-1])
+    masked = []
+    for part in parts:
+        logits_BxHxTxS = scores(query_BxTxHxW, part.keys.transpose(0, 3, 1, 2))
+        if part.bias is not None:
+            repeats = part.keys.shape[3] // part.bias.shape[-1]
+            bias = jnp.concatenate([part.bias] * repeats, axis=-1)
+            logits_BxHxTxS = logits_BxHxTxS + bias.astype(jnp.float32)
+        masked.append(jnp.where(part.mask, logits_BxHxTxS / scale, MASKED))
+    peaks = [jnp.max(logits, axis=-1, keepdims=True) for logits in masked]
+    peak = functools.reduce(jnp.maximum, peaks)
+    weights = [
+        jnp.where(part.mask, jnp.exp(logits - peak), 0.0)
+        for part, logits in zip(parts, masked, strict=True)
+    ]
+    total = sum(jnp.sum(weight, axis=-1, keepdims=True) for weight in weights)
+    share = 1.0 / jnp.where(total == 0.0, 1.0, total)
+    heads = [
+        jnp.einsum("bhts,bhws->bthw", (weight * share).astype(part.values.dtype), part.values)
+        for part, weight in zip(parts, weights, strict=True)
+    ]
+    return sum(heads[1:], heads[0])
+
+
+def after(block_BxTxHxW: jax.Array, heads_BxTxHxW: jax.Array) -> jax.Array:
+    """The block's keys, or values, once the cache has been read: only then XLA writes in place.
+
+    On a CPU its passes drop barriers before they decide what is copied, so the order is a sum.
+    """
+    if target_platform() != "cpu":
+        return block_BxTxHxW
+    return block_BxTxHxW + 0 * heads_BxTxHxW[:, :1, :, :1]

@@ -1,0 +1,32 @@
+"""The benchmark of generation, on a model that is read in a millisecond."""
+
+import json
+
+import pytest
+
+from benchmarks import generate
+from launch.common import app
+
+
+def test_its_table_has_every_batch_and_position(capsys, tmp_path):
+    output = tmp_path / "generate.json"
+    arguments = ["--preset=tiny", "--turns=1", "--batches=1,2", "--at=70", "--database=100"]
+    assert app.execute(generate.main, ["benchmark", *arguments, f"--output={output}"]) == 0
+    rows = json.loads(output.read_text())["table"]
+    assert [(row["texts"], row["position"]) for row in rows] == [(1, 70), (2, 70)]
+    assert all(row["step ms"] > 0 and row["reading ms"] > 0 for row in rows)
+    assert rows[0]["uncached / step"] > 0 and rows[1]["uncached / step"] is None
+    assert "among 100 random keys" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--at=512", "--at=512: expected numbers from 1 to 511"),
+        ("--batches=two", "--batches=two: expected numbers from 1 to 1024"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused(capsys, flag: str, message: str):
+    assert app.execute(generate.main, ["benchmark", "--preset=tiny", flag]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

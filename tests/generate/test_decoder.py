@@ -1,0 +1,167 @@
+"""Cached decoding equals the uncached forward pass at every position, whatever the shapes."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from retro_jax.config import ExecutionConfig, RetroConfig
+from retro_jax.generate.decoder import Decoder, power_of_two
+from retro_jax.model import Retro
+from retro_jax.sharding import MESH_SHARDINGS, MeshConfig, make_mesh, parameter_shardings
+from tests.generate.cached import K, Texts, cached, make_texts, uncached, window
+from tests.model.tiny import TINY, make_model
+
+CHUNKS = 4
+PROMPTS = [1, 6, 8]  # one token; inside the second chunk; at a chunk's end
+ROTARY = dataclasses.replace(TINY, positions="rotary")
+CONFIGS = {
+    "relative": TINY,
+    "rotary": ROTARY,
+    "no positions in CCA": dataclasses.replace(TINY, cca_positions=False),
+    "first layer, untied": dataclasses.replace(TINY, cca_layers=(1, 3), tie_embeddings=False),
+    "pad past the vocabulary": dataclasses.replace(ROTARY, pad_id=30),
+    "one embedding, no conditioning": dataclasses.replace(
+        TINY, encoder_d_model=12, share_embeddings=True, encoder_cca_layers=()
+    ),
+}
+
+# Heads, feed-forward and vocabulary in four parts, widths in two.
+MESHED = RetroConfig(
+    vocab_size=32,
+    d_model=16,
+    num_layers=3,
+    num_heads=4,
+    head_dim=4,
+    d_ff=24,
+    cca_layers=(2, 3),
+    chunk_length=4,
+    neighbour_length=8,
+    encoder_d_model=8,
+    encoder_num_layers=1,
+    encoder_num_heads=4,
+    encoder_head_dim=4,
+    encoder_d_ff=12,
+)
+
+
+def difference(model: Retro, texts: Texts, prompts: list[int] = PROMPTS, **how: Any) -> float:
+    """The largest one between cached and uncached logits, over the largest logit."""
+    wanted = uncached(model, texts)
+    made = cached(model, texts, prompts, **how)
+    read = np.arange(made.shape[1]) >= np.array(prompts)[:, None] - 1
+    assert (np.isfinite(made).all(-1) == read).all()
+    return float(np.abs(made - wanted)[read].max() / np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_cached_logits_equal_uncached_ones(name: str):
+    texts = make_texts(CONFIGS[name], len(PROMPTS), CHUNKS, retrieval=True)
+    model = make_model(CONFIGS[name])
+    assert difference(model, texts) < 1e-5
+    # The neighbours matter, or the equality would say little.
+    off = uncached(model, dataclasses.replace(texts, neighbours=None))
+    assert np.abs(off - uncached(model, texts)).max() > 0.01
+
+
+@pytest.mark.parametrize("positions", ["relative", "rotary"])
+@pytest.mark.parametrize("retrieval", [True, False])
+def test_a_scan_over_layers_gives_the_same(positions: str, retrieval: bool):
+    config = dataclasses.replace(TINY, positions=positions)
+    texts = make_texts(config, len(PROMPTS), CHUNKS, retrieval=retrieval)
+    assert difference(make_model(config), texts, scan=True) < 1e-5
+
+
+@pytest.mark.parametrize("config", [TINY, ROTARY.baseline()], ids=["off", "baseline"])
+def test_without_retrieval(config: RetroConfig):
+    texts = make_texts(config, len(PROMPTS), CHUNKS, retrieval=False)
+    assert difference(make_model(config), texts) < 1e-5
+
+
+@pytest.mark.parametrize("positions", ["relative", "rotary"])
+def test_bfloat16_is_as_near_to_float32_as_the_uncached_pass(positions: str):
+    """Both round activations to 8 bits at the same places, but sum in another order.
+
+    So neither is the truth: their errors against float32 are compared instead of their difference.
+    """
+    config = dataclasses.replace(TINY, positions=positions)
+    texts = make_texts(config, len(PROMPTS), CHUNKS, retrieval=True)
+    rounded = make_model(config, ExecutionConfig(activation_dtype="bfloat16"))
+    truth = uncached(make_model(config), texts)
+    made = cached(rounded, texts, PROMPTS)
+    read = np.isfinite(made).all(-1)
+    errors = [np.abs(logits - truth)[read] for logits in (made, uncached(rounded, texts))]
+    assert errors[1].max() > 0
+    assert errors[0].max() < 1.5 * errors[1].max()
+    assert errors[0].mean() < 1.2 * errors[1].mean()
+
+
+@pytest.mark.parametrize("axes", [(4, 1, 2), (1, 1, 4), (8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("positions", ["relative", "rotary"])
+def test_meshes(axes: tuple[int, int, int], positions: str):
+    config = dataclasses.replace(MESHED, positions=positions)
+    mesh = make_mesh(MeshConfig(*axes), jax.devices()[: int(np.prod(axes))])
+    with jax.set_mesh(mesh):
+        model = on_mesh(config, mesh)
+    texts = make_texts(config, len(PROMPTS), CHUNKS, retrieval=True)
+    wanted = uncached(make_model(config), texts)
+    made = cached(model, texts, PROMPTS, mesh=mesh)
+    read = np.isfinite(made).all(-1)
+    assert np.abs(made - wanted)[read].max() < 1e-5 * np.abs(wanted).max()
+
+
+def on_mesh(config: RetroConfig, mesh: Any) -> Retro:
+    """The weights of make_model(config), laid out on a mesh."""
+    _, params = nnx.split(make_model(config))
+    graph, _ = nnx.split(
+        nnx.eval_shape(
+            lambda: Retro(config, ExecutionConfig(), shardings=MESH_SHARDINGS, rngs=nnx.Rngs(0))
+        )
+    )
+    return nnx.merge(graph, jax.device_put(params, parameter_shardings(params, mesh)))
+
+
+def test_several_tokens_of_a_block_at_once():
+    """As a draft is verified: logits after every token, for rows at other positions."""
+    texts = make_texts(TINY, 2, CHUNKS, retrieval=True)
+    model = make_model(TINY)
+    decoder = Decoder(model, chunks=CHUNKS)
+    prompts = [5, 8]
+    logits, cache = decoder.prefill(
+        [window(TINY, texts, row, end) for row, end in enumerate(prompts)],
+        neighbours=K,
+        capacity=16,
+    )
+    blocks = np.stack([texts.tokens[row, end : end + 2] for row, end in enumerate(prompts)])
+    live = np.ones(2, bool)
+    logits, _ = decoder.step(cache, blocks, np.array(prompts), live=live, all_logits=True)
+    wanted = uncached(model, texts)
+    for row, end in enumerate(prompts):
+        np.testing.assert_allclose(logits[row], wanted[row, end : end + 2], atol=1e-5)
+
+
+def test_a_step_copies_no_cache():
+    """A donated cache is written in place: else every token would cost a copy of all keys."""
+    decoder = Decoder(make_model(ROTARY), chunks=CHUNKS)
+    for rows in (1, 4):
+        program = decoder.compiled_step(rows, capacity=16, neighbours=K)
+        shape = f"f32[{rows},{TINY.num_heads},{TINY.head_dim},16]"
+        copies = [line for line in program.splitlines() if f"{shape}{{3,2,1,0}} copy(" in line]
+        assert shape in program
+        assert not copies
+
+
+def test_buckets():
+    assert [power_of_two(count) for count in (1, 2, 3, 4, 5, 8, 9)] == [1, 2, 4, 4, 8, 8, 16]
+    decoder = Decoder(make_model(TINY), chunks=6)
+    assert [decoder.capacity_for(length) for length in (1, 4, 5, 9, 17, 24)] == [
+        4,
+        4,
+        8,
+        16,
+        24,
+        24,
+    ]
