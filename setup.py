@@ -127,6 +127,7 @@ setup(
         "numpy>=2.0.2",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
+        "packaging>=24",
         "safetensors>=0.4.5",
         "sentencepiece>=0.2",
         "tensorboardX>=2.6.2.2",
