@@ -7,7 +7,6 @@ Each line begins with ok, note (less usual work would fail) or fails. The exit s
 that every run needs is missing, or an extra that --extras names. Nothing is changed.
 """
 
-import importlib.metadata
 import sys
 
 from absl import flags
@@ -48,13 +47,9 @@ def examine(workdir: str, needed: list[str]) -> dict[str, list[Finding]]:
     Args:
       workdir: the directory of a run, which need not exist. needed: extras that must be whole.
     """
-    try:
-        requirements = importlib.metadata.requires(installation.PROJECT) or []
-    except importlib.metadata.PackageNotFoundError:
-        requirements = []
     return {
         "Versions": installation.python_and_project(),
-        "Packages": installation.packages(requirements, needed),
+        "Packages": installation.packages(installation.requirements(), needed),
         "Devices": installation.devices(),
         "Limits": installation.limits(Limits.read(workdir)),
     }

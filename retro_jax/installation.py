@@ -103,15 +103,33 @@ def python_and_project() -> list[Finding]:
     version = ".".join(map(str, sys.version_info[:3]))
     python: Level = "ok" if sys.version_info >= (3, 11) else "fails"
     found = [Finding(python, "Python", f"{version} (expected 3.11 or newer)")]
-    installed = _version(PROJECT)
+    installed = installed_version(PROJECT)
     if installed is None:
         text = "not installed: packages cannot be checked without `pip install .`"
         return [*found, Finding("note", PROJECT, text)]
     return [*found, Finding("ok", PROJECT, installed)]
 
 
+def requirements() -> list[str]:
+    """What this project asks for, as its metadata says; nothing where it is not installed."""
+    try:
+        return importlib.metadata.requires(PROJECT) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+
+
+def missing(extra: str) -> list[str]:
+    """Names of packages that are absent or too old, of those that an extra and every run need."""
+    return [each.subject for each in packages(requirements(), (extra,)) if each.level == "fails"]
+
+
+def missing_carriers() -> list[str]:
+    """Packages of CARRIERS that are not installed, as pip takes them."""
+    return [f"{name}=={CARRIERS[name][0]}" for name in CARRIERS if installed_version(name) is None]
+
+
 def packages(
-    requirements: Sequence[str],
+    required: Sequence[str],
     needed: Sequence[str] = (),
     *,
     version: Callable[[str], str | None] | None = None,
@@ -119,12 +137,12 @@ def packages(
     """The packages that this project asks for: one line each, and one for an extra that is whole.
 
     Args:
-      requirements: as in the metadata's Requires-Dist.
+      required: as in the metadata's Requires-Dist.
       needed: names of extras whose absence is a failure, not a note.
       version: the installed version of a package, None where it is absent.
     """
-    version = version or _version
-    every = [Requirement(text) for text in requirements]
+    version = version or installed_version
+    every = [Requirement(text) for text in required]
     found = [_package(each, version, "fails", "") for each in every if _applies(each, "")]
     for extra, use in EXTRAS.items():
         level: Level = "fails" if extra in needed else "note"
@@ -213,7 +231,7 @@ def _applies(requirement: Requirement, extra: str) -> bool:
     return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
 
 
-def _version(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
     """The installed version of a package."""
     try:
         return importlib.metadata.version(name)

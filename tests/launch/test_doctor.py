@@ -43,10 +43,8 @@ def test_a_low_limit_ends_with_status_1(call, capsys, monkeypatch):
 
 
 def test_a_missing_package_ends_with_status_1_where_it_is_needed(call, capsys, monkeypatch):
-    def requires(name: str) -> list[str]:
-        return ["jax", 'no-such-package>=2; extra == "data"']
-
-    monkeypatch.setattr("importlib.metadata.requires", requires)
+    required = ["jax", 'no-such-package>=2; extra == "data"']
+    monkeypatch.setattr(installation, "requirements", lambda: required)
     assert call() == 0
     assert "note   no-such-package" in capsys.readouterr().out
     assert call("--extras=data") == 1
