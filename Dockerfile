@@ -4,7 +4,7 @@
 FROM python:3.11-slim
 ARG EXTRA=tpu
 WORKDIR /retro-jax
-COPY setup.py constraints.txt ./
+COPY setup.py pyproject.toml constraints.txt README.md LICENSE ./
 RUN mkdir retro_jax data_pipelines launch \
     && pip install --no-cache-dir --constraint constraints.txt --editable ".[data,gcs,${EXTRA}]"
 COPY . .

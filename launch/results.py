@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import flags
 
-from launch.common import app, configurables
+from launch.common import app, configurables, experiments
 from launch.evaluation import scores
 from launch.quickstart import run_steps
 from retro_jax.errors import UserError
@@ -31,7 +31,7 @@ ABLATIONS = flags.DEFINE_list("ablations", None, "Which to train. Default: all; 
 DOCS = flags.DEFINE_string("docs", None, "A Markdown file of which the marked part is replaced.")
 
 _GIN_FILE = "experiments/code_small.gin"
-_FOLDER = pathlib.Path("experiments/ablations")
+_FOLDER = "experiments/ablations"
 _SPLIT = "test"
 _EVALUATION = [
     "--retrieval=on,off,random,oracle",
@@ -73,7 +73,7 @@ def ablations(wanted: Sequence[str] | None) -> list[str]:
     Raises:
       flags.Error: one that there is not.
     """
-    known = sorted(path.stem for path in _FOLDER.glob("*.gin"))
+    known = sorted(path.stem for path in (experiments.FOLDER / "ablations").glob("*.gin"))
     for name in wanted or []:
         if name and name not in known:
             raise flags.Error(f"--ablations={name}: expected some of {', '.join(known)}")
@@ -92,7 +92,7 @@ def steps(workdir: str, gin_file: str, names: Sequence[str]) -> list[tuple[str, 
     ]
     for name in names:
         own = [f"--workdir={workdir}/ablations/{name}", f"--data={workdir}"]
-        gin = f"--gin_file={_FOLDER / name}.gin"
+        gin = f"--gin_file={_FOLDER}/{name}.gin"
         found.append((f"Train the ablation {name}", ["launch.train", gin, *own]))
         found.append((f"Score the ablation {name}", ["launch.evaluate", *own]))
     return found

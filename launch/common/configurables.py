@@ -30,6 +30,7 @@ import gin
 from absl import flags
 from gin import config_parser
 
+from launch.common import experiments
 from retro_jax.errors import UserError
 
 GIN_FILE = flags.DEFINE_string("gin_file", None, "Settings of the run, as in experiments/*.gin.")
@@ -208,6 +209,7 @@ def _without_value(name: str) -> str:
 
 def _read_file(path: str, named_by: str, reading: _Reading) -> None:
     """Reads one gin file and what it includes."""
+    path = experiments.located(path)
     real = os.path.realpath(path)
     if real in reading.open_files:
         raise UserError(f"{named_by}: {path} includes itself")
