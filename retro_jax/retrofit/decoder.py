@@ -27,6 +27,8 @@ from retro_jax.retrofit.placing import load_stacked
 from retro_jax.sharding import MESH_SHARDINGS, Shardings, check_mesh, parameter_shardings
 from retro_jax.train.parameter_names import map_named, named_leaves
 
+# Fields of DecoderForm that no base decides.
+FITTED_FIELDS = ("gated_cca", "neighbour_layer", "sink_id")
 _ACTIVATIONS = {"gelu": "gelu_exact", "gelu_new": "gelu", "relu": "relu", "silu": "silu"}
 _LAYER = {
     "attention_norm.scale": "attention.norm.scale",
@@ -106,7 +108,7 @@ def decoder_config(
 
     Args:
       base: the base's.
-      form: fields of DecoderForm that no base decides (gated_cca, neighbour_layer, sink_id).
+      form: values of FITTED_FIELDS.
       **fields: of RetroConfig; without cca_layers the decoder alone.
     """
     fields = {"cca_layers": (), **decoder_settings(base), **fields}
@@ -124,7 +126,7 @@ def check_decoder(config: RetroConfig, base: BaseModel) -> None:
         (config, name, value) for name, value in decoder_settings(base.config).items()
     ]
     for field in dataclasses.fields(DecoderForm):
-        if field.name not in ("gated_cca", "neighbour_layer", "sink_id"):
+        if field.name not in FITTED_FIELDS:
             pairs.append((config.form, field.name, getattr(of_base, field.name)))
     for owner, name, value in pairs:
         if getattr(owner, name) != value:
