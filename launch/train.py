@@ -49,7 +49,7 @@ from retro_jax.train import record
 from retro_jax.train.checkpoint import CHECKPOINTS, latest_step
 from retro_jax.train.global_batches import BatchShape
 from retro_jax.train.loop import StopRequest
-from retro_jax.train.run import FREE, Run, Settings, make_plan
+from retro_jax.train.run import FREE, Run, Settings, make_plan, run_parents
 
 BASELINE = flags.DEFINE_bool(
     "baseline", False, "Train the transformer of equal decoder, without retrieval, in W/baseline."
@@ -153,7 +153,7 @@ def prepare(
         return None
     if recorded is not None:
         text = configurables.operative_config()
-        replay.check(recorded, text, parents=data.parents, free=FREE)
+        replay.check(recorded, text, parents=run_parents(settings, data.parents), free=FREE)
     profile = _profiled_steps(directory / name, settings.training.steps)
     plan = make_plan(settings, BatchShape.of(data.batches))
     return Run(directory / name, plan, data, profile=profile, on_hang=_give_up), recorded

@@ -173,6 +173,12 @@ def model_maker(settings: Settings) -> Callable[[], Retro]:
     return make
 
 
+def run_parents(settings: Settings, data: Mapping[str, str]) -> dict[str, str]:
+    """Hashes of all that a run depends on: of its data, and the fingerprint of its base as "base"."""
+    base = settings.start.base
+    return dict(data) | ({"base": open_base(base).fingerprint()} if base else {})
+
+
 class RunData(Protocol):
     """The data of a run, as data_pipelines' TrainingData gives it."""
 
@@ -325,13 +331,10 @@ class Run:
         reached, steps = latest_step(checkpoints), settings.training.steps
         configs = [getattr(settings, field.name) for field in dataclasses.fields(settings)]
         configs.append(self.data.batches.config)
-        parents = dict(self.data.parents)
-        if settings.start.base:
-            parents["base"] = open_base(settings.start.base).fingerprint()
         record.claim(
             self.directory,
             record.settings_text(configs),
-            parents=parents,
+            parents=run_parents(settings, self.data.parents),
             free=FREE,
             defaults=record.default_settings(configs),
             begun=reached is not None,

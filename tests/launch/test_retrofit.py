@@ -151,6 +151,18 @@ def test_a_bad_adapter_is_refused_in_one_line(place, tmp_path, file, change, mes
     assert "\n" not in str(raised.value)
 
 
+def test_a_fitted_run_is_replayed_to_the_same_bits(place, tmp_path, capsys):
+    """From its record and the base; with another base it is refused."""
+    write_base(tmp_path / "other", seed=1)
+    flags = [f"--replay={place / 'W'}", f"--workdir={tmp_path / 'again'}"]
+    assert call(retrofit.main, *flags, f"--base={tmp_path / 'other'}") == 1
+    assert "was trained on base" in capsys.readouterr().err
+    assert call(retrofit.main, *flags, f"--base={place / 'base'}") == 0
+    assert "bit for bit" in capsys.readouterr().out
+    (once, again) = (folder / "retro" for folder in (place / "W", tmp_path / "again"))
+    assert (once / "config.gin").read_text() == (again / "config.gin").read_text()
+
+
 def test_what_does_not_belong_together_is_refused(place, tmp_path, capsys):
     """Another base's tokeniser, a base that is none, no base; nothing is written."""
     write_base(tmp_path / "other", seed=1, pre="smollm")
