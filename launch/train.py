@@ -24,10 +24,12 @@ repeats the run of W from its record, and says whether the losses are the same b
 
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from absl import flags
 
+from data_pipelines.batches.training_data import TrainingData
 from launch.common import app, configurables
 from launch.common.flags import (
     COORDINATOR_ADDRESS,
@@ -47,7 +49,7 @@ from retro_jax.train import record
 from retro_jax.train.checkpoint import CHECKPOINTS, latest_step
 from retro_jax.train.global_batches import BatchShape
 from retro_jax.train.loop import StopRequest
-from retro_jax.train.run import FREE, Run, make_plan
+from retro_jax.train.run import FREE, Run, Settings, make_plan, run_parents
 
 BASELINE = flags.DEFINE_bool(
     "baseline", False, "Train the transformer of equal decoder, without retrieval, in W/baseline."
@@ -68,8 +70,21 @@ PROFILE_STEPS = flags.DEFINE_string(
 RETRO_RUN, BASELINE_RUN = "retro", "baseline"
 
 
+SettingsOf = Callable[[TrainingData], Settings]
+
+
 def main() -> None:
     """Trains, or says that there is nothing left to train."""
+    train(BASELINE_RUN if BASELINE.value else RETRO_RUN, settings_of_data)
+
+
+def train(name: str, settings_of: SettingsOf) -> None:
+    """Trains the run of a name in --workdir, as the flags ask.
+
+    Args:
+      name: RETRO_RUN or BASELINE_RUN.
+      settings_of: gives the run's settings, once gin and the data are there.
+    """
     directory = pathlib.Path(app.required(app.WORKDIR, "the directory of the run"))
     join_processes(
         COORDINATOR_ADDRESS.value,
@@ -77,10 +92,9 @@ def main() -> None:
         PROCESS_ID.value,
         peer_timeout=PEER_TIMEOUT.value,
     )
-    name = BASELINE_RUN if BASELINE.value else RETRO_RUN
     if line := processes.from_first(lambda: mirror.fetch(directory / name, MIRROR.value)):
         _say(line)
-    prepared = processes.together(lambda: prepare(directory, name))
+    prepared = processes.together(lambda: prepare(directory, name, settings_of))
     if prepared is None:
         return
     run, recorded = prepared
@@ -100,11 +114,18 @@ def main() -> None:
         _say(processes.from_first(lambda: replay.compare(recorded, run.directory)))
 
 
-def prepare(directory: pathlib.Path, name: str) -> tuple[Run, pathlib.Path | None] | None:
+def settings_of_data(data: TrainingData) -> Settings:
+    """The settings of gin, with what the data decides."""
+    return make_settings(vocab_size=data.vocab_size, pad_id=data.pad_id)
+
+
+def prepare(
+    directory: pathlib.Path, name: str, settings_of: SettingsOf
+) -> tuple[Run, pathlib.Path | None] | None:
     """Reads the settings and opens the data; writes nothing. None after --print_config.
 
     Args:
-      directory: W. name: of the run in it.
+      directory: W. name: of the run in it. settings_of: as in `train`.
 
     Returns:
       The run, and the directory of the run that it replays.
@@ -125,14 +146,14 @@ def prepare(directory: pathlib.Path, name: str) -> tuple[Run, pathlib.Path | Non
         configurables.override("BatchConfig.neighbours", 0)
         configurables.override("TrainConfig.neighbour_dropout", 0.0)
     data = find_data(source, recorded or directory / name, disk=STAGE_TO.value)
-    settings = make_settings(vocab_size=data.vocab_size, pad_id=data.pad_id)
+    settings = settings_of(data)
     data.check_model(settings.retro)
     if configurables.PRINT_CONFIG.value:
         _say(configurables.operative_config(), end="")
         return None
     if recorded is not None:
         text = configurables.operative_config()
-        replay.check(recorded, text, parents=data.parents, free=FREE)
+        replay.check(recorded, text, parents=run_parents(settings, data.parents), free=FREE)
     profile = _profiled_steps(directory / name, settings.training.steps)
     plan = make_plan(settings, BatchShape.of(data.batches))
     return Run(directory / name, plan, data, profile=profile, on_hang=_give_up), recorded

@@ -7,7 +7,9 @@ from typing import Any
 from retro_jax.errors import UserError
 
 POSITIONS = ("relative", "rotary")
-ACTIVATIONS = ("gelu", "relu")
+ACTIVATIONS = ("gelu", "relu", "silu", "gelu_exact")
+NORMS = ("rms", "layer")
+FEED_FORWARDS = ("plain", "gated")
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "dots", "full")
 ATTENTION_KINDS = ("auto", "plain", "chunked", "fused")
@@ -38,6 +40,66 @@ def require(condition: bool, owner: Any, field: str, rule: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class DecoderForm:
+    """How the decoder differs from the paper's: what existing language models have instead.
+
+    The defaults are the paper's decoder. `gated_cca` is RETRO-fitting from a model's own weights:
+    CCA stands beside ATTN and reads the same input, with a copy of the layer's projections and a gate
+    for each head, 0 at first. Its keys and values are made of the decoder's own states of a neighbour
+    that the decoder has read alone, after `sink_id`; there is no encoder.
+
+    Attributes:
+      norm: "rms" (RMSNorm) or "layer" (LayerNorm, with a bias).
+      num_kv_heads: G, heads of keys and values, each read by num_heads / G heads of queries; 0 for
+        num_heads.
+      qkv_bias: whether the projections to queries, keys and values have biases.
+      out_bias: whether attention's output has one.
+      qk_norm: RMSNorm over each head's query and key, before positions.
+      feed_forward: "plain", narrow(f(widen(x))), or "gated", narrow(f(gate(x)) * widen(x)).
+      mlp_bias: whether the feed-forward's projections have biases.
+      parallel_residual: FFW reads the same stream as ATTN, not ATTN's result.
+      learned_positions: rows of a table of positions that is added to the embedding, instead of
+        RetroConfig.positions; 0 for none.
+      rotary_base: theta of rotary positions: pair i of r dimensions turns by theta^(-2i / r) a token.
+      rotary_dim: r, how many of a head's first dimensions turn; 0 for all.
+      rotary_divisors: what each pair's frequency is divided by, for longer contexts; () for nothing.
+      gated_cca: see above.
+      neighbour_layer: the layer whose input is the one encoding of a neighbour, for all CCA layers;
+        0 for each CCA layer its own input.
+      sink_id: the token before a neighbour, which heads that find nothing read.
+    """
+
+    norm: str = "rms"
+    num_kv_heads: int = 0
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: bool = False
+    feed_forward: str = "plain"
+    mlp_bias: bool = False
+    parallel_residual: bool = False
+    learned_positions: int = 0
+    rotary_base: float = 10_000.0
+    rotary_dim: int = 0
+    rotary_divisors: tuple[float, ...] = ()
+    gated_cca: bool = False
+    neighbour_layer: int = 0
+    sink_id: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rotary_divisors", tuple(self.rotary_divisors))
+        require(self.norm in NORMS, self, "norm", f"one of {NORMS}")
+        known = self.feed_forward in FEED_FORWARDS
+        require(known, self, "feed_forward", f"one of {FEED_FORWARDS}")
+        counts = ("num_kv_heads", "learned_positions", "rotary_dim", "neighbour_layer", "sink_id")
+        for field in counts:
+            require(getattr(self, field) >= 0, self, field, "a number of at least 0")
+        require(self.rotary_dim % 2 == 0, self, "rotary_dim", "an even number, or 0 for all")
+        require(self.rotary_base > 0, self, "rotary_base", "a positive number")
+        positive = all(divisor > 0 for divisor in self.rotary_divisors)
+        require(positive, self, "rotary_divisors", "positive numbers")
+
+
+@dataclasses.dataclass(frozen=True)
 class RetroConfig:
     """The architecture of a RETRO (paper, section 2 and Algorithm 1).
 
@@ -65,9 +127,11 @@ class RetroConfig:
       cca_positions: whether CCA logits depend on positions (an ablation of the paper).
       share_embeddings: the encoder reads the decoder's embedding (needs equal widths).
       tie_embeddings: the read-out is the transposed input embedding.
-      activation: the feed-forward's non-linearity, "gelu" or "relu".
+      activation: the feed-forward's non-linearity, "gelu" (its tanh approximation), "gelu_exact",
+        "relu" or "silu".
       dropout: rate on the embedding and on every residual branch, in training only.
-      norm_epsilon: RMSNorm's epsilon.
+      norm_epsilon: the norms' epsilon.
+      form: how the decoder differs from the paper's (@DecoderForm()).
     """
 
     vocab_size: int
@@ -93,6 +157,7 @@ class RetroConfig:
     activation: str = "gelu"
     dropout: float = 0.0
     norm_epsilon: float = 1e-6
+    form: DecoderForm = DecoderForm()
 
     def __post_init__(self) -> None:
         for field in ("cca_layers", "encoder_cca_layers"):  # gin gives lists
@@ -131,10 +196,40 @@ class RetroConfig:
             "share_embeddings",
             "False unless encoder_d_model equals d_model",
         )
+        self._check_form()
+
+    def _check_form(self) -> None:
+        """Refuses a form of the decoder that its sizes do not allow."""
+        form, heads, turned = self.form, self.num_heads, self.rotary_dim
+        divides = heads % self.num_kv_heads == 0
+        require(divides, form, "num_kv_heads", f"a divisor of num_heads = {heads}, or 0")
+        fits = turned <= self.head_dim
+        require(fits, form, "rotary_dim", f"at most head_dim = {self.head_dim}")
+        fits = len(form.rotary_divisors) in (0, turned // 2)
+        require(fits, form, "rotary_divisors", f"{turned // 2} numbers, one for each pair, or ()")
+        within = form.neighbour_layer <= self.num_layers
+        require(within, form, "neighbour_layer", f"at most num_layers = {self.num_layers}")
+        known = form.sink_id < self.vocab_size
+        require(known, form, "sink_id", f"an id below vocab_size = {self.vocab_size}")
+
+    @property
+    def num_kv_heads(self) -> int:
+        """G, heads of the decoder's keys and values."""
+        return self.form.num_kv_heads or self.num_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many of a decoder head's dimensions rotary positions turn."""
+        return self.form.rotary_dim or self.head_dim
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether the model has an encoder of its own for neighbours."""
+        return self.has_retrieval and not self.form.gated_cca
 
     @property
     def has_retrieval(self) -> bool:
-        """Whether the model has an encoder and chunked cross-attention at all."""
+        """Whether the model has chunked cross-attention at all."""
         return bool(self.cca_layers)
 
     def baseline(self) -> "RetroConfig":
@@ -143,34 +238,60 @@ class RetroConfig:
 
     def num_parameters(self, embeddings: bool = True) -> int:
         """Counts the parameters; without embeddings (and untied read-out), as the paper's table 1 does."""
-        decoder = self.num_layers * (
-            _attention_parameters(self, self.d_model, self.d_model, self.num_heads * self.head_dim)
-            + _feed_forward_parameters(self.d_model, self.d_ff)
-        )
-        total = decoder + self.d_model  # the final norm
-        if self.has_retrieval:
-            inner = self.encoder_num_heads * self.encoder_head_dim
-            width = self.encoder_d_model
-            total += len(self.cca_layers) * _attention_parameters(
-                self,
-                self.d_model,
-                width,
-                self.num_heads * self.head_dim,
-                self.cca_positions,
-            )
-            total += self.encoder_num_layers * (
-                _attention_parameters(self, width, width, inner)
-                + _feed_forward_parameters(width, self.encoder_d_ff)
-            )
-            total += len(self.encoder_cca_layers) * _attention_parameters(
-                self, width, self.d_model, inner
-            )
-            total += width  # the encoder's final norm
+        norm = _norm_parameters(self)
+        total = self.num_layers * (_decoder_attention(self) + _decoder_feed_forward(self)) + norm
+        if self.has_encoder:
+            total += _encoder_and_cca(self)
+        elif self.has_retrieval:
+            of_layer = _decoder_attention(self) - self.form.out_bias * self.d_model + self.num_heads
+            total += len(self.cca_layers) * of_layer
         if embeddings:
             total += self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
-            if self.has_retrieval and not self.share_embeddings:
+            total += self.form.learned_positions * self.d_model
+            if self.has_encoder and not self.share_embeddings:
                 total += self.vocab_size * self.encoder_d_model
         return total
+
+
+def _norm_parameters(config: RetroConfig) -> int:
+    """One norm of the decoder."""
+    return config.d_model * (2 if config.form.norm == "layer" else 1)
+
+
+def _decoder_attention(config: RetroConfig) -> int:
+    """Norm, Q, K, V, O, biases, norms of heads and positions of a decoder layer's attention."""
+    form, width = config.form, config.d_model
+    inner, narrow = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
+    count = _norm_parameters(config) + 2 * width * (inner + narrow)
+    count += form.qkv_bias * (inner + 2 * narrow) + form.out_bias * width
+    count += 2 * config.head_dim * form.qk_norm
+    if config.positions == "relative" and not form.learned_positions:
+        count += width * inner + 2 * inner
+    return count
+
+
+def _decoder_feed_forward(config: RetroConfig) -> int:
+    """Norm, matrices and biases of a decoder layer's feed-forward."""
+    wide = 2 if config.form.feed_forward == "gated" else 1
+    count = _norm_parameters(config) + (wide + 1) * config.d_model * config.d_ff
+    return count + config.form.mlp_bias * (wide * config.d_ff + config.d_model)
+
+
+def _encoder_and_cca(config: RetroConfig) -> int:
+    """The paper's encoder, without its embedding, and CCA."""
+    width, inner = config.encoder_d_model, config.encoder_num_heads * config.encoder_head_dim
+    heads = config.num_heads * config.head_dim
+    total = len(config.cca_layers) * _attention_parameters(
+        config, config.d_model, width, heads, config.cca_positions
+    )
+    total += config.encoder_num_layers * (
+        _attention_parameters(config, width, width, inner)
+        + _feed_forward_parameters(width, config.encoder_d_ff)
+    )
+    total += len(config.encoder_cca_layers) * _attention_parameters(
+        config, width, config.d_model, inner
+    )
+    return total + width  # the encoder's final norm
 
 
 def _attention_parameters(

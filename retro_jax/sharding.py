@@ -207,8 +207,8 @@ def check_mesh(config: RetroConfig, mesh: Mesh, batch_size: int | None = None) -
       UserError: naming the size, the mesh axis and what would fit.
     """
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
-    split = {"num_heads": tensor, "d_ff": tensor, "d_model": fsdp}
-    if config.has_retrieval:
+    split = {"num_heads": tensor, "num_kv_heads": tensor, "d_ff": tensor, "d_model": fsdp}
+    if config.has_encoder:
         split |= {
             "encoder_num_heads": tensor,
             "encoder_d_ff": tensor,

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from retro_jax.config import PRESETS, ExecutionConfig, RetroConfig
+from retro_jax.config import PRESETS, DecoderForm, ExecutionConfig, RetroConfig
 from retro_jax.errors import UserError
 
 TINY = RetroConfig(
@@ -135,3 +135,29 @@ def test_baseline_differs_in_retrieval_only():
     baseline = TINY.baseline()
     assert not baseline.has_retrieval
     assert dataclasses.replace(baseline, cca_layers=TINY.cca_layers) == TINY
+
+
+@pytest.mark.parametrize(
+    ("field", "bad"),
+    [
+        ("norm", "batch"),
+        ("feed_forward", "mixed"),
+        ("num_kv_heads", -1),
+        ("learned_positions", -1),
+        ("rotary_dim", 3),
+        ("rotary_base", 0.0),
+        ("rotary_divisors", (1.0, 0.0)),
+        ("neighbour_layer", -1),
+        ("sink_id", -1),
+        # Together with the sizes of TINY.
+        ("num_kv_heads", 4),
+        ("rotary_dim", 6),
+        ("rotary_divisors", (1.0, 2.0, 3.0)),
+        ("neighbour_layer", 4),
+        ("sink_id", 16),
+    ],
+)
+def test_a_bad_form_names_field_value_and_rule(field: str, bad: Any):
+    with pytest.raises(UserError) as raised:
+        dataclasses.replace(TINY, form=DecoderForm(**{field: bad}))
+    _assert_names(raised.value, "DecoderForm", field, bad)

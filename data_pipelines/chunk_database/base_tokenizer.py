@@ -38,6 +38,7 @@ from retro_jax.errors import UserError
 from retro_jax.storage import files
 from retro_jax.storage.gguf_file import open_gguf
 
+_CONFIG = "config.json"
 _TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 _MOST_UNUSED = 1024  # rows of an embedding beyond the tokens: widths are rounded up, not doubled
 _PROBE = "a  b\tc\r\n\u00a0\u2581 \0 é e\u0301 ﬁ 日本 \U0001f99e \U000e0041 \x04 0123 <s></s><|endoftext|> x"
@@ -81,7 +82,8 @@ def prepare_base_tokenizer(
     Args:
       directory: where it goes.
       base: a Hugging Face folder or a .gguf file.
-      vocab_size: rows of the model's embedding (BaseConfig.vocab_size); None for as many as tokens.
+      vocab_size: rows of the model's embedding (BaseConfig.vocab_size); None for those that its files
+        state, or as many as tokens.
 
     Returns:
       Its manifest. Facts: vocab_size, pad_id, bos_id, eos_id, tokens, adds_bos (the base puts bos
@@ -92,14 +94,9 @@ def prepare_base_tokenizer(
     """
     source = _open(pathlib.Path(base))
     tokens = len(source.token_bytes)
-    rows = tokens if vocab_size is None else vocab_size
-    if not tokens <= rows <= tokens + _MOST_UNUSED:
-        raise UserError(
-            f"{source.path} has {tokens} tokens: expected those of the weights' {rows} rows"
-        )
+    settings = _settings_of(source, _rows(pathlib.Path(base)) if vocab_size is None else vocab_size)
+    rows = settings["vocab_size"]
     _check_lossless(source)
-    digest = hashlib.sha256(source.data).hexdigest()
-    settings = {"encoding": source.encoding, "vocab_size": rows, "sha256": digest}
     stage = Stage(directory, KIND, settings, claim=False)
     if stage.done:
         return stage.manifest()
@@ -124,6 +121,50 @@ def prepare_base_tokenizer(
         "spelt_bytes": {str(byte): i for byte, i in source.spelt.items()},
     }
     return stage.finish(facts, [name, BYTES_FILE, ENDS_FILE])
+
+
+def check_base_tokenizer(directory: Path, base: Path, *, vocab_size: int) -> Manifest:
+    """Refuses a workdir's tokeniser that is not a base model's.
+
+    Args:
+      directory: the tokeniser's. base, vocab_size: as in prepare_base_tokenizer.
+
+    Returns:
+      Its manifest.
+
+    Raises:
+      UserError: it was trained on texts, or is another model's, or one of other weights.
+    """
+    manifest = Manifest.open(directory, KIND)
+    if manifest.settings != _settings_of(_open(pathlib.Path(base)), vocab_size):
+        raise UserError(
+            f"{directory} is not the tokeniser of {base}: expected a workdir prepared with"
+            f" TokenizerConfig.base = {str(base)!r}"
+        )
+    return manifest
+
+
+def _settings_of(source: _Source, vocab_size: int | None) -> dict[str, Any]:
+    """What identifies a tokeniser's artefact."""
+    tokens = len(source.token_bytes)
+    rows = tokens if vocab_size is None else vocab_size
+    if not tokens <= rows <= tokens + _MOST_UNUSED:
+        raise UserError(
+            f"{source.path} has {tokens} tokens: expected those of the weights' {rows} rows"
+        )
+    digest = hashlib.sha256(source.data).hexdigest()
+    return {"encoding": source.encoding, "vocab_size": rows, "sha256": digest}
+
+
+def _rows(base: pathlib.Path) -> int | None:
+    """Rows of the model's embedding, where its files state them."""
+    if base.suffix == ".gguf":
+        embedding = open_gguf(base).tensors.get("token_embd.weight")
+        return None if embedding is None else embedding.shape[0]
+    stated = (
+        files.read_json(base / _CONFIG).get("vocab_size") if (base / _CONFIG).is_file() else None
+    )
+    return stated if isinstance(stated, int) else None
 
 
 def _open(base: pathlib.Path) -> _Source:
@@ -251,7 +292,7 @@ def _of_sentencepiece(folder: pathlib.Path) -> _Source:
 def _settings(folder: pathlib.Path) -> dict[str, Any]:
     """tokenizer_config.json over special_tokens_map.json, and the ids of config.json as they are."""
     merged: dict[str, Any] = {}
-    for name in ("config.json", "special_tokens_map.json", "tokenizer_config.json"):
+    for name in (_CONFIG, "special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             stated = files.read_json(folder / name)
             merged |= {key: value for key, value in stated.items() if value is not None}

@@ -46,9 +46,11 @@ _TRAINING_SEGMENT = 4000
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """How the tokeniser is trained.
+    """How the tokeniser is trained, or which existing model's it is.
 
     Attributes:
+      base: a Hugging Face folder or a GGUF file whose own tokeniser is taken; "" trains one, and only
+        then the other fields have a meaning.
       vocab_size: V, including 4 special tokens, 3 for escapes and 256 bytes.
       model_type: "bpe" or "unigram".
       character_coverage: share of the training text's characters that get a token each; the others
@@ -65,6 +67,7 @@ class TokenizerConfig:
     whitespace_pieces: bool = True
     max_training_bytes: int = 100_000_000
     seed: int = 0
+    base: str = ""
 
     def __post_init__(self) -> None:
         smallest = 4 + len(_ESCAPED) + 256
@@ -92,7 +95,9 @@ def train_tokenizer(
     """
     documents = Manifest.open(documents_directory, "documents")
     parents = {"documents": (documents, documents_directory)}
-    stage = Stage(directory, KIND, config, parents, claim=False)
+    # Manifests from before there was `base` have the same settings.
+    settings = {name: value for name, value in vars(config).items() if name != "base"}
+    stage = Stage(directory, KIND, settings, parents, claim=False)
     if stage.done:
         return stage.manifest()
     sizes = []

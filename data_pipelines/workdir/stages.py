@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from data_pipelines.artefacts.manifest import MANIFEST_FILE, Manifest, Path
 from data_pipelines.artefacts.runner import InProcess, Runner
+from data_pipelines.chunk_database.base_tokenizer import prepare_base_tokenizer
 from data_pipelines.chunk_database.database import prepare_chunks
 from data_pipelines.chunk_database.tokenizer import train_tokenizer
 from data_pipelines.corpora import SPLITS
@@ -204,7 +205,11 @@ def _duplicates(p: Preparation) -> tuple[str, int, str]:
 
 
 def _tokenizer(p: Preparation) -> tuple[str, int, str]:
-    """Trains the tokeniser on the training split."""
+    """Trains the tokeniser on the training split, or takes an existing model's."""
+    if base := p.config.tokenizer.base:
+        manifest = prepare_base_tokenizer(p.directory / "tokenizer", base)
+        tokens = manifest.fact("tokens")
+        return f"{tokens:,} tokens, those of {base}", tokens, "tokens"
     manifest = train_tokenizer(
         p.directory / "tokenizer", p.directory / "documents" / "train", p.config.tokenizer
     )

@@ -42,6 +42,7 @@ PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print every setting in 
 # Which classes a gin file may bind, and where they are; imported when a configuration is loaded.
 TABLE = {
     "RetroConfig": "retro_jax.config",
+    "DecoderForm": "retro_jax.config",
     "ExecutionConfig": "retro_jax.config",
     "MeshConfig": "retro_jax.sharding",
     "OptimizerConfig": "retro_jax.train.optimizer",
@@ -148,8 +149,18 @@ def load(
 
 
 def override(name: str, value: Any) -> None:
-    """Binds "Class.field" over what was loaded, as a flag of an entry point may ask for."""
+    """Binds "Class.field" over what was loaded, as a flag of an entry point may ask for.
+
+    A value that is a dataclass of TABLE is a reference, and fills the fields that are left open.
+    """
     configurable(name.split(".")[0])
+    cls = type(value).__name__
+    if cls in TABLE:
+        bound = gin.get_bindings(configurable(cls), resolve_references=False)
+        for field in dataclasses.fields(value):
+            if field.name not in bound:
+                gin.bind_parameter(f"{cls}.{field.name}", getattr(value, field.name))
+        value = gin.config.ConfigurableReference(cls, True)
     gin.bind_parameter(name, value)
 
 
@@ -170,7 +181,7 @@ def make(cls: type[T], **defaults: Any) -> T:
         if field.name in bound:
             continue
         if field.name in defaults:
-            gin.bind_parameter(f"{name}.{field.name}", defaults[field.name])
+            override(f"{name}.{field.name}", defaults[field.name])
         elif field.default_factory is not dataclasses.MISSING:  # else not in operative_config
             gin.bind_parameter(f"{name}.{field.name}", field.default_factory())
         elif field.default is dataclasses.MISSING:

@@ -1,5 +1,6 @@
 """The settings of a run as gin has them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from launch.common import configurables
@@ -11,11 +12,12 @@ from retro_jax.train.run import Settings
 from retro_jax.train.warm_start import StartConfig
 
 
-def make_settings(**retro: Any) -> Settings:
+def make_settings(start: Mapping[str, Any] | None = None, **retro: Any) -> Settings:
     """Builds the configurations of a run.
 
     Args:
-      **retro: values of RetroConfig's fields that gin leaves open.
+      start: values of StartConfig's fields that gin leaves open.
+      **retro: values of RetroConfig's.
 
     Raises:
       UserError: a setting is wrong.
@@ -25,6 +27,6 @@ def make_settings(**retro: Any) -> Settings:
         execution=configurables.make(ExecutionConfig),
         optimizer=configurables.make(OptimizerConfig),
         training=configurables.make(TrainConfig),
-        start=configurables.make(StartConfig),
+        start=configurables.make(StartConfig, **(start or {})),
         mesh=configurables.make(MeshConfig),
     )

@@ -69,7 +69,7 @@ def _encode(model: Retro, batch: RetroBatch, h: jax.Array, operators: WholeSeque
 
     encoded = jnp.moveaxis(jax.lax.map(encode, blocks), 0, 2)
     encoded = encoded.reshape(batch_size, chunks, -1, *encoded.shape[4:])[:, :, :k]
-    return Retrieved(encoded, neighbours != pad_id)
+    return Retrieved(encoded, model.present(neighbours))
 
 
 def _losses(

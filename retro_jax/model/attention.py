@@ -12,9 +12,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from retro_jax.config import RetroConfig
-from retro_jax.model.backend import product, scores
-from retro_jax.model.layers import Layout, RMSNorm, normal, residual_gain
+from retro_jax.config import DecoderForm, RetroConfig
+from retro_jax.model.backend import scores
+from retro_jax.model.layers import (
+    Layout,
+    RMSNorm,
+    affine,
+    bias,
+    make_norm,
+    normal,
+    residual_gain,
+)
 from retro_jax.model.positions import Positions, distances
 from retro_jax.sharding import FSDP, TENSOR
 
@@ -23,24 +31,32 @@ MASKED = -1e30
 
 @dataclasses.dataclass(frozen=True)
 class Widths:
-    """The sizes of one attention: the query stream's width, the key stream's, heads and their width."""
+    """The sizes of one attention: the query stream's width, the key stream's, heads and their width.
+
+    kv_heads: G, heads of keys and values; 0 for num_heads.
+    """
 
     query: int
     key: int
     num_heads: int
     head_dim: int
+    kv_heads: int = 0
 
 
 class Attention(nnx.Module):
     """Norm on the queries, projections, positions, softmax, output; without the residual.
 
-    Self attention has one fused projection; cross attention reads the key stream as it is.
+    Self attention has one fused projection, unless keys and values have fewer heads; cross attention
+    reads the key stream as it is.
     """
 
     # Of Relative positions only.
     relative: nnx.Param
     content_bias: nnx.Param
     position_bias: nnx.Param
+    # Of decoders whose form has them.
+    query_norm: RMSNorm
+    key_norm: RMSNorm
 
     def __init__(
         self,
@@ -51,19 +67,21 @@ class Attention(nnx.Module):
         cross: bool,
         layout: Layout,
         rngs: nnx.Rngs,
+        form: DecoderForm = DecoderForm(),
     ):
         heads = (widths.num_heads, widths.head_dim)
-        self.norm = RMSNorm(widths.query, config.norm_epsilon)
-        if cross:
+        kv_heads = (widths.kv_heads or widths.num_heads, widths.head_dim)
+        self.norm = make_norm(form, widths.query, config.norm_epsilon)
+        self.fused = not cross and kv_heads == heads
+        parts = P(FSDP, None, TENSOR, None)
+        if self.fused:
+            self.query_key_value = normal(
+                rngs, (widths.query, 3, *heads), parts, fan_in=widths.query
+            )
+        else:
             spec = P(FSDP, TENSOR, None)
             self.query = normal(rngs, (widths.query, *heads), spec, fan_in=widths.query)
-            spec = P(FSDP, None, TENSOR, None)
-            self.key_value = normal(rngs, (widths.key, 2, *heads), spec, fan_in=widths.key)
-        else:
-            spec = P(FSDP, None, TENSOR, None)
-            self.query_key_value = normal(
-                rngs, (widths.query, 3, *heads), spec, fan_in=widths.query
-            )
+            self.key_value = normal(rngs, (widths.key, 2, *kv_heads), parts, fan_in=widths.key)
         self.output = normal(
             rngs,
             (*heads, widths.query),
@@ -71,6 +89,13 @@ class Attention(nnx.Module):
             fan_in=math.prod(heads),
             gain=residual_gain(config, widths.query),
         )
+        for name, param in _extra_parameters(form, widths, self.fused).items():
+            setattr(self, name, param)
+        if form.qk_norm:
+            self.query_norm, self.key_norm = (
+                RMSNorm(widths.head_dim, config.norm_epsilon) for _ in range(2)
+            )
+        self.has_head_norms = form.qk_norm
         for name, param in positions.parameters(rngs, widths.query, heads).items():
             setattr(self, name, param)
         self.positions = positions
@@ -79,24 +104,26 @@ class Attention(nnx.Module):
     def project(
         self, x_IxTxD: jax.Array, context: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [*I, T, H, W], keys and values [*I, S, H, W], before positions."""
+        """Queries [*I, T, H, W], keys and values [*I, S, G, W], before positions."""
         x_IxTxD = self.norm(x_IxTxD)
-        if context is None:
+        if self.fused:
             query, key, value = self._project(x_IxTxD, "query_key_value")
-            return query, key, value
-        (query,) = self._project(x_IxTxD, "query")
-        key, value = self._project(context, "key_value")
+        else:
+            (query,) = self._project(x_IxTxD, "query")
+            key, value = self._project(x_IxTxD if context is None else context, "key_value")
+        if self.has_head_norms:
+            query, key = self.query_norm(query), self.key_norm(key)
         return query, key, value
 
     def _project(self, x_IxTxD: jax.Array, name: str) -> tuple[jax.Array, ...]:
         """One product for all of a weight's parts, cut apart afterwards."""
-        weight, axis = self._weight(name), x_IxTxD.ndim - 1
-        spec = self.layout.shardings.heads(axis + weight.ndim - 1)
-        product_IxTxPxHxW = product(x_IxTxD, weight, out_sharding=spec)
-        if weight.ndim == 3:
+        shape, axis = getattr(self, name).shape, x_IxTxD.ndim - 1
+        spec = self.layout.shardings.heads(axis + len(shape) - 1)
+        product_IxTxPxHxW = affine(self, name, x_IxTxD, out_sharding=spec)
+        if len(shape) == 3:
             return (product_IxTxPxHxW,)
         # The gradients of what a split makes are joined; those of slices are padded and added.
-        parts = jax.lax.split(product_IxTxPxHxW, (1,) * weight.shape[1], axis=axis)
+        parts = jax.lax.split(product_IxTxPxHxW, (1,) * shape[1], axis=axis)
         return tuple(jnp.squeeze(part, axis) for part in parts)
 
     def distance_table(self, num_queries: int, num_keys: int, offset: int = 0) -> jax.Array | None:
@@ -132,7 +159,7 @@ class Attention(nnx.Module):
         """Softmax attention of turned queries and keys, with what positions add to the logits.
 
         Args:
-          query_IxTxHxW, key_IxSxHxW, value_IxSxHxW: queries, keys, values.
+          query_IxTxHxW, key_IxSxHxW, value_IxSxHxW: queries, keys, values; the latter of H or G heads.
           mask: [*I, 1, T or 1, S] bool. table: `distance_table` of T and S / repeats, or None.
           repeats: how many times the same distances come along S (neighbours).
 
@@ -150,11 +177,38 @@ class Attention(nnx.Module):
     def read_out(self, heads_IxTxHxW: jax.Array) -> jax.Array:
         """[*I, T, H, W] -> [*I, T, D]."""
         spec = self.layout.shardings.rows(heads_IxTxHxW.ndim - 1)
-        return product(heads_IxTxHxW, self._weight("output"), contracted=2, out_sharding=spec)
+        return affine(self, "output", heads_IxTxHxW, contracted=2, out_sharding=spec)
 
     def _weight(self, name: str) -> jax.Array:
         """A parameter as its product reads it."""
         return self.layout.weight(getattr(self, name))
+
+
+def _extra_parameters(form: DecoderForm, widths: Widths, fused: bool) -> dict[str, nnx.Param]:
+    """The biases of the projections, by name."""
+    heads, kv_heads = widths.num_heads, widths.kv_heads or widths.num_heads
+    found: dict[str, nnx.Param] = {}
+    if form.qkv_bias and fused:
+        shape = (3, heads, widths.head_dim)
+        found["query_key_value_bias"] = bias(shape, P(None, TENSOR, None))
+    elif form.qkv_bias:
+        found["query_bias"] = bias((heads, widths.head_dim), P(TENSOR, None))
+        found["key_value_bias"] = bias((2, kv_heads, widths.head_dim), P(None, TENSOR, None))
+    if form.out_bias:
+        found["output_bias"] = bias((widths.query,), P(None))
+    return found
+
+
+def repeat_heads(x_IxSxGxW: jax.Array, num_heads: int) -> jax.Array:
+    """Keys or values [*I, S, G, W] as [*I, S, H, W]: head h of queries reads head h // (H / G)."""
+    *leading, groups, width = x_IxSxGxW.shape
+    if groups == num_heads:
+        return x_IxSxGxW
+    sharding = jax.typeof(x_IxSxGxW).sharding
+    spec = None if sharding.mesh.empty else sharding.spec
+    shape = (*leading, groups, num_heads // groups, width)
+    repeated = jnp.broadcast_to(x_IxSxGxW[..., None, :], shape)
+    return jnp.reshape(repeated, (*leading, num_heads, width), out_sharding=spec)
 
 
 def attend(
@@ -167,13 +221,16 @@ def attend(
     """softmax((q.k + bias) / sqrt(W)) v in float32; a query that may read no key gets zero.
 
     Args:
-      query_IxTxHxW, key_IxSxHxW, value_IxSxHxW: queries, keys, values.
+      query_IxTxHxW, key_IxSxHxW, value_IxSxHxW: queries, keys, values; the latter of H heads, or of
+        a divisor of H.
       mask: [*I, 1, T or 1, S] bool, True where a query may read a key.
       bias_IxHxTxS: added to q.k before the division; None for none.
 
     Returns:
       [*I, T, H, W] in the queries' dtype.
     """
+    num_heads = query_IxTxHxW.shape[-2]
+    key_IxSxHxW, value_IxSxHxW = (repeat_heads(x, num_heads) for x in (key_IxSxHxW, value_IxSxHxW))
     logits_IxHxTxS = scores(query_IxTxHxW, key_IxSxHxW)
     if bias_IxHxTxS is not None:
         logits_IxHxTxS = logits_IxHxTxS + bias_IxHxTxS.astype(jnp.float32)

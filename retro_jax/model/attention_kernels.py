@@ -19,7 +19,8 @@ import jax.numpy as jnp
 
 from retro_jax.config import ExecutionConfig, RetroConfig
 from retro_jax.errors import UserError
-from retro_jax.model.positions import Positions, kinds_with_kernel, positions_of
+from retro_jax.model.attention import repeat_heads
+from retro_jax.model.positions import Positions, decoder_positions, kinds_with_kernel
 from retro_jax.sharding import Shardings
 
 PLATFORMS = ("gpu", "tpu")
@@ -61,7 +62,7 @@ def check_attention(
     attention_kind(
         execution,
         platform=platform,
-        positions=positions_of(config.positions),
+        positions=decoder_positions(config),
         head_dim=config.head_dim,
         length=length,
     )
@@ -79,7 +80,8 @@ def fused_attention(
     """Causal attention inside segments.
 
     Args:
-      query_BxNxHxW, key_BxNxHxW, value_BxNxHxW: turned by their positions.
+      query_BxNxHxW, key_BxNxHxW, value_BxNxHxW: turned by their positions; keys and values may have
+        fewer heads.
       segments_BxN: int32, which document a token is of, or None for one a row.
       platform: one of PLATFORMS. shardings: how batch and heads are split on a mesh.
 
@@ -87,6 +89,9 @@ def fused_attention(
       [B, N, H, W] in the queries' dtype.
     """
     kernel = cudnn_attention if platform == "gpu" else splash_attention
+    key_BxNxHxW, value_BxNxHxW = (
+        repeat_heads(x, query_BxNxHxW.shape[-2]) for x in (key_BxNxHxW, value_BxNxHxW)
+    )
     arrays = (query_BxNxHxW, key_BxNxHxW, value_BxNxHxW, segments_BxN)
     if not shardings.active:
         return kernel(*arrays)

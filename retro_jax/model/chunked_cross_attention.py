@@ -14,24 +14,57 @@ token 3, which predicts token 4. Dropping the first M - 1 tokens makes rows that
 
 Tokens 0..2 have no retrieval. Where chunk 1 is of another document than chunk 0, tokens 4..6 may
 not read E0, while token 3 (chunk 0's own last) still does.
+
+With DecoderForm.gated_cca the same rows attend by a copy of the layer's own self attention, as if a
+neighbour of S = 1 + R tokens stood before them: keys at positions 0 to R, queries from S on. Each head
+is multiplied by its gate.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from retro_jax.config import RetroConfig
 from retro_jax.model.attention import Attention, Widths
 from retro_jax.model.backend import settled
-from retro_jax.model.layers import Layout
-from retro_jax.model.positions import NoPositions, positions_of
+from retro_jax.model.layers import Layout, bias
+from retro_jax.model.positions import NoPositions, decoder_positions, positions_of
+from retro_jax.sharding import TENSOR
+
+
+def decoder_attention(
+    config: RetroConfig, *, cross: bool, layout: Layout, rngs: nnx.Rngs
+) -> Attention:
+    """Attention in the decoder's form: a layer's own, or CCA made as it (cross), without a bias after it."""
+    form = dataclasses.replace(config.form, out_bias=False) if cross else config.form
+    heads = (config.num_heads, config.head_dim, config.num_kv_heads)
+    return Attention(
+        config,
+        Widths(config.d_model, config.d_model, *heads),
+        positions=decoder_positions(config),
+        cross=cross,
+        layout=layout,
+        rngs=rngs,
+        form=form,
+    )
 
 
 class ChunkedCrossAttention(nnx.Module):
     """CCA(H, E), without the residual; one softmax over the K * R merged neighbour positions."""
 
+    # With DecoderForm.gated_cca.
+    gate: nnx.Param
+
     def __init__(self, config: RetroConfig, *, layout: Layout, rngs: nnx.Rngs):
+        self.gated = config.form.gated_cca
+        if self.gated:
+            self.attention = decoder_attention(config, cross=True, layout=layout, rngs=rngs)
+            self.gate = bias((config.num_heads,), P(TENSOR))
+            return
         widths = Widths(config.d_model, config.encoder_d_model, config.num_heads, config.head_dim)
         self.attention = Attention(
             config,
@@ -64,6 +97,7 @@ class ChunkedCrossAttention(nnx.Module):
         length = h_BxNxD.shape[1]
         chunk_length = length // chunks
         ahead = chunk_length - 1
+        offset = neighbour_length if self.gated else ahead
         # S = K * R: the neighbours of a chunk side by side.
         context_BxCxSxE = encoded_BxCxKxRxE.reshape(
             batch, chunks, neighbours * neighbour_length, width
@@ -71,14 +105,18 @@ class ChunkedCrossAttention(nnx.Module):
         h_BxCxMxD = jnp.pad(h_BxNxD[:, ahead:], ((0, 0), (0, ahead), (0, 0))).reshape(
             batch, chunks, chunk_length, -1
         )
+        if self.gated:
+            context_BxCxSxE = self.attention.norm(context_BxCxSxE)
         query, key, value = self.attention.project(h_BxCxMxD, context_BxCxSxE)
         positions = self.attention.positions
-        query = positions.turn(query, np.arange(chunk_length) + ahead)
+        query = positions.turn(query, np.arange(chunk_length) + offset)
         key = positions.turn(key, np.tile(np.arange(neighbour_length), neighbours))
-        table = self.attention.distance_table(chunk_length, neighbour_length, offset=ahead)
+        table = self.attention.distance_table(chunk_length, neighbour_length, offset=offset)
         mask_BxCxS = present_BxCxKxR.reshape(batch, chunks, -1)
         mask = mask_BxCxS[:, :, None, None, :] & self._may_read(documents_BxC, chunk_length)
         heads = self.attention.attend(query, key, value, mask, table, repeats=neighbours)
+        if self.gated:
+            heads = heads * self.attention.layout.weight(self.gate)[:, None]
         out_BxNxD = self.attention.read_out(heads).reshape(batch, length, -1)
         return jnp.pad(out_BxNxD, ((0, 0), (ahead, 0), (0, 0)))[:, :length]
 

@@ -5,27 +5,23 @@ import functools
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from retro_jax.config import RetroConfig
-from retro_jax.model.attention import Attention, Widths
 from retro_jax.model.causal_attention import causal_attention
-from retro_jax.model.chunked_cross_attention import ChunkedCrossAttention
-from retro_jax.model.layers import FeedForward, Layout, dropout
-from retro_jax.model.positions import positions_of
+from retro_jax.model.chunked_cross_attention import ChunkedCrossAttention, decoder_attention
+from retro_jax.model.layers import FeedForward, Layout, LearnedPositions, dropout
 
 
 class DecoderLayer(nnx.Module):
     """The ATTN and FFW of one decoder layer."""
 
     def __init__(self, config: RetroConfig, *, layout: Layout, rngs: nnx.Rngs):
-        widths = Widths(config.d_model, config.d_model, config.num_heads, config.head_dim)
-        positions = positions_of(config.positions)
-        self.attention = Attention(
-            config, widths, positions=positions, cross=False, layout=layout, rngs=rngs
-        )
+        self.attention = decoder_attention(config, cross=False, layout=layout, rngs=rngs)
         self.feed_forward = FeedForward(
-            config, config.d_model, config.d_ff, layout=layout, rngs=rngs
+            config, config.d_model, config.d_ff, layout=layout, rngs=rngs, form=config.form
         )
 
 
@@ -35,7 +31,9 @@ class Retrieved:
     """The neighbours as CCA reads them.
 
     Attributes:
-      encoded: [B, C, K, R, E], the encoder's output E. present: [B, C, K, R] bool, False at padding.
+      encoded: [B, C, K, R, E], the encoder's output E. With DecoderForm.gated_cca the decoder's states
+        of the neighbours, [B, C, K, 1 + R, D], or [B, C, K, len(P), 1 + R, D] for each CCA layer.
+      present: [B, C, K, R or 1 + R] bool, False at padding.
     """
 
     encoded: jax.Array
@@ -45,12 +43,26 @@ class Retrieved:
 class Operators(Protocol):
     """How the operators of a layer act on what goes from layer to layer, and what each adds to it.
 
+    With DecoderForm.parallel_residual `attend` adds FFW of the same stream too, and `feed_forward`
+    nothing. With DecoderForm.gated_cca a layer that has CCA and something to read runs `attend_beside`
+    instead of `attend` and `cross_attend`. `embed` adds learned positions, where there are any.
+
     The carry is the residual stream, or a tree with it and a cache: layer_stack.run_layers. An object
     with operators is a tree of the arrays that they read.
     """
 
     def attend(self, layer: DecoderLayer, carry: Any, p: jax.Array | int) -> Any:
         """ATTN of layer p."""
+
+    def attend_beside(
+        self,
+        layer: DecoderLayer,
+        cca: ChunkedCrossAttention,
+        carry: Any,
+        p: jax.Array | int,
+        retrieved: Retrieved,
+    ) -> Any:
+        """ATTN and CCA of layer p, which read the same stream."""
 
     def cross_attend(
         self, cca: ChunkedCrossAttention, carry: Any, p: jax.Array | int, retrieved: Retrieved
@@ -59,6 +71,13 @@ class Operators(Protocol):
 
     def feed_forward(self, layer: DecoderLayer, carry: Any, p: jax.Array | int) -> Any:
         """FFW of layer p."""
+
+
+def cca_number(config: RetroConfig, p: jax.Array | int) -> jax.Array | int:
+    """How many CCA layers come before layer p, a CCA layer; the number of all of them for other layers."""
+    has_cca = np.isin(np.arange(config.num_layers + 1), config.cca_layers)
+    numbers = np.where(has_cca, np.cumsum(has_cca) - 1, len(config.cca_layers))
+    return int(numbers[p]) if isinstance(p, int) else jnp.asarray(numbers)[p]
 
 
 @functools.partial(
@@ -80,12 +99,37 @@ class WholeSequences:
     documents: jax.Array | None = None
     dropout_key: jax.Array | None = None
 
+    def add_positions(self, table: LearnedPositions, h_BxNxD: jax.Array) -> jax.Array:
+        """Embedded tokens with learned positions."""
+        return h_BxNxD + table(jnp.arange(h_BxNxD.shape[1]))
+
     def attend(self, layer: DecoderLayer, h_BxNxD: jax.Array, p: jax.Array | int) -> jax.Array:
-        """H + ATTN(H) of layer p."""
+        """H + ATTN(H) of layer p; with a parallel residual H + ATTN(H) + FFW(H)."""
         branch_BxNxD = causal_attention(
             layer.attention, h_BxNxD, self.documents, chunk_length=self.config.chunk_length
         )
-        return h_BxNxD + self.dropped(branch_BxNxD, 4 * p)
+        sum_BxNxD = h_BxNxD + self.dropped(branch_BxNxD, 4 * p)
+        if self.config.form.parallel_residual:
+            sum_BxNxD = sum_BxNxD + self.dropped(layer.feed_forward(h_BxNxD), 4 * p + 2)
+        return sum_BxNxD
+
+    def attend_beside(
+        self,
+        layer: DecoderLayer,
+        cca: ChunkedCrossAttention,
+        h_BxNxD: jax.Array,
+        p: jax.Array | int,
+        retrieved: Retrieved,
+    ) -> jax.Array:
+        """H + ATTN(H) + CCA(H, E of layer p)."""
+        encoded_BxCxKxRxE = retrieved.encoded
+        if not self.config.form.neighbour_layer:
+            index = cca_number(self.config, p)
+            encoded_BxCxKxRxE = jax.lax.dynamic_index_in_dim(
+                retrieved.encoded, index, axis=3, keepdims=False
+            )
+        branch_BxNxD = cca(h_BxNxD, encoded_BxCxKxRxE, retrieved.present, self.documents)
+        return self.attend(layer, h_BxNxD, p) + self.dropped(branch_BxNxD, 4 * p + 1)
 
     def cross_attend(
         self,
@@ -101,7 +145,9 @@ class WholeSequences:
     def feed_forward(
         self, layer: DecoderLayer, h_BxNxD: jax.Array, p: jax.Array | int
     ) -> jax.Array:
-        """H + FFW(H) of layer p."""
+        """H + FFW(H) of layer p; H where `attend` has added FFW."""
+        if self.config.form.parallel_residual:
+            return h_BxNxD
         return h_BxNxD + self.dropped(layer.feed_forward(h_BxNxD), 4 * p + 2)
 
     def dropped(self, branch: jax.Array, number: jax.Array | int) -> jax.Array:
@@ -112,3 +158,44 @@ class WholeSequences:
         """The dropout key of one branch, the same for any way of running the layers."""
         key = self.dropout_key
         return None if key is None else jax.random.fold_in(key, number)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["whole"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Collecting:
+    """The operators on whole sequences that also keep the input of each layer of P.
+
+    The carry is (H, [B, len(P) + 1, N, D]); the last place is where the other layers write.
+    """
+
+    whole: WholeSequences
+
+    def attend(self, layer: DecoderLayer, carry: Any, p: jax.Array | int) -> Any:
+        """H + ATTN(H) of layer p, and H kept."""
+        h_BxNxD, states = carry
+        index = cca_number(self.whole.config, p)
+        states = jax.lax.dynamic_update_index_in_dim(states, h_BxNxD, index, axis=1)
+        return self.whole.attend(layer, h_BxNxD, p), states
+
+    def attend_beside(
+        self,
+        layer: DecoderLayer,
+        cca: ChunkedCrossAttention,
+        carry: Any,
+        p: jax.Array | int,
+        retrieved: Retrieved,
+    ) -> Any:
+        """`attend` with CCA beside it."""
+        h_BxNxD, states = carry
+        _, states = self.attend(layer, carry, p)
+        return self.whole.attend_beside(layer, cca, h_BxNxD, p, retrieved), states
+
+    def cross_attend(
+        self, cca: ChunkedCrossAttention, carry: Any, p: jax.Array | int, retrieved: Retrieved
+    ) -> Any:
+        """H + CCA(H, E) of layer p."""
+        return self.whole.cross_attend(cca, carry[0], p, retrieved), carry[1]
+
+    def feed_forward(self, layer: DecoderLayer, carry: Any, p: jax.Array | int) -> Any:
+        """H + FFW(H) of layer p."""
+        return self.whole.feed_forward(layer, carry[0], p), carry[1]

@@ -11,6 +11,9 @@ A product of [m, k] and [k, n] counts 2 m k n. What is counted, for one token of
     encoder          the same per neighbour token, with R keys in both directions; its
                      cross-attention has M keys, whose K and V are made once for all neighbours
 
+Gated CCA (DecoderForm.gated_cca) has the decoder's own layers, up to the last that it reads, as encoder
+of 1 + R tokens a neighbour, and keys and values as wide as the decoder's.
+
 inner is heads x head width. Left out: embedding look-ups, norms, softmax, activations, and R(d)
 itself, a product a layer that does not grow with the batch. Nothing is taken off for documents, nor
 for padding: the count is of the shape of a batch. The backward pass counts twice the forward pass,
@@ -20,7 +23,7 @@ whatever is recomputed: rematerialisation is work of the program, not of the alg
 import dataclasses
 
 from retro_jax.config import RetroConfig
-from retro_jax.model.positions import positions_of
+from retro_jax.model.positions import decoder_positions, positions_of
 
 TRAINING = 3  # forward, and twice that backward
 
@@ -56,12 +59,16 @@ def forward_flops(config: RetroConfig, sequence_length: int, neighbours: int) ->
     Returns:
       Operations for one token of the decoder, on average over the sequence.
     """
-    d, inner = config.d_model, config.num_heads * config.head_dim
-    pair = 4 + positions_of(config.positions).flops_per_distance  # q.k, weight.v, q.R(d)
-    layer = 2 * (4 * d * inner + 2 * d * config.d_ff) + pair * inner * (sequence_length + 1) / 2
-    flops = Flops(config.num_layers * layer, 0.0, 0.0, 2.0 * d * config.vocab_size)
+    decoder = config.num_layers * _decoder_layer(config, sequence_length)
+    flops = Flops(decoder, 0.0, 0.0, 2.0 * config.d_model * config.vocab_size)
     if not (config.has_retrieval and neighbours):
         return flops
+    if not config.has_encoder:
+        return dataclasses.replace(
+            flops,
+            cca=_gated_cca(config, sequence_length, neighbours),
+            encoder=_decoder_as_encoder(config, neighbours),
+        )
     return dataclasses.replace(
         flops,
         cca=_cca(config, sequence_length, neighbours),
@@ -76,6 +83,33 @@ def training_flops(config: RetroConfig, sequence_length: int, neighbours: int) -
       config: the architecture. sequence_length: N. neighbours: K, 0 for retrieval off.
     """
     return sequence_length * forward_flops(config, sequence_length, neighbours).training
+
+
+def _decoder_layer(config: RetroConfig, length: int) -> float:
+    """A decoder layer, for one token of a sequence of a length."""
+    d, form = config.d_model, config.form
+    inner, narrow = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
+    matrices = 3 if form.feed_forward == "gated" else 2
+    pair = 4 + decoder_positions(config).flops_per_distance  # q.k, weight.v, q.R(d)
+    weights = 2 * d * (inner + narrow) + matrices * d * config.d_ff
+    return 2 * weights + pair * inner * (length + 1) / 2
+
+
+def _gated_cca(config: RetroConfig, sequence_length: int, neighbours: int) -> float:
+    """All gated CCA layers, for one decoder token."""
+    inner, narrow = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
+    keys = neighbours * (1 + config.neighbour_length)
+    made = 2 * 2 * config.d_model * narrow * keys / config.chunk_length
+    query = 2 * 2 * config.d_model * inner + 4 * keys * inner
+    reads = (sequence_length - config.chunk_length + 1) / sequence_length
+    return len(config.cca_layers) * (made + reads * query)
+
+
+def _decoder_as_encoder(config: RetroConfig, neighbours: int) -> float:
+    """The decoder's layers that read neighbours, for one decoder token."""
+    length = 1 + config.neighbour_length
+    layers = (config.form.neighbour_layer or config.cca_layers[-1]) - 1
+    return layers * _decoder_layer(config, length) * neighbours * length / config.chunk_length
 
 
 def _cca(config: RetroConfig, sequence_length: int, neighbours: int) -> float:

@@ -1,25 +1,28 @@
-"""Embedding, RMSNorm, feed-forward, dropout: what every part of the model is made of.
+"""Embedding, norms, feed-forward, dropout: what every part of the model is made of.
 
 Shape letter beside those of the model: I any leading axes, of which the batch is the first.
 """
 
+import functools
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from retro_jax.config import ExecutionConfig, RetroConfig
+from retro_jax.config import DecoderForm, ExecutionConfig, RetroConfig
 from retro_jax.model.backend import product
 from retro_jax.parameters import parameter
 from retro_jax.sharding import FSDP, TENSOR, Shardings, draw_sharding, lay_out
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": jax.nn.gelu,
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
     "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
 }
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -75,6 +78,36 @@ class RMSNorm(nnx.Module):
         return (x32_IxD * inverse_Ix1 * self.scale[...]).astype(x_IxD.dtype)
 
 
+class LayerNorm(nnx.Module):
+    """(x - mean(x)) / sqrt(variance(x) + epsilon) * scale + bias, computed in float32."""
+
+    def __init__(self, width: int, epsilon: float):
+        self.scale = parameter(jnp.ones(width, jnp.float32), P(None), decays=False)
+        self.bias = bias((width,), P(None))
+        self.epsilon = epsilon
+
+    def __call__(self, x_IxD: jax.Array) -> jax.Array:
+        """[*I, D] -> [*I, D] in the dtype of x."""
+        x32_IxD = x_IxD.astype(jnp.float32)
+        x32_IxD = x32_IxD - jnp.mean(x32_IxD, axis=-1, keepdims=True)
+        variance_Ix1 = jnp.mean(jnp.square(x32_IxD), axis=-1, keepdims=True)
+        scaled_IxD = x32_IxD * jax.lax.rsqrt(variance_Ix1 + self.epsilon) * self.scale[...]
+        return (scaled_IxD + self.bias[...]).astype(x_IxD.dtype)
+
+
+Norm = RMSNorm | LayerNorm
+
+
+def make_norm(form: DecoderForm, width: int, epsilon: float) -> Norm:
+    """The norm of a residual stream, of the kind that a decoder's form names."""
+    return LayerNorm(width, epsilon) if form.norm == "layer" else RMSNorm(width, epsilon)
+
+
+def bias(shape: tuple[int, ...], spec: P) -> nnx.Param:
+    """A float32 parameter of zeros, on which weight decay does not act."""
+    return parameter(jnp.zeros(shape, jnp.float32), spec, decays=False)
+
+
 class Embedding(nnx.Module):
     """Rows of a [V, D] table. An id past the table (a pad_id of V) reads the last row; it is masked."""
 
@@ -89,8 +122,26 @@ class Embedding(nnx.Module):
         return table_VxD.at[tokens_I].get(mode="clip", out_sharding=spec)
 
 
+class LearnedPositions(nnx.Module):
+    """A [rows, D] table of positions, added to embedded tokens."""
+
+    def __init__(self, rows: int, width: int, *, layout: Layout, rngs: nnx.Rngs):
+        self.table = normal(rngs, (rows, width), P(None, FSDP), fan_in=width)
+        self.layout = layout
+
+    def __call__(self, positions_T: jax.Array) -> jax.Array:
+        """Rows [*T, D] of positions [*T]; one past the table reads the last row."""
+        return self.layout.weight(self.table).at[positions_T].get(mode="clip")
+
+
 class FeedForward(nnx.Module):
-    """FFW: norm, D -> F, activation, F -> D (ungated, two matrices)."""
+    """FFW: norm, D -> F, activation, F -> D; by default ungated and without biases."""
+
+    # Where the decoder's form has them.
+    gate: nnx.Param
+    gate_bias: nnx.Param
+    widen_bias: nnx.Param
+    narrow_bias: nnx.Param
 
     def __init__(
         self,
@@ -100,27 +151,53 @@ class FeedForward(nnx.Module):
         *,
         layout: Layout,
         rngs: nnx.Rngs,
+        form: DecoderForm = DecoderForm(),
     ):
-        self.norm = RMSNorm(width, config.norm_epsilon)
+        self.norm = make_norm(form, width, config.norm_epsilon)
         gain = residual_gain(config, width)
         self.widen = normal(rngs, (width, d_ff), P(FSDP, TENSOR), fan_in=width)
         self.narrow = normal(rngs, (d_ff, width), P(TENSOR, FSDP), fan_in=d_ff, gain=gain)
+        self.gated = form.feed_forward == "gated"
+        if self.gated:
+            self.gate = normal(rngs, (width, d_ff), P(FSDP, TENSOR), fan_in=width)
+        if form.mlp_bias:
+            self.widen_bias, self.narrow_bias = bias((d_ff,), P(TENSOR)), bias((width,), P(None))
+            if self.gated:
+                self.gate_bias = bias((d_ff,), P(TENSOR))
         self.activation = config.activation
         self.layout = layout
 
     def __call__(self, x_IxD: jax.Array) -> jax.Array:
         """[*I, D] -> [*I, D], without the residual."""
-        shardings = self.layout.shardings
-        wide_IxF = product(
-            self.norm(x_IxD),
-            self.layout.weight(self.widen),
-            out_sharding=shardings.wide(x_IxD.ndim),
-        )
-        return product(
-            _ACTIVATIONS[self.activation](wide_IxF),
-            self.layout.weight(self.narrow),
-            out_sharding=shardings.rows(x_IxD.ndim),
-        )
+        shardings, activation = self.layout.shardings, _ACTIVATIONS[self.activation]
+        x_IxD = self.norm(x_IxD)
+        wide = shardings.wide(x_IxD.ndim)
+        wide_IxF = affine(self, "widen", x_IxD, out_sharding=wide)
+        if self.gated:
+            wide_IxF = wide_IxF * activation(affine(self, "gate", x_IxD, out_sharding=wide))
+        else:
+            wide_IxF = activation(wide_IxF)
+        return affine(self, "narrow", wide_IxF, out_sharding=shardings.rows(x_IxD.ndim))
+
+
+def affine(
+    module: Any,
+    name: str,
+    x: jax.Array,
+    *,
+    contracted: int = 1,
+    out_sharding: P | None,
+) -> jax.Array:
+    """The product with a module's weight, and its bias `name_bias` where the module has one.
+
+    Args:
+      module: with a `layout`. name: of the weight. x, contracted, out_sharding: of `product`.
+    """
+    layout = module.layout
+    weight = layout.weight(getattr(module, name))
+    y = product(x, weight, contracted=contracted, out_sharding=out_sharding)
+    added = getattr(module, f"{name}_bias", None)
+    return y if added is None else y + layout.weight(added)
 
 
 def residual_gain(config: RetroConfig, width: int) -> float:

@@ -37,6 +37,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from retro_jax.config import RetroConfig
 from retro_jax.model.backend import constants
 from retro_jax.model.layers import largest_divisor, normal
 from retro_jax.parameters import parameter
@@ -102,13 +103,26 @@ class NoPositions(Positions):
 
 @dataclasses.dataclass(frozen=True)
 class Rotary(Positions):
-    """Rotary positions (Su et al. 2021, arXiv 2104.09864)."""
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864).
+
+    Attributes:
+      base, width, divisors: DecoderForm's rotary_base, rotary_dim and rotary_divisors.
+    """
 
     name = "rotary"
 
+    base: float = 10_000.0
+    width: int = 0
+    divisors: tuple[float, ...] = ()
+
     def turn(self, x_IxTxHxW: jax.Array, positions: np.ndarray | jax.Array) -> jax.Array:
         """Turns pairs of values by an angle that grows with the position."""
-        return rotate(x_IxTxHxW, positions)
+        turned = self.width or x_IxTxHxW.shape[-1]
+        of_pair = frequencies(turned, self.base, self.divisors)
+        if turned == x_IxTxHxW.shape[-1]:
+            return rotate(x_IxTxHxW, positions, of_pair)
+        first = rotate(x_IxTxHxW[..., :turned], positions, of_pair)
+        return jnp.concatenate([first, x_IxTxHxW[..., turned:]], axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,14 +179,29 @@ def positions_of(name: str) -> Positions:
     return _KINDS[name]
 
 
+def decoder_positions(config: RetroConfig) -> Positions:
+    """The kind of positions in the decoder's attention; NoPositions where a table of them is learned."""
+    form = config.form
+    if form.learned_positions:
+        return NoPositions()
+    if config.positions == Rotary.name:
+        return Rotary(form.rotary_base, form.rotary_dim, form.rotary_divisors)
+    return positions_of(config.positions)
+
+
 def kinds_with_kernel() -> list[str]:
     """Names of the kinds that fused kernels compute."""
     return [name for name, kind in _KINDS.items() if kind.has_kernel]
 
 
-def frequencies(width: int) -> np.ndarray:
-    """[width / 2] float32: radians a token, 10000^(-2t / width), the fastest first."""
-    return (10000.0 ** (-2.0 * np.arange(width // 2) / width)).astype(np.float32)
+def frequencies(width: int, base: float = 10_000.0, divisors: tuple[float, ...] = ()) -> np.ndarray:
+    """[width / 2] float32: radians a token, base^(-2t / width), the fastest first.
+
+    Args:
+      width: of what turns. base: theta. divisors: one for each pair, or ().
+    """
+    plain = base ** (-2.0 * np.arange(width // 2) / width)
+    return (plain / np.array(divisors) if divisors else plain).astype(np.float32)
 
 
 def sinusoids(distances_Q: jax.Array, width: int) -> jax.Array:
@@ -218,11 +247,21 @@ def shift_by_slices(logits_IxTxQ: jax.Array, num_keys: int) -> jax.Array:
     return jnp.stack(slices, axis=-2).reshape(*leading, rows, num_keys)
 
 
-def rotate(x_IxTxHxW: jax.Array, positions_T: np.ndarray | jax.Array) -> jax.Array:
-    """Turns the pairs (x[t], x[t + W / 2]) of [*I, T, H, W] by positions [T], or traced [*I, T]."""
+def rotate(
+    x_IxTxHxW: jax.Array,
+    positions_T: np.ndarray | jax.Array,
+    of_pair: np.ndarray | None = None,
+) -> jax.Array:
+    """Turns the pairs (x[t], x[t + W / 2]) of [*I, T, H, W] by their positions.
+
+    Args:
+      x_IxTxHxW: queries or keys. positions_T: integers [T], or traced ones [*I, T].
+      of_pair: [W / 2] frequencies, or None for those of base 10000.
+    """
     width = x_IxTxHxW.shape[-1]
     of = constants() if isinstance(positions_T, np.ndarray) else jnp
-    angles = of.asarray(positions_T, np.float32)[..., None, None] * frequencies(width)
+    of_pair = frequencies(width) if of_pair is None else of_pair
+    angles = of.asarray(positions_T, np.float32)[..., None, None] * of_pair
     sine, cosine = of.sin(angles), of.cos(angles)
     first, second = (
         half.astype(jnp.float32)

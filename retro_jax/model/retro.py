@@ -17,13 +17,18 @@ The loop is written once, in two parts that meet at the first CCA, since E is ma
     encode                  E = ENCODER(RET, H)
     after_retrieval         CCA and FFW of layer min(P), layers min(P) + 1 .. L
 
+With DecoderForm.gated_cca E is what the decoder itself makes of a neighbour alone, before H reads any:
+before_retrieval ends before ATTN of layer min(P), and CCA stands beside ATTN.
+
 Training runs them once. The k sweep of evaluation runs the last part for each number of neighbours.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -32,10 +37,10 @@ from retro_jax.config import ExecutionConfig, RetroConfig
 from retro_jax.errors import UserError
 from retro_jax.model import layer_stack, loss
 from retro_jax.model.chunked_cross_attention import ChunkedCrossAttention
-from retro_jax.model.decoder import DecoderLayer, Operators, Retrieved, WholeSequences
+from retro_jax.model.decoder import Collecting, DecoderLayer, Operators, Retrieved, WholeSequences
 from retro_jax.model.encoder import Encoder
 from retro_jax.model.layer_stack import Extras, stack_layers, take_extra, take_layer
-from retro_jax.model.layers import Embedding, Layout, RMSNorm, normal
+from retro_jax.model.layers import Embedding, Layout, LearnedPositions, make_norm, normal
 from retro_jax.sharding import FSDP, TENSOR, Shardings
 
 
@@ -65,14 +70,19 @@ class Retro(nnx.Module):
             config.num_layers,
             rngs,
         )
-        if config.has_retrieval:
+        if config.form.learned_positions:
+            self.positions = LearnedPositions(
+                config.form.learned_positions, config.d_model, layout=layout, rngs=rngs
+            )
+        if config.has_encoder:
             self.encoder = Encoder(config, layout=layout, rngs=rngs)
+        if config.has_retrieval:
             self.cca = stack_layers(
                 lambda r: ChunkedCrossAttention(config, layout=layout, rngs=r),
                 len(config.cca_layers),
                 rngs,
             )
-        self.norm = RMSNorm(config.d_model, config.norm_epsilon)
+        self.norm = make_norm(config.form, config.d_model, config.norm_epsilon)
         if not config.tie_embeddings:
             shape = (config.vocab_size, config.d_model)
             self.read_out = normal(rngs, shape, P(TENSOR, FSDP), fan_in=config.d_model)
@@ -138,14 +148,17 @@ class Retro(nnx.Module):
 
     def embed(self, tokens_BxN: jax.Array, operators: WholeSequences) -> jax.Array:
         """H = EMB(X), [B, N, D]."""
-        return operators.dropped(self.embedding(tokens_BxN), 0)
+        h_BxNxD = self.embedding(tokens_BxN)
+        if self.config.form.learned_positions:
+            h_BxNxD = operators.add_positions(self.positions, h_BxNxD)
+        return operators.dropped(h_BxNxD, 0)
 
     def without_retrieval(self, carry: Any, operators: Operators) -> Any:
         """All layers without CCA: the baseline, and RETRO[OFF]."""
         return self._run_layers(1, self.config.num_layers, carry, None, operators)
 
     def before_retrieval(self, carry: Any, operators: Operators) -> Any:
-        """From the first layer to ATTN of layer min(P).
+        """From the first layer to ATTN of layer min(P), or with gated CCA to the layer before it.
 
         Args:
           carry: `embed`'s. operators: of the layers.
@@ -155,6 +168,8 @@ class Retro(nnx.Module):
         """
         first = self.config.cca_layers[0]
         carry = self._run_layers(1, first - 1, carry, None, operators)
+        if self.config.form.gated_cca:
+            return carry
         layer = take_layer(self.layers, first - 1)
         return self._rematerialised(lambda carry: operators.attend(layer, carry, first))(carry)
 
@@ -165,7 +180,10 @@ class Retro(nnx.Module):
         tokens_BxN: jax.Array,
         operators: WholeSequences,
     ) -> Retrieved:
-        """E = ENCODER(RET, H), with H as `before_retrieval` returns it."""
+        """E = ENCODER(RET, H), with H as `before_retrieval` returns it; gated CCA's E reads no H."""
+        if self.config.form.gated_cca:
+            states = self._decoder_states(neighbours_BxCxKxR)
+            return Retrieved(states, self.present(neighbours_BxCxKxR))
 
         def run(h_BxNxD: jax.Array) -> jax.Array:
             return self.encoder(
@@ -177,7 +195,53 @@ class Retro(nnx.Module):
             )
 
         encoded_BxCxKxRxE = self._rematerialised(run)(h_BxNxD)
-        return Retrieved(encoded_BxCxKxRxE, neighbours_BxCxKxR != self.config.pad_id)
+        return Retrieved(encoded_BxCxKxRxE, self.present(neighbours_BxCxKxR))
+
+    def present(self, neighbours_BxCxKxR: jax.Array) -> jax.Array:
+        """Which encoded positions of neighbours CCA reads: bool [B, C, K, R], or [B, C, K, 1 + R]."""
+        present_BxCxKxR = neighbours_BxCxKxR != self.config.pad_id
+        if not self.config.form.gated_cca:
+            return present_BxCxKxR
+        # The sink of a neighbour that is all padding is not read.
+        return jnp.concatenate([present_BxCxKxR[..., :1], present_BxCxKxR], axis=-1)
+
+    def _decoder_states(self, neighbours_BxCxKxR: jax.Array) -> jax.Array:
+        """What the decoder makes of each neighbour alone, without gradients: Retrieved.encoded.
+
+        The padding at a neighbour's end is not read by what stands before it.
+        """
+        config, shardings = self.config, self.layout.shardings
+        leading, length = neighbours_BxCxKxR.shape[:3], neighbours_BxCxKxR.shape[3] + 1
+        sunk = jnp.pad(
+            neighbours_BxCxKxR, ((0, 0),) * 3 + ((1, 0),), constant_values=config.form.sink_id
+        )
+        tokens_IxR = jnp.reshape(sunk, (-1, length), out_sharding=shardings.rows(2))
+        graph, params = nnx.split(self)
+        frozen = nnx.merge(graph, jax.tree.map(jax.lax.stop_gradient, params))
+        one = config.form.neighbour_layer
+        layers = (one,) if one else config.cca_layers
+        states_IxPxRxD = frozen.inputs_of(layers, tokens_IxR)
+        width = states_IxPxRxD.shape[-1]
+        inner = (length, width) if one else (len(layers), length, width)
+        shape = (*leading, *inner)
+        return jnp.reshape(states_IxPxRxD, shape, out_sharding=shardings.rows(len(shape)))
+
+    def inputs_of(self, layers: Sequence[int], tokens_BxN: jax.Array) -> jax.Array:
+        """The streams that some layers read, without retrieval: [B, len(layers), N, D].
+
+        Args:
+          layers: numbers from 1, increasing. tokens_BxN: texts of one document each.
+        """
+        whole = WholeSequences(dataclasses.replace(self.config, cca_layers=tuple(layers)))
+        h_BxNxD = self.embed(tokens_BxN, whole)
+        batch, length, width = h_BxNxD.shape
+        spec = self.layout.shardings.rows(4)
+        # One place more than asked for: where the other layers write.
+        shape = (batch, len(layers) + 1, length, width)
+        states = jnp.zeros(shape, h_BxNxD.dtype, out_sharding=spec)
+        carry = self._run_layers(1, layers[-1] - 1, (h_BxNxD, states), None, Collecting(whole))
+        h_BxNxD, states = carry
+        return states[:, :-1].at[:, -1].set(h_BxNxD)
 
     def after_retrieval(self, carry: Any, retrieved: Retrieved, operators: Operators) -> Any:
         """From CCA of layer min(P) to the last layer; the final norm comes after it.
@@ -186,6 +250,8 @@ class Retro(nnx.Module):
           carry: `before_retrieval`'s. retrieved: what CCA reads. operators: of the layers.
         """
         first = self.config.cca_layers[0]
+        if self.config.form.gated_cca:
+            return self._run_layers(first, self.config.num_layers, carry, retrieved, operators)
         layer, cca = take_layer(self.layers, first - 1), take_extra(self._ccas(), first)
 
         def run(carry: Any, retrieved: Retrieved, operators: Operators) -> Any:
@@ -204,6 +270,9 @@ class Retro(nnx.Module):
             layer: DecoderLayer, cca: ChunkedCrossAttention | None, carry: Any, p: Any, shared: Any
         ) -> Any:
             retrieved, operators = shared
+            if cca is not None and self.config.form.gated_cca:
+                carry = operators.attend_beside(layer, cca, carry, p, retrieved)
+                return operators.feed_forward(layer, carry, p)
             carry = operators.attend(layer, carry, p)
             if cca is not None:
                 carry = operators.cross_attend(cca, carry, p, retrieved)

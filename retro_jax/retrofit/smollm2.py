@@ -27,3 +27,7 @@ def smollm2_path() -> pathlib.Path:
     raise UserError(
         f"{PACKAGE} {distribution.version} has no .gguf file: expected version {VERSION}"
     )
+
+
+if __name__ == "__main__":
+    print(smollm2_path())

@@ -36,6 +36,7 @@ class OptimizerConfig:
       beta2: Adam's decay of the second moment.
       epsilon: Adam's epsilon.
       clip_norm: largest global norm of the gradient; 0 does not clip.
+      gate_factor: multiplies the learning rate of gated CCA's gates, one number a head.
     """
 
     max_learning_rate: float = 2e-4
@@ -47,6 +48,7 @@ class OptimizerConfig:
     beta2: float = 0.95
     epsilon: float = 1e-8
     clip_norm: float = 1.0
+    gate_factor: float = 1.0
 
     def __post_init__(self) -> None:
         require(self.max_learning_rate > 0, self, "max_learning_rate", "a positive number")
@@ -58,6 +60,7 @@ class OptimizerConfig:
         for field in ("beta1", "beta2"):
             require(0 <= getattr(self, field) < 1, self, field, "a number from 0 to below 1")
         require(self.epsilon > 0, self, "epsilon", "a positive number")
+        require(self.gate_factor > 0, self, "gate_factor", "a positive number")
         require(self.clip_norm >= 0, self, "clip_norm", "a positive number, or 0 for no clipping")
 
 
@@ -116,6 +119,8 @@ def make_optimizer(
     ]
     if config.clip_norm:
         steps.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    if config.gate_factor != 1.0:
+        steps.append(optax.masked(optax.scale(config.gate_factor), gate_mask))
     adamw = optax.chain(*steps)
     if trainable is None:
         return adamw
@@ -129,3 +134,8 @@ def make_optimizer(
 def decay_mask(params: Any) -> Any:
     """A tree like `params` of bools: whether weight decay acts on each parameter."""
     return map_parameters(decays, params)
+
+
+def gate_mask(params: Any) -> Any:
+    """A tree like `params` of bools: whether each is gates of CCA."""
+    return map_named(lambda name, _: name == "cca.gate", params)

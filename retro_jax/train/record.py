@@ -31,23 +31,33 @@ _WIDE = 1_000_000  # keeps a value in one line
 
 
 def settings_text(configs: Iterable[Any]) -> str:
-    """Every field of some dataclasses, one "Class.field = value" per line, sorted; gin reads it."""
+    """Every field of some dataclasses, one "Class.field = value" per line, sorted; gin reads it.
+
+    A field that is a dataclass is a reference to its own lines, and left out at its default.
+    """
     lines = []
     for config in configs:
+        name = type(config).__name__
         for field in dataclasses.fields(config):
-            value = pprint.pformat(getattr(config, field.name), width=_WIDE)
-            lines.append(f"{type(config).__name__}.{field.name} = {value}\n")
+            value = getattr(config, field.name)
+            if not dataclasses.is_dataclass(value):
+                lines.append(f"{name}.{field.name} = {pprint.pformat(value, width=_WIDE)}\n")
+            elif value != field.default:
+                lines.append(f"{name}.{field.name} = @{type(value).__name__}()\n")
+                lines += settings_text([value]).splitlines(keepends=True)
     return "".join(sorted(lines))
 
 
 def default_settings(configs: Iterable[Any]) -> dict[str, str]:
     """The defaults of some dataclasses' fields, as `settings_text` writes them."""
-    return {
-        f"{type(config).__name__}.{field.name}": repr(field.default)
-        for config in configs
-        for field in dataclasses.fields(config)
-        if field.default is not dataclasses.MISSING
-    }
+    defaults: dict[str, str] = {}
+    for config in configs:
+        for field in dataclasses.fields(config):
+            if dataclasses.is_dataclass(field.default):
+                defaults |= default_settings([field.default])
+            elif field.default is not dataclasses.MISSING:
+                defaults[f"{type(config).__name__}.{field.name}"] = repr(field.default)
+    return defaults
 
 
 def parse_settings(text: str) -> dict[str, str]:

@@ -33,6 +33,8 @@ from retro_jax.model import Retro
 from retro_jax.model.attention_kernels import check_attention
 from retro_jax.model.copying_init import begin_with_copying
 from retro_jax.model.flops import training_flops
+from retro_jax.retrofit import open_base
+from retro_jax.retrofit.decoder import check_decoder
 from retro_jax.sharding import (
     MESH_SHARDINGS,
     MeshConfig,
@@ -49,7 +51,7 @@ from retro_jax.train.held_out import evaluation_hook, held_out_evaluation
 from retro_jax.train.loop import Hook, StopRequest, TrainConfig
 from retro_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from retro_jax.train.utilisation import Machine, Profile, peak_flops
-from retro_jax.train.warm_start import StartConfig, begin, trainable
+from retro_jax.train.warm_start import StartConfig, begin, begin_with_base, trainable
 from retro_jax.train.watchdog import Watchdog
 
 # Settings that may differ when a run resumes: the numbers do not depend on them.
@@ -57,6 +59,7 @@ FREE = (
     "ExecutionConfig",
     "MeshConfig",
     "BatchConfig.prefetch",
+    "StartConfig.base",  # parents.json has its fingerprint
     *(f"TrainConfig.{field}" for field in loop.FREE_SETTINGS),
 )
 _LOST = 76  # exit status of a process that lost the others, or hangs
@@ -126,6 +129,8 @@ def make_plan(
         platform=mesh.devices.flat[0].platform,
         length=shape.sequence_length,
     )
+    if settings.start.base:
+        check_decoder(settings.retro, open_base(settings.start.base))
     make_model = model_maker(settings)
     trained = trainable(settings.start, abstract_parameters(make_model)[1])
     optimizer = make_optimizer(settings.optimizer, training.steps, trained)
@@ -165,6 +170,12 @@ def model_maker(settings: Settings) -> Callable[[], Retro]:
         return model
 
     return make
+
+
+def run_parents(settings: Settings, data: Mapping[str, str]) -> dict[str, str]:
+    """Hashes of all that a run depends on: of its data, and the fingerprint of its base as "base"."""
+    base = settings.start.base
+    return dict(data) | ({"base": open_base(base).fingerprint()} if base else {})
 
 
 class RunData(Protocol):
@@ -322,7 +333,7 @@ class Run:
         record.claim(
             self.directory,
             record.settings_text(configs),
-            parents=self.data.parents,
+            parents=run_parents(settings, self.data.parents),
             free=FREE,
             defaults=record.default_settings(configs),
             begun=reached is not None,
@@ -370,7 +381,9 @@ class Run:
             return state
         with jax.set_mesh(self.plan.mesh):
             state = self.plan.first_state()
-        start = self.plan.settings.start
+            start = self.plan.settings.start
+            if start.base:
+                return begin_with_base(start, state, self.plan.settings.retro)
         return begin(start, state, pathlib.Path(start.run) / CHECKPOINTS) if start.run else state
 
     def _evaluations(self, observer: Observer) -> list[Hook]:

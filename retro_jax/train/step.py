@@ -139,6 +139,11 @@ def train_step(
     sums, grads = _gradients(state.params, batch, dropout_key, model=model, config=config)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    if trainable is not None:
+        # Adding 0 would change the bits of -0.
+        params = map_named(
+            lambda name, new, old: new if trainable(name) else old, params, state.params
+        )
     tokens = _count(batch, config)
     loss, grad_norm = sums.loss / jnp.maximum(tokens, 1), optax.tree.norm(grads)
     bad, recent, recent_loss = _judge(loss, grad_norm, state.recent_loss, config)

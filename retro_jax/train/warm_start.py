@@ -2,11 +2,16 @@
 
 Fine-tuning begins with the parameters of a trained run, on other data or with another database, and
 with a schedule and moments of its own. RETRO-fitting (paper, section 4.3) begins with a transformer
-without retrieval, adds encoder and CCA, and trains nothing else:
+without retrieval, adds encoder and CCA, and trains nothing else. The transformer is a run's:
 
     StartConfig.run = 'W/baseline'
     StartConfig.fresh = ('encoder.*', 'cca.*')
     StartConfig.trained = ('encoder.*', 'cca.*')
+
+or an existing language model, with gated CCA (DecoderForm.gated_cca) made of its own weights:
+
+    StartConfig.base = 'SmolLM2-135M'
+    StartConfig.trained = ('cca.gate',)
 """
 
 import dataclasses
@@ -18,8 +23,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from retro_jax.config import require
+from retro_jax.config import RetroConfig, require
 from retro_jax.errors import UserError
+from retro_jax.retrofit import open_base
+from retro_jax.retrofit.decoder import fitted_parameters
 from retro_jax.train.checkpoint import restore_params
 from retro_jax.train.optimizer import Trainable
 from retro_jax.train.parameter_names import map_named, named_leaves
@@ -35,6 +42,8 @@ class StartConfig:
 
     Attributes:
       run: directory of a trained run (W/retro) with whose parameters it begins; "" for the seed's.
+      base: an existing model, a Hugging Face folder or a GGUF file, whose weights the decoder begins
+        with; "" for none. What it lacks begins with the seed's values, and gated CCA as copies of it.
       step: which of its checkpoints; 0 for the newest.
       averaged: whether it begins with their moving average.
       fresh: patterns of parameters that begin with the seed's values even so.
@@ -43,6 +52,7 @@ class StartConfig:
     """
 
     run: str = ""
+    base: str = ""
     step: int = 0
     averaged: bool = False
     fresh: Sequence[str] = ()
@@ -54,6 +64,7 @@ class StartConfig:
             object.__setattr__(self, field, tuple(getattr(self, field)))
         require(bool(self.trained), self, "trained", "at least one pattern, as in ('*',)")
         idle = self.run or not (self.step or self.averaged or self.fresh)
+        require(not (self.run and self.base), self, "base", "'' where StartConfig.run is given")
         require(bool(idle), self, "run", "a run's directory, as step, averaged or fresh are given")
 
 
@@ -86,6 +97,21 @@ def begin(config: StartConfig, state: TrainState, checkpoints: str | os.PathLike
     wanted = wanted_parameters(config, state.params)
     part = "average" if config.averaged else "params"
     _, found = restore_params(checkpoints, wanted, config.step or None, part=part, all_of_it=False)
+    params = map_named(lambda name, leaf: found.get(name, leaf), state.params)
+    average = None if state.average is None else jax.tree.map(jnp.copy, params)
+    return dataclasses.replace(state, params=params, average=average)
+
+
+def begin_with_base(config: StartConfig, state: TrainState, retro: RetroConfig) -> TrainState:
+    """The first state of a run with the weights of an existing model.
+
+    Args:
+      config: of the run. state: made of its seed. retro: the architecture.
+
+    Raises:
+      UserError: there is no such model, or it is another decoder.
+    """
+    found = fitted_parameters(open_base(config.base), retro, named_leaves(state.params))
     params = map_named(lambda name, leaf: found.get(name, leaf), state.params)
     average = None if state.average is None else jax.tree.map(jnp.copy, params)
     return dataclasses.replace(state, params=params, average=average)

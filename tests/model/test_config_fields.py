@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from retro_jax.config import POSITIONS, PRESETS, RetroConfig
+from retro_jax.config import POSITIONS, PRESETS, DecoderForm, RetroConfig
 from retro_jax.errors import UserError
 from retro_jax.model import Retro
 from tests.model.tiny import TINY, logits, make_batch, make_model, token_losses, with_neighbours
@@ -35,6 +35,7 @@ TREE: dict[str, Any] = {
     "cca_positions": False,
     "share_embeddings": True,
     "tie_embeddings": False,
+    "form": DecoderForm(norm="layer"),
 }
 OUTPUT: dict[str, Any] = {
     "cca_layers": (1, 3),
@@ -86,6 +87,56 @@ def test_field_matters(field):
     assert np.abs(one - other).max() > 1e-3 * np.abs(one).max()
 
 
+FORM_FIELDS = [field.name for field in dataclasses.fields(DecoderForm)]
+FORM_TREE: dict[str, Any] = {
+    "norm": "layer",
+    "num_kv_heads": 1,
+    "qkv_bias": True,
+    "out_bias": True,
+    "qk_norm": True,
+    "feed_forward": "gated",
+    "mlp_bias": True,
+    "learned_positions": 40,
+    "gated_cca": True,
+}
+FORM_OUTPUT: dict[str, Any] = {
+    "parallel_residual": True,
+    "rotary_base": 3.0,
+    "rotary_dim": 2,
+    "rotary_divisors": (1.0, 50.0),
+    "neighbour_layer": 2,
+    "sink_id": 7,
+}
+GATED = {"gated_cca": True}
+
+
+def formed(**form: Any) -> RetroConfig:
+    """BASE with rotary positions of four dimensions and a form of the decoder."""
+    return dataclasses.replace(BASE, positions="rotary", head_dim=4, form=DecoderForm(**form))
+
+
+def opened(config: RetroConfig) -> Retro:
+    """A model whose gates are open."""
+    model = make_model(config)
+    if config.form.gated_cca:
+        model.cca.gate[...] = model.cca.gate[...] + 3.0
+    return model
+
+
+@pytest.mark.parametrize("field", FORM_FIELDS)
+def test_field_of_the_form_matters(field):
+    """Each changes the tree, or else what the same tree computes."""
+    cases = FORM_TREE | FORM_OUTPUT
+    assert field in cases, f"a new field needs a case here: what does {field} change?"
+    others = GATED if field in ("neighbour_layer", "sink_id") else {}
+    plain, changed = formed(**others), formed(**others, **{field: cases[field]})
+    assert (shapes(changed) != shapes(plain)) == (field in FORM_TREE)
+    assert np.isfinite(logits(opened(changed), batch_of(changed))).all()
+    if field in FORM_OUTPUT:
+        one, other = (logits(opened(config), batch_of(config)) for config in (plain, changed))
+        assert np.abs(one - other).max() > 1e-3 * np.abs(one).max()
+
+
 VARIANTS = {
     **PRESETS,
     **{f"{name} baseline": config.baseline() for name, config in PRESETS.items()},
@@ -95,6 +146,8 @@ VARIANTS = {
     "untied baseline": dataclasses.replace(TINY, tie_embeddings=False).baseline(),
     "shared": dataclasses.replace(BASE, share_embeddings=True),
     "no encoder crossing": dataclasses.replace(TINY, encoder_cca_layers=()),
+    **{f"form {name}": formed(**{name: value}) for name, value in FORM_TREE.items()},
+    "gated with biases": formed(gated_cca=True, qkv_bias=True, out_bias=True, num_kv_heads=2),
     "crossing twice": dataclasses.replace(TINY, encoder_cca_layers=(1, 2)),
 }
 

@@ -25,17 +25,17 @@ def logits(config: BaseConfig, tensors: Tensors, tokens: np.ndarray) -> np.ndarr
             for name, value in tensors.items()
             if name.startswith(f"layers.{i}.")
         }
-        attended = _attention(config, layer, _norm(config, layer, "attention_norm", h))
+        attended = attention(config, layer, norm(config, layer, "attention_norm", h))
         if config.parallel_residual:
-            h = h + attended + _feed_forward(config, layer, _norm(config, layer, "mlp_norm", h))
+            h = h + attended + feed_forward(config, layer, norm(config, layer, "mlp_norm", h))
         else:
             h = h + attended
-            h = h + _feed_forward(config, layer, _norm(config, layer, "mlp_norm", h))
-    h = _norm(config, tensors, "norm", h)
+            h = h + feed_forward(config, layer, norm(config, layer, "mlp_norm", h))
+    h = norm(config, tensors, "norm", h)
     return h @ tensors["embedding" if config.tie_embeddings else "read_out"].T
 
 
-def _norm(config: BaseConfig, tensors: Tensors, name: str, x: np.ndarray) -> np.ndarray:
+def norm(config: BaseConfig, tensors: Tensors, name: str, x: np.ndarray) -> np.ndarray:
     """RMSNorm or LayerNorm over the last axis."""
     if config.norm == "layer":
         x = x - x.mean(-1, keepdims=True)
@@ -44,21 +44,11 @@ def _norm(config: BaseConfig, tensors: Tensors, name: str, x: np.ndarray) -> np.
     return y + tensors[f"{name}.bias"] if config.norm == "layer" else y
 
 
-def _attention(config: BaseConfig, layer: Tensors, x: np.ndarray) -> np.ndarray:
+def attention(config: BaseConfig, layer: Tensors, x: np.ndarray) -> np.ndarray:
     """Causal self-attention; query head h reads key head h // (heads / groups)."""
     length, group = x.shape[1], config.num_heads // config.num_kv_heads
-    heads = []
-    for name in ("query", "key", "value"):
-        y = np.tensordot(x, layer[name], 1)
-        heads.append(y + layer[f"{name}_bias"] if config.qkv_bias else y)
-    query, key, value = heads
-    if config.qk_norm:
-        epsilon = config.norm_epsilon
-        query = query / np.sqrt(np.square(query).mean(-1, keepdims=True) + epsilon)
-        key = key / np.sqrt(np.square(key).mean(-1, keepdims=True) + epsilon)
-        query, key = query * layer["query_norm"], key * layer["key_norm"]
-    if config.positions == "rotary":
-        query, key = _rotate(config, query), _rotate(config, key)
+    query, key, value = heads(config, layer, x)
+    query, key = turned(config, query, 0), turned(config, key, 0)
     mixed = np.empty_like(query)
     causal = np.tril(np.ones((length, length), bool))
     for head in range(config.num_heads):
@@ -71,10 +61,25 @@ def _attention(config: BaseConfig, layer: Tensors, x: np.ndarray) -> np.ndarray:
     return y + layer["output_bias"] if config.out_bias else y
 
 
-def _rotate(config: BaseConfig, x: np.ndarray) -> np.ndarray:
-    """Turns pairs (i, i + r / 2) of [B, N, heads, K] by position times frequency."""
+def heads(config: BaseConfig, layer: Tensors, x: np.ndarray) -> list[np.ndarray]:
+    """Queries, keys and values of normed activations, before positions."""
+    found = []
+    for name in ("query", "key", "value"):
+        y = np.tensordot(x, layer[name], 1)
+        y = y + layer[f"{name}_bias"] if config.qkv_bias else y
+        if config.qk_norm and name != "value":
+            y = y / np.sqrt(np.square(y).mean(-1, keepdims=True) + config.norm_epsilon)
+            y = y * layer[f"{name}_norm"]
+        found.append(y)
+    return found
+
+
+def turned(config: BaseConfig, x: np.ndarray, first: int) -> np.ndarray:
+    """Rotary positions from `first` on: turns pairs (i, i + r / 2) of [B, N, heads, K]."""
+    if config.positions != "rotary":
+        return x
     half = config.rotary_dim // 2
-    angles = np.arange(x.shape[1])[:, None] * _frequencies(config)
+    angles = np.arange(first, first + x.shape[1])[:, None] * _frequencies(config)
     cos, sin = (f(angles)[:, None, :].astype(x.dtype) for f in (np.cos, np.sin))
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
@@ -101,7 +106,7 @@ def _frequencies(config: BaseConfig) -> np.ndarray:
     return np.array(found)
 
 
-def _feed_forward(config: BaseConfig, layer: Tensors, x: np.ndarray) -> np.ndarray:
+def feed_forward(config: BaseConfig, layer: Tensors, x: np.ndarray) -> np.ndarray:
     """Gated or plain."""
     up = x @ layer["up"]
     if config.mlp_bias:

@@ -61,6 +61,7 @@ def test_a_warmup_as_long_as_the_run_is_refused():
         ("beta2", -0.1),
         ("epsilon", 0.0),
         ("clip_norm", -1.0),
+        ("gate_factor", 0.0),
     ],
 )
 def test_every_validation(field, value):
@@ -118,6 +119,17 @@ def test_gradients_are_clipped_by_their_global_norm():
     for name, clipped in (("a", 0.6), ("b", 0.8)):
         expected = -2e-4 * clipped / (clipped + 1.0)  # Adam's first step, with epsilon 1
         np.testing.assert_allclose(updates[name], [expected], rtol=1e-5)
+
+
+def test_gates_have_a_learning_rate_of_their_own():
+    params = {"cca": {"gate": jnp.ones(2), "query": jnp.ones(2)}}
+    found = []
+    for factor in (1.0, 8.0):
+        config = OptimizerConfig(warmup_steps=0, gate_factor=factor)
+        optimizer = make_optimizer(config, 10, lambda name: name.startswith("cca."))
+        found.append(optimizer.update(params, optimizer.init(params), params)[0]["cca"])
+    np.testing.assert_allclose(found[1]["gate"], 8 * found[0]["gate"], rtol=1e-6)
+    np.testing.assert_array_equal(found[1]["query"], found[0]["query"])
 
 
 def test_frozen_parameters_have_no_moments_do_not_move_and_do_not_count_in_the_norm():

@@ -72,3 +72,5 @@ def test_only_what_matches_is_trained():
 def test_every_validation(field, value):
     with pytest.raises(UserError, match=r"StartConfig\.\w+ is "):
         StartConfig(**{field: value})
+    with pytest.raises(UserError, match=r"StartConfig\.base is 'B': expected ''"):
+        StartConfig(run="W", base="B")

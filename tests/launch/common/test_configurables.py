@@ -7,9 +7,9 @@ import pytest
 
 from data_pipelines.documents.documents import DocumentsConfig
 from launch.common import configurables
-from retro_jax.config import ExecutionConfig, RetroConfig
+from retro_jax.config import DecoderForm, ExecutionConfig, RetroConfig
 from retro_jax.errors import UserError
-from retro_jax.train.record import parse_settings
+from retro_jax.train.record import default_settings, parse_settings, settings_text
 
 _FILE = """
 include 'sizes/tiny.gin'
@@ -58,7 +58,7 @@ def test_operative_config_is_complete_sorted_and_can_be_loaded(gin_file):
     names = list(parse_settings(text))
     assert names == sorted(names)
     fields = [f"ExecutionConfig.{name}" for name in vars(execution)]
-    fields += [f"RetroConfig.{name}" for name in vars(config)]
+    fields += [f"RetroConfig.{name}" for name in vars(config) if name != "form"]
     assert names == sorted(fields)
     assert "RetroConfig.cca_layers = (1,)\n" in text
     assert "RetroConfig.dropout = 0.0\n" in text
@@ -72,6 +72,29 @@ def test_operative_config_is_complete_sorted_and_can_be_loaded(gin_file):
     assert configurables.make(RetroConfig) == config
     assert configurables.make(ExecutionConfig) == execution
     assert configurables.operative_config() == text
+
+
+def test_a_decoder_of_another_form_is_written_and_read_again(gin_file):
+    """By the operative configuration, and by what a run records; a binding wins over a default."""
+    form = DecoderForm(norm="layer", rotary_divisors=(1.0, 0.1 + 0.2, 2.0, 3.0), gated_cca=True)
+    configurables.load(gin_file, ["DecoderForm.sink_id = 9"])
+    config = configurables.make(RetroConfig, positions="rotary", pad_id=3, form=form)
+    assert config.form == dataclasses.replace(form, sink_id=9)
+    recorded = settings_text([config])
+    assert "RetroConfig.form = @DecoderForm()\n" in recorded
+    for text in (configurables.operative_config(), recorded):
+        path = gin_file + ".again"
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+        configurables.load(path)
+        assert configurables.make(RetroConfig) == config
+    assert parse_settings(recorded).keys() - default_settings([config]).keys() == {
+        "RetroConfig.form",
+        *(f"RetroConfig.{name}" for name in ("cca_layers", "d_ff", "d_model", "head_dim")),
+        *(f"RetroConfig.{name}" for name in ("num_heads", "num_layers", "vocab_size")),
+    }
+    plain = dataclasses.replace(config, form=DecoderForm())
+    assert "form" not in settings_text([plain]).lower()
 
 
 @pytest.mark.parametrize(

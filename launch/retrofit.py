@@ -1,0 +1,86 @@
+"""Gives an existing language model a memory: fits gates and CCA beside its frozen weights.
+
+    python -m launch.prepare  --gin_file=experiments/fit_smollm2_code.gin --workdir=W
+    python -m launch.retrofit --gin_file=experiments/fit_smollm2_code.gin --workdir=W --base=MODEL
+
+MODEL is a Hugging Face folder or a GGUF file; W was prepared with its tokeniser
+(TokenizerConfig.base = 'MODEL'). The run is W/retro, with all that launch.train writes and its flags;
+launch.evaluate scores it. With retrieval off it is the base, bit for bit.
+
+Unless the settings say otherwise, CCA is in every layer, made of the layer's own weights
+(DecoderForm.gated_cca), and the gates alone are trained. StartConfig.trained = ('cca.*',) trains CCA's
+copies too. DecoderForm.gated_cca = False is the paper's start: encoder and CCA of the seed.
+
+    python -m launch.retrofit --workdir=W --base=MODEL --export=DIRECTORY
+
+writes what W/retro adds to the base, two files to share: retro_jax/retrofit/adapter.py reads them.
+"""
+
+import pathlib
+
+from absl import flags
+from flax import nnx
+
+from data_pipelines.batches.training_data import TrainingData
+from data_pipelines.chunk_database.base_tokenizer import check_base_tokenizer
+from launch import train
+from launch.common import app, configurables
+from launch.runs.settings import make_settings
+from launch.runs.trained_run import load_model, open_run, refuse_gin_file
+from retro_jax.host_memory import keep_freed_memory
+from retro_jax.retrofit import open_base
+from retro_jax.retrofit.adapter import export_adapter
+from retro_jax.retrofit.decoder import check_decoder, decoder_form, decoder_settings
+from retro_jax.train.run import Settings
+
+BASE = flags.DEFINE_string("base", None, "The model: a Hugging Face folder or a .gguf file.")
+
+EXPORT = flags.DEFINE_string(
+    "export", None, "Write gates, CCA and encoder of the trained run into this directory, and stop."
+)
+
+HELP_ALSO = ("launch.train",)
+
+
+def main() -> None:
+    """Fits, or says that there is nothing left to train; or exports what was fitted."""
+    if EXPORT.value is not None:
+        export(pathlib.Path(EXPORT.value))
+        return
+    train.train(train.RETRO_RUN, settings_of_base)
+
+
+def export(directory: pathlib.Path) -> None:
+    """Writes the adapter of W/retro into a directory.
+
+    Raises:
+      UserError: there is no trained run or no base, or they do not belong together.
+    """
+    refuse_gin_file()
+    run = open_run(pathlib.Path(app.required(app.WORKDIR, "a workdir")) / train.RETRO_RUN)
+    base = open_base(app.required(BASE, "a Hugging Face folder or a .gguf file"))
+    check_decoder(run.model, base)
+    size = export_adapter(directory, base, nnx.merge(*load_model(run)))
+    print(f"{directory}: {size / 1e6:,.1f} MB, what {run.directory} adds to {base.path}")
+
+
+def settings_of_base(data: TrainingData) -> Settings:
+    """The settings of gin, with what the data and the base decide.
+
+    Raises:
+      UserError: there is no such base, or the tokeniser of the data is another one.
+    """
+    base = open_base(app.required(BASE, "a Hugging Face folder or a .gguf file"))
+    tokenizer = check_base_tokenizer(
+        data.directory / "tokenizer", base.path, vocab_size=base.config.vocab_size
+    )
+    configurables.override("StartConfig.base", str(base.path))
+    form = decoder_form(base.config, gated_cca=True, sink_id=tokenizer.fact("bos_id"))
+    decoder = decoder_settings(base.config)
+    decoder |= {"cca_layers": tuple(range(1, base.config.num_layers + 1)), "form": form}
+    return make_settings({"trained": ("cca.gate",)}, pad_id=data.pad_id, **decoder)
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    app.run(main)

@@ -1,0 +1,180 @@
+"""launch.retrofit: prepare with a base's tokeniser, fit gates, evaluate; OFF is the base."""
+
+import json
+
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+
+from data_pipelines.chunk_database import ChunkDatabase
+from launch import evaluate, prepare, retrofit
+from launch.runs.trained_run import load_model, open_run
+from retro_jax.errors import UserError
+from retro_jax.retrofit import open_base
+from retro_jax.retrofit.adapter import load_adapter
+from retro_jax.retrofit.decoder import load_decoder
+from retro_jax.storage import files
+from retro_jax.train.parameter_names import named_leaves
+from tests.data import make_old_workdir as made
+from tests.data_pipelines.chunk_database import base_tokenizers
+from tests.launch.trained import call
+from tests.retrofit.base_files import FOLDER, file_tensors
+
+SETTINGS = """
+texts/CorpusConfig.name = 'texts'
+texts/CorpusConfig.kind = 'jsonl'
+texts/CorpusConfig.path = {path!r}
+texts/CorpusConfig.id_field = 'id'
+DocumentsConfig.corpora = (@texts/CorpusConfig(),)
+DocumentsConfig.validation = 0.15
+DocumentsConfig.test = 0.15
+TokenizerConfig.base = {base!r}
+NeighboursConfig.retriever = 'bm25'
+NeighboursConfig.recall_queries = 5
+BatchConfig.sequence_length = 128
+BatchConfig.batch_size = 8
+OptimizerConfig.max_learning_rate = 0.05
+OptimizerConfig.warmup_steps = 1
+TrainConfig.steps = 20
+TrainConfig.log_every = 1
+TrainConfig.checkpoint_every = 10
+"""
+
+
+def write_base(folder, name="llama_tied", *, seed=0, pre="gpt-2"):
+    """A random base of an architecture with a tokeniser of 401 tokens, in a Hugging Face folder."""
+    base_tokenizers.train(folder, pre)
+    fields = files.read_json(FOLDER / name / "config.json")
+    tensors = file_tensors(FOLDER / name)
+    draw = np.random.default_rng(seed)
+    for key, array in tensors.items():
+        if len(array) == fields["vocab_size"]:
+            tensors[key] = draw.normal(0, 0.5, (416, array.shape[1])).astype(array.dtype)
+    (folder / "config.json").write_bytes(files.to_json(fields | {"vocab_size": 416}))
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.fixture(name="place", scope="module")
+def _place(tmp_path_factory):
+    """A folder with a base, settings, and W prepared and fitted."""
+    folder = tmp_path_factory.mktemp("fit")
+    write_base(folder / "base")
+    draw = np.random.default_rng(0)
+    words = [f"word{i}" for i in range(200)]
+    texts = {f"d{i}": " ".join(draw.choice(words[5 * (i // 2) :], 60)) for i in range(40)}
+    lines = [json.dumps({"id": name, "text": text}) + "\n" for name, text in texts.items()]
+    (folder / "texts.jsonl").write_text("".join(lines))
+    path, base = str(folder / "texts.jsonl"), str(folder / "base")
+    (folder / "fit.gin").write_text(SETTINGS.format(path=path, base=base))
+    assert call(prepare.main, f"--gin_file={folder / 'fit.gin'}", f"--workdir={folder / 'W'}") == 0
+    assert fit(folder) == 0
+    return folder
+
+
+def fit(folder, *more):
+    """launch.retrofit in W."""
+    flags = [f"--gin_file={folder / 'fit.gin'}", f"--workdir={folder / 'W'}"]
+    return call(retrofit.main, *flags, f"--base={folder / 'base'}", *more)
+
+
+def decoder_of(place):
+    """The base alone, with the run's chunk length."""
+    run = open_run(place / "W" / "retro")
+    return load_decoder(open_base(place / "base"), run.model.baseline())
+
+
+def test_gates_are_trained_and_a_table_has_on_and_off(place):
+    """From a folder of texts and a folder of weights to losses; OFF has the base's bits."""
+    run = open_run(place / "W" / "retro")
+    assert run.step == 20 and run.model.form.gated_cca and run.model.cca_layers == (1, 2)
+    assert run.model.form.sink_id == 0 != run.model.pad_id
+    assert np.abs(np.asarray(nnx.merge(*load_model(run)).cca.gate[...])).min() > 0
+    assert (
+        files.read_json(run.directory / "parents.json")["base"]
+        == open_base(place / "base").fingerprint()
+    )
+    assert call(evaluate.main, f"--workdir={place / 'W'}") == 0
+    results = made.figures(place / "W" / "evaluation" / "test.json")
+    on, off = (results[name]["bits_per_byte"] for name in ("on", "off"))
+    assert on < off
+
+    chunks = ChunkDatabase.open(place / "W" / "chunks" / "test")
+    batch = chunks.chunks(np.arange(2))[None].reshape(1, -1)
+    model, base = nnx.merge(*load_model(run)), decoder_of(place)
+    np.testing.assert_array_equal(model(batch), base(batch))
+
+
+def test_the_adapter_is_small_and_of_its_base_alone(place, tmp_path, capsys):
+    """It loads onto the untouched base to the same bits, and refuses another one."""
+    where = [f"--workdir={place / 'W'}", f"--base={place / 'base'}"]
+    assert call(retrofit.main, *where, f"--export={tmp_path / 'adapter'}") == 0
+    assert "MB, what" in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert names == {"adapter.safetensors", "adapter.json"}
+    assert (tmp_path / "adapter" / "adapter.safetensors").stat().st_size < 200  # 8 gates
+    fitted = nnx.merge(*load_model(open_run(place / "W" / "retro")))
+    again = load_adapter(tmp_path / "adapter", open_base(place / "base"))
+    assert again.config == fitted.config
+    for name, leaf in named_leaves(nnx.state(fitted)).items():
+        np.testing.assert_array_equal(leaf, named_leaves(nnx.state(again))[name], err_msg=name)
+    write_base(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match=r"adapter was fitted to another base than .*other: expec"):
+        load_adapter(tmp_path / "adapter", open_base(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("adapter.json", None, "adapter.json is missing: expected that of an adapter"),
+        ("adapter.json", {"format_version": 2}, "has format 2: expected 1"),
+        ("adapter.json", {"retro": {"widths": 3}}, "has other settings .*widths.*: expected"),
+        ("adapter.safetensors", b"", "cannot be read .*: expected a safetensors file"),
+        ("adapter.safetensors", {"cca.gate": (2, 3)}, r"has shape \(2, 3\): expected \(2, 4\)"),
+        ("adapter.safetensors", {"norm.scale": (32,)}, "norm.scale has shape"),
+    ],
+)
+def test_a_bad_adapter_is_refused_in_one_line(place, tmp_path, file, change, message):
+    where = [f"--workdir={place / 'W'}", f"--base={place / 'base'}"]
+    assert call(retrofit.main, *where, f"--export={tmp_path / 'adapter'}") == 0
+    path = tmp_path / "adapter" / file
+    if change is None:
+        path.unlink()
+    elif isinstance(change, bytes):
+        path.write_bytes(change)
+    elif file.endswith(".json"):
+        path.write_bytes(files.to_json(files.read_json(path) | change))
+    else:
+        save_file({name: np.zeros(shape, np.float32) for name, shape in change.items()}, path)
+    with pytest.raises(UserError, match=message) as raised:
+        load_adapter(tmp_path / "adapter", open_base(place / "base"))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_fitted_run_is_replayed_to_the_same_bits(place, tmp_path, capsys):
+    """From its record and the base; with another base it is refused."""
+    write_base(tmp_path / "other", seed=1)
+    flags = [f"--replay={place / 'W'}", f"--workdir={tmp_path / 'again'}"]
+    assert call(retrofit.main, *flags, f"--base={tmp_path / 'other'}") == 1
+    assert "was trained on base" in capsys.readouterr().err
+    assert call(retrofit.main, *flags, f"--base={place / 'base'}") == 0
+    assert "bit for bit" in capsys.readouterr().out
+    (once, again) = (folder / "retro" for folder in (place / "W", tmp_path / "again"))
+    assert (once / "config.gin").read_text() == (again / "config.gin").read_text()
+
+
+def test_what_does_not_belong_together_is_refused(place, tmp_path, capsys):
+    """Another base's tokeniser, a base that is none, no base; nothing is written."""
+    write_base(tmp_path / "other", seed=1, pre="smollm")
+    flags = [f"--gin_file={place / 'fit.gin'}", f"--workdir={place / 'W'}"]
+    before = sorted(path.name for path in (place / "W").iterdir())
+    for base, status, message in (
+        (f"--base={tmp_path / 'other'}", 1, "is not the tokeniser of"),
+        (f"--base={tmp_path}", 1, "config.json is missing"),
+        ("--nobaseline", 2, "--base is missing: expected a Hugging Face folder"),
+    ):
+        assert call(retrofit.main, *flags, base) == status
+        assert message in capsys.readouterr().err
+    assert sorted(path.name for path in (place / "W").iterdir()) == before
+    assert fit(place) == 0
+    assert "trained already, 20 steps" in capsys.readouterr().out
