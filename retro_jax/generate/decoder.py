@@ -23,6 +23,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from retro_jax.config import DecoderForm
+from retro_jax.errors import UserError
 from retro_jax.generate import cache as caches
 from retro_jax.generate.cache import Cache, CacheLayout, PerLayer
 from retro_jax.generate.operators import CachedBlock, CompletedChunks, DistanceTables
@@ -74,7 +76,15 @@ class Decoder:
           mesh: of the model's parameters.
           scan: runs layers by scan: programs compile sooner; on a CPU each step copies the weights.
             None is as the model's execution says, and unrolled on a CPU.
+
+        Raises:
+          UserError: a decoder of another form than the paper's.
         """
+        if model.config.form != DecoderForm():
+            raise UserError(
+                "RetroConfig.form is that of a fitted or base model: expected the paper's decoder, for"
+                " which alone there is a cache"
+            )
         self.config, self.chunks, self._mesh = model.config, chunks, mesh
         if scan is None:
             scan = model.layout.execution.scan_layers and jax.default_backend() != "cpu"

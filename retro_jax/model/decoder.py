@@ -44,8 +44,7 @@ class Operators(Protocol):
     """How the operators of a layer act on what goes from layer to layer, and what each adds to it.
 
     With DecoderForm.parallel_residual `attend` adds FFW of the same stream too, and `feed_forward`
-    nothing. With DecoderForm.gated_cca a layer that has CCA and something to read runs `attend_beside`
-    instead of `attend` and `cross_attend`. `embed` adds learned positions, where there are any.
+    nothing. `embed` adds learned positions, where there are any.
 
     The carry is the residual stream, or a tree with it and a cache: layer_stack.run_layers. An object
     with operators is a tree of the arrays that they read.
@@ -53,6 +52,22 @@ class Operators(Protocol):
 
     def attend(self, layer: DecoderLayer, carry: Any, p: jax.Array | int) -> Any:
         """ATTN of layer p."""
+
+    def cross_attend(
+        self, cca: ChunkedCrossAttention, carry: Any, p: jax.Array | int, retrieved: Retrieved
+    ) -> Any:
+        """CCA of layer p."""
+
+    def feed_forward(self, layer: DecoderLayer, carry: Any, p: jax.Array | int) -> Any:
+        """FFW of layer p."""
+
+
+class GatedOperators(Operators, Protocol):
+    """The operators of a decoder with DecoderForm.gated_cca.
+
+    A layer that has CCA and something to read runs `attend_beside` instead of `attend` and
+    `cross_attend`.
+    """
 
     def attend_beside(
         self,
@@ -63,14 +78,6 @@ class Operators(Protocol):
         retrieved: Retrieved,
     ) -> Any:
         """ATTN and CCA of layer p, which read the same stream."""
-
-    def cross_attend(
-        self, cca: ChunkedCrossAttention, carry: Any, p: jax.Array | int, retrieved: Retrieved
-    ) -> Any:
-        """CCA of layer p."""
-
-    def feed_forward(self, layer: DecoderLayer, carry: Any, p: jax.Array | int) -> Any:
-        """FFW of layer p."""
 
 
 def cca_number(config: RetroConfig, p: jax.Array | int) -> jax.Array | int:

@@ -25,7 +25,7 @@ Training runs them once. The k sweep of evaluation runs the last part for each n
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,14 @@ from retro_jax.config import ExecutionConfig, RetroConfig
 from retro_jax.errors import UserError
 from retro_jax.model import layer_stack, loss
 from retro_jax.model.chunked_cross_attention import ChunkedCrossAttention
-from retro_jax.model.decoder import Collecting, DecoderLayer, Operators, Retrieved, WholeSequences
+from retro_jax.model.decoder import (
+    Collecting,
+    DecoderLayer,
+    GatedOperators,
+    Operators,
+    Retrieved,
+    WholeSequences,
+)
 from retro_jax.model.encoder import Encoder
 from retro_jax.model.layer_stack import Extras, stack_layers, take_extra, take_layer
 from retro_jax.model.layers import Embedding, Layout, LearnedPositions, make_norm, normal
@@ -271,7 +278,8 @@ class Retro(nnx.Module):
         ) -> Any:
             retrieved, operators = shared
             if cca is not None and self.config.form.gated_cca:
-                carry = operators.attend_beside(layer, cca, carry, p, retrieved)
+                gated = cast(GatedOperators, operators)
+                carry = gated.attend_beside(layer, cca, carry, p, retrieved)
                 return operators.feed_forward(layer, carry, p)
             carry = operators.attend(layer, carry, p)
             if cca is not None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from retro_jax.config import ExecutionConfig, RetroConfig
+from retro_jax.config import DecoderForm, ExecutionConfig, RetroConfig
+from retro_jax.errors import UserError
 from retro_jax.generate.decoder import Decoder, power_of_two
 from retro_jax.model import Retro
 from retro_jax.sharding import MESH_SHARDINGS, MeshConfig, make_mesh, parameter_shardings
@@ -165,3 +166,10 @@ def test_buckets():
         24,
         24,
     ]
+
+
+def test_a_decoder_of_another_form_is_refused():
+    """Rather than decoded as the paper's: its layers are not those that the cache knows."""
+    config = dataclasses.replace(TINY.baseline(), form=DecoderForm(norm="layer"))
+    with pytest.raises(UserError, match="expected the paper's decoder"):
+        Decoder(Retro(config, rngs=nnx.Rngs(0)), chunks=2)
