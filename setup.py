@@ -119,7 +119,8 @@ setup(
     cmdclass={"build_py": BuildWithExperiments},
     install_requires=[
         "absl-py>=2.1",
-        "flax>=0.12.8",
+        'flax>=0.12.8; python_version < "3.12"',
+        'flax>=0.12.12; python_version >= "3.12"',  # older ones fail on the jax of these Pythons
         "fsspec>=2024.10",
         "gin-config>=0.5",
         "grain>=0.2.18",

@@ -8,8 +8,11 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterable
 
 import pytest
+import yaml
+from packaging.requirements import Requirement
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGES = ("retro_jax", "data_pipelines", "launch")
@@ -74,29 +77,43 @@ def test_its_metadata_is_whole(installed: pathlib.Path):
     (licence,) = folder.rglob("LICENSE")
     assert licence.read_bytes() == (ROOT / "LICENSE").read_bytes()
     assert "https://arxiv.org/abs/2112.04426" in " ".join(metadata.get_all("Project-URL"))
-    versions = {line.rpartition(" ")[2] for line in metadata.get_all("Classifier")}
-    assert {"3.11", "3.12", "3.13"} <= versions
+    classifiers = "\n".join(metadata.get_all("Classifier"))
+    versions = re.findall(
+        r"^Programming Language :: Python :: (3\.\d+)$", classifiers, re.MULTILINE
+    )
+    assert versions == ["3.11", "3.12", "3.13"]
+    assert f"VERSIONS := {' '.join(versions)}\n" in (ROOT / "Makefile").read_text("utf-8")
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8"))
+    assert workflow["jobs"]["run"]["strategy"]["matrix"]["python"] == versions
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == metadata["Version"]
+    assert citation["license"] == metadata["License"]
     entries = (folder / "entry_points.txt").read_text(encoding="utf-8")
     assert "retro = launch.retro:main" in entries
 
 
-def test_every_dependency_has_a_lower_bound_that_the_constraints_meet(installed: pathlib.Path):
-    from packaging.requirements import Requirement
-
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_every_dependency_has_a_lower_bound_that_the_constraints_meet(
+    installed: pathlib.Path, python: str
+):
     (folder,) = installed.glob("*.dist-info")
     metadata = email.message_from_string((folder / "METADATA").read_text(encoding="utf-8"))
-    needed = [Requirement(each) for each in metadata.get_all("Requires-Dist")]
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pinned = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    always = [each for each in needed if each.marker is None]
-    assert len(always) > 10
-    for each in always:
+    needed = _applying(metadata.get_all("Requires-Dist"), python)
+    pinned = _applying((line for line in lines if line and not line.startswith("#")), python)
+    assert len(needed) > 10
+    for each in needed:
         assert each.specifier, f"{each.name} has no lower bound"
-        versions = [pin for pin in pinned if _same(pin.name, each.name)]
-        assert versions, each.name
-        for pin in versions:
-            (exact,) = pin.specifier
-            assert each.specifier.contains(exact.version), f"{each} and {pin}"
+        (pin,) = [pin for pin in pinned if _same(pin.name, each.name)]
+        (exact,) = pin.specifier
+        assert each.specifier.contains(exact.version), f"{each} and {pin}"
+
+
+def _applying(lines: Iterable[str], python: str) -> list[Requirement]:
+    """The requirements without extras that a Python has."""
+    environment = {"python_version": python, "extra": ""}
+    every = map(Requirement, lines)
+    return [each for each in every if each.marker is None or each.marker.evaluate(environment)]
 
 
 def _same(one: str, other: str) -> bool:
