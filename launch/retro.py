@@ -8,6 +8,7 @@
 
 import difflib
 import importlib.util
+import os
 import runpy
 import sys
 
@@ -36,7 +37,7 @@ def main() -> None:
     """Runs the command that is the first argument; ends with its status, or with 2 if there is none."""
     name, *arguments = sys.argv[1:] or [""]
     if name in _HELP:
-        print(usage())
+        _print(usage())
         return
     if name not in available():
         print(f"error: {_problem(name)}", file=sys.stderr)
@@ -60,6 +61,14 @@ def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {COMMANDS[name]}" for name in available()]
     return "\n".join([(__doc__ or "").strip(), "", "Commands:", *lines])
+
+
+def _print(text: str) -> None:
+    """Prints a text; nothing more where its reader has gone, as in `retro --help | head`."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _problem(name: str) -> str:

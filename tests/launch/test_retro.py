@@ -75,6 +75,17 @@ def test_flags_and_status_are_those_of_the_command():
     assert wrong.stderr.startswith("error: Unknown command line flag 'nmae'. Did you mean: name")
 
 
+def test_a_reader_that_has_gone_is_no_error(monkeypatch):
+    def gone(*values, **options) -> None:
+        raise BrokenPipeError
+
+    closed: list[int] = []
+    monkeypatch.setattr("builtins.print", gone)
+    monkeypatch.setattr("os.dup2", lambda old, new: closed.append(new))
+    assert _call("--help") == 0
+    assert len(closed) == 1
+
+
 def _run(command: list[str]) -> subprocess.CompletedProcess:
     """A finished process with what it wrote."""
     return subprocess.run(command, capture_output=True, text=True, check=False)
