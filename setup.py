@@ -19,7 +19,7 @@ DATA = [
     "tensorflow~=2.20.0",
     "tensorflow-text~=2.20.0",
     "scann==1.4.2",
-    "rensa>=0.3",
+    "rensa>=0.5",
     "bm25s>=0.2.13",
     "pydivsufsort>=0.0.18",
 ]
@@ -130,7 +130,7 @@ setup(
         "orbax-checkpoint>=0.12.8",
         "packaging>=24",
         "safetensors>=0.4.5",
-        "sentencepiece>=0.2",
+        "sentencepiece>=0.2.2",
         "tensorboardX>=2.6.2.2",
         "tqdm>=4.66",
         "zstandard>=0.23",
