@@ -209,6 +209,9 @@ class RetroConfig:
         require(fits, form, "rotary_divisors", f"{turned // 2} numbers, one for each pair, or ()")
         within = form.neighbour_layer <= self.num_layers
         require(within, form, "neighbour_layer", f"at most num_layers = {self.num_layers}")
+        room, longest = form.learned_positions, 1 + self.neighbour_length
+        fits = not (room and form.gated_cca) or longest <= room
+        require(fits, form, "learned_positions", f"{longest} at least, for neighbours")
         known = form.sink_id < self.vocab_size
         require(known, form, "sink_id", f"an id below vocab_size = {self.vocab_size}")
 

@@ -155,9 +155,10 @@ def test_baseline_differs_in_retrieval_only():
         ("rotary_divisors", (1.0, 2.0, 3.0)),
         ("neighbour_layer", 4),
         ("sink_id", 16),
+        ("learned_positions", 128),
     ],
 )
 def test_a_bad_form_names_field_value_and_rule(field: str, bad: Any):
     with pytest.raises(UserError) as raised:
-        dataclasses.replace(TINY, form=DecoderForm(**{field: bad}))
+        dataclasses.replace(TINY, form=DecoderForm(**{field: bad}, gated_cca=True))
     _assert_names(raised.value, "DecoderForm", field, bad)

@@ -184,9 +184,9 @@ def _memory(plan: Plan, nbytes: int) -> Memory:
 
 
 def restored_bytes(plan: Plan) -> int:
-    """Bytes on a device once a checkpoint is restored, or another run's parameters are taken."""
+    """Bytes on a device once a checkpoint is restored, or other parameters are taken."""
     nbytes, start = shard_bytes(plan.abstract), plan.settings.start
-    if not start.run:
+    if not (start.run or start.base):
         return nbytes
     taken = wanted_parameters(start, plan.abstract.params)  # beside those of the first state
     return nbytes + shard_bytes(taken) + shard_bytes(plan.abstract.average)

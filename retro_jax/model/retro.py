@@ -325,6 +325,11 @@ def check_inputs(
         raise UserError(
             f"tokens have shape {tokens.shape}: expected [B, N] with N a multiple of chunk_length {m}"
         )
+    room = config.form.learned_positions
+    if room and tokens.shape[1] > room:
+        raise UserError(
+            f"tokens have shape {tokens.shape}: expected at most {room}, the learned positions"
+        )
     chunks = (tokens.shape[0], tokens.shape[1] // m)
     if documents is not None and documents.shape != chunks:
         raise UserError(f"documents have shape {documents.shape}: expected [B, C] = {chunks}")

@@ -62,6 +62,23 @@ def test_eight_devices_compute_the_same(name, execution):
         assert_close(jax.jit(lambda model, x: model(x))(model, batch), wanted[rows])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_is_close(name):
+    """In the mean square; parameters, norms and softmax stay float32."""
+    base = open_base(FOLDER / name)
+    model = load_decoder(base, config_of(base), ExecutionConfig(activation_dtype="bfloat16"))
+    tokens, wanted = expected(name)
+    found = np.asarray(jax.jit(lambda model, x: model(x))(model, tokens))
+    assert 0 < np.square(found - wanted).mean() < 0.03**2 * np.square(wanted).mean()
+
+
+def test_more_tokens_than_learned_positions_are_refused():
+    base = open_base(FOLDER / "gpt2")
+    model = load_decoder(base, config_of(base))
+    with pytest.raises(UserError, match=r"tokens have shape \(1, 68\): expected at most 64, the"):
+        model(np.ones((1, 68), np.int32))
+
+
 def test_heads_of_keys_that_a_mesh_cannot_split_are_refused():
     base = open_base(FOLDER / "qwen3")
     with pytest.raises(UserError, match="num_kv_heads 1 cannot be split over mesh axis tensor=2"):
