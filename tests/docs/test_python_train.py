@@ -1,5 +1,6 @@
 """docs/python.md, section "Train": its code runs, and trains what it says."""
 
+import json
 import pathlib
 import re
 import shutil
@@ -7,10 +8,12 @@ import shutil
 import numpy as np
 import pytest
 
+from launch import evaluate
 from launch.runs import trained_run
 from retro_jax.train.checkpoint import latest_step
 from retro_jax.train.curves import read_curve
 from retro_jax.train.record import recorded_parents
+from tests.launch.trained import call
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "python.md"
 _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -49,3 +52,13 @@ def test_a_hook_stops_a_run_and_the_model_is_used(names):
     assert list(values["norms"]) == [5, 10]
     assert values["logits"].shape == (8, 128, values["data"].vocab_size)
     assert np.isfinite(values["logits"]).all()
+
+
+def test_the_scores_are_those_of_the_command(names):
+    values, workdir = names
+    assert call(evaluate.main, f"--workdir={workdir}", "--retrieval=on") == 0
+    results = json.loads((workdir / "evaluation" / "test.json").read_text())["on"]["corpora"]
+    assert values["scores"].keys() == results.keys()
+    for corpus, score in values["scores"].items():
+        expected = results[corpus]["bits_per_byte"]
+        assert score.bits_per_byte == pytest.approx(expected, rel=1e-5)
