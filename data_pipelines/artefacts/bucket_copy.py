@@ -89,8 +89,8 @@ class Bucket:
         root = f"{self._root}/{place}"
         with self._telling(place):
             self._files.invalidate_cache()
-            found = self._files.find(root) if self._files.exists(root) else []
-        return sorted(name.partition(f"{root.lstrip('/')}/")[2] for name in found)
+            paths = self._files.find(root) if self._files.exists(root) else []
+        return sorted(name.partition(f"{root.lstrip('/')}/")[2] for name in paths)
 
     def get(self, name: str, path: pathlib.Path) -> None:
         """Copies an object to a file."""
@@ -170,13 +170,13 @@ def stage(
         )
     left_out = [shard.name for shard in manifest.shards if not wanted(shard.name)]
     missing = [s for s in manifest.shards if wanted(s.name) and not _is_whole(folder / s.name, s)]
-    told = files.to_json({"source": source, "left_out": left_out})
+    description = files.to_json({"source": source, "left_out": left_out})
     record = folder / STAGED_FILE
-    if copied.is_file() and not missing and record.is_file() and record.read_bytes() == told:
+    if copied.is_file() and not missing and record.is_file() and record.read_bytes() == description:
         return manifest
     with files.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(record, told)
+    files.write_atomically(record, description)
     sizes = sum(shard.size for shard in manifest.shards if wanted(shard.name))
     _copy(bucket, place, folder, missing, sizes)
     files.write_atomically(copied, data)
@@ -184,14 +184,14 @@ def stage(
 
 
 def _copy(
-    bucket: Bucket, place: str, folder: pathlib.Path, missing: list[Shard], size: int
+    bucket: Bucket, artefact: str, folder: pathlib.Path, missing: list[Shard], size: int
 ) -> None:
     """Copies an artefact's missing shards, with a bar of the bytes of all that are wanted."""
-    inside = f"{place}/" if place else ""
+    inside = f"{artefact}/" if artefact else ""
     bar = tqdm(
         total=size,
         initial=size - sum(shard.size for shard in missing),
-        desc=f"staging {bucket.url}/{place}".rstrip("/"),
+        desc=f"staging {bucket.url}/{artefact}".rstrip("/"),
         unit="B",
         unit_scale=True,
         mininterval=1,

@@ -120,15 +120,15 @@ class Manifest:
         manifest = cls.read(directory)
         if manifest.kind != kind:
             raise UserError(f"{folder} holds {manifest.kind!r}: expected {kind!r}")
-        for role, (parent, place) in (parents or {}).items():
+        for role, (parent, origin) in (parents or {}).items():
             recorded = manifest.parents.get(role)
             if recorded is None:
                 raise UserError(
-                    f"{folder} was not made from any {role!r}: expected that of {place}"
+                    f"{folder} was not made from any {role!r}: expected that of {origin}"
                 )
             if recorded != parent.hash:
                 raise UserError(
-                    f"{folder} and {place} do not belong together: expected {role} {recorded[:12]},"
+                    f"{folder} and {origin} do not belong together: expected {role} {recorded[:12]},"
                     f" found {parent.hash[:12]}"
                 )
         staged = folder / STAGED_FILE
@@ -354,21 +354,23 @@ class Stage:
         if self.done:
             return self.manifest()
         self._begin_anew()
-        place = self.directory
-        folder = place.parent / f"{files.TEMPORARY}{place.name}-{os.getpid()}-{os.urandom(4).hex()}"
+        target = self.directory
+        folder = (
+            target.parent / f"{files.TEMPORARY}{target.name}-{os.getpid()}-{os.urandom(4).hex()}"
+        )
         try:
-            with files.writing(place, folder):
+            with files.writing(target, folder):
                 folder.mkdir()
                 self._write_whole(folder, writer, facts)
-                (place / STAGE_FILE).unlink(missing_ok=True)
-                os.rename(folder, place)  # nothing is lost: it fails unless the directory is empty
-                files.sync_folder(place.parent)
+                (target / STAGE_FILE).unlink(missing_ok=True)
+                os.rename(folder, target)  # nothing is lost: it fails unless the directory is empty
+                files.sync_folder(target.parent)
         except Exception:
             if not self.done:  # by another builder, who may have cleared this one's files away too
                 raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        for path in place.parent.glob(f"{files.TEMPORARY}{place.name}-*"):  # of killed builders
+        for path in target.parent.glob(f"{files.TEMPORARY}{target.name}-*"):  # of killed builders
             shutil.rmtree(path, ignore_errors=True)
         return self.manifest()
 

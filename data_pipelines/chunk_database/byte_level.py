@@ -132,8 +132,8 @@ def read_tokenizer_json(path: pathlib.Path) -> Vocabulary:
     for token in added:
         token |= {"lstrip": False, "rstrip": False}
         if loaded.token_to_id(token["content"]) != token["id"]:
-            found = loaded.token_to_id(token["content"])
-            rule = f"expected {found}, the next after the others"
+            token_id = loaded.token_to_id(token["content"])
+            rule = f"expected {token_id}, the next after the others"
             raise UserError(f"{path}: {token['content']!r} has id {token['id']}: {rule}")
     fields["added_tokens"] = added
     return _vocabulary(path, fields)

@@ -103,8 +103,8 @@ def prepare_chunks(
         None if leakage_directory is None else files.absolute(leakage_directory),
     )
     missing = [i for i, pair in enumerate(names) if stage.missing(pair)]
-    held = kept_counts(documents, leakage)
-    run_counted(runner, work, missing, held, what="chunks", unit="document")
+    counts = kept_counts(documents, leakage)
+    run_counted(runner, work, missing, counts, what="chunks", unit="document")
     return _finish(stage, names)
 
 
@@ -133,11 +133,11 @@ class ChunkShard:
         stage = Stage.attach(self.directory)
         tokenizer = Tokenizer.open(self.tokenizer_directory, threads=self.threads)
         manifest = Manifest.read(self.documents_directory)
-        place = self.leakage_directory
-        held = kept_counts(manifest, None if place is None else Manifest.read(place))
+        leakage = self.leakage_directory
+        held = kept_counts(manifest, None if leakage is None else Manifest.read(leakage))
         first = sum(held[:index])
         rows, counts, records = [np.zeros((0, CHUNK_LENGTH), stage.settings["dtype"])], [], []
-        for batch in _batches(kept_documents(self.documents_directory, index, place)):
+        for batch in _batches(kept_documents(self.documents_directory, index, leakage)):
             for document, ids in zip(
                 batch, tokenizer.encode_batch([d.text for d in batch]), strict=True
             ):
@@ -258,14 +258,16 @@ class ChunkDatabase:
         if not ranges:
             return np.full(np.shape(ids), "")
         starts, stops, names = (np.array(column) for column in zip(*ranges))
-        place = np.maximum(np.searchsorted(starts, ids, side="right") - 1, 0)
-        return np.where((ids >= starts[place]) & (ids < stops[place]), names[place], "")
+        range_index = np.maximum(np.searchsorted(starts, ids, side="right") - 1, 0)
+        return np.where(
+            (ids >= starts[range_index]) & (ids < stops[range_index]), names[range_index], ""
+        )
 
     def is_removed(self, documents: np.ndarray) -> np.ndarray:
         """[...] bool: which of the documents [...] were removed; -1 was not."""
         places = np.searchsorted(self.removed, documents)
-        found = np.append(self.removed, -2)[places]
-        return found == documents
+        candidates = np.append(self.removed, -2)[places]
+        return candidates == documents
 
     def live_documents(self, ids: np.ndarray) -> np.ndarray:
         """[...] int64: as `documents`, but -1 for those of removed documents too."""
@@ -386,7 +388,7 @@ class _Totals:
 def _finish(stage: Stage, names: list[tuple[str, str]]) -> Manifest:
     """Gathers documents.jsonl and the facts from what the shards recorded."""
     totals = _Totals()
-    held = []
+    counts = []
 
     def write(file: BinaryIO) -> None:
         for chunks, _ in names:
@@ -396,7 +398,7 @@ def _finish(stage: Stage, names: list[tuple[str, str]]) -> Manifest:
                 totals.add(record, tokens)
                 line = json.dumps(vars(record), ensure_ascii=False)
                 file.write(line.encode() + b"\n")
-            held.append(totals.chunks - before)
+            counts.append(totals.chunks - before)
 
     stage.write_file(RECORDS_FILE, write)
     positions = totals.chunks * CHUNK_LENGTH
@@ -405,7 +407,7 @@ def _finish(stage: Stage, names: list[tuple[str, str]]) -> Manifest:
         "chunks": totals.chunks,
         "tokens": totals.tokens,
         "padding": 1 - totals.tokens / positions if positions else 0.0,
-        "shards": held,
+        "shards": counts,
         "corpora": totals.corpora,
     }
     order = [chunks for chunks, _ in names] + [owners for _, owners in names]

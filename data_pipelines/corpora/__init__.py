@@ -151,14 +151,14 @@ def _records(config: CorpusConfig, file: SourceFile, reading: Reading) -> Iterat
 
 def check_reading(config: CorpusConfig, reading: Reading) -> None:
     """Raises unless a corpus that was read to its end held what was expected."""
-    place = config.path or f"the {config.kind} corpus"
+    source = config.path or f"the {config.kind} corpus"
     unknown = sorted(set(config.labels or ()) - set(reading.labels))
     if unknown:
-        held = ", ".join(sorted(reading.labels)) or "none"
+        labels = ", ".join(sorted(reading.labels)) or "none"
         raise UserError(
-            f"corpus {config.name!r}: {place} has no label {unknown[0]!r}: expected some of {held}"
+            f"corpus {config.name!r}: {source} has no label {unknown[0]!r}: expected some of {labels}"
         )
     if not reading.counts["documents"]:
         raise UserError(
-            f"corpus {config.name!r}: {place} holds no documents: expected at least one"
+            f"corpus {config.name!r}: {source} holds no documents: expected at least one"
         )

@@ -99,15 +99,15 @@ class CorpusConfig:
         for field in ("max_documents", "max_bytes"):
             value = getattr(self, field)
             require(value is None or value > 0, self, field, "a positive number, or None for all")
-        known = ("refuse", "keep_first")
-        require(self.repeated_ids in known, self, "repeated_ids", f"one of {known}")
+        choices = ("refuse", "keep_first")
+        require(self.repeated_ids in choices, self, "repeated_ids", f"one of {choices}")
         # Which of equal texts is kept would depend on documents that are not.
         refused = self.repeated_ids == "refuse" or not self.drops_duplicates
         require(refused, self, "repeated_ids", "'refuse' where duplicates are dropped")
         cut = self.label_field is None or self.kind in LABELLED_KINDS
         require(cut, self, "label_field", f"None for the kind {self.kind!r}")
-        chosen = self.labels is None or bool(self.labels and self.label_path)
-        require(chosen, self, "labels", "None, or some labels of a corpus with a label_field")
+        is_valid = self.labels is None or bool(self.labels and self.label_path)
+        require(is_valid, self, "labels", "None, or some labels of a corpus with a label_field")
         require(self.split in (None, *SPLITS), self, "split", f"None or one of {SPLITS}")
 
     @property

@@ -79,10 +79,10 @@ class Reading:
 
     def _spell(self, label: str, name: str) -> None:
         """Remembers how a label was spelt; refuses two labels of one short form."""
-        known = self.spellings.setdefault(label, name)
-        if known != name:
+        first = self.spellings.setdefault(label, name)
+        if first != name:
             raise UserError(
-                f"the labels {known!r} and {name!r} are both written {label!r}: expected labels"
+                f"the labels {first!r} and {name!r} are both written {label!r}: expected labels"
                 " that differ in more than case, spaces and points"
             )
 

@@ -56,15 +56,15 @@ def find_files(root: str, config: CorpusConfig) -> Iterator[SourceFile]:
       UserError: there is no such folder, no file in it that the patterns take, or no package that
         reads such URLs.
     """
-    found = False
+    has_files = False
     for file in _find(root, config):
-        found = True
+        has_files = True
         yield file
-    if not found and config.include is None and config.kind in FORMS:
+    if not has_files and config.include is None and config.kind in FORMS:
         for file in _find(root, dataclasses.replace(config, include=FORMS[config.kind])):
-            found = True
+            has_files = True
             yield file
-    if not found:
+    if not has_files:
         patterns = ", ".join(config.included)
         other = next(_find(root, dataclasses.replace(config, include=("*",))), None)
         more = (

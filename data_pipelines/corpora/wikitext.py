@@ -103,7 +103,7 @@ def _neighbour(file: SourceFile, step: int) -> SourceFile | None:
     if number < 0:
         return None
     width = len(name["number"])
-    names = [f"{found['before']}{number:0{width}d}{found['after']}" for found in (name, path)]
+    names = [f"{match['before']}{number:0{width}d}{match['after']}" for match in (name, path)]
     other = dataclasses.replace(file, name=names[0], path=names[1])
     return other if is_there(other) else None
 

@@ -174,8 +174,8 @@ def _list(folder: pathlib.Path, corpus: CorpusConfig, sorting: Sorting) -> None:
                 starts[-1] = (starts[-1][0], size, count)
         read = dataclasses.replace(corpus, repeated_ids="refuse")  # it matters after reading
         identity = files.plain([_FORMAT, read, sorting, digest.hexdigest()])
-        known = folder / _IDENTITY
-        if known.is_file() and files.read_json(known)["identity"] == identity:
+        record = folder / _IDENTITY
+        if record.is_file() and files.read_json(record)["identity"] == identity:
             return
         for path in folder.iterdir():
             if path != temporary:
@@ -187,7 +187,7 @@ def _list(folder: pathlib.Path, corpus: CorpusConfig, sorting: Sorting) -> None:
         array = np.array(starts, np.int64)
         files.write_hashed(temporary, lambda file: np.save(file, array))
         temporary.rename(folder / _STARTS)
-    files.write_atomically(known, files.to_json({"identity": identity}))
+    files.write_atomically(record, files.to_json({"identity": identity}))
 
 
 def _listed(folder: pathlib.Path, portion: int) -> Iterator[SourceFile]:

@@ -337,20 +337,20 @@ def _read_weights(config: BertConfig, path: Path, weights: Any) -> dict[str, np.
     axes = _axes(config)
 
     def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        found = prefix + name
+        key = prefix + name
         for new, old in _OLDER.items():
-            if found not in names and found.endswith(new):
-                found = found.removesuffix(new) + old
-        if found not in names:
+            if key not in names and key.endswith(new):
+                key = key.removesuffix(new) + old
+        if key not in names:
             raise UserError(f"{path}: no weight {prefix + name}: expected one of shape {shape}")
-        stored = tuple(weights.get_slice(found).get_shape())
+        stored = tuple(weights.get_slice(key).get_shape())
         if stored != shape:
             raise UserError(
-                f"{path}: weight {found} has shape {stored}: expected {shape} by config.json"
+                f"{path}: weight {key} has shape {stored}: expected {shape} by config.json"
             )
-        value = np.asarray(weights.get_tensor(found), np.float32)
+        value = np.asarray(weights.get_tensor(key), np.float32)
         if not np.isfinite(value).all():
-            raise UserError(f"{path}: weight {found} is not finite: expected numbers")
+            raise UserError(f"{path}: weight {key} is not finite: expected numbers")
         return value
 
     values = {

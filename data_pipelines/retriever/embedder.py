@@ -56,8 +56,8 @@ def find_model(name_or_folder: str | Path) -> Path:
     if name not in PACKAGED_MODELS:
         folder = Path(name)
         if not folder.is_dir():
-            known = ", ".join(PACKAGED_MODELS)
-            raise UserError(f"BERT {name!r}: no such folder: expected one, or a name of {known}")
+            names = ", ".join(PACKAGED_MODELS)
+            raise UserError(f"BERT {name!r}: no such folder: expected one, or a name of {names}")
         return folder
     package, inner = PACKAGED_MODELS[name]
     try:

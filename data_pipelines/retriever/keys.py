@@ -254,8 +254,8 @@ class KeysOf:
         """[...] int64 chunk ids at places [...]; -1 for -1."""
         ids = self._ids
         at = np.maximum(places, 0)
-        found = ids.start + at if isinstance(ids, range) else ids[at]
-        return np.where(places < 0, -1, found)
+        numbers = ids.start + at if isinstance(ids, range) else ids[at]
+        return np.where(places < 0, -1, numbers)
 
 
 class BlockSource(grain.sources.RandomAccessDataSource):

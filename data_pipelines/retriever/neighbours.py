@@ -112,16 +112,16 @@ def prepare_neighbours(
         _check_alike(queries, retriever.keys)
     names = [_shard_names(i) for i in range(len(chunks.shards))]
     missing = [i for i, pair in enumerate(names) if stage.missing(pair)]
-    own = OwnDocuments(chunks, retriever.database)
-    work = NeighbourShard(files.absolute(directory), queries, retriever, k, own, base)
+    owners = OwnDocuments(chunks, retriever.database)
+    work = NeighbourShard(files.absolute(directory), queries, retriever, k, owners, base)
     sizes = [len(ids) for ids in chunks.shards]
     if len(retriever.search.parts) > 1:
         parts = range(len(retriever.search.parts))
         pairs = [(s, q) for s in parts for q in work.asks(s, missing)]
-        found = [i for i, pair in enumerate(pairs) if not work.found_path(*pair).is_file()]
+        searches = [i for i, pair in enumerate(pairs) if not work.found_path(*pair).is_file()]
         search = FindShard(work, tuple(pairs))
         of_pairs = [sizes[q] for _, q in pairs]
-        run_counted(runner, search, found, of_pairs, what="candidates", unit="chunk")
+        run_counted(runner, search, searches, of_pairs, what="candidates", unit="chunk")
     run_counted(runner, work, missing, sizes, what="neighbours", unit="chunk")
     ordered = [ids for ids, _ in names] + [scores for _, scores in names]
     facts = _facts(stage, names, work, recall_queries)
@@ -183,8 +183,8 @@ class NeighbourTable:
         Raises:
           UserError: none there, damaged, or one of other databases; it names the directories.
         """
-        given = {"chunks": queries, "database": retrieval}
-        parents = {role: (db.manifest, db.directory) for role, db in given.items() if db}
+        databases = {"chunks": queries, "database": retrieval}
+        parents = {role: (db.manifest, db.directory) for role, db in databases.items() if db}
         return cls(directory, Manifest.open(directory, KIND, parents, verify))
 
     @classmethod
@@ -196,8 +196,8 @@ class NeighbourTable:
         Raises:
           UserError: none there, damaged, or one of other databases; it names the directories.
         """
-        place = folder_of(workdir, database.manifest.revision) / KIND / split
-        return cls.open(place, queries, database)
+        path = folder_of(workdir, database.manifest.revision) / KIND / split
+        return cls.open(path, queries, database)
 
     def __reduce__(self) -> tuple[Callable[..., "NeighbourTable"], tuple[str, Manifest]]:
         """Pickles by its place, so that worker processes map the files themselves."""
@@ -279,14 +279,14 @@ class NeighbourShard:
         """Writes shard `index`; returns its number of rows."""
         stage = Stage.attach(self.directory)
         parts = self.retriever.search.parts
-        asked = [s for s in range(len(parts)) if self.asks(s, [index])]
+        numbers = [s for s in range(len(parts)) if self.asks(s, [index])]
         if len(parts) > 1:
-            found = [read_found(self.found_path(s, index)) for s in asked]
+            results = [read_found(self.found_path(s, index)) for s in numbers]
         else:
-            found = [self.find(parts[s], index, report) for s in asked]
+            results = [self.find(parts[s], index, report) for s in numbers]
         if self._is_old(index):
-            found.append(self._kept(index))
-        ids, scores = self._ranked(index, found)
+            results.append(self._kept(index))
+        ids, scores = self._ranked(index, results)
         rows, count = len(ids), 0
         for block in self._blocks(index):
             count += int(self.retriever.search.has_text(StoredChunks(self.queries, block)).sum())
@@ -294,7 +294,7 @@ class NeighbourShard:
         facts = {"queries": count, "filled": (ids >= 0).sum(0).tolist()}
         stage.write_array(names[1], scores)
         stage.write_array(names[0], ids, facts)
-        if len(parts) > 1 or not asked:
+        if len(parts) > 1 or not numbers:
             report(rows)
         return rows
 
@@ -302,12 +302,15 @@ class NeighbourShard:
         """The table's rows of query shard `index`, from what each part of the database found."""
         search, rows = self.retriever.search, len(self.database.shards[index])
         ids, scores = np.empty((rows, self.k), np.int64), np.empty((rows, self.k), np.float32)
-        place, found = 0, search.merged(parts, self.k)
+        offset, results = 0, search.merged(parts, self.k)
         for block in self._blocks(index):
-            part = slice(place, place + len(block))
-            of_block, chunks = (found[0][part], found[1][part]), StoredChunks(self.queries, block)
+            part = slice(offset, offset + len(block))
+            of_block, chunks = (
+                (results[0][part], results[1][part]),
+                StoredChunks(self.queries, block),
+            )
             ids[part], scores[part] = search.ranked(of_block, chunks, self.k)
-            place += len(block)
+            offset += len(block)
         return ids, scores
 
     @property
@@ -351,11 +354,11 @@ class NeighbourShard:
         ids, scores = np.where(lost, -1, ids), np.where(lost, np.inf, scores).astype(np.float32)
         rows = np.flatnonzero(lost.any(1))
         if len(rows):
-            own, keys, found = self.own.of(chunks[rows]), self.queries.rows(chunks[rows]), []
+            own, keys, results = self.own.of(chunks[rows]), self.queries.rows(chunks[rows]), []
             for shard in self.retriever.index.shards:
-                found.append(shard.search(keys, self.k, own))
+                results.append(shard.search(keys, self.k, own))
                 shard.release()
-            ids[rows], scores[rows] = merge(found, self.k)
+            ids[rows], scores[rows] = merge(results, self.k)
         return ids, scores
 
     def _blocks(self, index: int) -> Iterator[np.ndarray]:
@@ -374,8 +377,12 @@ class NeighbourShard:
         _, truth = search.truth(StoredChunks(self.queries, ids), self.k, self.own.of(ids))
         bounds = np.cumsum([0] + [len(shard) for shard in table])
         shards = np.searchsorted(bounds, ids, side="right") - 1
-        held = [table[shard][i - bounds[shard]] for shard, i in zip(shards, ids, strict=True)]
-        share = recall(np.reshape(held, truth.shape), truth, self.retriever.ranking.by_terms)
+        table_scores = [
+            table[shard][i - bounds[shard]] for shard, i in zip(shards, ids, strict=True)
+        ]
+        share = recall(
+            np.reshape(table_scores, truth.shape), truth, self.retriever.ranking.by_terms
+        )
         return {"k": self.k, "queries": len(ids), "recall": share}
 
 
@@ -394,9 +401,9 @@ class FindShard:
         shards = self.work.retriever.search.parts
         for other in shards[:s]:
             other.release()
-        found = self.work.find(shards[s], q, report)
-        files.write_arrays(self.work.found_path(s, q), found)
-        return len(found[0])
+        results = self.work.find(shards[s], q, report)
+        files.write_arrays(self.work.found_path(s, q), results)
+        return len(results[0])
 
 
 def read_found(path: pathlib.Path) -> Found:
@@ -468,10 +475,10 @@ def _same_corpus(stage: Stage, names: list[str], work: NeighbourShard) -> float:
     queries, database = work.database, work.retriever.database
     tables = [np.load(stage.directory / name, mmap_mode="r") for name in names]
     rows = sample_ids(len(queries), _SOURCE_ROWS)
-    found = np.empty((len(rows), work.k), np.int64)
-    gather(tables, bounds_of(tables), rows, found)
-    same = database.corpus_of(found) == queries.corpus_of(rows)[:, None]
-    there = found >= 0
+    neighbours = np.empty((len(rows), work.k), np.int64)
+    gather(tables, bounds_of(tables), rows, neighbours)
+    same = database.corpus_of(neighbours) == queries.corpus_of(rows)[:, None]
+    there = neighbours >= 0
     return float(same[there].mean()) if there.any() else 0.0
 
 

@@ -56,9 +56,9 @@ def clear_unfinished(workdir: Path) -> None:
 
     What --append began stays: documents are its first stage, and the next run resumes there.
     """
-    place = folder_of(workdir, latest(workdir) + 1)
-    if place.is_dir() and not (place / "documents").exists():
-        shutil.rmtree(place)
+    folder = folder_of(workdir, latest(workdir) + 1)
+    if folder.is_dir() and not (folder / "documents").exists():
+        shutil.rmtree(folder)
 
 
 def find(workdir: Path, digest: str) -> int:
@@ -92,16 +92,16 @@ def open_database(
         return base
     parts, previous = [base], base.manifest
     for r in range(1, revision + 1):
-        place = folder_of(folder, r)
-        manifest = Manifest.open(place / KIND, KIND, verify=verify)
+        path = folder_of(folder, r)
+        manifest = Manifest.open(path / KIND, KIND, verify=verify)
         if manifest.parents["previous"] != previous.hash:
             raise UserError(
-                f"{place / KIND} and {folder_of(folder, r - 1)} do not belong together: expected the"
+                f"{path / KIND} and {folder_of(folder, r - 1)} do not belong together: expected the"
                 f" revision that it was made on"
             )
         if "chunks" in manifest.parents:
-            part = ChunkDatabase.open(place / "chunks" / "train", verify=verify)
-            _check_parent(manifest, "chunks", place / KIND, part.manifest, part.directory)
+            part = ChunkDatabase.open(path / "chunks" / "train", verify=verify)
+            _check_parent(manifest, "chunks", path / KIND, part.manifest, part.directory)
             parts.append(part)
         previous = manifest
     return JoinedDatabase(folder_of(folder, revision) / KIND, previous, parts)
@@ -268,16 +268,16 @@ def numbers_of(database: ChunkDatabase, names: Iterable[tuple[str, str]]) -> lis
     Raises:
       UserError: the database never had such a document.
     """
-    wanted, numbers = set(names), []
-    left = set(wanted)
+    targets, numbers = set(names), []
+    rest = set(targets)
     for number, record in enumerate(database.records()):
         name = (record.corpus, record.id)
-        if name in wanted:
-            left.discard(name)
+        if name in targets:
+            rest.discard(name)
             if not database.is_removed(np.array(number)):
                 numbers.append(number)
-    if left:
-        corpus, missing = min(left)
+    if rest:
+        corpus, missing = min(rest)
         raise UserError(
             f"{database.directory} holds no document {missing!r} of the corpus {corpus!r}: expected one"
             f" of its {database.num_documents - len(database.removed)} documents"
@@ -297,11 +297,11 @@ def _corpora(
         first = sum(map(len, parts[:-1]))
         for name, fact in added.manifest.fact("corpora").items():
             ranges = [[a + first, b + first] for a, b in fact["ranges"]]
-            known = corpora.setdefault(name, {"ranges": []})
-            known["ranges"] += ranges
+            entry = corpora.setdefault(name, {"ranges": []})
+            entry["ranges"] += ranges
             for field in _SUMS:
                 if field in fact:
-                    known[field] = known.get(field, 0) + fact[field]
+                    entry[field] = entry.get(field, 0) + fact[field]
     for number in removed.tolist():
         record = previous.record(number)
         fact = corpora[record.corpus]
@@ -339,18 +339,18 @@ def _joined(
     return Manifest(first.format_version, kind, first.settings, (), parents, dict(facts), revision)
 
 
-def _beside(part: ChunkDatabase, place: str) -> pathlib.Path:
+def _beside(part: ChunkDatabase, name: str) -> pathlib.Path:
     """Another directory of the revision that a part is of: chunks/train stands beside it."""
-    return part.directory.parent.parent / place
+    return part.directory.parent.parent / name
 
 
 def _check_parent(
-    manifest: Manifest, role: str, place: Path, parent: Manifest, directory: Path
+    manifest: Manifest, role: str, path: Path, parent: Manifest, directory: Path
 ) -> None:
     """Raises unless a directory was made from another."""
     if manifest.parents.get(role) != parent.hash:
         raise UserError(
-            f"{place} and {directory} do not belong together: expected {role}"
+            f"{path} and {directory} do not belong together: expected {role}"
             f" {manifest.parents.get(role, 'none')[:12]}, found {parent.hash[:12]}"
         )
 
