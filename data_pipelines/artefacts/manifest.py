@@ -9,8 +9,8 @@ order of writing is what makes a killed run safe:
     NAME                  the shard, renamed into place
     manifest.json         last; then stage.json and .shards are removed
 
-so a shard that stands under its own name is whole, and a directory with a manifest is complete.
-Nothing written holds a time, a host name or an absolute path. Nothing is deleted on a mismatch.
+so a shard under its own name is whole, and a directory with a manifest is complete.
+No file contains a time, a host name or an absolute path. Nothing is deleted on a mismatch.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ class Manifest:
 
     Attributes:
       format_version: FORMAT_VERSION of the code that wrote it.
-      kind: what it holds: "documents", "tokenizer", "chunks", "keys", "index", "neighbours".
+      kind: its content: "documents", "tokenizer", "chunks", "keys", "index", "neighbours".
       settings: everything the bytes depend on, as plain JSON.
       shards: every file, in the order in which they are read.
       parents: role (mostly the parent's kind) -> the hash of that parent's manifest.
@@ -87,8 +87,10 @@ class Manifest:
     def fact(self, name: str) -> Any:
         """One measured fact; a UserError if this artefact does not state it."""
         if name not in self.facts:
-            known = ", ".join(sorted(self.facts)) or "none"
-            raise UserError(f"the {self.kind} manifest states no {name!r}: expected one of {known}")
+            choices = ", ".join(sorted(self.facts)) or "none"
+            raise UserError(
+                f"the {self.kind} manifest states no {name!r}: expected one of {choices}"
+            )
         return self.facts[name]
 
     def shard_names(self, prefix: str = "", suffix: str = "") -> list[str]:
@@ -108,7 +110,7 @@ class Manifest:
 
         Args:
           directory: the stage's output.
-          kind: what it must hold.
+          kind: the kind that it must have.
           parents: role -> (manifest, directory) of artefacts that it must have been made from.
           verify: also hash every shard again.
 
@@ -192,15 +194,15 @@ class Stage:
 
         Args:
           directory: made if it is not there.
-          kind: what it will hold.
+          kind: the kind of its content.
           settings: a mapping or a dataclass of everything the bytes depend on.
           parents: role -> (manifest, directory) of what it is made from.
-          claim: False leaves the directory as it is until `claim` is called, for a stage that wants to
-            know that its input is good before anything stands on the disk.
+          claim: False leaves the directory as it is until `claim` is called, for a stage that
+            checks its input before anything is written.
 
         Raises:
-          UserError: the directory is of another kind, other settings or other parents (it says which,
-            old -> new), or holds files of nobody's stage.
+          UserError: the directory has another kind, other settings or other parents (the message says
+            which, old -> new), or contains files of no stage.
         """
         self.directory = pathlib.Path(directory)
         self.kind = kind
@@ -435,7 +437,7 @@ class Stage:
             )
 
     def _record(self, name: str) -> dict[str, Any] | None:
-        """Size, hash and facts of a shard that stands in its place; None if it does not."""
+        """Size, hash and facts of a shard that is in place; None otherwise."""
         path = self.directory / RECORDS_FOLDER / f"{name}.json"
         if not (path.is_file() and (self.directory / name).is_file()):
             return None

@@ -110,7 +110,7 @@ class _Corpus:
           tickets: [n] int64.
 
         Returns:
-          ids [n, l] int64, -1 for padding; and [n, l] bool, whether a chunk lies past the seam.
+          ids [n, l] int64, -1 for padding; and [n, l] bool, whether a chunk is past the seam.
         """
         epochs, sequences = np.divmod(tickets, self.sequences)
         distinct, inverse = np.unique(epochs, return_inverse=True)
@@ -148,7 +148,7 @@ class Batches:
           retrieval: the database that the table's ids point into.
 
         Raises:
-          UserError: a corpus that the database does not hold, more neighbours than the table holds,
+          UserError: a corpus that is not in the database, more neighbours than the table has,
             or artefacts that do not belong together.
         """
         self.config = config
@@ -332,7 +332,7 @@ def _corpus_names(mixture: Mapping[str, float] | None, database: ChunkDatabase) 
 def _check_table(
     k: int, database: ChunkDatabase, table: NeighbourTable | None, retrieval: ChunkDatabase | None
 ) -> None:
-    """Raises unless the table is of these databases and holds k neighbours."""
+    """Raises unless the table belongs to these databases and has k neighbours."""
     if table is None or retrieval is None:
         raise UserError(f"BatchConfig.neighbours is {k}: expected a neighbour table, or 0")
     if k > table.k:

@@ -5,7 +5,7 @@ chunk database's, one part after the other:
 
     tokens [N] | targets [N] | documents [C] int32 | corpus int32 | neighbours [C, K, R]
 
-so a record is read by its number alone, and holds what `Batches.rows` would have made, bit for bit.
+so a record is read by its number alone, and contains the rows that `Batches.rows` would make, bit for bit.
 """
 
 import dataclasses
@@ -242,7 +242,7 @@ class MaterialisedBatches(Batches):
         return dataclasses.replace(batch, neighbours=batch.neighbours[:, :, :k])
 
     def _document_id(self, number: int) -> str:
-        """Records hold numbers only."""
+        """Records contain numbers only."""
         return f"number {number} of the chunk database"
 
     def _reader(self, index: int) -> Any:

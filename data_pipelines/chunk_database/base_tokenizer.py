@@ -58,7 +58,7 @@ class _Source:
       bos, pad: ids, or None. eos: the id that ends a document. adds_bos: whether the base puts bos
         before a text.
       reserved: ids that are not padding, whatever the base says: its own bos and eos.
-      spelt: byte -> the special token's id that stands for it.
+      spelt: byte -> the id of the special token that encodes it.
     """
 
     path: pathlib.Path

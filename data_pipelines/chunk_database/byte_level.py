@@ -224,7 +224,7 @@ def _is_byte_level(pre_tokenizer: Any) -> bool:
 
 @functools.cache
 def _characters() -> dict[int, str]:
-    """byte -> the character that stands for it: itself if printable, else one from U+0100 on."""
+    """byte -> the character that represents it: itself if printable, else one from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {

@@ -1,7 +1,7 @@
 """Documents cut into chunks of 64 tokens, each of one document, and the database that reads them.
 
 bos text eos          t0 .. t63 | t64 .. t127 | t128 eos pad .. pad       a document of three chunks
-value of chunk i      chunk i and its continuation: chunk i + 1 if it is of the same document,
+value of chunk i      chunk i and its continuation: chunk i + 1 if it belongs to the same document,
                       else padding
 """
 
@@ -109,7 +109,7 @@ def prepare_chunks(
 
 
 def token_dtype(ids: int) -> type[np.unsignedinteger]:
-    """The smallest of uint16 and uint32 that holds ids in [0, ids)."""
+    """The smallest of uint16 and uint32 that represents ids in [0, ids)."""
     return np.uint16 if ids <= 1 << 16 else np.uint32
 
 
@@ -129,13 +129,13 @@ class ChunkShard:
     leakage_directory: str | None = None
 
     def __call__(self, index: int, report: Callable[[int], object] = silent) -> int:
-        """Writes shard `index`; returns its number of chunks. `report` is told of documents."""
+        """Writes shard `index`; returns its number of chunks. `report` receives counts of documents."""
         stage = Stage.attach(self.directory)
         tokenizer = Tokenizer.open(self.tokenizer_directory, threads=self.threads)
         manifest = Manifest.read(self.documents_directory)
         leakage = self.leakage_directory
-        held = kept_counts(manifest, None if leakage is None else Manifest.read(leakage))
-        first = sum(held[:index])
+        shard_counts = kept_counts(manifest, None if leakage is None else Manifest.read(leakage))
+        first = sum(shard_counts[:index])
         rows, counts, records = [np.zeros((0, CHUNK_LENGTH), stage.settings["dtype"])], [], []
         for batch in _batches(kept_documents(self.documents_directory, index, leakage)):
             for document, ids in zip(
@@ -147,11 +147,11 @@ class ChunkShard:
                 measures = [len(text.encode()), len(text.split()), text.count("\n")]
                 records.append([document.id, document.corpus, counts[-1], len(ids) + 2, *measures])
             report(len(batch))
-        if len(records) != held[index]:
+        if len(records) != shard_counts[index]:
             path = pathlib.Path(self.documents_directory) / manifest.shards[index].name
-            raise UserError(f"{path} has {len(records)} documents: expected {held[index]}")
+            raise UserError(f"{path} has {len(records)} documents: expected {shard_counts[index]}")
         chunks, owners = _shard_names(index)
-        wide = np.int32 if sum(held) < 1 << 31 else np.int64
+        wide = np.int32 if sum(shard_counts) < 1 << 31 else np.int64
         every = np.arange(first, first + len(counts), dtype=wide)
         numbers = np.repeat(every, np.array(counts, np.int64))
         stage.write_array(owners, numbers)
@@ -235,7 +235,7 @@ class ChunkDatabase:
         return self.values(np.array([i]))[0]
 
     def document(self, i: int) -> int:
-        """The number of the document that chunk i is of."""
+        """The number of the document that contains chunk i."""
         return int(self.documents(np.array([i]))[0])
 
     def chunks(self, ids: np.ndarray) -> np.ndarray:
@@ -251,7 +251,7 @@ class ChunkDatabase:
         return self._gather(self._owners, ids, -1, (), np.int64)
 
     def corpus_of(self, ids: np.ndarray) -> np.ndarray:
-        """[...] names of the corpora that chunks `ids` [...] are of; empty for -1 and removed ones."""
+        """[...] names of the corpora of chunks `ids` [...]; empty for -1 and removed ones."""
         ranges = sorted(
             (r.start, r.stop, name) for name, held in self.corpora.items() for r in held if r
         )

@@ -105,11 +105,11 @@ def byte_level_model(text: str, path: pathlib.Path) -> Any:
 def sentencepiece_bytes(
     model: sentencepiece.SentencePieceProcessor, characters: Mapping[str, str] | None = None
 ) -> list[bytes]:
-    """The UTF-8 bytes that each piece stands for; none for control and unknown pieces.
+    """The UTF-8 bytes that each piece encodes; none for control and unknown pieces.
 
     Args:
       model: of SentencePiece.
-      characters: pieces that stand for another text than they spell.
+      characters: pieces that encode another text than they spell.
     """
     spellings, table = characters or {}, []
     for i in range(model.get_piece_size()):

@@ -1,7 +1,7 @@
-"""Near-duplicate chunks: how many held-out chunks stand, all but word for word, in the training split.
+"""Near-duplicate chunks: how many held-out chunks occur almost verbatim in the training split.
 
-Whole documents of that kind are withdrawn (leakage.py); what is counted here is what stays: licence
-headers, quotations, boilerplate. Chunks are compared by the Jaccard similarity of their sets of
+Whole documents of that kind are withdrawn (leakage.py); the rest is counted here: licence headers,
+quotations, boilerplate. Chunks are compared by the Jaccard similarity of their sets of
 13-grams of tokens; candidates come from MinHash, and are compared exactly. Chunks of fewer than 13
 tokens are left out.
 """
@@ -170,7 +170,7 @@ def _blocks(
 def _write_table(
     path: pathlib.Path, databases: list[ChunkDatabase], sketch: minhash.Sketch
 ) -> None:
-    """Writes the bands of all distinct held-out chunks, where each lies, and which chunk is which.
+    """Writes the bands of all distinct held-out chunks, the place of each, and the set of each chunk.
 
     The last array is [chunks, 3] int64: database, chunk, and the number of its distinct tokens.
     """

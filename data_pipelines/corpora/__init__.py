@@ -68,7 +68,7 @@ def read_corpus(config: CorpusConfig, reading: Reading) -> Iterator[Document]:
 
     Args:
       config: the corpus.
-      reading: whether to go on after a bad document; its counts grow while this runs.
+      reading: whether to continue after a bad document; its counts grow while this runs.
 
     Raises:
       UserError: a missing or empty corpus, a damaged file, or a bad document: it names the file, and
@@ -150,7 +150,7 @@ def _records(config: CorpusConfig, file: SourceFile, reading: Reading) -> Iterat
 
 
 def check_reading(config: CorpusConfig, reading: Reading) -> None:
-    """Raises unless a corpus that was read to its end held what was expected."""
+    """Raises unless a corpus that was read to its end had the expected documents and labels."""
     source = config.path or f"the {config.kind} corpus"
     unknown = sorted(set(config.labels or ()) - set(reading.labels))
     if unknown:

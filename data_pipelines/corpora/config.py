@@ -26,7 +26,7 @@ _INCLUDE = {
 # Other forms in which a kind is published, for a folder that has no file of the usual one.
 FORMS = {"wikitext": ("*.parquet",), "wikitext_raw": ("*.parquet",)}
 _EXCLUDE = {
-    # _sysconfigdata is made by the build of each Python and holds the paths of that machine.
+    # _sysconfigdata is made by the build of each Python and contains the paths of that machine.
     "stdlib": (
         "_sysconfigdata*",
         "dist-packages/*",
@@ -122,7 +122,7 @@ class CorpusConfig:
 
     @property
     def label_path(self) -> str | None:
-        """The field that holds a document's label; None for a corpus without any."""
+        """The field with a document's label; None for a corpus without any."""
         return self.label_field or ("meta.pile_set_name" if self.kind == "pile" else None)
 
     @property
@@ -137,9 +137,9 @@ class CorpusConfig:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a manifest holds: defaults filled in, and of the path its last part only.
+        """The settings in a manifest: defaults filled in, and only the last part of the path.
 
-        Options that came later stand there only where they are used.
+        Later options are included only where they are used.
         """
         fields = dataclasses.asdict(self)
         for name in ("label_field", "labels"):

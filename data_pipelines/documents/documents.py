@@ -1,7 +1,7 @@
 """The documents stage: corpora in, one directory of sorted JSON lines for each split out.
 
     corpus --read in portions, by the runner--> .spill/CORPUS/portion-00000/run-00000... sorted by a hash
-           --one pass over the rows of all runs--> .spill/plan/train-00000.npy ...: which lines a shard holds
+           --one pass over the rows of all runs--> .spill/plan/train-00000.npy ...: the lines of each shard
            --by the runner--> {train,validation,test}/documents-00000.jsonl, ...
 
 The order in which a corpus is read, the portions, the runs and the runner do not show in the result.
@@ -83,7 +83,7 @@ class DocumentsConfig:
         require(self.sort_bytes > 0, self, "sort_bytes", "a positive number")
 
     def settings(self, split: str) -> dict[str, Any]:
-        """What a split's manifest holds: all that its bytes depend on."""
+        """The settings in a split's manifest: all that its bytes depend on."""
         corpora = {corpus.name: corpus.settings for corpus in self.corpora}
         fields = ("validation", "test", "skip_bad_documents", "shard_bytes")
         return {"split": split, "corpora": corpora} | {name: getattr(self, name) for name in fields}
@@ -108,8 +108,8 @@ def prepare_documents(
       runner: where corpora are read and shards written; the bytes do not depend on it.
 
     Returns:
-      The manifest of each split. Facts: documents, bytes, per corpus documents and bytes, what each
-      shard holds, and what was left out while reading each corpus and why.
+      The manifest of each split. Facts: documents, bytes, per corpus documents and bytes, the
+      content of each shard, and the documents left out of each corpus by reason.
 
     Raises:
       UserError: a corpus that is missing, empty or bad, two documents of one id, no training

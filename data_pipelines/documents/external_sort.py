@@ -89,7 +89,7 @@ class RunWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Writes a run of what is held."""
+        """Writes a run of the rows in memory."""
         if not self._entries:
             return
         self._entries.sort(key=lambda entry: (entry.corpus, entry.order))
@@ -140,7 +140,7 @@ class Runs:
     """
 
     def __init__(self, folders: Sequence[pathlib.Path], sort_bytes: int = SORT_BYTES) -> None:
-        """Opens finished runs; `sort_bytes` of rows are held at a time.
+        """Opens finished runs; `sort_bytes` of rows are in memory at a time.
 
         Raises:
           UserError: a file that is not as it was written.
@@ -312,7 +312,7 @@ def first_of_repeated(rows: np.ndarray) -> np.ndarray:
 
 
 def _corpus_hash(corpus: str) -> int:
-    """What stands for a corpus beside a content."""
+    """The hash that represents a corpus beside a content."""
     return int.from_bytes(stable_hash(corpus, "corpus")[:8], "little")
 
 

@@ -1,7 +1,7 @@
 """Which documents are kept, and which line of which run goes into which shard.
 
-One pass over the sorted rows of all corpora decides, without reading a text; it holds one range of rows
-at a time. What it decides is left in a file for each shard, for workers to follow.
+One pass over the sorted rows of all corpora decides, without reading a text; one range of rows
+is in memory at a time. The decisions are written to one file per shard, for workers to follow.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ class KnownDocuments:
     """Documents that need not be taken again, by corpus and id.
 
     Attributes:
-      parents: the database that holds them, for `Stage`.
+      parents: the database that contains them, for `Stage`.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ def plan_shards(
     shard_bytes: int,
     known: KnownDocuments | None,
 ) -> dict[str, list[Counts]]:
-    """Decides what every shard holds.
+    """Decides the content of every shard.
 
     Args:
       folder: where the decisions go.
@@ -161,7 +161,7 @@ def plan_shards(
                 subset["run"] += firsts[owner]
                 plan.add(name, subset)
         for plan in plans.values():
-            plan.cut(name)  # a shard holds one corpus
+            plan.cut(name)  # a shard contains one corpus
     return {split: plan.shards for split, plan in plans.items()}
 
 

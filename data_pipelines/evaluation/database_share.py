@@ -76,7 +76,7 @@ def _embeddings(split: Split, keys: Keys, data: pathlib.Path) -> Callable[[np.nd
 
 
 def kept_chunks(split: Split, share: float) -> np.ndarray:
-    """[chunks of the database] bool: which are of a document in the share that was not removed."""
+    """[chunks of the database] bool: which belong to a document in the share that was not removed."""
     assert split.retrieval is not None
     names = (f"{record.corpus}/{record.id}" for record in split.retrieval.records())
     mask = np.array([stable_fraction(name, "database") < share for name in names], bool)

@@ -55,7 +55,7 @@ class Split:
     def text_mask(self, byte_lengths: np.ndarray) -> np.ndarray:
         """[n, 64] bool: the tokens of ids that are scored; byte_lengths [V] are the tokenizer's.
 
-        A token that lies across the place where scoring begins counts.
+        A token across the place where scoring begins counts.
         """
         database = self.database
         tokens, owners = database.chunks(self.ids), database.documents(self.ids)
@@ -105,8 +105,8 @@ def open_split(
 
     Args:
       data: W, or the directory of the prepared data. name: of the split.
-      neighbours: how many the table must hold; 0 for no table at all.
-      max_documents: only the first so many documents of each corpus (they stand in random order).
+      neighbours: how many the table must have; 0 for no table at all.
+      max_documents: only the first so many documents of each corpus (they are in random order).
 
     Raises:
       UserError: an unknown or empty split, no table or too small a one, artefacts that do not
@@ -140,7 +140,7 @@ def open_split(
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """The directories of a split; of a slice also the one that holds its measures."""
+    """The directories of a split; of a slice also the one with its measures."""
 
     chunks: pathlib.Path
     keys: pathlib.Path

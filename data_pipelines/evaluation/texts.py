@@ -60,13 +60,13 @@ class SliceConfig:
 
     @property
     def key(self) -> str:
-        """The name of its directory, and of the split that results are of."""
+        """The name of its directory, and of the split in results."""
         suffix = [] if self.max_documents is None else [f"first{self.max_documents}"]
         return "-".join([self.name, *self.subsets, *suffix])
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a manifest holds: all but the path, which need not be there once it was read."""
+        """The settings in a manifest: all but the path, which may be gone after reading."""
         fields = dataclasses.asdict(self)
         del fields["path"]
         return fields

@@ -145,11 +145,11 @@ class BandTable:
 
     Attributes:
       keys: [bands, n] uint64, each row ascending.
-      owners: [bands, n] uint32, the number of the set that each key is of.
+      owners: [bands, n] uint32, the number of each key's set.
     """
 
     def __init__(self, keys: np.ndarray, owners: np.ndarray) -> None:
-        """Takes what another table held."""
+        """Takes the arrays of another table."""
         self.keys, self.owners = keys, owners
 
     @classmethod

@@ -261,7 +261,7 @@ def _line(number: int, document: Document, match: Match) -> bytes:
 def _write_table(
     path: pathlib.Path, held_out: Sequence[tuple[str, str]], sketch: minhash.Sketch
 ) -> None:
-    """Writes the bands of all held-out documents, and where each lies; of equal texts the first."""
+    """Writes the bands of all held-out documents, and the place of each; of equal texts the first."""
     bands = [np.zeros((0, sketch.bands), np.uint64)]
     places: list[tuple[int, int, int]] = []
     hashes: set[int] = set()

@@ -1,9 +1,9 @@
 """BM25 over chunks: which chunks of a database share rare tokens with a query chunk.
 
-A chunk's terms are its tokens without bos, eos and padding. What each term adds to each chunk's score is
-computed once, by bm25s, and kept twice:
+A chunk's terms are its tokens without bos, eos and padding. The share of each term in each chunk's score
+is computed once, by bm25s, and stored twice:
 
-    scores.npy  places.npy  ends.npy     by term: for the chunks that hold it, to find the best chunks
+    scores.npy  places.npy  ends.npy     by term: for the chunks with it, to find the best chunks
     weights-00000.npy [n, 64] ...        by chunk, beside its tokens: to score given chunks
 
 The first of these are for a query that asks the whole database, and are as many numbers as the database
@@ -175,7 +175,7 @@ class Bm25:
         """The scores of given chunks.
 
         Args:
-          tokens: [n, 64] of the queries; each counts as often as it stands there.
+          tokens: [n, 64] of the queries; each counts as often as it occurs.
           ids: [n, k] chunks of the database; -1 for none.
 
         Returns:

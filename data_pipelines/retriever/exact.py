@@ -29,7 +29,7 @@ _ROWS = 1 << 16  # keys of a block: its products with 1,024 queries are 256 MB
 _QUERIES = 1024  # queries at once
 _MEMBERS = 32  # keys of a group
 _SPARE = 8  # candidates beyond k that are scored again
-_NOBODY = -2  # the document that no key is of
+_NOBODY = -2  # the document of no key
 
 
 class KeyRows(Protocol):
@@ -127,9 +127,9 @@ class ExactSearcher:
         valid = np.flatnonzero(np.isfinite(queries).all(1))
         if not (len(valid) and len(self)):
             return results
-        own = np.full(len(queries), _NOBODY) if exclude is None else np.asarray(exclude)
+        excluded = np.full(len(queries), _NOBODY) if exclude is None else np.asarray(exclude)
         parts = [valid[at : at + _QUERIES] for at in range(0, len(valid), _QUERIES)]
-        states = [self._start(queries[part], own[part], k + _SPARE) for part in parts]
+        states = [self._start(queries[part], excluded[part], k + _SPARE) for part in parts]
         for block in self._read() if self._blocks is None else self._blocks:
             for state in states:
                 state.add(block, self._recall_target)
@@ -263,9 +263,9 @@ def _compare(
 
     def of_device(keys: jax.Array, owners: jax.Array, best: jax.Array, at: jax.Array) -> Any:
         products = jnp.einsum("qd,nd->qn", queries, keys, precision=jax.lax.Precision.HIGHEST)
-        near = 2 * products - jnp.sum(keys * keys, axis=1)
-        allowed = (owners >= 0) & (owners != exclude[:, None]) & ~jnp.isnan(near)
-        top, rows = _few(jnp.where(allowed, near, -jnp.inf), best.shape[1], recall_target)
+        nearness = 2 * products - jnp.sum(keys * keys, axis=1)
+        allowed = (owners >= 0) & (owners != exclude[:, None]) & ~jnp.isnan(nearness)
+        top, rows = _few(jnp.where(allowed, nearness, -jnp.inf), best.shape[1], recall_target)
         every = jnp.concatenate([best, top], axis=1)
         every_at = jnp.concatenate([at, jnp.where(jnp.isneginf(top), -1, first + rows)], axis=1)
         values, columns = jax.lax.top_k(every, best.shape[1])
@@ -285,10 +285,10 @@ def _few(scores: jax.Array, count: int, recall_target: float) -> tuple[jax.Array
     if 2 * count > groups:
         return scores, jnp.broadcast_to(jnp.arange(rows), scores.shape)
     members = scores.reshape(len(scores), groups, _MEMBERS)
-    _, chosen = jax.lax.top_k(members.max(axis=2), count)
-    chosen = jnp.sort(chosen, axis=1)
-    values = jnp.take_along_axis(members, chosen[:, :, None], axis=1)
-    at = chosen[:, :, None] * _MEMBERS + jnp.arange(_MEMBERS)
+    _, group_ids = jax.lax.top_k(members.max(axis=2), count)
+    group_ids = jnp.sort(group_ids, axis=1)
+    values = jnp.take_along_axis(members, group_ids[:, :, None], axis=1)
+    at = group_ids[:, :, None] * _MEMBERS + jnp.arange(_MEMBERS)
     return values.reshape(len(scores), -1), at.reshape(len(scores), -1)
 
 

@@ -104,7 +104,7 @@ class BuildShard:
 
 
 def _settings(config: IndexConfig) -> dict[str, Any]:
-    """What a manifest holds; options that came later only where they are used."""
+    """The settings in a manifest; later options only where they are used."""
     fields = dataclasses.asdict(config)
     for name in ("shard_keys", "recall_target"):
         if fields[name] == getattr(IndexConfig, name):

@@ -1,9 +1,9 @@
 """The neighbour table: for each chunk of a split, its nearest chunks in the retrieval database.
 
 The retrieval database is made of training documents. A chunk is never given a neighbour of its own
-document: documents are told apart by corpus and id, so that this holds for every split.
+document: corpus and id identify a document, so that this is true of every split.
 
-Where the index has several shards, one of them is held at a time:
+Where the index has several shards, one of them is in memory at a time:
 
     query shard q, index shard s --search--> .tmp-found-s-q      for every q, then the next s
     .tmp-found-0-q, .tmp-found-1-q, ... --merge--> shard q of the table
@@ -37,7 +37,7 @@ from retro_jax.storage import files
 
 KIND = "neighbours"
 IDS, SCORES = "neighbours", "scores"
-_SOURCE_ROWS = 20_000  # that say how many neighbours are of their query's corpus
+_SOURCE_ROWS = 20_000  # that say how many neighbours belong to their query's corpus
 _QUANTILE_ROWS = 10_000_000  # of a larger table every so many-th row
 
 
@@ -99,9 +99,10 @@ def prepare_neighbours(
 
     Returns:
       The manifest. Facts: chunks; queries (chunks with text); filled, for each slot the share of
-      queries that have a neighbour in it; nearest, quantiles of the first slot's score; same_corpus, the
-      share of neighbours of their query's own corpus; retriever; recall, with its k and its number of queries: the
-      share of the true neighbours that the table holds; database, the chunk ids that it points into.
+      queries that have a neighbour in it; nearest, quantiles of the first slot's score; same_corpus,
+      the share of neighbours of their query's own corpus; retriever; recall, with its k and its number
+      of queries: the share of the true neighbours in the table; database, the chunk ids that it points
+      into.
     """
     chunks = chunks_of(queries)
     settings = {"k": k, "recall_queries": recall_queries} | retriever.ranking.settings
@@ -176,7 +177,7 @@ class NeighbourTable:
 
         Args:
           directory: where it is.
-          queries: the chunks it must be of.
+          queries: the chunks it must belong to.
           retrieval: the database its ids must point into.
           verify: hash every shard again.
 
@@ -211,7 +212,7 @@ class NeighbourTable:
         """[..., k] int64 neighbours of chunks [...], nearest first; -1 for none.
 
         Raises:
-          UserError: k is larger than what the table holds.
+          UserError: k is larger than the table's.
         """
         return self._gather(self._ids, chunk_ids, k)
 
@@ -260,7 +261,7 @@ class NeighbourShard:
     Attributes:
       directory: the table's.
       queries, retriever, k, base: as for `prepare_neighbours`.
-      own: which documents the queries are of.
+      own: the documents of the queries.
     """
 
     directory: str
@@ -368,7 +369,7 @@ class NeighbourShard:
             yield blocks[i]
 
     def recall(self, table: list[np.ndarray], sample: int) -> dict[str, Any]:
-        """How many of the true neighbours of some queries the table's scores hold."""
+        """How many of the true neighbours of some queries the table's scores contain."""
         ids = sample_ids(len(self.queries), sample)
         if not len(ids):
             return {"k": self.k, "queries": 0, "recall": 1.0}
@@ -396,7 +397,7 @@ class FindShard:
     wants_accelerator: ClassVar[bool] = True
 
     def __call__(self, index: int, report: Callable[[int], object] = silent) -> int:
-        """Searches pair `index`; pairs of one index shard follow each other, so one is held."""
+        """Searches pair `index`; pairs of one index shard follow each other, so one is in memory."""
         s, q = self.pairs[index]
         shards = self.work.retriever.search.parts
         for other in shards[:s]:
@@ -471,7 +472,7 @@ def _facts(
 
 
 def _same_corpus(stage: Stage, names: list[str], work: NeighbourShard) -> float:
-    """The share of neighbours, of all slots of some rows, that are of their query's corpus."""
+    """The share of neighbours, of all slots of some rows, that belong to their query's corpus."""
     queries, database = work.database, work.retriever.database
     tables = [np.load(stage.directory / name, mmap_mode="r") for name in names]
     rows = sample_ids(len(queries), _SOURCE_ROWS)

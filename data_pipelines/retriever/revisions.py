@@ -5,9 +5,9 @@
     W/revisions/00001/database                           published last: which documents are removed, the sums
     W/revisions/00001/neighbours/SPLIT                   the tables against revision 1
 
-Nothing that an earlier revision reads is ever written to, so a run goes on with the revision it began
-with, and removing the newest folder goes back. Chunks of revision 0 keep their ids, those that a
-revision adds follow; documents are numbered in the same way. Removed documents keep their numbers.
+Files of earlier revisions are never written to, so a run continues with the revision it began with,
+and removing the newest folder goes back. Chunks of revision 0 keep their ids, and the chunks of later
+revisions follow; documents are numbered in the same way. Removed documents keep their numbers.
 """
 
 import copy
@@ -38,7 +38,7 @@ _SUMS = ("documents", "chunks", "tokens", "bytes", "words", "lines")
 
 
 def folder_of(workdir: Path, revision: int) -> pathlib.Path:
-    """Where a revision lies: W itself for revision 0."""
+    """The folder of a revision: W itself for revision 0."""
     folder = pathlib.Path(workdir)
     return folder / FOLDER / f"{revision:05d}" if revision else folder
 
@@ -332,7 +332,7 @@ def _ranges(corpora: Mapping[str, Mapping[str, Any]]) -> dict[str, list[range]]:
 def _joined(
     kind: str, database: ChunkDatabase, parts: Sequence[Manifest], facts: Mapping[str, Any]
 ) -> Manifest:
-    """What identifies the parts together; it stands on no disk, but depends on nothing else."""
+    """The identity of the parts together; it is on no disk, but depends on nothing else."""
     parents = {f"part-{i}": part.hash for i, part in enumerate(parts)}
     parents[CHUNKS_KIND] = database.manifest.hash
     first, revision = parts[0], database.manifest.revision
@@ -340,7 +340,7 @@ def _joined(
 
 
 def _beside(part: ChunkDatabase, name: str) -> pathlib.Path:
-    """Another directory of the revision that a part is of: chunks/train stands beside it."""
+    """Another directory of a part's revision, beside chunks/train."""
     return part.directory.parent.parent / name
 
 

@@ -1,6 +1,6 @@
 """ScaNN's kinds of index: every key compared, all keys by 4-bit codes, or codes within a tree's leaves.
 
-Codes are of 4 dimensions a block, d at most: with 100 candidates compared again exactly, recall@10 of
+Codes have 4 dimensions per block, d at most: with 100 candidates compared again exactly, recall@10 of
 26,278 MiniLM keys of code was 0.9998, and 1.0 with 2 dimensions at half the speed. A tree has sqrt(n)
 leaves, of which a query looks into an eighth; 4 sqrt(n) leaves give the same recall at two thirds of the
 speed (docs/performance.md).

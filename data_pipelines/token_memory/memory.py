@@ -75,19 +75,19 @@ class TokenMemory:
                 f" {database.directory}: expected one for each"
             )
         parts, hashes, first = [], [], 0
-        for directory, own in zip(directories, databases, strict=True):
+        for directory, source in zip(directories, databases, strict=True):
             folder = pathlib.Path(directory)
             if not (folder / MANIFEST_FILE).is_file():
                 raise UserError(
-                    f"{folder} is missing: expected the token memory of {own.directory};"
+                    f"{folder} is missing: expected the token memory of {source.directory};"
                     " run launch.prepare --stages=token_memory"
                 )
-            parents = {"database": (own.manifest, own.directory)}
+            parents = {"database": (source.manifest, source.directory)}
             manifest = Manifest.open(folder, KIND, parents, verify)
             for i, (start, _) in enumerate(manifest.fact("parts")):
-                parts.append(_Part.open(folder, i, first + start, token_width(own)))
+                parts.append(_Part.open(folder, i, first + start, token_width(source)))
             hashes.append(manifest.hash)
-            first += len(own)
+            first += len(source)
         return cls(database, parts, hashes)
 
     def match(

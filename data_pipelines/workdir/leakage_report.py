@@ -1,7 +1,7 @@
-"""What `launch.prepare` does to keep held-out text out of the training split, and says about it.
+"""How `launch.prepare` keeps held-out text out of the training split, and its report of it.
 
 W/leakage/withdrawn-00000.jsonl ...   each withdrawn document, for which held-out one, how similar
-W/duplicates/found-00000.npy ...      held-out chunks that stand in the training split nevertheless
+W/duplicates/found-00000.npy ...      held-out chunks that remain in the training split
 W/leakage.json                        the sums of both, and the withdrawn documents, nearest first
 """
 
@@ -53,7 +53,7 @@ def refuse_late(directory: pathlib.Path) -> None:
 
 
 def directory_of(p: Preparation, place: pathlib.Path) -> pathlib.Path | None:
-    """Where the list of what is withdrawn lies; None if it was not asked for."""
+    """The directory of the list of withdrawn documents; None without a threshold."""
     return None if p.config.leakage.threshold is None else place / KIND
 
 

@@ -48,7 +48,7 @@ class StageOf:
 
     Attributes:
       places: the directories in W that it fills.
-      run: makes what is missing of them, and returns a line of what they hold and a count for the
+      run: makes the missing ones, and returns a line about their content, and a count for the
         rate with its unit.
       wanted: whether the settings ask for it.
     """
@@ -164,7 +164,7 @@ def _documents(p: Preparation) -> tuple[str, int, str]:
 
 
 def _check_count(path: pathlib.Path, count: int, expected: int, unit: str) -> None:
-    """Raises unless a directory has as many of something as what it was made of."""
+    """Raises unless a directory has as many of something as its parent."""
     if count != expected:
         raise UserError(
             f"{path} has {count:,} {unit}: expected {expected:,}, as many as it was made of"
@@ -176,12 +176,12 @@ def _left_out(manifest: Manifest) -> str:
     reading = manifest.fact("reading").values()
     reasons = ("bad", "empty", *DROPPED)
     sums = {reason: sum(counts.get(reason, 0) for counts in reading) for reason in reasons}
-    told = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in sums.items() if n)
-    return f"; left out: {told}" if told else ""
+    parts = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in sums.items() if n)
+    return f"; left out: {parts}" if parts else ""
 
 
 def _leakage(p: Preparation) -> tuple[str, int, str]:
-    """Withdraws training documents that nearly are held-out ones."""
+    """Withdraws training documents that are near-copies of held-out ones."""
     leakage_report.refuse_late(p.directory)
     manifest = leakage_report.withdraw(p, p.directory)
     assert manifest is not None
@@ -198,7 +198,7 @@ def _leakage(p: Preparation) -> tuple[str, int, str]:
 
 
 def _duplicates(p: Preparation) -> tuple[str, int, str]:
-    """Counts held-out chunks that stand in the training split all but word for word."""
+    """Counts held-out chunks that occur almost verbatim in the training split."""
     manifest = leakage_report.count(p, p.directory)
     leakage_report.write_report(p.directory)
     return leakage_report.told_of_chunks(manifest), manifest.fact("chunks"), "chunks"

@@ -1,4 +1,4 @@
-"""What a prepared workdir holds, as a table."""
+"""The content of a prepared workdir, as a table."""
 
 import pathlib
 from collections.abc import Sequence

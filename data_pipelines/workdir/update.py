@@ -30,7 +30,7 @@ def update(p: Preparation, *, append: bool, remove: Sequence[str]) -> None:
     corpus has for it now.
 
     Args:
-      p: W and every setting; with `append`, p.config.documents are what the database should hold too.
+      p: W and every setting; with `append`, the database should also contain p.config.documents.
       append: whether to add them.
       remove: CORPUS/ID of documents of the database, or @FILE of such lines.
 
