@@ -423,12 +423,12 @@ class Stage:
             revision,
         )
 
-    def _refuse_other(self, found: Mapping[str, Any]) -> None:
+    def _refuse_other(self, stage_record: Mapping[str, Any]) -> None:
         """Raises unless the directory was begun with this stage's kind, settings and parents."""
         mine = {"format_version": FORMAT_VERSION, "kind": self.kind}
-        changes = differences({name: found.get(name) for name in mine}, mine)
-        changes += differences(found.get("settings", {}), self.settings)
-        old, new = found.get("parents", {}), self.parents
+        changes = differences({name: stage_record.get(name) for name in mine}, mine)
+        changes += differences(stage_record.get("settings", {}), self.settings)
+        old, new = stage_record.get("parents", {}), self.parents
         changes += differences(shortened(old), shortened(new), "parent ")
         if changes:
             raise UserError(
