@@ -5,8 +5,8 @@
     DISK/chunks/train/chunks-00000.npy      3. each shard, under a temporary name until its hash is right
     DISK/chunks/train/manifest.json         4. last: the directory can be opened
 
-A shard that stands under its name is whole, so that a killed copy goes on with those that are missing.
-What is left out is fetched when it is first read (`fetch`), and the file after it ahead of that.
+A shard under its own name is whole, so a killed copy resumes with the missing shards. Shards left
+out are fetched at their first read (`fetch`), and the following file ahead of that.
 """
 
 import concurrent.futures
@@ -55,7 +55,7 @@ class Bucket:
                 return None
 
     def copy(self, name: str, path: pathlib.Path, shard: Shard) -> None:
-        """Copies an object to a file, which stands there whole or not at all.
+        """Copies an object to a file, which is written whole or not at all.
 
         Raises:
           UserError: it is missing, cannot be read, or is not what the manifest says.
@@ -89,8 +89,8 @@ class Bucket:
         root = f"{self._root}/{place}"
         with self._telling(place):
             self._files.invalidate_cache()
-            found = self._files.find(root) if self._files.exists(root) else []
-        return sorted(name.partition(f"{root.lstrip('/')}/")[2] for name in found)
+            paths = self._files.find(root) if self._files.exists(root) else []
+        return sorted(name.partition(f"{root.lstrip('/')}/")[2] for name in paths)
 
     def get(self, name: str, path: pathlib.Path) -> None:
         """Copies an object to a file."""
@@ -148,13 +148,13 @@ def stage(
       bucket: a workdir in a bucket.
       place: the artefact's directory in it, as in "chunks/train"; "" for the bucket's own.
       disk: where the workdir's copy is.
-      wanted: of a shard's name, whether it is copied now.
+      wanted: whether the shard of a name is copied now.
 
     Returns:
       Its manifest.
 
     Raises:
-      UserError: something is missing or damaged there, or the copy here is of something else.
+      UserError: something is missing or damaged there, or the copy here has another source.
     """
     source = "/".join(filter(None, (bucket.url, place)))
     inside = f"{place}/" if place else ""
@@ -170,13 +170,13 @@ def stage(
         )
     left_out = [shard.name for shard in manifest.shards if not wanted(shard.name)]
     missing = [s for s in manifest.shards if wanted(s.name) and not _is_whole(folder / s.name, s)]
-    told = files.to_json({"source": source, "left_out": left_out})
+    description = files.to_json({"source": source, "left_out": left_out})
     record = folder / STAGED_FILE
-    if copied.is_file() and not missing and record.is_file() and record.read_bytes() == told:
+    if copied.is_file() and not missing and record.is_file() and record.read_bytes() == description:
         return manifest
     with files.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(record, told)
+    files.write_atomically(record, description)
     sizes = sum(shard.size for shard in manifest.shards if wanted(shard.name))
     _copy(bucket, place, folder, missing, sizes)
     files.write_atomically(copied, data)
@@ -184,14 +184,14 @@ def stage(
 
 
 def _copy(
-    bucket: Bucket, place: str, folder: pathlib.Path, missing: list[Shard], size: int
+    bucket: Bucket, artefact: str, folder: pathlib.Path, missing: list[Shard], size: int
 ) -> None:
     """Copies an artefact's missing shards, with a bar of the bytes of all that are wanted."""
-    inside = f"{place}/" if place else ""
+    inside = f"{artefact}/" if artefact else ""
     bar = tqdm(
         total=size,
         initial=size - sum(shard.size for shard in missing),
-        desc=f"staging {bucket.url}/{place}".rstrip("/"),
+        desc=f"staging {bucket.url}/{artefact}".rstrip("/"),
         unit="B",
         unit_scale=True,
         mininterval=1,
@@ -231,7 +231,7 @@ def fetch(directory: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def fetch_ahead(directory: pathlib.Path, name: str) -> None:
-    """Begins to `fetch` in the background; what goes wrong is told when the shard is needed."""
+    """Begins to `fetch` in the background; errors are reported when the shard is needed."""
     if (directory / STAGED_FILE).is_file() and not (directory / name).is_file():
         _ahead.submit(fetch, directory, name)
 

@@ -41,9 +41,9 @@ def check_shard(path: pathlib.Path, size: int, sha256: str, verify: bool) -> Non
     """
     if not path.is_file():
         raise UserError(f"{path} is missing: expected a shard of {size} bytes")
-    found = path.stat().st_size
-    if found != size:
-        raise UserError(f"{path} has {found} bytes: expected {size}")
+    length = path.stat().st_size
+    if length != size:
+        raise UserError(f"{path} has {length} bytes: expected {size}")
     if path.suffix == ".npy":
         _check_header(path, size)
     if verify:

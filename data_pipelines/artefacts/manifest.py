@@ -9,8 +9,8 @@ order of writing is what makes a killed run safe:
     NAME                  the shard, renamed into place
     manifest.json         last; then stage.json and .shards are removed
 
-so a shard that stands under its own name is whole, and a directory with a manifest is complete.
-Nothing written holds a time, a host name or an absolute path. Nothing is deleted on a mismatch.
+so a shard under its own name is whole, and a directory with a manifest is complete.
+No file contains a time, a host name or an absolute path. Nothing is deleted on a mismatch.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ class Manifest:
 
     Attributes:
       format_version: FORMAT_VERSION of the code that wrote it.
-      kind: what it holds: "documents", "tokenizer", "chunks", "keys", "index", "neighbours".
+      kind: its content: "documents", "tokenizer", "chunks", "keys", "index", "neighbours".
       settings: everything the bytes depend on, as plain JSON.
       shards: every file, in the order in which they are read.
       parents: role (mostly the parent's kind) -> the hash of that parent's manifest.
@@ -87,8 +87,10 @@ class Manifest:
     def fact(self, name: str) -> Any:
         """One measured fact; a UserError if this artefact does not state it."""
         if name not in self.facts:
-            known = ", ".join(sorted(self.facts)) or "none"
-            raise UserError(f"the {self.kind} manifest states no {name!r}: expected one of {known}")
+            choices = ", ".join(sorted(self.facts)) or "none"
+            raise UserError(
+                f"the {self.kind} manifest states no {name!r}: expected one of {choices}"
+            )
         return self.facts[name]
 
     def shard_names(self, prefix: str = "", suffix: str = "") -> list[str]:
@@ -108,7 +110,7 @@ class Manifest:
 
         Args:
           directory: the stage's output.
-          kind: what it must hold.
+          kind: the kind that it must have.
           parents: role -> (manifest, directory) of artefacts that it must have been made from.
           verify: also hash every shard again.
 
@@ -120,15 +122,15 @@ class Manifest:
         manifest = cls.read(directory)
         if manifest.kind != kind:
             raise UserError(f"{folder} holds {manifest.kind!r}: expected {kind!r}")
-        for role, (parent, place) in (parents or {}).items():
+        for role, (parent, origin) in (parents or {}).items():
             recorded = manifest.parents.get(role)
             if recorded is None:
                 raise UserError(
-                    f"{folder} was not made from any {role!r}: expected that of {place}"
+                    f"{folder} was not made from any {role!r}: expected that of {origin}"
                 )
             if recorded != parent.hash:
                 raise UserError(
-                    f"{folder} and {place} do not belong together: expected {role} {recorded[:12]},"
+                    f"{folder} and {origin} do not belong together: expected {role} {recorded[:12]},"
                     f" found {parent.hash[:12]}"
                 )
         staged = folder / STAGED_FILE
@@ -192,15 +194,15 @@ class Stage:
 
         Args:
           directory: made if it is not there.
-          kind: what it will hold.
+          kind: the kind of its content.
           settings: a mapping or a dataclass of everything the bytes depend on.
           parents: role -> (manifest, directory) of what it is made from.
-          claim: False leaves the directory as it is until `claim` is called, for a stage that wants to
-            know that its input is good before anything stands on the disk.
+          claim: False leaves the directory as it is until `claim` is called, for a stage that
+            checks its input before anything is written.
 
         Raises:
-          UserError: the directory is of another kind, other settings or other parents (it says which,
-            old -> new), or holds files of nobody's stage.
+          UserError: the directory has another kind, other settings or other parents (the message says
+            which, old -> new), or contains files of no stage.
         """
         self.directory = pathlib.Path(directory)
         self.kind = kind
@@ -354,21 +356,23 @@ class Stage:
         if self.done:
             return self.manifest()
         self._begin_anew()
-        place = self.directory
-        folder = place.parent / f"{files.TEMPORARY}{place.name}-{os.getpid()}-{os.urandom(4).hex()}"
+        target = self.directory
+        folder = (
+            target.parent / f"{files.TEMPORARY}{target.name}-{os.getpid()}-{os.urandom(4).hex()}"
+        )
         try:
-            with files.writing(place, folder):
+            with files.writing(target, folder):
                 folder.mkdir()
                 self._write_whole(folder, writer, facts)
-                (place / STAGE_FILE).unlink(missing_ok=True)
-                os.rename(folder, place)  # nothing is lost: it fails unless the directory is empty
-                files.sync_folder(place.parent)
+                (target / STAGE_FILE).unlink(missing_ok=True)
+                os.rename(folder, target)  # nothing is lost: it fails unless the directory is empty
+                files.sync_folder(target.parent)
         except Exception:
             if not self.done:  # by another builder, who may have cleared this one's files away too
                 raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        for path in place.parent.glob(f"{files.TEMPORARY}{place.name}-*"):  # of killed builders
+        for path in target.parent.glob(f"{files.TEMPORARY}{target.name}-*"):  # of killed builders
             shutil.rmtree(path, ignore_errors=True)
         return self.manifest()
 
@@ -419,12 +423,12 @@ class Stage:
             revision,
         )
 
-    def _refuse_other(self, found: Mapping[str, Any]) -> None:
+    def _refuse_other(self, stage_record: Mapping[str, Any]) -> None:
         """Raises unless the directory was begun with this stage's kind, settings and parents."""
         mine = {"format_version": FORMAT_VERSION, "kind": self.kind}
-        changes = differences({name: found.get(name) for name in mine}, mine)
-        changes += differences(found.get("settings", {}), self.settings)
-        old, new = found.get("parents", {}), self.parents
+        changes = differences({name: stage_record.get(name) for name in mine}, mine)
+        changes += differences(stage_record.get("settings", {}), self.settings)
+        old, new = stage_record.get("parents", {}), self.parents
         changes += differences(shortened(old), shortened(new), "parent ")
         if changes:
             raise UserError(
@@ -433,7 +437,7 @@ class Stage:
             )
 
     def _record(self, name: str) -> dict[str, Any] | None:
-        """Size, hash and facts of a shard that stands in its place; None if it does not."""
+        """Size, hash and facts of a shard that is in place; None otherwise."""
         path = self.directory / RECORDS_FOLDER / f"{name}.json"
         if not (path.is_file() and (self.directory / name).is_file()):
             return None

@@ -1,7 +1,7 @@
 """Runs a stage's shards as tasks of a Ray cluster, whose nodes all see the directories written to.
 
 A task whose worker or node dies is run again elsewhere by Ray; one that raises is not. Tasks are spread
-over the nodes, so that each holds as few models and indexes as its share of the shards needs.
+over the nodes, so that each loads only the models and indexes that its share of the shards needs.
 """
 
 import dataclasses

@@ -110,11 +110,11 @@ class LocalProcesses:
         self, work: Callable[[Item], Result], shards: Sequence[Item]
     ) -> Iterator[tuple[Item, Result]]:
         """As `Runner.run`."""
-        left, killed = dict.fromkeys(range(len(shards))), 0
-        while left:
+        queue, killed = dict.fromkeys(range(len(shards))), 0
+        while queue:
             try:
-                for i, result in self._run_once(work, shards, list(left)):
-                    del left[i]
+                for i, result in self._run_once(work, shards, list(queue)):
+                    del queue[i]
                     killed = 0
                     yield shards[i], result
             except BrokenProcessPool as error:
@@ -126,16 +126,16 @@ class LocalProcesses:
                     ) from error
 
     def _run_once(
-        self, work: Callable[[Item], Result], shards: Sequence[Item], left: Sequence[int]
+        self, work: Callable[[Item], Result], shards: Sequence[Item], queue: Sequence[int]
     ) -> Iterator[tuple[int, Result]]:
         """Runs the shards that are left, until they are done or a worker dies."""
         pool = concurrent.futures.ProcessPoolExecutor(
-            min(self.processes, len(left)),
+            min(self.processes, len(queue)),
             multiprocessing.get_context("spawn"),
             initializer=_die_with_parent,
         )
         try:
-            pending = {pool.submit(work, shards[i]): i for i in left}
+            pending = {pool.submit(work, shards[i]): i for i in queue}
             for future in concurrent.futures.as_completed(pending):
                 yield pending[future], future.result()
         finally:

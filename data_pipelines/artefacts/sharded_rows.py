@@ -1,4 +1,4 @@
-"""Rows of an array that lies in shards, each a memory map."""
+"""Rows of an array stored in shards, each a memory map."""
 
 from collections.abc import Callable, Sequence
 
@@ -20,7 +20,7 @@ def gather(
 ) -> None:
     """Fills rows[i] with row ids[i] of the whole, where ids[i] is not negative.
 
-    Reads each shard once, in the order in which it lies on the disk: with ids that touch many shards
+    Reads each shard once, in the order of the disk: with ids that touch many shards
     this takes the time of a sort, not of a pass over the ids for each shard.
 
     Args:

@@ -110,7 +110,7 @@ class _Corpus:
           tickets: [n] int64.
 
         Returns:
-          ids [n, l] int64, -1 for padding; and [n, l] bool, whether a chunk lies past the seam.
+          ids [n, l] int64, -1 for padding; and [n, l] bool, whether a chunk is past the seam.
         """
         epochs, sequences = np.divmod(tickets, self.sequences)
         distinct, inverse = np.unique(epochs, return_inverse=True)
@@ -148,7 +148,7 @@ class Batches:
           retrieval: the database that the table's ids point into.
 
         Raises:
-          UserError: a corpus that the database does not hold, more neighbours than the table holds,
+          UserError: a corpus that is not in the database, more neighbours than the table has,
             or artefacts that do not belong together.
         """
         self.config = config
@@ -254,8 +254,8 @@ def keep_part(values: np.ndarray, part: str, pad_id: int) -> np.ndarray:
     """Neighbours [..., 128] of which only a part (of PARTS) is left, the other padding."""
     if part == "both":
         return values
-    kept = np.arange(values.shape[-1]) < CHUNK_LENGTH
-    return np.where(kept == (part == "chunk"), values, pad_id)
+    mask = np.arange(values.shape[-1]) < CHUNK_LENGTH
+    return np.where(mask == (part == "chunk"), values, pad_id)
 
 
 def _seed(seed: int, name: str) -> int:
@@ -285,9 +285,9 @@ class _ShortShuffle(grain.MapDataset):
         return self._parent_length
 
     def __getitem__(self, index: int):
-        epoch, place = divmod(index, self._parent_length)
+        epoch, position = divmod(index, self._parent_length)
         order = _permutation(self._parent_length, self._seed, epoch)
-        return self._parent[epoch * self._parent_length + int(order[place])]
+        return self._parent[epoch * self._parent_length + int(order[position])]
 
 
 def _shuffled(elements: grain.MapDataset, seed: int) -> grain.MapDataset:
@@ -316,23 +316,23 @@ def _order(
 
 def _corpus_names(mixture: Mapping[str, float] | None, database: ChunkDatabase) -> list[str]:
     """The mixture's corpora, or all that have chunks, in alphabetical order."""
-    held = sorted(name for name, ranges in database.corpora.items() if any(map(len, ranges)))
+    corpora = sorted(name for name, ranges in database.corpora.items() if any(map(len, ranges)))
     for name in mixture or ():
-        if name not in held:
-            near = difflib.get_close_matches(name, held, n=3, cutoff=0.5) or held
+        if name not in corpora:
+            suggestions = difflib.get_close_matches(name, corpora, n=3, cutoff=0.5) or corpora
             raise UserError(
                 f"BatchConfig.mixture names the corpus {name!r}, which the database "
-                f"{database.directory} does not hold: expected one of {', '.join(near)}"
+                f"{database.directory} does not hold: expected one of {', '.join(suggestions)}"
             )
-    if not held:
+    if not corpora:
         raise UserError(f"{database.directory}: no chunks to make batches of")
-    return held if mixture is None else sorted(mixture)
+    return corpora if mixture is None else sorted(mixture)
 
 
 def _check_table(
     k: int, database: ChunkDatabase, table: NeighbourTable | None, retrieval: ChunkDatabase | None
 ) -> None:
-    """Raises unless the table is of these databases and holds k neighbours."""
+    """Raises unless the table belongs to these databases and has k neighbours."""
     if table is None or retrieval is None:
         raise UserError(f"BatchConfig.neighbours is {k}: expected a neighbour table, or 0")
     if k > table.k:

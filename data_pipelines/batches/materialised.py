@@ -5,7 +5,7 @@ chunk database's, one part after the other:
 
     tokens [N] | targets [N] | documents [C] int32 | corpus int32 | neighbours [C, K, R]
 
-so a record is read by its number alone, and holds what `Batches.rows` would have made, bit for bit.
+so a record is read by its number alone, and contains the rows that `Batches.rows` would make, bit for bit.
 """
 
 import dataclasses
@@ -70,12 +70,12 @@ class Layout:
     def decode(self, records: Sequence[bytes]) -> RetroBatch:
         """Records as the rows of a batch."""
         data = np.frombuffer(b"".join(records), np.uint8).reshape(len(records), self.size)
-        arrays, place = [], 0
+        arrays, offset = [], 0
         for shape, dtype in self.parts:
             width = math.prod(shape) * dtype.itemsize
-            part = np.ascontiguousarray(data[:, place : place + width])
+            part = np.ascontiguousarray(data[:, offset : offset + width])
             arrays.append(part.view(dtype).reshape(len(records), *shape).astype(np.int32))
-            place += width
+            offset += width
         tokens, targets, documents, corpus, neighbours = arrays
         return RetroBatch(
             tokens, targets, documents, corpus, neighbours if self.neighbours else None
@@ -111,10 +111,10 @@ def prepare_batches(
     parents = {"chunks": (database.manifest, database.directory)}
     if table is not None:
         parents["neighbours"] = (table.manifest, table.directory)
-    kept = {name: database.manifest.settings[name] for name in ("vocab_size", "pad_id")}
+    token_settings = {name: database.manifest.settings[name] for name in ("vocab_size", "pad_id")}
     # How far ahead batches are made does not show in them.
     order = {k: v for k, v in dataclasses.asdict(config).items() if k != "prefetch"}
-    stage = Stage(directory, KIND, {"order": order, "steps": steps} | kept, parents)
+    stage = Stage(directory, KIND, {"order": order, "steps": steps} | token_settings, parents)
     if stage.done:
         return stage.manifest()
     sizes = [len(rows) for rows in work.files]
@@ -214,12 +214,12 @@ class MaterialisedBatches(Batches):
           UserError: none there, damaged, or batches of other settings; it names them.
         """
         manifest = Manifest.open(directory, KIND, verify=verify)
-        made = manifest.settings["order"]
+        order = manifest.settings["order"]
         for name, value in files.plain(config).items():
-            fewer = name == "neighbours" and value <= made[name]  # the first of them are read
-            if name in made and made[name] != value and not fewer:
+            fewer = name == "neighbours" and value <= order[name]  # the first of them are read
+            if name in order and order[name] != value and not fewer:
                 raise UserError(
-                    f"BatchConfig.{name} is {value!r}: expected {made[name]!r}, with which {directory}"
+                    f"BatchConfig.{name} is {value!r}: expected {order[name]!r}, with which {directory}"
                     " was made"
                 )
         return cls(directory, manifest, config)
@@ -231,10 +231,10 @@ class MaterialisedBatches(Batches):
             raise UserError(
                 f"step {step} of {self.directory}: expected one of the {steps} it holds"
             )
-        wanted = [step * size + int(row) for row in (range(size) if rows is None else rows)]
+        records = [step * size + int(row) for row in (range(size) if rows is None else rows)]
         per_file = self.manifest.fact("rows_per_file")
         batch = self._layout.decode(
-            [self._reader(r // per_file).read([r % per_file])[0] for r in wanted]
+            [self._reader(r // per_file).read([r % per_file])[0] for r in records]
         )
         k = self.config.neighbours
         if not k or batch.neighbours is None:
@@ -242,7 +242,7 @@ class MaterialisedBatches(Batches):
         return dataclasses.replace(batch, neighbours=batch.neighbours[:, :, :k])
 
     def _document_id(self, number: int) -> str:
-        """Records hold numbers only."""
+        """Records contain numbers only."""
         return f"number {number} of the chunk database"
 
     def _reader(self, index: int) -> Any:

@@ -142,7 +142,7 @@ def revision_of(workdir: Path, parents: Mapping[str, str]) -> int | None:
       UserError: the workdir does not contain that revision.
     """
     directory = pathlib.Path(workdir)
-    if (directory / MANIFEST_FILE).is_file():  # written batches are of one revision
+    if (directory / MANIFEST_FILE).is_file():  # written batches belong to one revision
         return None
     digest = parents.get(_DATABASE)
     return 0 if digest is None else revisions.find(directory, digest)

@@ -58,7 +58,7 @@ class _Source:
       bos, pad: ids, or None. eos: the id that ends a document. adds_bos: whether the base puts bos
         before a text.
       reserved: ids that are not padding, whatever the base says: its own bos and eos.
-      spelt: byte -> the special token's id that stands for it.
+      spelt: byte -> the id of the special token that encodes it.
     """
 
     path: pathlib.Path
@@ -101,9 +101,9 @@ def prepare_base_tokenizer(
     if stage.done:
         return stage.manifest()
     bos = source.bos if source.adds_bos and source.bos is not None else source.eos
-    own = source.pad is not None and source.pad not in (0, bos, source.eos, *source.reserved)
-    own = own and not source.token_bytes[source.pad or 0]
-    pad = source.pad if own else rows
+    has_pad = source.pad is not None and source.pad not in (0, bos, source.eos, *source.reserved)
+    has_pad = has_pad and not source.token_bytes[source.pad or 0]
+    pad = source.pad if has_pad else rows
     # Padding is an id of every array of tokens, so it has a length, 0, even beyond the vocabulary.
     table = source.token_bytes + [b""] * (max(rows, (pad or 0) + 1) - tokens)
     stage.claim()
@@ -194,12 +194,12 @@ def _of_tokenizer_json(folder: pathlib.Path) -> _Source:
     settings = _settings(folder)
     model = byte_level_model(path.read_text(encoding="utf-8", errors="replace"), path)
     vocabulary = read_tokenizer_json(path)
-    found = {role: _id(path, settings, role, vocabulary.special) for role in ("bos", "eos", "pad")}
-    eos = _end_of_text(path, found["eos"], vocabulary.special)
+    roles = {role: _id(path, settings, role, vocabulary.special) for role in ("bos", "eos", "pad")}
+    eos = _end_of_text(path, roles["eos"], vocabulary.special)
     first = model.encode("", add_special_tokens=True).ids[:1]
-    adds_bos = found["bos"] is not None and first == [found["bos"]]
-    kept = {i for i in (*found.values(), eos) if i is not None}
-    spelt = vocabulary.spell_missing_bytes(kept)
+    adds_bos = roles["bos"] is not None and first == [roles["bos"]]
+    role_ids = {i for i in (*roles.values(), eos) if i is not None}
+    spelt = vocabulary.spell_missing_bytes(role_ids)
     data = vocabulary.to_json()
     return _Source(
         path,
@@ -207,11 +207,11 @@ def _of_tokenizer_json(folder: pathlib.Path) -> _Source:
         data,
         ByteLevelEncoding(data.decode(), path),
         vocabulary.token_bytes,
-        bos=found["bos"],
+        bos=roles["bos"],
         eos=eos,
-        pad=found["pad"],
+        pad=roles["pad"],
         adds_bos=adds_bos or settings.get("add_bos_token") is True,
-        reserved=frozenset((found["bos"], found["eos"])),
+        reserved=frozenset((roles["bos"], roles["eos"])),
         spelt=spelt,
     )
 
@@ -220,7 +220,7 @@ def _of_gguf(path: pathlib.Path) -> _Source:
     """A byte-level BPE out of a GGUF file."""
     metadata = open_gguf(path).metadata
     vocabulary = read_gguf_vocabulary(path, metadata)
-    found: dict[str, int | None] = {}
+    roles: dict[str, int | None] = {}
     for role in ("bos", "eos", "padding"):
         value = metadata.get(f"tokenizer.ggml.{role}_token_id")
         if value is not None and not 0 <= value < len(vocabulary.token_bytes):
@@ -228,13 +228,13 @@ def _of_gguf(path: pathlib.Path) -> _Source:
             raise UserError(
                 f"{path}: the {role} token's id is {value}: expected one below {tokens}"
             )
-        found[role] = value
-    eos = _end_of_text(path, found["eos"], vocabulary.special)
+        roles[role] = value
+    eos = _end_of_text(path, roles["eos"], vocabulary.special)
     # llama.cpp puts bos before texts of Llama 3 where the file does not say.
     adds_bos = metadata.get(
         "tokenizer.ggml.add_bos_token", metadata.get("tokenizer.ggml.pre") == "llama-bpe"
     )
-    spelt = vocabulary.spell_missing_bytes({i for i in (*found.values(), eos) if i is not None})
+    spelt = vocabulary.spell_missing_bytes({i for i in (*roles.values(), eos) if i is not None})
     data = vocabulary.to_json()
     return _Source(
         path,
@@ -242,11 +242,11 @@ def _of_gguf(path: pathlib.Path) -> _Source:
         data,
         ByteLevelEncoding(data.decode(), path),
         vocabulary.token_bytes,
-        bos=found["bos"],
+        bos=roles["bos"],
         eos=eos,
-        pad=found["padding"],
+        pad=roles["padding"],
         adds_bos=bool(adds_bos),
-        reserved=frozenset((found["bos"], found["eos"])),
+        reserved=frozenset((roles["bos"], roles["eos"])),
         spelt=spelt,
     )
 
@@ -269,23 +269,23 @@ def _of_sentencepiece(folder: pathlib.Path) -> _Source:
         model.id_to_piece(i): i for i in range(model.get_piece_size()) if model.is_control(i)
     }
     declared = {"bos": model.bos_id(), "eos": model.eos_id(), "pad": model.pad_id()}
-    found = {}
+    roles = {}
     for role, value in declared.items():
         stated = _id(path, settings, role, special)
-        found[role] = stated if stated is not None else (value if value >= 0 else None)
-    eos = _end_of_text(path, found["eos"], special)
-    adds_bos = settings.get("add_bos_token", True) is True and found["bos"] is not None
+        roles[role] = stated if stated is not None else (value if value >= 0 else None)
+    eos = _end_of_text(path, roles["eos"], special)
+    adds_bos = settings.get("add_bos_token", True) is True and roles["bos"] is not None
     return _Source(
         path,
         SENTENCEPIECE,
         data,
         SentencePieceEncoding(data),
         table,
-        bos=found["bos"],
+        bos=roles["bos"],
         eos=eos,
-        pad=found["pad"],
+        pad=roles["pad"],
         adds_bos=adds_bos,
-        reserved=frozenset((found["bos"], found["eos"])),
+        reserved=frozenset((roles["bos"], roles["eos"])),
     )
 
 
@@ -338,9 +338,9 @@ def _end_of_text(path: pathlib.Path, eos: int | None, special: Mapping[str, int]
 def _check_lossless(source: _Source) -> None:
     """Raises unless a text with all that tokenisers like to change comes back."""
     for ids in source.encoder.encode_batch([_PROBE], 1):
-        found = b"".join(source.token_bytes[i] for i in ids)
-        if found != _PROBE.encode():
-            lost = json.dumps(found.decode(errors="replace"))
+        result = b"".join(source.token_bytes[i] for i in ids)
+        if result != _PROBE.encode():
+            lost = json.dumps(result.decode(errors="replace"))
             raise UserError(f"{source.path} makes {lost} of a text: expected {json.dumps(_PROBE)}")
 
 

@@ -132,8 +132,8 @@ def read_tokenizer_json(path: pathlib.Path) -> Vocabulary:
     for token in added:
         token |= {"lstrip": False, "rstrip": False}
         if loaded.token_to_id(token["content"]) != token["id"]:
-            found = loaded.token_to_id(token["content"])
-            rule = f"expected {found}, the next after the others"
+            token_id = loaded.token_to_id(token["content"])
+            rule = f"expected {token_id}, the next after the others"
             raise UserError(f"{path}: {token['content']!r} has id {token['id']}: {rule}")
     fields["added_tokens"] = added
     return _vocabulary(path, fields)
@@ -224,7 +224,7 @@ def _is_byte_level(pre_tokenizer: Any) -> bool:
 
 @functools.cache
 def _characters() -> dict[int, str]:
-    """byte -> the character that stands for it: itself if printable, else one from U+0100 on."""
+    """byte -> the character that represents it: itself if printable, else one from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {

@@ -1,7 +1,7 @@
 """Documents cut into chunks of 64 tokens, each of one document, and the database that reads them.
 
 bos text eos          t0 .. t63 | t64 .. t127 | t128 eos pad .. pad       a document of three chunks
-value of chunk i      chunk i and its continuation: chunk i + 1 if it is of the same document,
+value of chunk i      chunk i and its continuation: chunk i + 1 if it belongs to the same document,
                       else padding
 """
 
@@ -103,13 +103,13 @@ def prepare_chunks(
         None if leakage_directory is None else files.absolute(leakage_directory),
     )
     missing = [i for i, pair in enumerate(names) if stage.missing(pair)]
-    held = kept_counts(documents, leakage)
-    run_counted(runner, work, missing, held, what="chunks", unit="document")
+    counts = kept_counts(documents, leakage)
+    run_counted(runner, work, missing, counts, what="chunks", unit="document")
     return _finish(stage, names)
 
 
 def token_dtype(ids: int) -> type[np.unsignedinteger]:
-    """The smallest of uint16 and uint32 that holds ids in [0, ids)."""
+    """The smallest of uint16 and uint32 that represents ids in [0, ids)."""
     return np.uint16 if ids <= 1 << 16 else np.uint32
 
 
@@ -129,15 +129,15 @@ class ChunkShard:
     leakage_directory: str | None = None
 
     def __call__(self, index: int, report: Callable[[int], object] = silent) -> int:
-        """Writes shard `index`; returns its number of chunks. `report` is told of documents."""
+        """Writes shard `index`; returns its number of chunks. `report` receives counts of documents."""
         stage = Stage.attach(self.directory)
         tokenizer = Tokenizer.open(self.tokenizer_directory, threads=self.threads)
         manifest = Manifest.read(self.documents_directory)
-        place = self.leakage_directory
-        held = kept_counts(manifest, None if place is None else Manifest.read(place))
-        first = sum(held[:index])
+        leakage = self.leakage_directory
+        shard_counts = kept_counts(manifest, None if leakage is None else Manifest.read(leakage))
+        first = sum(shard_counts[:index])
         rows, counts, records = [np.zeros((0, CHUNK_LENGTH), stage.settings["dtype"])], [], []
-        for batch in _batches(kept_documents(self.documents_directory, index, place)):
+        for batch in _batches(kept_documents(self.documents_directory, index, leakage)):
             for document, ids in zip(
                 batch, tokenizer.encode_batch([d.text for d in batch]), strict=True
             ):
@@ -147,11 +147,11 @@ class ChunkShard:
                 measures = [len(text.encode()), len(text.split()), text.count("\n")]
                 records.append([document.id, document.corpus, counts[-1], len(ids) + 2, *measures])
             report(len(batch))
-        if len(records) != held[index]:
+        if len(records) != shard_counts[index]:
             path = pathlib.Path(self.documents_directory) / manifest.shards[index].name
-            raise UserError(f"{path} has {len(records)} documents: expected {held[index]}")
+            raise UserError(f"{path} has {len(records)} documents: expected {shard_counts[index]}")
         chunks, owners = _shard_names(index)
-        wide = np.int32 if sum(held) < 1 << 31 else np.int64
+        wide = np.int32 if sum(shard_counts) < 1 << 31 else np.int64
         every = np.arange(first, first + len(counts), dtype=wide)
         numbers = np.repeat(every, np.array(counts, np.int64))
         stage.write_array(owners, numbers)
@@ -235,7 +235,7 @@ class ChunkDatabase:
         return self.values(np.array([i]))[0]
 
     def document(self, i: int) -> int:
-        """The number of the document that chunk i is of."""
+        """The number of the document that contains chunk i."""
         return int(self.documents(np.array([i]))[0])
 
     def chunks(self, ids: np.ndarray) -> np.ndarray:
@@ -251,21 +251,23 @@ class ChunkDatabase:
         return self._gather(self._owners, ids, -1, (), np.int64)
 
     def corpus_of(self, ids: np.ndarray) -> np.ndarray:
-        """[...] names of the corpora that chunks `ids` [...] are of; empty for -1 and removed ones."""
+        """[...] names of the corpora of chunks `ids` [...]; empty for -1 and removed ones."""
         ranges = sorted(
             (r.start, r.stop, name) for name, held in self.corpora.items() for r in held if r
         )
         if not ranges:
             return np.full(np.shape(ids), "")
         starts, stops, names = (np.array(column) for column in zip(*ranges))
-        place = np.maximum(np.searchsorted(starts, ids, side="right") - 1, 0)
-        return np.where((ids >= starts[place]) & (ids < stops[place]), names[place], "")
+        range_index = np.maximum(np.searchsorted(starts, ids, side="right") - 1, 0)
+        return np.where(
+            (ids >= starts[range_index]) & (ids < stops[range_index]), names[range_index], ""
+        )
 
     def is_removed(self, documents: np.ndarray) -> np.ndarray:
         """[...] bool: which of the documents [...] were removed; -1 was not."""
         places = np.searchsorted(self.removed, documents)
-        found = np.append(self.removed, -2)[places]
-        return found == documents
+        candidates = np.append(self.removed, -2)[places]
+        return candidates == documents
 
     def live_documents(self, ids: np.ndarray) -> np.ndarray:
         """[...] int64: as `documents`, but -1 for those of removed documents too."""
@@ -386,7 +388,7 @@ class _Totals:
 def _finish(stage: Stage, names: list[tuple[str, str]]) -> Manifest:
     """Gathers documents.jsonl and the facts from what the shards recorded."""
     totals = _Totals()
-    held = []
+    counts = []
 
     def write(file: BinaryIO) -> None:
         for chunks, _ in names:
@@ -396,7 +398,7 @@ def _finish(stage: Stage, names: list[tuple[str, str]]) -> Manifest:
                 totals.add(record, tokens)
                 line = json.dumps(vars(record), ensure_ascii=False)
                 file.write(line.encode() + b"\n")
-            held.append(totals.chunks - before)
+            counts.append(totals.chunks - before)
 
     stage.write_file(RECORDS_FILE, write)
     positions = totals.chunks * CHUNK_LENGTH
@@ -405,7 +407,7 @@ def _finish(stage: Stage, names: list[tuple[str, str]]) -> Manifest:
         "chunks": totals.chunks,
         "tokens": totals.tokens,
         "padding": 1 - totals.tokens / positions if positions else 0.0,
-        "shards": held,
+        "shards": counts,
         "corpora": totals.corpora,
     }
     order = [chunks for chunks, _ in names] + [owners for _, owners in names]

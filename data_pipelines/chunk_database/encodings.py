@@ -38,10 +38,10 @@ class ByteLevelEncoding:
     def encode_batch(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
         """[n_i] int32 ids of each text."""
         if threads == 1:  # the package's batches use every core
-            found = [self._model.encode(text, add_special_tokens=False) for text in texts]
+            results = [self._model.encode(text, add_special_tokens=False) for text in texts]
         else:
-            found = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(each.ids, np.int32) for each in found]
+            results = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(each.ids, np.int32) for each in results]
 
 
 class SentencePieceEncoding:
@@ -60,13 +60,13 @@ class SentencePieceEncoding:
         pieces = [_SPELT.split(text) for text in texts]  # odd ones are to be spelt
         plain = [piece for parts in pieces for piece in parts[::2]]
         ids = iter(self._model.encode(plain, return_type="numpy", num_threads=threads))
-        found = []
+        results = []
         for parts in pieces:
             row = [np.zeros(0, np.int32)]
             for number, piece in enumerate(parts):
                 row.append(next(ids) if number % 2 == 0 else self._spell(piece))
-            found.append(np.concatenate(row).astype(np.int32))
-        return found
+            results.append(np.concatenate(row).astype(np.int32))
+        return results
 
     def _spell(self, text: str) -> np.ndarray:
         """A text in byte pieces."""
@@ -105,13 +105,13 @@ def byte_level_model(text: str, path: pathlib.Path) -> Any:
 def sentencepiece_bytes(
     model: sentencepiece.SentencePieceProcessor, characters: Mapping[str, str] | None = None
 ) -> list[bytes]:
-    """The UTF-8 bytes that each piece stands for; none for control and unknown pieces.
+    """The UTF-8 bytes that each piece encodes; none for control and unknown pieces.
 
     Args:
       model: of SentencePiece.
-      characters: pieces that stand for another text than they spell.
+      characters: pieces that encode another text than they spell.
     """
-    known, table = characters or {}, []
+    spellings, table = characters or {}, []
     for i in range(model.get_piece_size()):
         piece = model.id_to_piece(i)
         if model.is_control(i) or model.is_unknown(i) or model.is_unused(i):
@@ -119,5 +119,5 @@ def sentencepiece_bytes(
         elif model.is_byte(i):
             table.append(bytes([int(piece[3:5], 16)]))
         else:
-            table.append(known.get(piece, piece.replace("\u2581", " ")).encode())
+            table.append(spellings.get(piece, piece.replace("\u2581", " ")).encode())
     return table

@@ -1,7 +1,7 @@
-"""Near-duplicate chunks: how many held-out chunks stand, all but word for word, in the training split.
+"""Near-duplicate chunks: how many held-out chunks occur almost verbatim in the training split.
 
-Whole documents of that kind are withdrawn (leakage.py); what is counted here is what stays: licence
-headers, quotations, boilerplate. Chunks are compared by the Jaccard similarity of their sets of
+Whole documents of that kind are withdrawn (leakage.py); the rest is counted here: licence headers,
+quotations, boilerplate. Chunks are compared by the Jaccard similarity of their sets of
 13-grams of tokens; candidates come from MinHash, and are compared exactly. Chunks of fewer than 13
 tokens are left out.
 """
@@ -90,7 +90,7 @@ class DuplicatesShard:
         keys, owners, places, groups = files.read_arrays(stage.directory / _TABLE, 4)
         table = minhash.BandTable(keys, owners)
         sketch, counts = self.config.sketch, {"chunks": 0, "near": 0, "equal": 0}
-        found = [np.zeros(0, np.int64)]
+        near_groups = [np.zeros(0, np.int64)]
         equal_groups = [np.zeros(0, np.int64)]
         for _, tokens in _blocks(self.training, self.training.shards[index], report):
             counts["chunks"] += len(tokens)
@@ -100,32 +100,32 @@ class DuplicatesShard:
             counts["near"] += int(weights[np.unique(pairs[:, 0])].sum())
             same = (rows[pairs[:, 0]] == self._tokens(places[pairs[:, 1]])).all(1)
             counts["equal"] += int(weights[np.unique(pairs[same, 0])].sum())
-            found.append(pairs[:, 1])
+            near_groups.append(pairs[:, 1])
             equal_groups.append(pairs[same, 1])
-        near, equal = (np.unique(np.concatenate(some)) for some in (found, equal_groups))
+        near, equal = (np.unique(np.concatenate(parts)) for parts in (near_groups, equal_groups))
         rows = np.flatnonzero(np.isin(groups[:, 2], near))
-        held = np.concatenate([groups[rows, :2], np.isin(groups[rows, 2:], equal)], axis=1)
-        stage.write_array(shard_name(_FOUND, index), held, counts)
+        matches = np.concatenate([groups[rows, :2], np.isin(groups[rows, 2:], equal)], axis=1)
+        stage.write_array(shard_name(_FOUND, index), matches, counts)
         return counts["near"]
 
     def _similar(self, pairs: np.ndarray, sets: np.ndarray, places: np.ndarray) -> np.ndarray:
         """Those pairs of (a row of `sets`, a distinct held-out chunk) that are similar enough."""
-        kept = [np.zeros((0, 2), np.int64)]
+        results = [np.zeros((0, 2), np.int64)]
         pad_id = self.training.pad_id
         assert self.config.threshold is not None
         for first in range(0, len(pairs), _PAIRS):
             part = pairs[first : first + _PAIRS]
             theirs = _sets(self._tokens(places[part[:, 1]]), pad_id)
             similar = jaccard_rows(sets[part[:, 0]], theirs) >= self.config.threshold
-            kept.append(part[similar])
-        return np.concatenate(kept)
+            results.append(part[similar])
+        return np.concatenate(results)
 
     def _tokens(self, places: np.ndarray) -> np.ndarray:
         """[n, 64] tokens of held-out chunks at places [n, 2]."""
         rows = np.zeros((len(places), CHUNK_LENGTH), np.int32)
         for number, database in enumerate(self.held_out):
-            own = places[:, 0] == number
-            rows[own] = database.chunks(places[own, 1])
+            mask = places[:, 0] == number
+            rows[mask] = database.chunks(places[mask, 1])
         return rows
 
 
@@ -170,7 +170,7 @@ def _blocks(
 def _write_table(
     path: pathlib.Path, databases: list[ChunkDatabase], sketch: minhash.Sketch
 ) -> None:
-    """Writes the bands of all distinct held-out chunks, where each lies, and which chunk is which.
+    """Writes the bands of all distinct held-out chunks, the place of each, and the set of each chunk.
 
     The last array is [chunks, 3] int64: database, chunk, and the number of its distinct tokens.
     """
@@ -181,8 +181,8 @@ def _write_table(
     for number, database in enumerate(databases):
         for ids, tokens in _blocks(database, range(len(database))):
             new = []
-            for row, (chunk, own) in enumerate(zip(ids.tolist(), tokens)):
-                key = own.tobytes()
+            for row, (chunk, chunk_tokens) in enumerate(zip(ids.tolist(), tokens)):
+                key = chunk_tokens.tobytes()
                 if key not in numbers:
                     numbers[key] = len(numbers)
                     places.append((number, chunk))
@@ -191,7 +191,7 @@ def _write_table(
             bands.append(_bands(_sets(tokens[new], database.pad_id), sketch))
     table = minhash.BandTable.of(np.concatenate(bands))
     shapes = ((places, 2), (groups, 3))
-    rows = (np.array(some, np.int64).reshape(-1, width) for some, width in shapes)
+    rows = (np.array(values, np.int64).reshape(-1, width) for values, width in shapes)
     files.write_arrays(path, (table.keys, table.owners, *rows))
 
 
@@ -199,15 +199,15 @@ def _facts(stage: Stage, names: list[str], others: Mapping[str, ChunkDatabase]) 
     """What the manifest states, from the shards' facts and what they found."""
     shards = [stage.shard_facts(name) for name in names]
     empty = np.zeros((0, 3), np.int64)
-    found = np.concatenate([empty, *(np.load(stage.directory / name) for name in names)])
+    matches = np.concatenate([empty, *(np.load(stage.directory / name) for name in names)])
     groups = files.read_arrays(stage.directory / _TABLE, 4)[3]
     held_out = {}
     for number, name in enumerate(others):
-        own = found[found[:, 0] == number]
+        subset = matches[matches[:, 0] == number]
         held_out[name] = {
             "chunks": int((groups[:, 0] == number).sum()),
-            "near": len(np.unique(own[:, 1])),
-            "equal": len(np.unique(own[own[:, 2] == 1, 1])),
+            "near": len(np.unique(subset[:, 1])),
+            "equal": len(np.unique(subset[subset[:, 2] == 1, 1])),
         }
     keys = ("chunks", "near", "equal")
     return {key: sum(shard[key] for shard in shards) for key in keys} | {"held_out": held_out}

@@ -1,12 +1,12 @@
 """A lossless SentencePiece tokeniser, and the UTF-8 bytes of each of its tokens.
 
-SentencePiece writes a space as U+2581 and treats NUL apart, so neither may occur in what it is given:
+SentencePiece writes a space as U+2581 and treats NUL apart, so neither may occur in its input:
 
     text      U+2581    NUL     U+10FFFD        the escape character itself is escaped too
-    escaped   E"1"      E"2"    E"0"            E = U+10FFFD, followed by a digit wherever it stands
+    escaped   E"1"      E"2"    E"0"            E = U+10FFFD, followed by a digit wherever it occurs
 
 The three pairs are user-defined symbols: SentencePiece never splits them or joins them with anything,
-so each is one token, and its bytes are those of the character it stands for. Byte pieces cover every
+so each is one token, and its bytes are those of the character it represents. Byte pieces cover every
 other character that the vocabulary lacks. Hence the bytes of a text are the bytes of its tokens, one
 after the other, and decoding needs nothing but that table.
 """
@@ -182,7 +182,7 @@ class Tokenizer:
       pad_id, bos_id, eos_id: special ids, which `encode` never gives. A base model's tokeniser may
         have pad_id = V, and bos_id = eos_id.
       token_bytes: [V] list of bytes; empty for special ids. It has an entry for pad_id = V too.
-      special_ids: the ids below V that stand for no text.
+      special_ids: the ids below V that encode no text.
     """
 
     def __init__(self, directory: Path, manifest: Manifest, threads: int | None = None):
@@ -238,7 +238,7 @@ class Tokenizer:
         return b"".join([self.token_bytes[i] for i in np.asarray(ids, np.int64).ravel().tolist()])
 
     def num_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
-        """How many bytes of text some ids stand for."""
+        """The number of bytes of text that some ids encode."""
         return int(self._lengths[np.asarray(ids, np.int64)].sum())
 
     @functools.cached_property

@@ -68,7 +68,7 @@ def read_corpus(config: CorpusConfig, reading: Reading) -> Iterator[Document]:
 
     Args:
       config: the corpus.
-      reading: whether to go on after a bad document; its counts grow while this runs.
+      reading: whether to continue after a bad document; its counts grow while this runs.
 
     Raises:
       UserError: a missing or empty corpus, a damaged file, or a bad document: it names the file, and
@@ -150,15 +150,15 @@ def _records(config: CorpusConfig, file: SourceFile, reading: Reading) -> Iterat
 
 
 def check_reading(config: CorpusConfig, reading: Reading) -> None:
-    """Raises unless a corpus that was read to its end held what was expected."""
-    place = config.path or f"the {config.kind} corpus"
+    """Raises unless a corpus that was read to its end had the expected documents and labels."""
+    source = config.path or f"the {config.kind} corpus"
     unknown = sorted(set(config.labels or ()) - set(reading.labels))
     if unknown:
-        held = ", ".join(sorted(reading.labels)) or "none"
+        labels = ", ".join(sorted(reading.labels)) or "none"
         raise UserError(
-            f"corpus {config.name!r}: {place} has no label {unknown[0]!r}: expected some of {held}"
+            f"corpus {config.name!r}: {source} has no label {unknown[0]!r}: expected some of {labels}"
         )
     if not reading.counts["documents"]:
         raise UserError(
-            f"corpus {config.name!r}: {place} holds no documents: expected at least one"
+            f"corpus {config.name!r}: {source} holds no documents: expected at least one"
         )

@@ -26,7 +26,7 @@ _INCLUDE = {
 # Other forms in which a kind is published, for a folder that has no file of the usual one.
 FORMS = {"wikitext": ("*.parquet",), "wikitext_raw": ("*.parquet",)}
 _EXCLUDE = {
-    # _sysconfigdata is made by the build of each Python and holds the paths of that machine.
+    # _sysconfigdata is made by the build of each Python and contains the paths of that machine.
     "stdlib": (
         "_sysconfigdata*",
         "dist-packages/*",
@@ -99,15 +99,15 @@ class CorpusConfig:
         for field in ("max_documents", "max_bytes"):
             value = getattr(self, field)
             require(value is None or value > 0, self, field, "a positive number, or None for all")
-        known = ("refuse", "keep_first")
-        require(self.repeated_ids in known, self, "repeated_ids", f"one of {known}")
+        choices = ("refuse", "keep_first")
+        require(self.repeated_ids in choices, self, "repeated_ids", f"one of {choices}")
         # Which of equal texts is kept would depend on documents that are not.
         refused = self.repeated_ids == "refuse" or not self.drops_duplicates
         require(refused, self, "repeated_ids", "'refuse' where duplicates are dropped")
         cut = self.label_field is None or self.kind in LABELLED_KINDS
         require(cut, self, "label_field", f"None for the kind {self.kind!r}")
-        chosen = self.labels is None or bool(self.labels and self.label_path)
-        require(chosen, self, "labels", "None, or some labels of a corpus with a label_field")
+        is_valid = self.labels is None or bool(self.labels and self.label_path)
+        require(is_valid, self, "labels", "None, or some labels of a corpus with a label_field")
         require(self.split in (None, *SPLITS), self, "split", f"None or one of {SPLITS}")
 
     @property
@@ -122,7 +122,7 @@ class CorpusConfig:
 
     @property
     def label_path(self) -> str | None:
-        """The field that holds a document's label; None for a corpus without any."""
+        """The field with a document's label; None for a corpus without any."""
         return self.label_field or ("meta.pile_set_name" if self.kind == "pile" else None)
 
     @property
@@ -137,9 +137,9 @@ class CorpusConfig:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a manifest holds: defaults filled in, and of the path its last part only.
+        """The settings in a manifest: defaults filled in, and only the last part of the path.
 
-        Options that came later stand there only where they are used.
+        Later options are included only where they are used.
         """
         fields = dataclasses.asdict(self)
         for name in ("label_field", "labels"):

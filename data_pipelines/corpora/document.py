@@ -51,11 +51,11 @@ class Reading:
     """How a corpus is being read, and what has been counted so far.
 
     Attributes:
-      skip_bad: count documents that cannot be read and go on, instead of stopping at the first.
+      skip_bad: count documents that cannot be read and continue, instead of stopping at the first.
       counts: "documents" given out, "bad" and "empty" ones left out.
-      labels: documents of each label, those that are not wanted too.
+      labels: documents of each label, unselected labels included.
       spellings: each label as the corpus spells it.
-      first_bad: what was wrong with the first bad one.
+      first_bad: the fault of the first bad one.
       source: which edition of the corpus was read, where it has one.
     """
 
@@ -67,7 +67,7 @@ class Reading:
     source: str = ""
 
     def label(self, name: str) -> str:
-        """Counts a document of a label; returns the label as a corpus's name holds it.
+        """Counts a document of a label; returns the label as in a corpus's name.
 
         Raises:
           UserError: another label of this corpus is written in the same way.
@@ -79,10 +79,10 @@ class Reading:
 
     def _spell(self, label: str, name: str) -> None:
         """Remembers how a label was spelt; refuses two labels of one short form."""
-        known = self.spellings.setdefault(label, name)
-        if known != name:
+        first = self.spellings.setdefault(label, name)
+        if first != name:
             raise UserError(
-                f"the labels {known!r} and {name!r} are both written {label!r}: expected labels"
+                f"the labels {first!r} and {name!r} are both written {label!r}: expected labels"
                 " that differ in more than case, spaces and points"
             )
 
@@ -140,7 +140,7 @@ def lookup(fields: Mapping[str, Any], name: str) -> Any:
 
 
 def short_label(name: str) -> str:
-    """A label as a corpus's name holds it: "PubMed Central" is pubmed_central, "C++" is c_plus_plus.
+    """A label as in a corpus's name: "PubMed Central" is pubmed_central, "C++" is c_plus_plus.
 
     Letters and digits of any script are kept, in small letters; signs other than spaces, points,
     hyphens and the like are written out, so that labels which differ in them stay distinct.

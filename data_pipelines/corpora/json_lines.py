@@ -33,23 +33,23 @@ def _read(
         text = reading.decode(line.removeprefix(BYTE_ORDER_MARK), file.path, offset)
         offset += len(line) + 1
         if text is not None and text.strip():
-            place = f"{file.path}:{number}"
-            fields = _parse(text, place, reading)
+            location = f"{file.path}:{number}"
+            fields = _parse(text, location, reading)
             if fields is not None:
-                record = record_of(fields, f"{file.name}:{number}", place, config, reading)
+                record = record_of(fields, f"{file.name}:{number}", location, config, reading)
                 if record is not None:
                     yield record, fields
 
 
-def _parse(line: str, place: str, reading: Reading) -> dict[str, Any] | None:
+def _parse(line: str, location: str, reading: Reading) -> dict[str, Any] | None:
     """The object of a line; None for a bad document."""
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
-        reading.bad(f"{place} is not valid JSON ({error}): expected one object a line")
+        reading.bad(f"{location} is not valid JSON ({error}): expected one object a line")
         return None
     if not isinstance(fields, dict):
-        reading.bad(f"{place} holds a {type(fields).__name__}: expected a JSON object")
+        reading.bad(f"{location} holds a {type(fields).__name__}: expected a JSON object")
         return None
     return fields
 

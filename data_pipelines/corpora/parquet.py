@@ -26,10 +26,12 @@ def read_parquet(config: CorpusConfig, file: SourceFile, reading: Reading) -> It
                 for batch in batches:
                     for fields in _rows(batch, f"{file.path}", number, reading):
                         number += 1
-                        place = f"{file.path}:{number}"
+                        location = f"{file.path}:{number}"
                         if fields is None:
                             continue
-                        record = record_of(fields, f"{file.name}:{number}", place, config, reading)
+                        record = record_of(
+                            fields, f"{file.name}:{number}", location, config, reading
+                        )
                         if record is not None:
                             yield record
         except (pyarrow.ArrowException, OSError) as error:
@@ -56,13 +58,13 @@ def _rows(batch: Any, path: str, before: int, reading: Reading) -> Iterator[dict
             row = batch.slice(i, 1).to_pylist()[0]
         except UnicodeDecodeError as error:
             byte = error.object[error.start]
-            place = f"{path}:{before + i + 1}"
-            reading.bad(f"{place} has byte 0x{byte:02x}: expected UTF-8")
+            location = f"{path}:{before + i + 1}"
+            reading.bad(f"{location} has byte 0x{byte:02x}: expected UTF-8")
             row = None
         except (ValueError, OverflowError, TypeError) as error:
             reason = str(error).split("\n")[0]
-            place = f"{path}:{before + i + 1}"
-            reading.bad(f"{place} cannot be read ({reason}): expected plain values")
+            location = f"{path}:{before + i + 1}"
+            reading.bad(f"{location} cannot be read ({reason}): expected plain values")
             row = None
         yield row
 
@@ -75,14 +77,14 @@ def _columns(config: CorpusConfig) -> list[str]:
 
 def _checked(name: str, schema: Any, file: SourceFile) -> str:
     """A column's name, if the file has it."""
-    held = schema
+    fields = schema
     for part in [name] if name in schema.names else name.split("."):
-        names = [field.name for field in held]
+        names = [field.name for field in fields]
         if part not in names:
-            known = ", ".join(schema.names)
-            raise UserError(f"{file.path} has no column {name!r}: expected one of {known}")
-        kind = held.field(part).type
-        held = kind if getattr(kind, "num_fields", 0) else ()
+            columns = ", ".join(schema.names)
+            raise UserError(f"{file.path} has no column {name!r}: expected one of {columns}")
+        kind = fields.field(part).type
+        fields = kind if getattr(kind, "num_fields", 0) else ()
     return name
 
 

@@ -56,15 +56,15 @@ def find_files(root: str, config: CorpusConfig) -> Iterator[SourceFile]:
       UserError: there is no such folder, no file in it that the patterns take, or no package that
         reads such URLs.
     """
-    found = False
+    has_files = False
     for file in _find(root, config):
-        found = True
+        has_files = True
         yield file
-    if not found and config.include is None and config.kind in FORMS:
+    if not has_files and config.include is None and config.kind in FORMS:
         for file in _find(root, dataclasses.replace(config, include=FORMS[config.kind])):
-            found = True
+            has_files = True
             yield file
-    if not found:
+    if not has_files:
         patterns = ", ".join(config.included)
         other = next(_find(root, dataclasses.replace(config, include=("*",))), None)
         more = (
@@ -110,7 +110,9 @@ def _find_local(root: str, config: CorpusConfig) -> Iterator[SourceFile]:
         raise UserError(f"corpus {config.name!r}: {root} is missing: expected a file or folder")
 
 
-def _walk(folder: str, inside: str, config: CorpusConfig, seen: set[str]) -> Iterator[SourceFile]:
+def _walk(
+    folder: str, inside: str, config: CorpusConfig, parents: set[str]
+) -> Iterator[SourceFile]:
     """The files below a folder. A linked folder is read where it is no part of one that is read."""
     with os.scandir(folder) as entries:
         while bulk := sorted(itertools.islice(entries, _ENTRIES), key=lambda entry: entry.name):
@@ -125,14 +127,14 @@ def _walk(folder: str, inside: str, config: CorpusConfig, seen: set[str]) -> Ite
             for entry in folders:
                 if entry.is_symlink():
                     target = os.path.realpath(entry.path)
-                    if any(_is_inside(target, other) for other in seen):
+                    if any(_is_inside(target, other) for other in parents):
                         _logger.warning(
                             "corpus %r: the linked folder %s is left out, as %s is read already",
                             *(config.name, entry.path, target),
                         )
                         continue
-                    seen.add(target)
-                yield from _walk(entry.path, f"{inside}{entry.name}/", config, seen)
+                    parents.add(target)
+                yield from _walk(entry.path, f"{inside}{entry.name}/", config, parents)
 
 
 def _is_inside(path: str, folder: str) -> bool:
@@ -177,7 +179,7 @@ def _remote_file(system: Any, name: str, info: dict[str, Any]) -> SourceFile:
 
 @contextlib.contextmanager
 def _one_line(url: str) -> Iterator[None]:
-    """Turns the errors of remote file systems, which are of many kinds, into one."""
+    """Turns the many kinds of errors of remote file systems into one."""
     try:
         yield
     except (UserError, GeneratorExit):

@@ -35,8 +35,8 @@ def read_articles(config: CorpusConfig, file: SourceFile, reading: Reading) -> I
     """The articles of one file.
 
     The documents of a file of lines, one after the other, are the file, byte for byte. The id is the
-    file's name and the title (with a number from the second article of that title on). Of a file of
-    rows that is one of several, the rows before the first heading are of the file before it.
+    file's name and the title (with a number from the second article of that title on). In a file
+    of rows that is one of several, the rows before the first heading belong to the previous file.
     """
     titles: collections.Counter[str] = collections.Counter()
     for offset, data in _articles(_lines(config, file, reading)):
@@ -103,7 +103,7 @@ def _neighbour(file: SourceFile, step: int) -> SourceFile | None:
     if number < 0:
         return None
     width = len(name["number"])
-    names = [f"{found['before']}{number:0{width}d}{found['after']}" for found in (name, path)]
+    names = [f"{match['before']}{number:0{width}d}{match['after']}" for match in (name, path)]
     other = dataclasses.replace(file, name=names[0], path=names[1])
     return other if is_there(other) else None
 
@@ -118,7 +118,7 @@ def _from_title(lines: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _articles(lines: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Where each article begins, and its bytes; what is before the first heading is of the first."""
+    """The start of each article, and its bytes; lines before the first heading belong to the first."""
     start, titled, pieces = 0, False, list[bytes]()
     for line, begins in _titled(lines):
         if begins:

@@ -1,7 +1,7 @@
 """The documents stage: corpora in, one directory of sorted JSON lines for each split out.
 
     corpus --read in portions, by the runner--> .spill/CORPUS/portion-00000/run-00000... sorted by a hash
-           --one pass over the rows of all runs--> .spill/plan/train-00000.npy ...: which lines a shard holds
+           --one pass over the rows of all runs--> .spill/plan/train-00000.npy ...: the lines of each shard
            --by the runner--> {train,validation,test}/documents-00000.jsonl, ...
 
 The order in which a corpus is read, the portions, the runs and the runner do not show in the result.
@@ -83,7 +83,7 @@ class DocumentsConfig:
         require(self.sort_bytes > 0, self, "sort_bytes", "a positive number")
 
     def settings(self, split: str) -> dict[str, Any]:
-        """What a split's manifest holds: all that its bytes depend on."""
+        """The settings in a split's manifest: all that its bytes depend on."""
         corpora = {corpus.name: corpus.settings for corpus in self.corpora}
         fields = ("validation", "test", "skip_bad_documents", "shard_bytes")
         return {"split": split, "corpora": corpora} | {name: getattr(self, name) for name in fields}
@@ -108,8 +108,8 @@ def prepare_documents(
       runner: where corpora are read and shards written; the bytes do not depend on it.
 
     Returns:
-      The manifest of each split. Facts: documents, bytes, per corpus documents and bytes, what each
-      shard holds, and what was left out while reading each corpus and why.
+      The manifest of each split. Facts: documents, bytes, per corpus documents and bytes, the
+      content of each shard, and the documents left out of each corpus by reason.
 
     Raises:
       UserError: a corpus that is missing, empty or bad, two documents of one id, no training
@@ -123,7 +123,7 @@ def prepare_documents(
         for split in SPLITS
     }
     if any(stage.begun for stage in stages.values()):
-        _refuse_changed_inputs(folder, config, [pathlib.Path(place) for place in appended])
+        _refuse_changed_inputs(folder, config, [pathlib.Path(path) for path in appended])
     if not all(stage.done for stage in stages.values()):
         _write_splits(folder, stages, config, known, runner)
     shutil.rmtree(folder / _SPILL, ignore_errors=True)
@@ -143,13 +143,13 @@ def _refuse_changed_inputs(
 ) -> None:
     """Raises if a corpus is no longer that of which a begun stage was made."""
     before, now = inputs.recorded(folder), dict[str, inputs.Identity]()
-    later = [inputs.recorded(place) for place in appended]
+    records = [inputs.recorded(path) for path in appended]
     for corpus in config.corpora:
         if isinstance(corpus, TextCorpus) or corpus.name not in before:
             continue  # a manifest has the hash of texts in memory; older versions recorded nothing
         try:
             identity = inputs.identity_of(corpus)
-            if identity not in [record.get(corpus.name) for record in later]:
+            if identity not in [record.get(corpus.name) for record in records]:
                 now[corpus.name] = identity
         except UserError as error:  # a corpus is not needed any more once it was read
             _log.warning("not compared with %s: %s", folder, error)
@@ -161,7 +161,7 @@ def _write_splits(
     folder: pathlib.Path,
     stages: Mapping[str, Stage],
     config: DocumentsConfig,
-    known: KnownDocuments | None,
+    old_documents: KnownDocuments | None,
     runner: Runner,
 ) -> None:
     """Reads all corpora and writes what the stages have not got yet."""
@@ -176,8 +176,8 @@ def _write_splits(
     for corpus in corpora:
         reading, runs = done[corpus.name]
         if reading.first_bad:
-            told = f"{reading.counts['bad']} bad documents left out; {reading.first_bad}"
-            _log.warning("corpus %r: %s", corpus.name, told)
+            message = f"{reading.counts['bad']} bad documents left out; {reading.first_bad}"
+            _log.warning("corpus %r: %s", corpus.name, message)
         counts: Counts = {name: reading.counts[name] for name in ("documents", "bad", "empty")}
         counts |= {"duplicates": 0, "beyond_limit": 0, "source": reading.source}
         if reading.labels:
@@ -186,8 +186,8 @@ def _write_splits(
     plans = folder / _SPILL / _PLAN
     with files.writing(plans):
         plans.mkdir(exist_ok=True)
-    shards = plan_shards(plans, read, config.shard_bytes, known)
-    if not shards["train"] and known is None:
+    shards = plan_shards(plans, read, config.shard_bytes, old_documents)
+    if not shards["train"] and old_documents is None:
         names = ", ".join(read)
         raise UserError(f"{folder}: no document of {names} is in the training split: expected some")
     counted = {name: counts for name, (_, counts, _) in read.items()}

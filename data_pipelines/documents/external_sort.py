@@ -89,7 +89,7 @@ class RunWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Writes a run of what is held."""
+        """Writes a run of the rows in memory."""
         if not self._entries:
             return
         self._entries.sort(key=lambda entry: (entry.corpus, entry.order))
@@ -140,13 +140,13 @@ class Runs:
     """
 
     def __init__(self, folders: Sequence[pathlib.Path], sort_bytes: int = SORT_BYTES) -> None:
-        """Opens finished runs; `sort_bytes` of rows are held at a time.
+        """Opens finished runs; `sort_bytes` of rows are in memory at a time.
 
         Raises:
           UserError: a file that is not as it was written.
         """
-        found = (sorted(folder.glob(f"run-*{_LINES}")) for folder in folders)
-        self.stems = [str(path)[: -len(_LINES)] for path in itertools.chain.from_iterable(found)]
+        matches = (sorted(folder.glob(f"run-*{_LINES}")) for folder in folders)
+        self.stems = [str(path)[: -len(_LINES)] for path in itertools.chain.from_iterable(matches)]
         self._spans = [_checked_spans(stem) for stem in self.stems]
         self._limit = max(1, sort_bytes // (4 * ROW.itemsize))  # sorting takes copies
         self._dropped: list[pathlib.Path] = []
@@ -162,7 +162,7 @@ class Runs:
 
     def sorted(self, corpus: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The rows of a corpus by increasing order, part by part; and which are duplicates."""
-        spans = [(i, *held[corpus]) for i, held in enumerate(self._spans) if corpus in held]
+        spans = [(i, *blocks[corpus]) for i, blocks in enumerate(self._spans) if corpus in blocks]
         edges = _edges(sum(stop - start for _, start, stop in spans), self._limit)
         parts = [
             _Part(pathlib.Path(self.stems[run] + _ROWS), ROW, "o0", edges, span=(start, stop))
@@ -171,11 +171,11 @@ class Runs:
         owner = _corpus_hash(corpus)
         dropped = [_Part(path, _CONTENT, "o0", edges, corpus=owner) for path in self._dropped]
         for number in range(len(edges) + 1):
-            held = [np.zeros(0, ROW)]
+            blocks = [np.zeros(0, ROW)]
             for (run, _, _), part in zip(spans, parts):
-                held.append(part.read(number))
-                held[-1]["run"] = run
-            rows = np.concatenate(held)
+                blocks.append(part.read(number))
+                blocks[-1]["run"] = run
+            rows = np.concatenate(blocks)
             rows = rows[np.lexsort((rows["o1"], rows["o0"]))]
             others = [np.zeros(0, _CONTENT), *(part.read(number) for part in dropped)]
             yield rows, _contained(rows, np.concatenate(others))
@@ -191,20 +191,20 @@ class Runs:
         parts = [_Part(path, _CONTENT, "c0", edges) for path in paths]
         total, self._dropped = 0, []
         for number in range(len(edges) + 1):
-            held = [np.zeros(0, _CONTENT), *(part.read(number) for part in parts)]
-            pairs = np.concatenate(held)
+            blocks = [np.zeros(0, _CONTENT), *(part.read(number) for part in parts)]
+            pairs = np.concatenate(blocks)
             keys = [pairs[name] for name in ("corpus", "o1", "o0", "c1", "c0")]
             pairs = pairs[np.lexsort(keys)]
             same_document = _equal(pairs[1:], pairs[:-1], ("c0", "c1", "o0", "o1", "corpus"))
             pairs = pairs[np.concatenate([[True], ~same_document])[: len(pairs)]]
             again = np.zeros(len(pairs), bool)
             again[1:] = _equal(pairs[1:], pairs[:-1], ("c0", "c1"))
-            found = pairs[again]
+            matches = pairs[again]
             path = folder / f"dropped-{number:05d}"
             with files.writing(folder):
-                found[np.lexsort((found["o1"], found["o0"], found["corpus"]))].tofile(path)
+                matches[np.lexsort((matches["o1"], matches["o0"], matches["corpus"]))].tofile(path)
             self._dropped.append(path)
-            total += len(found)
+            total += len(matches)
         return total
 
     def line(self, row: np.ndarray) -> bytes:
@@ -288,12 +288,12 @@ def read_lines(stems: Sequence[str], rows: np.ndarray) -> Iterator[bytes]:
     """The lines of rows, in their order; each run is opened once."""
     lines: list[bytes] = [b""] * len(rows)
     places = np.argsort(rows["run"], kind="stable")
-    for run, group in itertools.groupby(places.tolist(), lambda place: rows["run"][place]):
+    for run, group in itertools.groupby(places.tolist(), lambda row: rows["run"][row]):
         with open(stems[run] + _LINES, "rb") as file:
-            for place in group:
-                file.seek(int(rows["offset"][place]))
-                lines[place] = file.read(int(rows["length"][place]))
-                if len(lines[place]) != rows["length"][place] or lines[place][-1:] != b"\n":
+            for row in group:
+                file.seek(int(rows["offset"][row]))
+                lines[row] = file.read(int(rows["length"][row]))
+                if len(lines[row]) != rows["length"][row] or lines[row][-1:] != b"\n":
                     raise _damaged(stems[run] + _LINES, "a line that ends too early")
     yield from lines
 
@@ -312,7 +312,7 @@ def first_of_repeated(rows: np.ndarray) -> np.ndarray:
 
 
 def _corpus_hash(corpus: str) -> int:
-    """What stands for a corpus beside a content."""
+    """The hash that represents a corpus beside a content."""
     return int.from_bytes(stable_hash(corpus, "corpus")[:8], "little")
 
 
@@ -334,9 +334,9 @@ def _contained(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
     ordered = both[places]
     first[1:] = ~_equal(ordered[1:], ordered[:-1], ("o0", "o1"))
     group = np.cumsum(first) - 1
-    found = np.zeros(len(both), bool)
-    found[places] = theirs[places][first][group] if len(both) else False
-    return found[len(others) :]
+    mask = np.zeros(len(both), bool)
+    mask[places] = theirs[places][first][group] if len(both) else False
+    return mask[len(others) :]
 
 
 def _equal(rows: np.ndarray, others: np.ndarray, names: tuple[str, ...]) -> np.ndarray:

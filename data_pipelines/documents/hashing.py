@@ -18,8 +18,8 @@ def stable_fraction(text: str, purpose: str) -> float:
 
 def split_of(document_id: str, *, validation: float, test: float) -> str:
     """The split of a document: a function of its id alone."""
-    place = stable_fraction(document_id, "split")
-    if place < test:
+    fraction = stable_fraction(document_id, "split")
+    if fraction < test:
         return "test"
     # Counted from the other end, so that a larger share of one split takes nothing from the other.
-    return "validation" if place >= 1 - validation else "train"
+    return "validation" if fraction >= 1 - validation else "train"

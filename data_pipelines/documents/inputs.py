@@ -1,6 +1,6 @@
 """The identity of a corpus: which files it had when it was read, their sizes, and samples of their bytes.
 
-It stands beside an artefact (inputs.json) rather than in its manifest, so that equal documents of
+It is stored beside an artefact (inputs.json), not in its manifest, so that equal documents of
 other files are the same artefact. No time is part of it: a copied corpus is the same corpus.
 """
 

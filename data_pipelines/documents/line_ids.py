@@ -22,7 +22,7 @@ _ROW = np.dtype([("corpus", "<u4"), ("c0", "<u8"), ("c1", "<u8")])
 def corpora_of_line_ids(folder: pathlib.Path) -> set[str]:
     """The corpora of a finished documents stage whose ids are those of lines."""
     places = [folder / split for split in SPLITS]
-    if not all((place / MANIFEST_FILE).is_file() for place in places):
+    if not all((path / MANIFEST_FILE).is_file() for path in places):
         return set()
     corpora = Manifest.read(places[0]).settings.get("corpora", {})
     return {

@@ -47,7 +47,7 @@ class Sorting:
 
     Attributes:
       validation, test, skip_bad: as DocumentsConfig has them.
-      sort_bytes: of documents that a process holds.
+      sort_bytes: bytes of documents in the memory of a process.
     """
 
     validation: float
@@ -98,7 +98,7 @@ class ReadPortion:
         return pathlib.Path(self.folder, corpus.name, f"portion-{number:05d}")
 
     def __call__(self, index: int, report: Callable[[int], object] = silent) -> int:
-        """Reads portion `index`; returns its documents. `report` is told of bytes."""
+        """Reads portion `index`; returns its documents. `report` receives counts of bytes."""
         (corpus, number), path = self.place(index), self.path(index)
         reading = Reading(self.sorting.skip_bad)
         with _new_folder(path) as folder:
@@ -123,7 +123,7 @@ def read_corpora(
     Raises:
       UserError: a corpus that is missing, empty or bad, or what was read of it is damaged.
     """
-    for corpus in corpora:  # all, before any is read: a wrong path is told at once
+    for corpus in corpora:  # all, before any is read: a wrong path is reported at once
         _list(folder / corpus.name, corpus, sorting)
     starts = {c.name: np.load(folder / c.name / _STARTS) for c in corpora}
     portions = tuple(len(starts[c.name]) for c in corpora)
@@ -156,7 +156,7 @@ def _reading_of(facts: dict[str, Any]) -> Reading:
 
 
 def _list(folder: pathlib.Path, corpus: CorpusConfig, sorting: Sorting) -> None:
-    """Writes the list of a corpus's files, and empties the folder if it held another one's."""
+    """Writes the list of a corpus's files, and empties the folder if the list there differs."""
     digest, starts = hashlib.sha256(), list[tuple[int, int, int]]()
     with files.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -174,8 +174,8 @@ def _list(folder: pathlib.Path, corpus: CorpusConfig, sorting: Sorting) -> None:
                 starts[-1] = (starts[-1][0], size, count)
         read = dataclasses.replace(corpus, repeated_ids="refuse")  # it matters after reading
         identity = files.plain([_FORMAT, read, sorting, digest.hexdigest()])
-        known = folder / _IDENTITY
-        if known.is_file() and files.read_json(known)["identity"] == identity:
+        record = folder / _IDENTITY
+        if record.is_file() and files.read_json(record)["identity"] == identity:
             return
         for path in folder.iterdir():
             if path != temporary:
@@ -187,7 +187,7 @@ def _list(folder: pathlib.Path, corpus: CorpusConfig, sorting: Sorting) -> None:
         array = np.array(starts, np.int64)
         files.write_hashed(temporary, lambda file: np.save(file, array))
         temporary.rename(folder / _STARTS)
-    files.write_atomically(known, files.to_json({"identity": identity}))
+    files.write_atomically(record, files.to_json({"identity": identity}))
 
 
 def _listed(folder: pathlib.Path, portion: int) -> Iterator[SourceFile]:

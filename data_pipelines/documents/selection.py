@@ -1,7 +1,7 @@
 """Which documents are kept, and which line of which run goes into which shard.
 
-One pass over the sorted rows of all corpora decides, without reading a text; it holds one range of rows
-at a time. What it decides is left in a file for each shard, for workers to follow.
+One pass over the sorted rows of all corpora decides, without reading a text; one range of rows
+is in memory at a time. The decisions are written to one file per shard, for workers to follow.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ class KnownDocuments:
     """Documents that need not be taken again, by corpus and id.
 
     Attributes:
-      parents: the database that holds them, for `Stage`.
+      parents: the database that contains them, for `Stage`.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class KnownDocuments:
           parents: as the attribute.
         """
         pairs = ((_half(name), number) for number, name in names)
-        known = np.fromiter(pairs, [("half", "<u8"), ("number", "<i8")])
-        self._known = known[np.argsort(known["half"], kind="stable")]
+        halves = np.fromiter(pairs, [("half", "<u8"), ("number", "<i8")])
+        self._known = halves[np.argsort(halves["half"], kind="stable")]
         self._name_of = name_of
         self.parents = parents
 
@@ -63,12 +63,12 @@ class KnownDocuments:
         """[n] bool: which rows of a corpus are known."""
         starts = np.searchsorted(self._known["half"], rows["o0"], side="left")
         stops = np.searchsorted(self._known["half"], rows["o0"], side="right")
-        found = np.zeros(len(rows), bool)
-        for place in np.flatnonzero(starts < stops).tolist():
-            name = corpus, id_of(rows[place])
-            numbers = self._known["number"][starts[place] : stops[place]].tolist()
-            found[place] = any(self._name_of(number) == name for number in numbers)
-        return found
+        mask = np.zeros(len(rows), bool)
+        for row in np.flatnonzero(starts < stops).tolist():
+            name = corpus, id_of(rows[row])
+            numbers = self._known["number"][starts[row] : stops[row]].tolist()
+            mask[row] = any(self._name_of(number) == name for number in numbers)
+        return mask
 
 
 def _half(name: str) -> int:
@@ -121,7 +121,7 @@ def plan_shards(
     shard_bytes: int,
     known: KnownDocuments | None,
 ) -> dict[str, list[Counts]]:
-    """Decides what every shard holds.
+    """Decides the content of every shard.
 
     Args:
       folder: where the decisions go.
@@ -143,37 +143,41 @@ def plan_shards(
     )
     for name in read:
         _, counts, runs = read[name]
-        place = folder / name
-        place.mkdir(exist_ok=True)
-        counts["duplicates"] = runs.find_duplicates(place)
-    held = sorted((name, owner) for owner, (_, _, runs) in read.items() for name in runs.corpora)
-    for (name, owner), (other, rival) in itertools.pairwise(held):
+        path = folder / name
+        path.mkdir(exist_ok=True)
+        counts["duplicates"] = runs.find_duplicates(path)
+    owners = sorted((name, owner) for owner, (_, _, runs) in read.items() for name in runs.corpora)
+    for (name, owner), (other, rival) in itertools.pairwise(owners):
         if name == other:
             raise UserError(
                 f"the corpora {owner!r} and {rival!r} both hold documents of {name!r}: expected"
                 " other names"
             )
-    for name, owner in held:
+    for name, owner in owners:
         corpus, counts, runs = read[owner]
         for rows in _kept(name, corpus, counts, runs, known):
             for split, plan in plans.items():
-                chosen = rows[rows["split"] == SPLITS.index(split)]
-                chosen["run"] += firsts[owner]
-                plan.add(name, chosen)
+                subset = rows[rows["split"] == SPLITS.index(split)]
+                subset["run"] += firsts[owner]
+                plan.add(name, subset)
         for plan in plans.values():
-            plan.cut(name)  # a shard holds one corpus
+            plan.cut(name)  # a shard contains one corpus
     return {split: plan.shards for split, plan in plans.items()}
 
 
 def _kept(
-    name: str, corpus: CorpusConfig, counts: Counts, runs: Runs, known: KnownDocuments | None
+    name: str,
+    corpus: CorpusConfig,
+    counts: Counts,
+    runs: Runs,
+    old_documents: KnownDocuments | None,
 ) -> Iterator[np.ndarray]:
     """The rows of a corpus that are kept, in order; completes the counts."""
 
     def id_of(row: np.ndarray) -> str:
         return json.loads(runs.line(row))["id"]
 
-    taken = size = 0
+    count = size = 0
     for rows, duplicate in runs.sorted(name):
         if corpus.ids_from_content or corpus.repeated_ids == "keep_first":
             # Sorting is stable: the first row is that of the first line. By content, all are equal.
@@ -191,16 +195,16 @@ def _kept(
         rows = rows[~duplicate]
         # Nothing later is taken either, however short: the selection is a prefix of the order.
         sizes = np.cumsum(rows["size"].astype(np.int64)) + size
-        most = len(rows) if corpus.max_documents is None else corpus.max_documents - taken
+        most = len(rows) if corpus.max_documents is None else corpus.max_documents - count
         if corpus.max_bytes is not None:
             most = min(most, int(np.searchsorted(sizes, corpus.max_bytes, side="right")))
         most = max(0, min(most, len(rows)))
         counts["beyond_limit"] += len(rows) - most
         size = int(sizes[-1]) if len(rows) else size
         rows = rows[:most]
-        taken += most
-        if known is not None:
-            there = known.among(rows, name, id_of)
+        count += most
+        if old_documents is not None:
+            there = old_documents.among(rows, name, id_of)
             counts["known"] = counts.get("known", 0) + int(there.sum())
             rows = rows[~there]
         yield rows

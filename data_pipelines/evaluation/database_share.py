@@ -36,27 +36,30 @@ def subsampled(
       folder: where the table is kept, to be read the next time. data: of the prepared data.
     """
     assert split.table is not None and split.retrieval is not None
-    chosen = hashlib.sha256(split.ids.tobytes()).hexdigest()
+    digest = hashlib.sha256(split.ids.tobytes()).hexdigest()
     parent = split.table.manifest.hash
     live = "-live" if len(split.retrieval.removed) else ""  # other files may have removed documents
-    path = folder / f"neighbours-{k}-{share:g}-{parent[:12]}-{chosen[:12]}{live}.npy"
+    path = folder / f"neighbours-{k}-{share:g}-{parent[:12]}-{digest[:12]}{live}.npy"
     if path.is_file():
         return read_array(path)
-    kept = kept_chunks(split, share)
-    found = split.table.ids(split.ids, split.table.k)
-    inside = (found >= 0) & kept[np.maximum(found, 0)]
+    mask = kept_chunks(split, share)
+    neighbours = split.table.ids(split.ids, split.table.k)
+    inside = (neighbours >= 0) & mask[np.maximum(neighbours, 0)]
     order = np.argsort(~inside, axis=1, kind="stable")[:, :k]
-    ids = np.take_along_axis(np.where(inside, found, -1), order, axis=1)
+    ids = np.take_along_axis(np.where(inside, neighbours, -1), order, axis=1)
     ids = np.pad(ids, ((0, 0), (0, k - ids.shape[1])), constant_values=-1)
     rows = np.flatnonzero((ids < 0).any(axis=1))
-    candidates = np.flatnonzero(kept)
+    candidates = np.flatnonzero(mask)
     if len(rows) and len(candidates):
         keys = Database.open(data).keys
-        embed, own = _embeddings(split, keys, data), OwnDocuments(split.database, split.retrieval)
+        embed, owners = (
+            _embeddings(split, keys, data),
+            OwnDocuments(split.database, split.retrieval),
+        )
         with progress_bar(len(rows), f"{share:.3g} of the database", "chunk") as bar:
             for first in range(0, len(rows), _QUERIES):
                 part = rows[first : first + _QUERIES]
-                queries, exclude = embed(split.ids[part]), own.of(split.ids[part])
+                queries, exclude = embed(split.ids[part]), owners.of(split.ids[part])
                 ids[part] = compare_all(keys, queries, k, exclude, candidates)[0]
                 bar.update(len(part))
     write_array(path, ids)
@@ -73,9 +76,9 @@ def _embeddings(split: Split, keys: Keys, data: pathlib.Path) -> Callable[[np.nd
 
 
 def kept_chunks(split: Split, share: float) -> np.ndarray:
-    """[chunks of the database] bool: which are of a document in the share that was not removed."""
+    """[chunks of the database] bool: which belong to a document in the share that was not removed."""
     assert split.retrieval is not None
     names = (f"{record.corpus}/{record.id}" for record in split.retrieval.records())
-    kept = np.array([stable_fraction(name, "database") < share for name in names], bool)
-    kept[split.retrieval.removed] = False
-    return kept[split.retrieval.documents(np.arange(len(split.retrieval)))]
+    mask = np.array([stable_fraction(name, "database") < share for name in names], bool)
+    mask[split.retrieval.removed] = False
+    return mask[split.retrieval.documents(np.arange(len(split.retrieval)))]

@@ -1,7 +1,7 @@
 """WikiText's tokenised text as ordinary prose: "1 @,@ 500 people ( or so ) ." -> "1,500 people (or so)."
 
 Perplexity by word of the detokenised text has the words of the tokenised one as its denominator, so
-that figures of both variants can be compared. <unk> stays as it is: nothing tells what it stood for.
+that figures of both variants can be compared. <unk> stays: its original word is unknown.
 """
 
 import re

@@ -57,8 +57,8 @@ def prepare_slice(
         chunks = ChunkDatabase.open(folder / "chunks")
         queries: Queries = chunks
         if retriever.ranking.by_keys:
-            made = retriever.keys.manifest.settings
-            keys = KeysConfig(bert_folder or made["embedder"]["model"], made["dtype"])
+            settings = retriever.keys.manifest.settings
+            keys = KeysConfig(bert_folder or settings["embedder"]["model"], settings["dtype"])
             prepare_keys(folder / "keys", folder / "chunks", data / "tokenizer", keys)
             queries = Keys.open(folder / "keys", chunks)
         prepare_neighbours(

@@ -55,7 +55,7 @@ class Split:
     def text_mask(self, byte_lengths: np.ndarray) -> np.ndarray:
         """[n, 64] bool: the tokens of ids that are scored; byte_lengths [V] are the tokenizer's.
 
-        A token that lies across the place where scoring begins counts.
+        A token across the place where scoring begins counts.
         """
         database = self.database
         tokens, owners = database.chunks(self.ids), database.documents(self.ids)
@@ -105,8 +105,8 @@ def open_split(
 
     Args:
       data: W, or the directory of the prepared data. name: of the split.
-      neighbours: how many the table must hold; 0 for no table at all.
-      max_documents: only the first so many documents of each corpus (they stand in random order).
+      neighbours: how many the table must have; 0 for no table at all.
+      max_documents: only the first so many documents of each corpus (they are in random order).
 
     Raises:
       UserError: an unknown or empty split, no table or too small a one, artefacts that do not
@@ -140,7 +140,7 @@ def open_split(
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """The directories of a split; of a slice also the one that holds its measures."""
+    """The directories of a split; of a slice also the one with its measures."""
 
     chunks: pathlib.Path
     keys: pathlib.Path
@@ -154,9 +154,9 @@ def places_of(data: pathlib.Path, name: str) -> Places:
     Raises:
       UserError: there is neither.
     """
-    known = sorted(path.name for path in (data / "chunks").glob("*") if path.is_dir())
+    splits = sorted(path.name for path in (data / "chunks").glob("*") if path.is_dir())
     slices = sorted(path.parent.name for path in (data / "slices").glob("*/chunks"))
-    if name in known:
+    if name in splits:
         return Places(
             data / "chunks" / name, data / "keys" / name, data / "neighbours" / name, None
         )
@@ -164,8 +164,8 @@ def places_of(data: pathlib.Path, name: str) -> Places:
         folder = data / "slices" / name
         table = slice_table(folder, latest(data))
         return Places(folder / "chunks", folder / "keys", table, folder)
-    known += slices
-    expected = f"one of {', '.join(known)}" if known else "what launch.prepare makes"
+    splits += slices
+    expected = f"one of {', '.join(splits)}" if splits else "what launch.prepare makes"
     raise UserError(f"--split={name}: there is no {data / 'chunks' / name}, expected {expected}")
 
 
@@ -184,15 +184,15 @@ def token_counts(database: ChunkDatabase) -> np.ndarray:
 
 def choose_chunks(database: ChunkDatabase, max_documents: int | None) -> np.ndarray:
     """[n] int64 ids of the chunks of each corpus's first documents, ascending; None for all."""
-    chosen = [np.zeros(0, np.int64)]
+    parts = [np.zeros(0, np.int64)]
     for ranges in database.corpora.values():
-        left = max_documents
+        limit = max_documents
         for part in ranges:
             ids = np.arange(part.start, part.stop, dtype=np.int64)
-            if left is not None:
+            if limit is not None:
                 owners = database.documents(ids)
-                documents = np.unique(owners)[:left]
+                documents = np.unique(owners)[:limit]
                 ids = ids[np.isin(owners, documents)]
-                left -= len(documents)
-            chosen.append(ids)
-    return np.sort(np.concatenate(chosen))
+                limit -= len(documents)
+            parts.append(ids)
+    return np.sort(np.concatenate(parts))

@@ -111,20 +111,20 @@ def chunk_views(
         if not len(places):
             continue
         totals = gains[places].sum(axis=1)
-        chosen = {
+        selection = {
             "Largest gain": places[np.argmax(totals)],
             "Largest loss": places[np.argmin(totals)],
             "Chosen at random": np.random.default_rng(0).choice(places),
         }
-        for heading, place in chosen.items():
+        for heading, row in selection.items():
             view = _chunk_view(
                 split,
                 viewer,
-                int(split.ids[place]),
+                int(split.ids[row]),
                 k=k,
-                gains=gains[place],
+                gains=gains[row],
                 heading=f"{heading} · {corpus}",
-                bits=float(bits[place]),
+                bits=float(bits[row]),
             )
             views.append(view)
     return views

@@ -60,13 +60,13 @@ class SliceConfig:
 
     @property
     def key(self) -> str:
-        """The name of its directory, and of the split that results are of."""
-        some = [] if self.max_documents is None else [f"first{self.max_documents}"]
-        return "-".join([self.name, *self.subsets, *some])
+        """The name of its directory, and of the split in results."""
+        suffix = [] if self.max_documents is None else [f"first{self.max_documents}"]
+        return "-".join([self.name, *self.subsets, *suffix])
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a manifest holds: all but the path, which need not be there once it was read."""
+        """The settings in a manifest: all but the path, which may be gone after reading."""
         fields = dataclasses.asdict(self)
         del fields["path"]
         return fields
@@ -157,15 +157,15 @@ def check_source(directory: Path, config: SliceConfig) -> dict[str, Any]:
     """
     if config.path is None:
         return {}
-    found = _source(config.path)
+    source = _source(config.path)
     path = pathlib.Path(directory) / SOURCE_FILE
-    recorded = files.read_json(path) if path.is_file() else found
-    if any(recorded[name] != found[name] for name in ("size", "sha256")):
+    recorded = files.read_json(path) if path.is_file() else source
+    if any(recorded[name] != source[name] for name in ("size", "sha256")):
         raise UserError(
-            f"{config.path} has {_described(found)}, but the slice {config.key} was read from"
+            f"{config.path} has {_described(source)}, but the slice {config.key} was read from"
             f" {recorded['name']!r} of {_described(recorded)} ({path}): expected that, or another name"
         )
-    return found
+    return source
 
 
 def _described(source: Mapping[str, Any]) -> str:
@@ -207,32 +207,32 @@ def read_texts(config: SliceConfig, reading: Reading) -> Iterator[Text]:
 
 def _fill(folder: pathlib.Path, config: SliceConfig) -> Runs:
     """The documents by corpus, sorted on disk."""
-    seen: set[str] = set()
+    subsets: set[str] = set()
     shutil.rmtree(folder, ignore_errors=True)
     writer = RunWriter(folder, folder, SORT_BYTES)
     for text in read_texts(config, Reading()):
-        seen.add(text.corpus)
+        subsets.add(text.corpus)
         if config.subsets and text.corpus not in config.subsets:
             continue
         line = json.dumps(dataclasses.asdict(text), ensure_ascii=False).encode() + b"\n"
         order = stable_hash(text.id, "order")
         writer.add(Entry(text.corpus, order, None, "test", text.bytes, line))
     writer.flush()
-    unknown = sorted(set(config.subsets) - seen)
+    unknown = sorted(set(config.subsets) - subsets)
     if unknown or not writer.runs:
-        held = ", ".join(sorted(seen)) or "nothing"
-        wanted = f"subset {unknown[0]!r}" if unknown else "documents"
-        raise UserError(f"{config.path} has no {wanted}: it holds {held}")
+        names = ", ".join(sorted(subsets)) or "nothing"
+        subject = f"subset {unknown[0]!r}" if unknown else "documents"
+        raise UserError(f"{config.path} has no {subject}: it holds {names}")
     return Runs([folder])
 
 
 def _sorted_lines(runs: Runs, corpus: str, most: int | None) -> Iterator[bytes]:
     """The lines of a corpus in order, or the first of them."""
-    left = sys.maxsize if most is None else most
+    limit = sys.maxsize if most is None else most
     for rows, _ in runs.sorted(corpus):
-        for start in range(0, min(left, len(rows)), _LOOK):
-            yield from read_lines(runs.stems, rows[:left][start : start + _LOOK])
-        left -= min(left, len(rows))
+        for start in range(0, min(limit, len(rows)), _LOOK):
+            yield from read_lines(runs.stems, rows[:limit][start : start + _LOOK])
+        limit -= min(limit, len(rows))
 
 
 def _document_line(text: Text) -> bytes:
@@ -264,18 +264,18 @@ def _objects(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Ids and objects of JSON lines, each with these fields of text."""
     corpus = CorpusConfig("slice", "jsonl", config.path, text_field=fields[0])
-    for name, found in read_objects(corpus, reading):
+    for name, record in read_objects(corpus, reading):
         for field in fields[1:]:
-            if not isinstance(found.get(field), str):
+            if not isinstance(record.get(field), str):
                 raise UserError(f"{name} has no text in {field!r}: expected a string")
-        if found[fields[0]].strip():
-            yield name, found
+        if record[fields[0]].strip():
+            yield name, record
 
 
 def _plain(config: SliceConfig, reading: Reading) -> Iterator[Text]:
     """JSON lines with a text each, as C4's."""
-    for name, found in _objects(config, reading, "text"):
-        yield _of_text(name, config.name.replace(".", "_"), found["text"])
+    for name, record in _objects(config, reading, "text"):
+        yield _of_text(name, config.name.replace(".", "_"), record["text"])
 
 
 def _wikitext(config: SliceConfig, reading: Reading) -> Iterator[Text]:
@@ -294,18 +294,18 @@ def _detokenised(config: SliceConfig, reading: Reading) -> Iterator[Text]:
 
 def _pile(config: SliceConfig, reading: Reading) -> Iterator[Text]:
     """The Pile's JSON lines, a corpus for each of its sets."""
-    for name, found in _objects(config, reading, "text"):
-        meta = found.get("meta")
+    for name, record in _objects(config, reading, "text"):
+        meta = record.get("meta")
         subset = meta.get("pile_set_name") if isinstance(meta, dict) else None
         if not isinstance(subset, str):
             raise UserError(f"{name} has no meta.pile_set_name: expected the Pile's JSON lines")
-        yield _of_text(name, pile_subset(subset), found["text"])
+        yield _of_text(name, pile_subset(subset), record["text"])
 
 
 def _summaries(config: SliceConfig, reading: Reading) -> Iterator[Text]:
     """Articles with their summaries, of which the summary is scored."""
-    for name, found in _objects(config, reading, "article", "summary"):
-        before, summary = f"{found['article']}\n\nTL;DR:\n\n", found["summary"]
+    for name, record in _objects(config, reading, "article", "summary"):
+        before, summary = f"{record['article']}\n\nTL;DR:\n\n", record["summary"]
         whole = _of_text(name, config.name, summary)
         start = len(before.encode())
         yield dataclasses.replace(whole, text=before + summary, scored_from=start)
@@ -313,8 +313,8 @@ def _summaries(config: SliceConfig, reading: Reading) -> Iterator[Text]:
 
 def _lambada(config: SliceConfig, reading: Reading) -> Iterator[Text]:
     """Passages of which the last word is scored."""
-    for name, found in _objects(config, reading, "text"):
-        text = found["text"].rstrip()
+    for name, record in _objects(config, reading, "text"):
+        text = record["text"].rstrip()
         before, _, word = text.rpartition(" ")
         start = len(before.encode()) + 1 if before else 0
         yield Text(name, config.name, text, len(word.encode()), 1, 0, start)

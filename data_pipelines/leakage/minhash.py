@@ -94,8 +94,8 @@ def gram_hashes(numbers: np.ndarray) -> np.ndarray:
     length = min(GRAM, numbers.shape[-1])
     count = numbers.shape[-1] - length + 1
     total = np.zeros((*numbers.shape[:-1], count), np.uint64)
-    for place in range(length):
-        total = total * _STEP + numbers[..., place : place + count]
+    for offset in range(length):
+        total = total * _STEP + numbers[..., offset : offset + count]
     return _mixed(total)
 
 
@@ -145,11 +145,11 @@ class BandTable:
 
     Attributes:
       keys: [bands, n] uint64, each row ascending.
-      owners: [bands, n] uint32, the number of the set that each key is of.
+      owners: [bands, n] uint32, the number of each key's set.
     """
 
     def __init__(self, keys: np.ndarray, owners: np.ndarray) -> None:
-        """Takes what another table held."""
+        """Takes the arrays of another table."""
         self.keys, self.owners = keys, owners
 
     @classmethod
@@ -160,13 +160,16 @@ class BandTable:
 
     def candidates(self, bands: np.ndarray) -> np.ndarray:
         """[pairs, 2] int64: (row of `bands` [q, bands], number of a set here), ascending, each once."""
-        found = np.zeros(0, np.int64)
+        codes = np.zeros(0, np.int64)
         many = max(1, self.keys.shape[1])
-        for own, owners, asked in zip(self.keys, self.owners, bands.T):
-            first, last = np.searchsorted(own, asked), np.searchsorted(own, asked, "right")
+        for band_keys, owners, band in zip(self.keys, self.owners, bands.T):
+            first, last = (
+                np.searchsorted(band_keys, band),
+                np.searchsorted(band_keys, band, "right"),
+            )
             counts = last - first
-            rows = np.repeat(np.arange(len(asked)), counts)
+            rows = np.repeat(np.arange(len(band)), counts)
             within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
             pairs = rows * many + owners[np.repeat(first, counts) + within]
-            found = np.union1d(found, pairs)
-        return np.stack([found // many, found % many], axis=1)
+            codes = np.union1d(codes, pairs)
+        return np.stack([codes // many, codes % many], axis=1)

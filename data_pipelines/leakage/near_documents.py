@@ -136,11 +136,11 @@ class LeakageShard:
         path = pathlib.Path(self.documents_directory) / shard.name
         for first, batch in _batches(read_shard(path)):
             texts += [_text_hash(document.text) for document in batch]
-            for place, match in self._matches(held_out, batch):
-                document, other = batch[place], match.document
+            for position, match in self._matches(held_out, batch):
+                document, other = batch[position], match.document
                 equal += document.text == other.text
                 counts[document.corpus, match.split, other.corpus] += 1
-                lines.append(_line(first + place, document, match))
+                lines.append(_line(first + position, document, match))
             report(len(batch))
         _write_texts(stage.directory, index, texts)
         pairs = [[*names, count] for names, count in sorted(counts.items())]
@@ -157,10 +157,10 @@ class LeakageShard:
         places, bands = sketch_words(words, self.config.sketch)
         pairs = held_out.table.candidates(bands)
         for row in np.unique(pairs[:, 0]).tolist():
-            own = minhash.grams(words[places[row]])
+            grams = minhash.grams(words[places[row]])
             # The first of several that are equally near.
             best = max(
-                (held_out.match(number, own) for number in pairs[pairs[:, 0] == row, 1].tolist()),
+                (held_out.match(number, grams) for number in pairs[pairs[:, 0] == row, 1].tolist()),
                 key=lambda match: match.similarity,
             )
             assert self.config.threshold is not None
@@ -213,9 +213,9 @@ def sketch_words(
     words: Sequence[Sequence[str]], sketch: minhash.Sketch
 ) -> tuple[list[int], np.ndarray]:
     """The places of those texts that have words, and their bands."""
-    places = [place for place, some in enumerate(words) if some]
-    numbers = (minhash.word_numbers(words[place]) for place in places)
-    return places, sketch(minhash.gram_hashes(some) for some in numbers)
+    places = [row for row, values in enumerate(words) if values]
+    numbers = (minhash.word_numbers(words[row]) for row in places)
+    return places, sketch(minhash.gram_hashes(values) for values in numbers)
 
 
 def kept_documents(
@@ -261,29 +261,29 @@ def _line(number: int, document: Document, match: Match) -> bytes:
 def _write_table(
     path: pathlib.Path, held_out: Sequence[tuple[str, str]], sketch: minhash.Sketch
 ) -> None:
-    """Writes the bands of all held-out documents, and where each lies; of equal texts the first."""
+    """Writes the bands of all held-out documents, and the place of each; of equal texts the first."""
     bands = [np.zeros((0, sketch.bands), np.uint64)]
     places: list[tuple[int, int, int]] = []
-    seen: set[int] = set()
+    hashes: set[int] = set()
     for split, (_, folder) in enumerate(held_out):
         for shard, entry in enumerate(Manifest.open(folder, "documents").shards):
             lines = _lines(pathlib.Path(folder) / entry.name)
             for _, batch in _batches(lines):
-                new = [(offset, text) for offset, text in batch if _is_new(seen, text)]
+                new = [(offset, text) for offset, text in batch if _is_new(hashes, text)]
                 words = [minhash.words_of(text) for _, text in new]
-                rows, found = sketch_words(words, sketch)
+                rows, band_keys = sketch_words(words, sketch)
                 places += [(split, shard, new[row][0]) for row in rows]
-                bands.append(found)
+                bands.append(band_keys)
     table = minhash.BandTable.of(np.concatenate(bands))
     files.write_arrays(path, (table.keys, table.owners, np.array(places, np.int64).reshape(-1, 3)))
 
 
-def _is_new(seen: set[int], text: str) -> bool:
+def _is_new(hashes: set[int], text: str) -> bool:
     """Whether a text has not been seen; from now on it has."""
     number = _text_hash(text)
-    if number in seen:
+    if number in hashes:
         return False
-    seen.add(number)
+    hashes.add(number)
     return True
 
 
@@ -325,10 +325,12 @@ def _count_duplicates(folder: pathlib.Path, shards: int) -> int:
     total = sum(map(len, texts))
     ranges = 1 + total // _RANGE
     edges = [np.uint64((1 << 64) * i // ranges) for i in range(ranges)]
-    cuts = [[*(int(np.searchsorted(some, edge)) for edge in edges), len(some)] for some in texts]
+    cuts = [
+        [*(int(np.searchsorted(values, edge)) for edge in edges), len(values)] for values in texts
+    ]
     distinct = 0
     for i in range(ranges):
-        part = [some[cut[i] : cut[i + 1]] for some, cut in zip(texts, cuts)]
+        part = [values[cut[i] : cut[i + 1]] for values, cut in zip(texts, cuts)]
         distinct += len(np.unique(np.concatenate(part)))
     return total - distinct
 

@@ -157,7 +157,7 @@ class Bert(nnx.Module):
         """
         config = self.config
         valid_BxN = jnp.arange(ids.shape[1])[None, :] < lengths[:, None]
-        # Under an explicit mesh a gather has to be told that rows stay where their ids are.
+        # Under an explicit mesh a gather needs to know that rows stay where their ids are.
         rows = jax.sharding.PartitionSpec(*jax.typeof(ids).sharding.spec, None)
         in_mesh = not jax.sharding.get_abstract_mesh().empty
         table = self.word_embedding[...]
@@ -234,7 +234,7 @@ def load_bert(folder: Path | str) -> Bert:
     BERTs that were published.
 
     Raises:
-      UserError: the folder holds no BERT, or a weight is missing, is not finite, or has another shape
+      UserError: the folder contains no BERT, or a weight is missing, is not finite, or has another shape
         than config.json says; the message names it.
     """
     config = BertConfig.open(folder)
@@ -295,9 +295,9 @@ def _attention(
 ) -> jax.Array:
     """Bidirectional attention over the unpadded positions.
 
-    One product makes q, k and v; heads stand before positions, so that the products over them are
-    plain batched matrix products; the softmax is divided after the product with the values, where
-    there are H * N fewer divisions. Each was measured to be faster on CPU.
+    One product computes q, k and v. Heads come before positions, so that the products over them are
+    plain batched matrix products. The softmax is divided after the product with the values, with
+    H * N fewer divisions. Each was measured to be faster on CPU.
     """
     batch, length, width = h_BxNxD.shape
     heads = config.num_attention_heads
@@ -337,20 +337,20 @@ def _read_weights(config: BertConfig, path: Path, weights: Any) -> dict[str, np.
     axes = _axes(config)
 
     def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        found = prefix + name
+        key = prefix + name
         for new, old in _OLDER.items():
-            if found not in names and found.endswith(new):
-                found = found.removesuffix(new) + old
-        if found not in names:
+            if key not in names and key.endswith(new):
+                key = key.removesuffix(new) + old
+        if key not in names:
             raise UserError(f"{path}: no weight {prefix + name}: expected one of shape {shape}")
-        stored = tuple(weights.get_slice(found).get_shape())
+        stored = tuple(weights.get_slice(key).get_shape())
         if stored != shape:
             raise UserError(
-                f"{path}: weight {found} has shape {stored}: expected {shape} by config.json"
+                f"{path}: weight {key} has shape {stored}: expected {shape} by config.json"
             )
-        value = np.asarray(weights.get_tensor(found), np.float32)
+        value = np.asarray(weights.get_tensor(key), np.float32)
         if not np.isfinite(value).all():
-            raise UserError(f"{path}: weight {found} is not finite: expected numbers")
+            raise UserError(f"{path}: weight {key} is not finite: expected numbers")
         return value
 
     values = {

@@ -1,9 +1,9 @@
 """BM25 over chunks: which chunks of a database share rare tokens with a query chunk.
 
-A chunk's terms are its tokens without bos, eos and padding. What each term adds to each chunk's score is
-computed once, by bm25s, and kept twice:
+A chunk's terms are its tokens without bos, eos and padding. The share of each term in each chunk's score
+is computed once, by bm25s, and stored twice:
 
-    scores.npy  places.npy  ends.npy     by term: for the chunks that hold it, to find the best chunks
+    scores.npy  places.npy  ends.npy     by term: for the chunks with it, to find the best chunks
     weights-00000.npy [n, 64] ...        by chunk, beside its tokens: to score given chunks
 
 The first of these are for a query that asks the whole database, and are as many numbers as the database
@@ -175,7 +175,7 @@ class Bm25:
         """The scores of given chunks.
 
         Args:
-          tokens: [n, 64] of the queries; each counts as often as it stands there.
+          tokens: [n, 64] of the queries; each counts as often as it occurs.
           ids: [n, k] chunks of the database; -1 for none.
 
         Returns:
@@ -228,8 +228,8 @@ class Bm25:
         found = (np.full((len(tokens), k), -1), np.full((len(tokens), k), -np.inf, np.float32))
         terms = _is_term(tokens, self.database)
         for row in np.flatnonzero(terms.any(1)).tolist():
-            own = -1 if exclude_documents is None else int(exclude_documents[row])
-            ids = self._candidates(tokens[row][terms[row]], k, own)
+            owner = -1 if exclude_documents is None else int(exclude_documents[row])
+            ids = self._candidates(tokens[row][terms[row]], k, owner)
             query = tokens[row : row + 1]
             for every, best in zip(found, self.best_of(query, ids[None], k)):
                 every[row] = best[0]
@@ -271,12 +271,12 @@ def _is_term(tokens: np.ndarray, database: ChunkDatabase) -> np.ndarray:
 
 def _indexed(database: ChunkDatabase) -> np.ndarray:
     """[n] int64 ids of the chunks that have terms and are not removed."""
-    kept = [np.zeros(0, np.int64)]
+    parts = [np.zeros(0, np.int64)]
     for first in range(0, len(database), _BLOCK):
         ids = np.arange(first, min(first + _BLOCK, len(database)))
         there = ~database.is_removed(database.documents(ids))
-        kept.append(ids[there & _is_term(database.chunks(ids), database).any(1)])
-    return np.concatenate(kept)
+        parts.append(ids[there & _is_term(database.chunks(ids), database).any(1)])
+    return np.concatenate(parts)
 
 
 class _Terms(Sequence[list[int]]):
@@ -298,8 +298,8 @@ class _Terms(Sequence[list[int]]):
         """The terms of each, read in blocks."""
         for first in range(0, len(self._ids), _BLOCK):
             rows = self._database.chunks(self._ids[first : first + _BLOCK])
-            for row, kept in zip(rows, _is_term(rows, self._database)):
-                yield row[kept].tolist()
+            for row, mask in zip(rows, _is_term(rows, self._database)):
+                yield row[mask].tolist()
 
 
 def _postings(
@@ -333,8 +333,8 @@ def _write_weights(
         for first in range(0, len(shard), _BLOCK):
             chunks = np.arange(shard.start + first, min(shard.start + first + _BLOCK, shard.stop))
             tokens = database.chunks(chunks)
-            wanted = chunks[:, None] * size + tokens
-            found = np.searchsorted(keys[:-1], wanted)
-            own = (keys[found] == wanted) & _is_term(tokens, database) & ~repeated(tokens)
-            weights[first : first + len(chunks)] = np.where(own, scores[found], 0)
+            codes = chunks[:, None] * size + tokens
+            positions = np.searchsorted(keys[:-1], codes)
+            mask = (keys[positions] == codes) & _is_term(tokens, database) & ~repeated(tokens)
+            weights[first : first + len(chunks)] = np.where(mask, scores[positions], 0)
         stage.write_array(name, weights)

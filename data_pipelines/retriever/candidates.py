@@ -51,5 +51,5 @@ def repeated(ids: np.ndarray) -> np.ndarray:
 def first_wanted(ids: np.ndarray, wanted: np.ndarray, k: int) -> np.ndarray:
     """The first k of ids [n, m] that are wanted [n, m], in their order: [n, k], -1 for none."""
     order = np.argsort(~wanted, axis=1, kind="stable")[:, :k]
-    chosen = np.take_along_axis(np.where(wanted, ids, -1), order, axis=1)
-    return np.pad(chosen, ((0, 0), (0, k - chosen.shape[1])), constant_values=-1)
+    subset = np.take_along_axis(np.where(wanted, ids, -1), order, axis=1)
+    return np.pad(subset, ((0, 0), (0, k - subset.shape[1])), constant_values=-1)

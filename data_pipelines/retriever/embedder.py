@@ -56,8 +56,8 @@ def find_model(name_or_folder: str | Path) -> Path:
     if name not in PACKAGED_MODELS:
         folder = Path(name)
         if not folder.is_dir():
-            known = ", ".join(PACKAGED_MODELS)
-            raise UserError(f"BERT {name!r}: no such folder: expected one, or a name of {known}")
+            names = ", ".join(PACKAGED_MODELS)
+            raise UserError(f"BERT {name!r}: no such folder: expected one, or a name of {names}")
         return folder
     package, inner = PACKAGED_MODELS[name]
     try:
@@ -258,7 +258,7 @@ class Embedder:
         return int(np.minimum(lengths[lengths > 0] + 2, self.model.max_length).sum())
 
     def _groups(self, lengths: np.ndarray) -> list[tuple[np.ndarray, int, int]]:
-        """(rows, batch size, padded length) of each step; texts of like length stand together."""
+        """(rows, batch size, padded length) of each step; texts of like length come together."""
         rows = np.argsort(lengths, kind="stable")
         rows = rows[np.searchsorted(lengths[rows], 1) :]
         size = self._batch if len(rows) > self._batch // 4 else 1
@@ -298,7 +298,7 @@ _SHARED: dict[tuple[Path, bytes], Embedder] = {}
 
 
 def _padded(length: int) -> int:
-    """The compiled length that holds a text: 8, 16, ..., 128, then 192, 256, 384, 512, ..."""
+    """The compiled length for a text: 8, 16, ..., 128, then 192, 256, 384, 512, ..."""
     if length <= _COARSE:
         return -(-length // _FINE) * _FINE
     power = 1 << (length - 1).bit_length()

@@ -29,7 +29,7 @@ _ROWS = 1 << 16  # keys of a block: its products with 1,024 queries are 256 MB
 _QUERIES = 1024  # queries at once
 _MEMBERS = 32  # keys of a group
 _SPARE = 8  # candidates beyond k that are scored again
-_NOBODY = -2  # the document that no key is of
+_NOBODY = -2  # the document of no key
 
 
 class KeyRows(Protocol):
@@ -123,20 +123,20 @@ class ExactSearcher:
           Places [q, k] int64 of the keys, unique in each row, and squared L2 distances [q, k] float32,
           ascending, equal ones by place; -1 and infinity where there are no more. Never NaN.
         """
-        found = nothing(len(queries), k)
+        results = nothing(len(queries), k)
         valid = np.flatnonzero(np.isfinite(queries).all(1))
         if not (len(valid) and len(self)):
-            return found
-        own = np.full(len(queries), _NOBODY) if exclude is None else np.asarray(exclude)
+            return results
+        excluded = np.full(len(queries), _NOBODY) if exclude is None else np.asarray(exclude)
         parts = [valid[at : at + _QUERIES] for at in range(0, len(valid), _QUERIES)]
-        states = [self._start(queries[part], own[part], k + _SPARE) for part in parts]
+        states = [self._start(queries[part], excluded[part], k + _SPARE) for part in parts]
         for block in self._read() if self._blocks is None else self._blocks:
             for state in states:
                 state.add(block, self._recall_target)
         for part, state in zip(parts, states):
             places = state.places()[: len(part)]
-            found[0][part], found[1][part] = self._nearest(queries[part], places, k)
-        return found
+            results[0][part], results[1][part] = self._nearest(queries[part], places, k)
+        return results
 
     def _start(self, queries: np.ndarray, exclude: np.ndarray, count: int) -> "_Best":
         """Some queries, padded to one of few compiled shapes, with nothing found."""
@@ -263,13 +263,13 @@ def _compare(
 
     def of_device(keys: jax.Array, owners: jax.Array, best: jax.Array, at: jax.Array) -> Any:
         products = jnp.einsum("qd,nd->qn", queries, keys, precision=jax.lax.Precision.HIGHEST)
-        near = 2 * products - jnp.sum(keys * keys, axis=1)
-        allowed = (owners >= 0) & (owners != exclude[:, None]) & ~jnp.isnan(near)
-        few, rows = _few(jnp.where(allowed, near, -jnp.inf), best.shape[1], recall_target)
-        every = jnp.concatenate([best, few], axis=1)
-        every_at = jnp.concatenate([at, jnp.where(jnp.isneginf(few), -1, first + rows)], axis=1)
-        kept, chosen = jax.lax.top_k(every, best.shape[1])
-        return kept, jnp.take_along_axis(every_at, chosen, axis=1)
+        nearness = 2 * products - jnp.sum(keys * keys, axis=1)
+        allowed = (owners >= 0) & (owners != exclude[:, None]) & ~jnp.isnan(nearness)
+        top, rows = _few(jnp.where(allowed, nearness, -jnp.inf), best.shape[1], recall_target)
+        every = jnp.concatenate([best, top], axis=1)
+        every_at = jnp.concatenate([at, jnp.where(jnp.isneginf(top), -1, first + rows)], axis=1)
+        values, columns = jax.lax.top_k(every, best.shape[1])
+        return values, jnp.take_along_axis(every_at, columns, axis=1)
 
     return jax.vmap(of_device)(keys, documents, scores, within)
 
@@ -278,18 +278,18 @@ def _few(scores: jax.Array, count: int, recall_target: float) -> tuple[jax.Array
     """Scores [q, m] and rows [q, m] among which the `count` best are, in the order of rows."""
     rows = scores.shape[1]
     if recall_target < 1:
-        few, at = jax.lax.approx_max_k(scores, min(count, rows), recall_target=recall_target)
+        values, at = jax.lax.approx_max_k(scores, min(count, rows), recall_target=recall_target)
         order = jnp.argsort(at, axis=1)
-        return jnp.take_along_axis(few, order, axis=1), jnp.take_along_axis(at, order, axis=1)
+        return jnp.take_along_axis(values, order, axis=1), jnp.take_along_axis(at, order, axis=1)
     groups = rows // _MEMBERS
     if 2 * count > groups:
         return scores, jnp.broadcast_to(jnp.arange(rows), scores.shape)
     members = scores.reshape(len(scores), groups, _MEMBERS)
-    _, chosen = jax.lax.top_k(members.max(axis=2), count)
-    chosen = jnp.sort(chosen, axis=1)
-    few = jnp.take_along_axis(members, chosen[:, :, None], axis=1)
-    at = chosen[:, :, None] * _MEMBERS + jnp.arange(_MEMBERS)
-    return few.reshape(len(scores), -1), at.reshape(len(scores), -1)
+    _, group_ids = jax.lax.top_k(members.max(axis=2), count)
+    group_ids = jnp.sort(group_ids, axis=1)
+    values = jnp.take_along_axis(members, group_ids[:, :, None], axis=1)
+    at = group_ids[:, :, None] * _MEMBERS + jnp.arange(_MEMBERS)
+    return values.reshape(len(scores), -1), at.reshape(len(scores), -1)
 
 
 def _power_of_two(number: int) -> int:

@@ -104,7 +104,7 @@ class BuildShard:
 
 
 def _settings(config: IndexConfig) -> dict[str, Any]:
-    """What a manifest holds; options that came later only where they are used."""
+    """The settings in a manifest; later options only where they are used."""
     fields = dataclasses.asdict(config)
     for name in ("shard_keys", "recall_target"):
         if fields[name] == getattr(IndexConfig, name):
@@ -221,13 +221,13 @@ class IndexShard:
     ) -> Found:
         """What the index itself finds: as `Searcher.search`, but chunk ids, and any count."""
         ids, distances = nothing(len(queries), count)
-        known = min(count, len(self))
-        if known and len(queries):
+        limit = min(count, len(self))
+        if limit and len(queries):
             searcher, chunk_ids = self._loaded
             queries = np.asarray(queries, np.float32)
-            places, values = searcher.search(queries, known, widen=widen, exclude=exclude)
-            ids[:, :known] = np.where(places < 0, -1, chunk_ids[np.maximum(places, 0)])
-            distances[:, :known] = values
+            places, values = searcher.search(queries, limit, widen=widen, exclude=exclude)
+            ids[:, :limit] = np.where(places < 0, -1, chunk_ids[np.maximum(places, 0)])
+            distances[:, :limit] = values
         return ids, distances
 
     def search(self, queries: np.ndarray, k: int, exclude: np.ndarray | None = None) -> Found:
@@ -238,18 +238,18 @@ class IndexShard:
         count, widen = self._first_count(k, filtered), 1
         most = max(_WIDEST, count)
         while len(pending) and count <= most:
-            own = _at(exclude, pending)
-            found, _ = self.candidates(queries[pending], count, widen=widen, exclude=own)
-            chosen = self._allowed(found, k, own)
-            enough = chosen[:, -1] >= 0
+            owners = _at(exclude, pending)
+            results, _ = self.candidates(queries[pending], count, widen=widen, exclude=owners)
+            subset = self._allowed(results, k, owners)
+            enough = subset[:, -1] >= 0
             if self._says_all(count):
                 enough[:] = True
-            ids[pending[enough]] = chosen[enough]
+            ids[pending[enough]] = subset[enough]
             pending = pending[~enough]
             count, widen = count * _WIDEN, widen * _WIDEN
         if len(pending):
-            own = _at(exclude, pending)
-            ids[pending] = compare_all(self.keys, queries[pending], k, own, self.ids)[0]
+            owners = _at(exclude, pending)
+            ids[pending] = compare_all(self.keys, queries[pending], k, owners, self.ids)[0]
         return scored(self.keys, queries, ids)
 
     def _first_count(self, k: int, filtered: bool) -> int:
@@ -265,10 +265,10 @@ class IndexShard:
     def _allowed(self, ids: np.ndarray, k: int, exclude: np.ndarray | None) -> np.ndarray:
         """The first k of candidates [n, m] that are not removed, excluded or repeated: [n, k]."""
         documents = self.keys.database.live_documents(ids)
-        wanted = (documents >= 0) & ~repeated(ids)
+        mask = (documents >= 0) & ~repeated(ids)
         if exclude is not None:
-            wanted &= documents != exclude[:, None]
-        return first_wanted(ids, wanted, k)
+            mask &= documents != exclude[:, None]
+        return first_wanted(ids, mask, k)
 
 
 def compare_all(
@@ -284,9 +284,9 @@ def compare_all(
       keys, queries, k, exclude: as there.
       ids: of the chunks to choose from, ascending; None for all.
     """
-    chosen = KeysOf(keys, range(len(keys)) if ids is None else ids)
-    places, distances = ExactSearcher(chosen, on_devices=False).search(queries, k, exclude)
-    return chosen.ids(places), distances
+    subset = KeysOf(keys, range(len(keys)) if ids is None else ids)
+    places, distances = ExactSearcher(subset, on_devices=False).search(queries, k, exclude)
+    return subset.ids(places), distances
 
 
 def scored(keys: Keys, queries: np.ndarray, ids: np.ndarray) -> Found:

@@ -69,7 +69,7 @@ def plan_index(n: int, dimension: int, config: IndexConfig) -> IndexPlan:
     kind = config.kind
     if kind == "auto":
         kind = "tree" if n >= _TREE_FROM else "hashing" if n >= _HASHING_FROM else "brute_force"
-    wanted = IndexPlan(
+    plan = IndexPlan(
         kind,
         config.num_leaves,
         config.leaves_to_search,
@@ -77,4 +77,4 @@ def plan_index(n: int, dimension: int, config: IndexConfig) -> IndexPlan:
         config.reorder,
         config.recall_target,
     )
-    return KINDS[kind].plan(n, dimension, wanted)
+    return KINDS[kind].plan(n, dimension, plan)

@@ -168,8 +168,8 @@ def _point(
     start = time.perf_counter()
     rows, _ = searcher.search(queries, k + 1)
     seconds = time.perf_counter() - start
-    found = _others(rows, asked, k)
-    hits = (found[:, :, None] == truth[:, None, :]).any(2).mean()
+    neighbours = _others(rows, asked, k)
+    hits = (neighbours[:, :, None] == truth[:, None, :]).any(2).mean()
     return Point(plan, float(hits), len(queries) / seconds)
 
 

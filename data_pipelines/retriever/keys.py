@@ -31,7 +31,7 @@ from retro_jax.storage import files
 KIND = "keys"
 # Chunks embedded together, sorted by length. Not a setting: the last bits of a key depend on it.
 BLOCK = 1024
-# How keys lie on the disk; bfloat16 as the integers of its bits, which every NumPy can map.
+# The form of keys on the disk; bfloat16 as the integers of its bits, which every NumPy can map.
 _STORED: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(np.uint16),
@@ -114,7 +114,7 @@ def prepare_keys(
 ) -> Manifest:
     """Embeds every chunk of a database, or what is missing.
 
-    An interrupted run goes on at the block of 1,024 chunks it was in.
+    An interrupted run resumes at its last block of 1,024 chunks.
 
     Args:
       directory: where the keys go, one shard for each chunk shard.
@@ -254,8 +254,8 @@ class KeysOf:
         """[...] int64 chunk ids at places [...]; -1 for -1."""
         ids = self._ids
         at = np.maximum(places, 0)
-        found = ids.start + at if isinstance(ids, range) else ids[at]
-        return np.where(places < 0, -1, found)
+        numbers = ids.start + at if isinstance(ids, range) else ids[at]
+        return np.where(places < 0, -1, numbers)
 
 
 class BlockSource(grain.sources.RandomAccessDataSource):
@@ -368,7 +368,7 @@ class _Parts:
         files.write_arrays(self._path(index), (numbers, stored))
 
     def remove(self) -> None:
-        """Removes all of them, when the shard stands in its place."""
+        """Removes all of them, when the shard is in place."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _path(self, index: int) -> pathlib.Path:

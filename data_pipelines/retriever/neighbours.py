@@ -1,9 +1,9 @@
 """The neighbour table: for each chunk of a split, its nearest chunks in the retrieval database.
 
 The retrieval database is made of training documents. A chunk is never given a neighbour of its own
-document: documents are told apart by corpus and id, so that this holds for every split.
+document: corpus and id identify a document, so that this is true of every split.
 
-Where the index has several shards, one of them is held at a time:
+Where the index has several shards, one of them is in memory at a time:
 
     query shard q, index shard s --search--> .tmp-found-s-q      for every q, then the next s
     .tmp-found-0-q, .tmp-found-1-q, ... --merge--> shard q of the table
@@ -37,7 +37,7 @@ from retro_jax.storage import files
 
 KIND = "neighbours"
 IDS, SCORES = "neighbours", "scores"
-_SOURCE_ROWS = 20_000  # that say how many neighbours are of their query's corpus
+_SOURCE_ROWS = 20_000  # that say how many neighbours belong to their query's corpus
 _QUANTILE_ROWS = 10_000_000  # of a larger table every so many-th row
 
 
@@ -99,9 +99,10 @@ def prepare_neighbours(
 
     Returns:
       The manifest. Facts: chunks; queries (chunks with text); filled, for each slot the share of
-      queries that have a neighbour in it; nearest, quantiles of the first slot's score; same_corpus, the
-      share of neighbours of their query's own corpus; retriever; recall, with its k and its number of queries: the
-      share of the true neighbours that the table holds; database, the chunk ids that it points into.
+      queries that have a neighbour in it; nearest, quantiles of the first slot's score; same_corpus,
+      the share of neighbours of their query's own corpus; retriever; recall, with its k and its number
+      of queries: the share of the true neighbours in the table; database, the chunk ids that it points
+      into.
     """
     chunks = chunks_of(queries)
     settings = {"k": k, "recall_queries": recall_queries} | retriever.ranking.settings
@@ -112,16 +113,16 @@ def prepare_neighbours(
         _check_alike(queries, retriever.keys)
     names = [_shard_names(i) for i in range(len(chunks.shards))]
     missing = [i for i, pair in enumerate(names) if stage.missing(pair)]
-    own = OwnDocuments(chunks, retriever.database)
-    work = NeighbourShard(files.absolute(directory), queries, retriever, k, own, base)
+    owners = OwnDocuments(chunks, retriever.database)
+    work = NeighbourShard(files.absolute(directory), queries, retriever, k, owners, base)
     sizes = [len(ids) for ids in chunks.shards]
     if len(retriever.search.parts) > 1:
         parts = range(len(retriever.search.parts))
         pairs = [(s, q) for s in parts for q in work.asks(s, missing)]
-        found = [i for i, pair in enumerate(pairs) if not work.found_path(*pair).is_file()]
+        searches = [i for i, pair in enumerate(pairs) if not work.found_path(*pair).is_file()]
         search = FindShard(work, tuple(pairs))
         of_pairs = [sizes[q] for _, q in pairs]
-        run_counted(runner, search, found, of_pairs, what="candidates", unit="chunk")
+        run_counted(runner, search, searches, of_pairs, what="candidates", unit="chunk")
     run_counted(runner, work, missing, sizes, what="neighbours", unit="chunk")
     ordered = [ids for ids, _ in names] + [scores for _, scores in names]
     facts = _facts(stage, names, work, recall_queries)
@@ -176,15 +177,15 @@ class NeighbourTable:
 
         Args:
           directory: where it is.
-          queries: the chunks it must be of.
+          queries: the chunks it must belong to.
           retrieval: the database its ids must point into.
           verify: hash every shard again.
 
         Raises:
           UserError: none there, damaged, or one of other databases; it names the directories.
         """
-        given = {"chunks": queries, "database": retrieval}
-        parents = {role: (db.manifest, db.directory) for role, db in given.items() if db}
+        databases = {"chunks": queries, "database": retrieval}
+        parents = {role: (db.manifest, db.directory) for role, db in databases.items() if db}
         return cls(directory, Manifest.open(directory, KIND, parents, verify))
 
     @classmethod
@@ -196,8 +197,8 @@ class NeighbourTable:
         Raises:
           UserError: none there, damaged, or one of other databases; it names the directories.
         """
-        place = folder_of(workdir, database.manifest.revision) / KIND / split
-        return cls.open(place, queries, database)
+        path = folder_of(workdir, database.manifest.revision) / KIND / split
+        return cls.open(path, queries, database)
 
     def __reduce__(self) -> tuple[Callable[..., "NeighbourTable"], tuple[str, Manifest]]:
         """Pickles by its place, so that worker processes map the files themselves."""
@@ -211,7 +212,7 @@ class NeighbourTable:
         """[..., k] int64 neighbours of chunks [...], nearest first; -1 for none.
 
         Raises:
-          UserError: k is larger than what the table holds.
+          UserError: k is larger than the table's.
         """
         return self._gather(self._ids, chunk_ids, k)
 
@@ -260,7 +261,7 @@ class NeighbourShard:
     Attributes:
       directory: the table's.
       queries, retriever, k, base: as for `prepare_neighbours`.
-      own: which documents the queries are of.
+      own: the documents of the queries.
     """
 
     directory: str
@@ -279,14 +280,14 @@ class NeighbourShard:
         """Writes shard `index`; returns its number of rows."""
         stage = Stage.attach(self.directory)
         parts = self.retriever.search.parts
-        asked = [s for s in range(len(parts)) if self.asks(s, [index])]
+        numbers = [s for s in range(len(parts)) if self.asks(s, [index])]
         if len(parts) > 1:
-            found = [read_found(self.found_path(s, index)) for s in asked]
+            results = [read_found(self.found_path(s, index)) for s in numbers]
         else:
-            found = [self.find(parts[s], index, report) for s in asked]
+            results = [self.find(parts[s], index, report) for s in numbers]
         if self._is_old(index):
-            found.append(self._kept(index))
-        ids, scores = self._ranked(index, found)
+            results.append(self._kept(index))
+        ids, scores = self._ranked(index, results)
         rows, count = len(ids), 0
         for block in self._blocks(index):
             count += int(self.retriever.search.has_text(StoredChunks(self.queries, block)).sum())
@@ -294,7 +295,7 @@ class NeighbourShard:
         facts = {"queries": count, "filled": (ids >= 0).sum(0).tolist()}
         stage.write_array(names[1], scores)
         stage.write_array(names[0], ids, facts)
-        if len(parts) > 1 or not asked:
+        if len(parts) > 1 or not numbers:
             report(rows)
         return rows
 
@@ -302,12 +303,15 @@ class NeighbourShard:
         """The table's rows of query shard `index`, from what each part of the database found."""
         search, rows = self.retriever.search, len(self.database.shards[index])
         ids, scores = np.empty((rows, self.k), np.int64), np.empty((rows, self.k), np.float32)
-        place, found = 0, search.merged(parts, self.k)
+        offset, results = 0, search.merged(parts, self.k)
         for block in self._blocks(index):
-            part = slice(place, place + len(block))
-            of_block, chunks = (found[0][part], found[1][part]), StoredChunks(self.queries, block)
+            part = slice(offset, offset + len(block))
+            of_block, chunks = (
+                (results[0][part], results[1][part]),
+                StoredChunks(self.queries, block),
+            )
             ids[part], scores[part] = search.ranked(of_block, chunks, self.k)
-            place += len(block)
+            offset += len(block)
         return ids, scores
 
     @property
@@ -351,11 +355,11 @@ class NeighbourShard:
         ids, scores = np.where(lost, -1, ids), np.where(lost, np.inf, scores).astype(np.float32)
         rows = np.flatnonzero(lost.any(1))
         if len(rows):
-            own, keys, found = self.own.of(chunks[rows]), self.queries.rows(chunks[rows]), []
+            own, keys, results = self.own.of(chunks[rows]), self.queries.rows(chunks[rows]), []
             for shard in self.retriever.index.shards:
-                found.append(shard.search(keys, self.k, own))
+                results.append(shard.search(keys, self.k, own))
                 shard.release()
-            ids[rows], scores[rows] = merge(found, self.k)
+            ids[rows], scores[rows] = merge(results, self.k)
         return ids, scores
 
     def _blocks(self, index: int) -> Iterator[np.ndarray]:
@@ -365,7 +369,7 @@ class NeighbourShard:
             yield blocks[i]
 
     def recall(self, table: list[np.ndarray], sample: int) -> dict[str, Any]:
-        """How many of the true neighbours of some queries the table's scores hold."""
+        """How many of the true neighbours of some queries the table's scores contain."""
         ids = sample_ids(len(self.queries), sample)
         if not len(ids):
             return {"k": self.k, "queries": 0, "recall": 1.0}
@@ -374,8 +378,12 @@ class NeighbourShard:
         _, truth = search.truth(StoredChunks(self.queries, ids), self.k, self.own.of(ids))
         bounds = np.cumsum([0] + [len(shard) for shard in table])
         shards = np.searchsorted(bounds, ids, side="right") - 1
-        held = [table[shard][i - bounds[shard]] for shard, i in zip(shards, ids, strict=True)]
-        share = recall(np.reshape(held, truth.shape), truth, self.retriever.ranking.by_terms)
+        table_scores = [
+            table[shard][i - bounds[shard]] for shard, i in zip(shards, ids, strict=True)
+        ]
+        share = recall(
+            np.reshape(table_scores, truth.shape), truth, self.retriever.ranking.by_terms
+        )
         return {"k": self.k, "queries": len(ids), "recall": share}
 
 
@@ -389,14 +397,14 @@ class FindShard:
     wants_accelerator: ClassVar[bool] = True
 
     def __call__(self, index: int, report: Callable[[int], object] = silent) -> int:
-        """Searches pair `index`; pairs of one index shard follow each other, so one is held."""
+        """Searches pair `index`; pairs of one index shard follow each other, so one is in memory."""
         s, q = self.pairs[index]
         shards = self.work.retriever.search.parts
         for other in shards[:s]:
             other.release()
-        found = self.work.find(shards[s], q, report)
-        files.write_arrays(self.work.found_path(s, q), found)
-        return len(found[0])
+        results = self.work.find(shards[s], q, report)
+        files.write_arrays(self.work.found_path(s, q), results)
+        return len(results[0])
 
 
 def read_found(path: pathlib.Path) -> Found:
@@ -464,14 +472,14 @@ def _facts(
 
 
 def _same_corpus(stage: Stage, names: list[str], work: NeighbourShard) -> float:
-    """The share of neighbours, of all slots of some rows, that are of their query's corpus."""
+    """The share of neighbours, of all slots of some rows, that belong to their query's corpus."""
     queries, database = work.database, work.retriever.database
     tables = [np.load(stage.directory / name, mmap_mode="r") for name in names]
     rows = sample_ids(len(queries), _SOURCE_ROWS)
-    found = np.empty((len(rows), work.k), np.int64)
-    gather(tables, bounds_of(tables), rows, found)
-    same = database.corpus_of(found) == queries.corpus_of(rows)[:, None]
-    there = found >= 0
+    neighbours = np.empty((len(rows), work.k), np.int64)
+    gather(tables, bounds_of(tables), rows, neighbours)
+    same = database.corpus_of(neighbours) == queries.corpus_of(rows)[:, None]
+    there = neighbours >= 0
     return float(same[there].mean()) if there.any() else 0.0
 
 

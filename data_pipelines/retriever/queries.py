@@ -82,10 +82,10 @@ def chunks_of(queries: Queries) -> ChunkDatabase:
 
 def _same_documents(queries: ChunkDatabase, database: ChunkDatabase) -> np.ndarray:
     """[documents of queries] int64: the number of the same document in the database, or -1."""
-    wanted = {(r.corpus, r.id): i for i, r in enumerate(queries.records())}
-    numbers = np.full(len(wanted), -1, np.int64)
+    positions = {(r.corpus, r.id): i for i, r in enumerate(queries.records())}
+    numbers = np.full(len(positions), -1, np.int64)
     for number, record in enumerate(database.records()):
-        i = wanted.get((record.corpus, record.id))
+        i = positions.get((record.corpus, record.id))
         if i is not None:
             numbers[i] = number
     return numbers

@@ -68,16 +68,16 @@ class Database:
     def index(self) -> Index:
         """The index over the keys."""
         if self._index is None:
-            place = self._path("index")
-            self._index = revisions.open_index(self.keys, place, verify=self._verify)
+            path = self._path("index")
+            self._index = revisions.open_index(self.keys, path, verify=self._verify)
         return self._index
 
     @property
     def bm25(self) -> Bm25:
         """BM25's scores of the chunks' terms."""
         if self._bm25 is None:
-            place = revisions.folder_of(self._path(BM25), self.chunks.manifest.revision) / BM25
-            self._bm25 = Bm25.open(place, self.chunks, verify=self._verify)
+            path = revisions.folder_of(self._path(BM25), self.chunks.manifest.revision) / BM25
+            self._bm25 = Bm25.open(path, self.chunks, verify=self._verify)
         return self._bm25
 
     def _path(self, part: str) -> pathlib.Path:

@@ -74,10 +74,10 @@ class Ranking:
     @classmethod
     def of(cls, workdir: Path) -> "Ranking":
         """That of a workdir's tables; the first one where there are none."""
-        place = pathlib.Path(workdir) / "neighbours" / "train"
-        if not (place / MANIFEST_FILE).is_file():
+        path = pathlib.Path(workdir) / "neighbours" / "train"
+        if not (path / MANIFEST_FILE).is_file():
             return cls()
-        settings = Manifest.read(place).settings
+        settings = Manifest.read(path).settings
         return cls(**{f.name: settings.get(f.name, f.default) for f in dataclasses.fields(cls)})
 
     def search(self, database: Database) -> ChunkSearch:

@@ -5,9 +5,9 @@
     W/revisions/00001/database                           published last: which documents are removed, the sums
     W/revisions/00001/neighbours/SPLIT                   the tables against revision 1
 
-Nothing that an earlier revision reads is ever written to, so a run goes on with the revision it began
-with, and removing the newest folder goes back. Chunks of revision 0 keep their ids, those that a
-revision adds follow; documents are numbered in the same way. Removed documents keep their numbers.
+Files of earlier revisions are never written to, so a run continues with the revision it began with,
+and removing the newest folder goes back. Chunks of revision 0 keep their ids, and the chunks of later
+revisions follow; documents are numbered in the same way. Removed documents keep their numbers.
 """
 
 import copy
@@ -38,7 +38,7 @@ _SUMS = ("documents", "chunks", "tokens", "bytes", "words", "lines")
 
 
 def folder_of(workdir: Path, revision: int) -> pathlib.Path:
-    """Where a revision lies: W itself for revision 0."""
+    """The folder of a revision: W itself for revision 0."""
     folder = pathlib.Path(workdir)
     return folder / FOLDER / f"{revision:05d}" if revision else folder
 
@@ -56,9 +56,9 @@ def clear_unfinished(workdir: Path) -> None:
 
     What --append began stays: documents are its first stage, and the next run resumes there.
     """
-    place = folder_of(workdir, latest(workdir) + 1)
-    if place.is_dir() and not (place / "documents").exists():
-        shutil.rmtree(place)
+    folder = folder_of(workdir, latest(workdir) + 1)
+    if folder.is_dir() and not (folder / "documents").exists():
+        shutil.rmtree(folder)
 
 
 def find(workdir: Path, digest: str) -> int:
@@ -92,16 +92,16 @@ def open_database(
         return base
     parts, previous = [base], base.manifest
     for r in range(1, revision + 1):
-        place = folder_of(folder, r)
-        manifest = Manifest.open(place / KIND, KIND, verify=verify)
+        path = folder_of(folder, r)
+        manifest = Manifest.open(path / KIND, KIND, verify=verify)
         if manifest.parents["previous"] != previous.hash:
             raise UserError(
-                f"{place / KIND} and {folder_of(folder, r - 1)} do not belong together: expected the"
+                f"{path / KIND} and {folder_of(folder, r - 1)} do not belong together: expected the"
                 f" revision that it was made on"
             )
         if "chunks" in manifest.parents:
-            part = ChunkDatabase.open(place / "chunks" / "train", verify=verify)
-            _check_parent(manifest, "chunks", place / KIND, part.manifest, part.directory)
+            part = ChunkDatabase.open(path / "chunks" / "train", verify=verify)
+            _check_parent(manifest, "chunks", path / KIND, part.manifest, part.directory)
             parts.append(part)
         previous = manifest
     return JoinedDatabase(folder_of(folder, revision) / KIND, previous, parts)
@@ -268,16 +268,16 @@ def numbers_of(database: ChunkDatabase, names: Iterable[tuple[str, str]]) -> lis
     Raises:
       UserError: the database never had such a document.
     """
-    wanted, numbers = set(names), []
-    left = set(wanted)
+    targets, numbers = set(names), []
+    rest = set(targets)
     for number, record in enumerate(database.records()):
         name = (record.corpus, record.id)
-        if name in wanted:
-            left.discard(name)
+        if name in targets:
+            rest.discard(name)
             if not database.is_removed(np.array(number)):
                 numbers.append(number)
-    if left:
-        corpus, missing = min(left)
+    if rest:
+        corpus, missing = min(rest)
         raise UserError(
             f"{database.directory} holds no document {missing!r} of the corpus {corpus!r}: expected one"
             f" of its {database.num_documents - len(database.removed)} documents"
@@ -297,11 +297,11 @@ def _corpora(
         first = sum(map(len, parts[:-1]))
         for name, fact in added.manifest.fact("corpora").items():
             ranges = [[a + first, b + first] for a, b in fact["ranges"]]
-            known = corpora.setdefault(name, {"ranges": []})
-            known["ranges"] += ranges
+            entry = corpora.setdefault(name, {"ranges": []})
+            entry["ranges"] += ranges
             for field in _SUMS:
                 if field in fact:
-                    known[field] = known.get(field, 0) + fact[field]
+                    entry[field] = entry.get(field, 0) + fact[field]
     for number in removed.tolist():
         record = previous.record(number)
         fact = corpora[record.corpus]
@@ -332,25 +332,25 @@ def _ranges(corpora: Mapping[str, Mapping[str, Any]]) -> dict[str, list[range]]:
 def _joined(
     kind: str, database: ChunkDatabase, parts: Sequence[Manifest], facts: Mapping[str, Any]
 ) -> Manifest:
-    """What identifies the parts together; it stands on no disk, but depends on nothing else."""
+    """The identity of the parts together; it is on no disk, but depends on nothing else."""
     parents = {f"part-{i}": part.hash for i, part in enumerate(parts)}
     parents[CHUNKS_KIND] = database.manifest.hash
     first, revision = parts[0], database.manifest.revision
     return Manifest(first.format_version, kind, first.settings, (), parents, dict(facts), revision)
 
 
-def _beside(part: ChunkDatabase, place: str) -> pathlib.Path:
-    """Another directory of the revision that a part is of: chunks/train stands beside it."""
-    return part.directory.parent.parent / place
+def _beside(part: ChunkDatabase, name: str) -> pathlib.Path:
+    """Another directory of a part's revision, beside chunks/train."""
+    return part.directory.parent.parent / name
 
 
 def _check_parent(
-    manifest: Manifest, role: str, place: Path, parent: Manifest, directory: Path
+    manifest: Manifest, role: str, path: Path, parent: Manifest, directory: Path
 ) -> None:
     """Raises unless a directory was made from another."""
     if manifest.parents.get(role) != parent.hash:
         raise UserError(
-            f"{place} and {directory} do not belong together: expected {role}"
+            f"{path} and {directory} do not belong together: expected {role}"
             f" {manifest.parents.get(role, 'none')[:12]}, found {parent.hash[:12]}"
         )
 

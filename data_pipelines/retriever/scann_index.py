@@ -1,6 +1,6 @@
 """ScaNN's kinds of index: every key compared, all keys by 4-bit codes, or codes within a tree's leaves.
 
-Codes are of 4 dimensions a block, d at most: with 100 candidates compared again exactly, recall@10 of
+Codes have 4 dimensions per block, d at most: with 100 candidates compared again exactly, recall@10 of
 26,278 MiniLM keys of code was 0.9998, and 1.0 with 2 dimensions at half the speed. A tree has sqrt(n)
 leaves, of which a query looks into an eighth; 4 sqrt(n) leaves give the same recall at two thirds of the
 speed (docs/performance.md).
@@ -38,25 +38,25 @@ class ScannIndex:
         self, queries: np.ndarray, count: int, *, widen: int = 1, exclude: np.ndarray | None = None
     ) -> Found:
         """As `Searcher`."""
-        found, plan = nothing(len(queries), count), self._plan
-        known = min(count, self._keys)
-        if not (known and len(queries)):
-            return found
+        results, plan = nothing(len(queries), count), self._plan
+        limit = min(count, self._keys)
+        if not (limit and len(queries)):
+            return results
         options: dict[str, int] = {}
         if plan.reorder:
-            options["pre_reorder_num_neighbors"] = min(max(plan.reorder, 2 * known), self._keys)
+            options["pre_reorder_num_neighbors"] = min(max(plan.reorder, 2 * limit), self._keys)
         if plan.kind == "tree":
             options["leaves_to_search"] = min(plan.leaves_to_search * widen, plan.num_leaves)
             # ScaNN may choose other leaves for a query when it comes in a batch, and then a table
             # would depend on its blocks. One at a time costs a quarter of the queries per second.
             options["batch_size"] = 1
         places, distances = self._searcher.search_batched_parallel(
-            np.ascontiguousarray(queries, np.float32), final_num_neighbors=known, **options
+            np.ascontiguousarray(queries, np.float32), final_num_neighbors=limit, **options
         )
         missing = np.isnan(distances)  # ScaNN fills up with key 0 at distance NaN
-        found[0][:, :known] = np.where(missing, -1, places.astype(np.int64))
-        found[1][:, :known] = np.where(missing, np.inf, distances)
-        return found
+        results[0][:, :limit] = np.where(missing, -1, places.astype(np.int64))
+        results[1][:, :limit] = np.where(missing, np.inf, distances)
+        return results
 
     def save(self, folder: pathlib.Path) -> None:
         """As `BuiltIndex`."""

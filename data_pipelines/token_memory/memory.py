@@ -75,19 +75,19 @@ class TokenMemory:
                 f" {database.directory}: expected one for each"
             )
         parts, hashes, first = [], [], 0
-        for directory, own in zip(directories, databases, strict=True):
+        for directory, source in zip(directories, databases, strict=True):
             folder = pathlib.Path(directory)
             if not (folder / MANIFEST_FILE).is_file():
                 raise UserError(
-                    f"{folder} is missing: expected the token memory of {own.directory};"
+                    f"{folder} is missing: expected the token memory of {source.directory};"
                     " run launch.prepare --stages=token_memory"
                 )
-            parents = {"database": (own.manifest, own.directory)}
+            parents = {"database": (source.manifest, source.directory)}
             manifest = Manifest.open(folder, KIND, parents, verify)
             for i, (start, _) in enumerate(manifest.fact("parts")):
-                parts.append(_Part.open(folder, i, first + start, token_width(own)))
+                parts.append(_Part.open(folder, i, first + start, token_width(source)))
             hashes.append(manifest.hash)
-            first += len(own)
+            first += len(source)
         return cls(database, parts, hashes)
 
     def match(
@@ -133,13 +133,13 @@ class TokenMemory:
         """The votes of the endings in ranges of the order; None where no document may vote."""
         total = sum(map(len, ranges))
         if most and total > most:
-            chosen = self._chosen(parts, ranges, np.arange(most) * total // most, barred)
-            if len(chosen.tokens):
-                return dataclasses.replace(chosen, occurrences=total)
+            subset = self._chosen(parts, ranges, np.arange(most) * total // most, barred)
+            if len(subset.tokens):
+                return dataclasses.replace(subset, occurrences=total)
         every = self._chosen(parts, ranges, np.arange(total), barred)
         if most and len(every.tokens) > most:
-            few = np.arange(most) * len(every.tokens) // most
-            every = _subset(every, few)
+            rows = np.arange(most) * len(every.tokens) // most
+            every = _subset(every, rows)
         return every if len(every.tokens) else None
 
     def _chosen(
@@ -211,8 +211,8 @@ class _Part:
 
     def longest(self, query: bytes) -> int:
         """Tokens of the longest ending that occurs."""
-        place = self._first(query)
-        return max(self._shared(i, query) for i in (place - 1, place))
+        position = self._first(query)
+        return max(self._shared(i, query) for i in (position - 1, position))
 
     def range_of(self, query: bytes, length: int) -> range:
         """The places in the order of the endings that share their last `length` tokens with it."""
@@ -240,11 +240,11 @@ class _Part:
                 high = middle
         return low
 
-    def _shared(self, place: int, query: bytes) -> int:
+    def _shared(self, position: int, query: bytes) -> int:
         """Tokens that an ending of the order shares with the query."""
-        if not 0 <= place < len(self._places):
+        if not 0 <= position < len(self._places):
             return 0
-        at = self._places[place] * self._width
+        at = self._places[position] * self._width
         ending = bytes(self._bytes[at : at + len(query)])
         size = min(len(ending), len(query))
         differing = int.from_bytes(ending[:size], "big") ^ int.from_bytes(query[:size], "big")

@@ -53,12 +53,12 @@ def votes_on(
     columns: list[list[float]] = []
     for first, last in itertools.pairwise(borders):
         rows = text.chunks(ids[first:last])
-        wanted = mask[first:last]
-        tokens, wanted = rows[rows != text.pad_id], wanted[rows != text.pad_id]
-        for place in np.flatnonzero(wanted):
-            ending = tokens[max(0, place - longest) : place]
+        is_scored = mask[first:last]
+        tokens, is_scored = rows[rows != text.pad_id], is_scored[rows != text.pad_id]
+        for position in np.flatnonzero(is_scored):
+            ending = tokens[max(0, position - longest) : position]
             match = memory.match(ending, longest=longest, most_votes=most_votes)
-            columns.append(_row(match, int(tokens[place])))
+            columns.append(_row(match, int(tokens[position])))
         on_chunks(int(last - first))
     table = np.array(columns, np.float64).reshape(-1, 5).T
     return TextVotes(

@@ -1,7 +1,7 @@
-"""What `launch.prepare` does to keep held-out text out of the training split, and says about it.
+"""How `launch.prepare` keeps held-out text out of the training split, and its report of it.
 
 W/leakage/withdrawn-00000.jsonl ...   each withdrawn document, for which held-out one, how similar
-W/duplicates/found-00000.npy ...      held-out chunks that stand in the training split nevertheless
+W/duplicates/found-00000.npy ...      held-out chunks that remain in the training split
 W/leakage.json                        the sums of both, and the withdrawn documents, nearest first
 """
 
@@ -53,7 +53,7 @@ def refuse_late(directory: pathlib.Path) -> None:
 
 
 def directory_of(p: Preparation, place: pathlib.Path) -> pathlib.Path | None:
-    """Where the list of what is withdrawn lies; None if it was not asked for."""
+    """The directory of the list of withdrawn documents; None without a threshold."""
     return None if p.config.leakage.threshold is None else place / KIND
 
 
@@ -136,30 +136,30 @@ def check(directory: pathlib.Path, place: pathlib.Path, sample: int, seed: int) 
     manifest = Manifest.read(place)
     numbers = set(sample_ids(manifest.fact("withdrawn"), sample, seed).tolist())
     every = ((i, line) for i in range(len(manifest.shards)) for line in read_withdrawn(place, i))
-    chosen = [pair for number, pair in enumerate(every) if number in numbers]
-    wanted = {tuple(line["held_out"].values()) for _, line in chosen}
+    lines = [pair for number, pair in enumerate(every) if number in numbers]
+    sources = {tuple(line["held_out"].values()) for _, line in lines}
     texts = {}
     for split in HELD_OUT:
         folder = directory / "documents" / split
         for document in read_documents(folder, Manifest.read(folder)):
-            if (split, document.corpus, document.id) in wanted:
+            if (split, document.corpus, document.id) in sources:
                 texts[split, document.corpus, document.id] = document.text
     training = place.parent / "documents" / "train"
     shards = Manifest.read(training).shards
-    for shard in sorted({i for i, _ in chosen}):
-        of_shard = {line["line"]: line for i, line in chosen if i == shard}
+    for shard in sorted({i for i, _ in lines}):
+        of_shard = {line["line"]: line for i, line in lines if i == shard}
         for number, document in enumerate(read_shard(training / shards[shard].name)):
             if number in of_shard:
                 other = texts.get(tuple(of_shard[number]["held_out"].values()), "")
                 _check_line(place, of_shard[number], document.text, other)
-    return f"{len(chosen)} withdrawn documents compared, equal"
+    return f"{len(lines)} withdrawn documents compared, equal"
 
 
-def _check_line(place: pathlib.Path, line: dict[str, Any], text: str, other: str) -> None:
+def _check_line(path: pathlib.Path, line: dict[str, Any], text: str, other: str) -> None:
     """Raises unless two texts are as similar as a line says."""
-    found = minhash.jaccard(*(minhash.grams(minhash.words_of(each)) for each in (text, other)))
-    if found != line["similarity"]:
+    similarity = minhash.jaccard(*(minhash.grams(minhash.words_of(each)) for each in (text, other)))
+    if similarity != line["similarity"]:
         raise UserError(
-            f"{place}: the document {line['id']!r} is said to be {line['similarity']:g} similar to"
-            f" {line['held_out']['id']!r}: expected {found:g}"
+            f"{path}: the document {line['id']!r} is said to be {line['similarity']:g} similar to"
+            f" {line['held_out']['id']!r}: expected {similarity:g}"
         )

@@ -48,7 +48,7 @@ class StageOf:
 
     Attributes:
       places: the directories in W that it fills.
-      run: makes what is missing of them, and returns a line of what they hold and a count for the
+      run: makes the missing ones, and returns a line about their content, and a count for the
         rate with its unit.
       wanted: whether the settings ask for it.
     """
@@ -84,14 +84,14 @@ def prepare(
       UserError: bad input, directories that were made with other settings, an unknown stage, or
         another process that prepares W.
     """
-    chosen, directory = chosen_stages(stages), pathlib.Path(workdir)
+    names, directory = chosen_stages(stages), pathlib.Path(workdir)
     preparation = Preparation(directory, config, runner or InProcess(), report)
     with only_one(directory):
-        made = [name for name in chosen if run_stage(name, preparation)]
-        if made:
+        new_stages = [name for name in names if run_stage(name, preparation)]
+        if new_stages:
             text = settings_text(config) if settings is None else settings
             files.write_atomically(directory / SETTINGS_FILE, text.encode())
-    return made
+    return new_stages
 
 
 def chosen_stages(names: Sequence[str] | None) -> list[str]:
@@ -100,14 +100,14 @@ def chosen_stages(names: Sequence[str] | None) -> list[str]:
     Raises:
       UserError: a name that is no stage, or no name.
     """
-    known = ",".join(ALL_STAGES)
+    choices = ",".join(ALL_STAGES)
     if names is None:
         return list(ALL_STAGES)
     for name in names:
         if name not in ALL_STAGES:
-            raise UserError(f"stages={name}: expected some of {known}")
+            raise UserError(f"stages={name}: expected some of {choices}")
     if not names:
-        raise UserError(f"stages is empty: expected some of {known}")
+        raise UserError(f"stages is empty: expected some of {choices}")
     return [name for name in ALL_STAGES if name in names]
 
 
@@ -149,25 +149,25 @@ def only_one(directory: pathlib.Path) -> Iterator[None]:
 def _documents(p: Preparation) -> tuple[str, int, str]:
     """Reads the corpora into splits."""
     newest = revisions.latest(p.directory)
-    later = [revisions.folder_of(p.directory, r) / "documents" for r in range(1, newest + 1)]
+    folders = [revisions.folder_of(p.directory, r) / "documents" for r in range(1, newest + 1)]
     manifests = prepare_documents(
-        p.directory / "documents", p.config.documents, appended=later, runner=p.runner
+        p.directory / "documents", p.config.documents, appended=folders, runner=p.runner
     )
     counts = {split: manifest.fact("documents") for split, manifest in manifests.items()}
     size = sum(manifest.fact("bytes") for manifest in manifests.values())
     left_out = _left_out(manifests["train"])
-    kept = sum(counts.values())
-    read = check_counts(p.directory / "documents", manifests["train"].fact("reading"), kept)
-    told = ", ".join(f"{count:,} {split}" for split, count in counts.items())
-    line = f"{told}; {size / 1e6:,.1f} MB; {kept:,} of {read:,} readable documents{left_out}"
+    total = sum(counts.values())
+    read = check_counts(p.directory / "documents", manifests["train"].fact("reading"), total)
+    summary = ", ".join(f"{count:,} {split}" for split, count in counts.items())
+    line = f"{summary}; {size / 1e6:,.1f} MB; {total:,} of {read:,} readable documents{left_out}"
     return line, size // 1000, "kB"
 
 
-def _check_count(place: pathlib.Path, count: int, expected: int, unit: str) -> None:
-    """Raises unless a directory has as many of something as what it was made of."""
+def _check_count(path: pathlib.Path, count: int, expected: int, unit: str) -> None:
+    """Raises unless a directory has as many of something as its parent."""
     if count != expected:
         raise UserError(
-            f"{place} has {count:,} {unit}: expected {expected:,}, as many as it was made of"
+            f"{path} has {count:,} {unit}: expected {expected:,}, as many as it was made of"
         )
 
 
@@ -176,12 +176,12 @@ def _left_out(manifest: Manifest) -> str:
     reading = manifest.fact("reading").values()
     reasons = ("bad", "empty", *DROPPED)
     sums = {reason: sum(counts.get(reason, 0) for counts in reading) for reason in reasons}
-    told = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in sums.items() if n)
-    return f"; left out: {told}" if told else ""
+    parts = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in sums.items() if n)
+    return f"; left out: {parts}" if parts else ""
 
 
 def _leakage(p: Preparation) -> tuple[str, int, str]:
-    """Withdraws training documents that nearly are held-out ones."""
+    """Withdraws training documents that are near-copies of held-out ones."""
     leakage_report.refuse_late(p.directory)
     manifest = leakage_report.withdraw(p, p.directory)
     assert manifest is not None
@@ -198,7 +198,7 @@ def _leakage(p: Preparation) -> tuple[str, int, str]:
 
 
 def _duplicates(p: Preparation) -> tuple[str, int, str]:
-    """Counts held-out chunks that stand in the training split all but word for word."""
+    """Counts held-out chunks that occur almost verbatim in the training split."""
     manifest = leakage_report.count(p, p.directory)
     leakage_report.write_report(p.directory)
     return leakage_report.told_of_chunks(manifest), manifest.fact("chunks"), "chunks"
@@ -220,12 +220,12 @@ def _tokenizer(p: Preparation) -> tuple[str, int, str]:
 
 def _chunks(p: Preparation) -> tuple[str, int, str]:
     """Cuts every split's documents into chunks."""
-    counts, taken, withdrawn = {}, 0, 0
+    counts, total, withdrawn = {}, 0, 0
     for split in SPLITS:
-        place, documents = (p.directory / kind / split for kind in ("chunks", "documents"))
+        path, documents = (p.directory / kind / split for kind in ("chunks", "documents"))
         leakage = leakage_report.directory_of(p, p.directory) if split == "train" else None
         manifest = prepare_chunks(
-            place,
+            path,
             documents,
             p.directory / "tokenizer",
             leakage_directory=leakage,
@@ -236,10 +236,10 @@ def _chunks(p: Preparation) -> tuple[str, int, str]:
         if leakage is not None:
             withdrawn = Manifest.read(leakage).fact("withdrawn")
             expected -= withdrawn
-        _check_count(place, manifest.fact("documents"), expected, "documents")
-        taken += expected
-    told = ", ".join(f"{count:,} {split}" for split, count in counts.items())
-    line = f"{told}; of {taken + withdrawn:,} documents {withdrawn:,} are withdrawn"
+        _check_count(path, manifest.fact("documents"), expected, "documents")
+        total += expected
+    summary = ", ".join(f"{count:,} {split}" for split, count in counts.items())
+    line = f"{summary}; of {total + withdrawn:,} documents {withdrawn:,} are withdrawn"
     return line, sum(counts.values()), "chunks"
 
 
@@ -258,12 +258,12 @@ def _keys(p: Preparation) -> tuple[str, int, str]:
     for split, manifest in manifests.items():
         expected = Manifest.read(p.directory / "chunks" / split).fact("chunks")
         _check_count(p.directory / "keys" / split, manifest.fact("chunks"), expected, "chunks")
-    told = ", ".join(f"{m.fact('keys'):,} {split}" for split, m in manifests.items())
+    summary = ", ".join(f"{m.fact('keys'):,} {split}" for split, m in manifests.items())
     chunks, keys = (
         sum(manifest.fact(name) for manifest in manifests.values()) for name in ("chunks", "keys")
     )
     dimension = manifests["train"].fact("dimension")
-    line = f"{told}; {dimension} dimensions; {chunks - keys:,} chunks have no text, so no key"
+    line = f"{summary}; {dimension} dimensions; {chunks - keys:,} chunks have no text, so no key"
     return line, chunks, "chunks"
 
 
@@ -288,16 +288,16 @@ def _bm25(p: Preparation) -> tuple[str, int, str]:
 def _neighbours(p: Preparation) -> tuple[str, int, str]:
     """Finds the neighbours of every split's chunks."""
     retriever = Retriever.open(p.directory, revision=0, ranking=p.config.neighbours.ranking)
-    told, total = [], 0
+    lines, total = [], 0
     for split in SPLITS:
         manifest = prepare_table(p, split, retriever)
         total += manifest.fact("chunks")
         expected = Manifest.read(p.directory / "chunks" / split).fact("chunks")
-        place = p.directory / "neighbours" / split
-        _check_count(place, manifest.fact("chunks"), expected, "chunks")
+        path = p.directory / "neighbours" / split
+        _check_count(path, manifest.fact("chunks"), expected, "chunks")
         recall = manifest.fact("recall")
-        told.append(f"{split} {recall['k']} a chunk, recall {recall['recall']:.3f}")
-    return "; ".join(told), total, "chunks"
+        lines.append(f"{split} {recall['k']} a chunk, recall {recall['recall']:.3f}")
+    return "; ".join(lines), total, "chunks"
 
 
 def _checks_leakage(p: Preparation) -> bool:

@@ -1,4 +1,4 @@
-"""What a prepared workdir holds, as a table."""
+"""The content of a prepared workdir, as a table."""
 
 import pathlib
 from collections.abc import Sequence
@@ -48,12 +48,12 @@ def _manifest(folder: pathlib.Path, kind: str) -> Manifest | None:
 def _chunk_rows(splits: Sequence[Manifest | None]) -> list[list[str]]:
     """Documents, chunks, tokens and bytes by corpus, and the share of padding."""
     rows = []
-    held = [m.fact("corpora") if m else {} for m in splits]
-    for corpus in sorted({name for corpora in held for name in corpora}):
+    tables = [m.fact("corpora") if m else {} for m in splits]
+    for corpus in sorted({name for corpora in tables for name in corpora}):
         for measure in _MEASURES:
-            counts = [corpora.get(corpus, {}).get(measure) for corpora in held]
+            counts = [corpora.get(corpus, {}).get(measure) for corpora in tables]
             rows.append([f"{corpus}: {measure}", *map(_count, counts)])
-        rates = [c[corpus]["bytes"] / c[corpus]["tokens"] if corpus in c else None for c in held]
+        rates = [c[corpus]["bytes"] / c[corpus]["tokens"] if corpus in c else None for c in tables]
         rows.append([f"{corpus}: bytes a token", *(_share(rate, "{:.2f}") for rate in rates)])
     padding = [m.fact("padding") if m else None for m in splits]
     return [*rows, ["padding", *map(_share, padding)]]
@@ -82,8 +82,8 @@ def _key_rows(directory: pathlib.Path) -> list[list[str]]:
     """The retrieval database, which is made of the training split."""
     none = [_NOTHING] * (len(SPLITS) - 1)
     keys, index = (
-        _manifest(directory / place, kind)
-        for place, kind in (("keys/train", "keys"), ("index", "index"))
+        _manifest(directory / path, kind)
+        for path, kind in (("keys/train", "keys"), ("index", "index"))
     )
     rows = []
     if keys:

@@ -30,7 +30,7 @@ def update(p: Preparation, *, append: bool, remove: Sequence[str]) -> None:
     corpus has for it now.
 
     Args:
-      p: W and every setting; with `append`, p.config.documents are what the database should hold too.
+      p: W and every setting; with `append`, the database should also contain p.config.documents.
       append: whether to add them.
       remove: CORPUS/ID of documents of the database, or @FILE of such lines.
 
@@ -42,12 +42,12 @@ def update(p: Preparation, *, append: bool, remove: Sequence[str]) -> None:
     for split in SPLITS:  # tables are made from those before: refuse before anything is written
         Manifest.read(p.directory / "neighbours" / split)
     _check_ranking(p)
-    place = revisions.folder_of(p.directory, current + 1)
+    folder = revisions.folder_of(p.directory, current + 1)
     revisions.clear_unfinished(p.directory)
-    if not append and place.exists():
-        raise UserError(f"{place} is unfinished: expected --append, which began it, first")
+    if not append and folder.exists():
+        raise UserError(f"{folder} is unfinished: expected --append, which began it, first")
     removed = revisions.numbers_of(database, _names(remove))
-    added = _append(p, place, database, removed) if append else None
+    added = _append(p, folder, database, removed) if append else None
     if added is None and not removed:
         p.report(f"revision {current}: nothing to change")
     else:
@@ -65,8 +65,8 @@ def make_tables(p: Preparation, revision: int) -> None:
     """Makes what is missing of the tables of all revisions up to one, each from the one before."""
     for r in range(1, revision + 1):
         if p.config.neighbours.ranking.by_terms:
-            place = revisions.folder_of(p.directory, r) / BM25
-            prepare_bm25(place, revisions.open_database(p.directory, r), p.config.bm25)
+            folder = revisions.folder_of(p.directory, r) / BM25
+            prepare_bm25(folder, revisions.open_database(p.directory, r), p.config.bm25)
         retriever = Retriever.open(p.directory, revision=r)
         before = revisions.open_database(p.directory, r - 1)
         for split in SPLITS:
@@ -82,48 +82,48 @@ def make_tables(p: Preparation, revision: int) -> None:
 
 def _check_ranking(p: Preparation) -> None:
     """Raises unless neighbours are to be found as those of W's tables were."""
-    found, wanted = Ranking.of(p.directory), p.config.neighbours.ranking
-    if found.settings != wanted.settings:
+    ranking, setting = Ranking.of(p.directory), p.config.neighbours.ranking
+    if ranking.settings != setting.settings:
         raise UserError(
-            f"NeighboursConfig.retriever is {wanted}: expected {found}, by which {p.directory}'s tables"
+            f"NeighboursConfig.retriever is {setting}: expected {ranking}, by which {p.directory}'s tables"
             " were made"
         )
 
 
 def _append(
-    p: Preparation, place: pathlib.Path, database: ChunkDatabase, removed: Sequence[int]
+    p: Preparation, folder: pathlib.Path, database: ChunkDatabase, removed: Sequence[int]
 ) -> Queries | None:
     """Makes chunks, and where they are needed keys and index, of the documents that are new; None if there are none."""
-    known = _known_documents(p.directory, database, removed)
+    old_documents = _known_documents(p.directory, database, removed)
     manifests = prepare_documents(
-        place / "documents", p.config.documents, known=known, runner=p.runner
+        folder / "documents", p.config.documents, known=old_documents, runner=p.runner
     )
     if not manifests["train"].fact("documents"):
-        shutil.rmtree(place)  # nothing but three empty splits
+        shutil.rmtree(folder)  # nothing but three empty splits
         return None
     held_out = sum(manifests[split].fact("documents") for split in SPLITS if split != "train")
     if held_out:
         p.report(f"{held_out:,} documents are of held-out splits: left out")
-    withdrawn = leakage_report.withdraw(p, place)
+    withdrawn = leakage_report.withdraw(p, folder)
     if withdrawn is not None:
         p.report(leakage_report.told(withdrawn))
         if withdrawn.fact("withdrawn") == withdrawn.fact("documents"):
-            shutil.rmtree(place)
+            shutil.rmtree(folder)
             return None
-    tokenizer, chunks = p.directory / "tokenizer", place / "chunks" / "train"
+    tokenizer, chunks = p.directory / "tokenizer", folder / "chunks" / "train"
     prepare_chunks(
         chunks,
-        place / "documents" / "train",
+        folder / "documents" / "train",
         tokenizer,
-        leakage_directory=leakage_report.directory_of(p, place),
+        leakage_directory=leakage_report.directory_of(p, folder),
         runner=p.runner,
     )
-    leakage_report.count_added(p, place)
+    leakage_report.count_added(p, folder)
     if not p.config.neighbours.ranking.by_keys:
         return ChunkDatabase.open(chunks)
-    prepare_keys(place / "keys" / "train", chunks, tokenizer, p.config.keys, runner=p.runner)
-    keys = Keys.open(place / "keys" / "train", ChunkDatabase.open(chunks))
-    prepare_index(place / "index", keys, p.config.index, runner=p.runner)
+    prepare_keys(folder / "keys" / "train", chunks, tokenizer, p.config.keys, runner=p.runner)
+    keys = Keys.open(folder / "keys" / "train", ChunkDatabase.open(chunks))
+    prepare_index(folder / "index", keys, p.config.index, runner=p.runner)
     return keys
 
 
@@ -138,7 +138,7 @@ def _known_documents(
         return record.corpus, record.id
 
     places = [revisions.folder_of(directory, r) for r in range(database.manifest.revision + 1)]
-    folders = [place / "documents" for place in places if (place / "documents").is_dir()]
+    folders = [path / "documents" for path in places if (path / "documents").is_dir()]
     by_text = ContentNames(
         folders,
         lambda split: read_documents(split, Manifest.read(split)),
@@ -154,10 +154,10 @@ def _known_documents(
     )
 
 
-def _names(given: Sequence[str]) -> list[tuple[str, str]]:
+def _names(values: Sequence[str]) -> list[tuple[str, str]]:
     """(corpus, id) of what --remove names."""
     lines: list[str] = []
-    for value in given:
+    for value in values:
         if value.startswith("@"):
             lines += pathlib.Path(value[1:]).read_text(encoding="utf-8").splitlines()
         else:

@@ -51,29 +51,29 @@ def places(revisions: int = 0) -> dict[str, Places]:
       revisions: how many the retrieval database has after the first.
     """
     train, tokenizer = "documents/train", {"tokenizer": "tokenizer"}
-    found = {f"documents/{split}": Places("documents", {}) for split in SPLITS}
+    result = {f"documents/{split}": Places("documents", {}) for split in SPLITS}
     held_out = {split: f"documents/{split}" for split in HELD_OUT}
-    found["leakage"] = Places("leakage", {"documents": train} | held_out)
-    found["tokenizer"] = Places("tokenizer", {"documents": train})
+    result["leakage"] = Places("leakage", {"documents": train} | held_out)
+    result["tokenizer"] = Places("tokenizer", {"documents": train})
     for split in SPLITS:
         parents = {"documents": f"documents/{split}", **tokenizer}
         if split == "train":
             parents["leakage"] = "leakage"
-        found[f"chunks/{split}"] = Places("chunks", parents)
+        result[f"chunks/{split}"] = Places("chunks", parents)
     of_chunks = {split: f"chunks/{split}" for split in HELD_OUT}
-    found["duplicates"] = Places("duplicates", {"chunks": "chunks/train"} | of_chunks)
+    result["duplicates"] = Places("duplicates", {"chunks": "chunks/train"} | of_chunks)
     for split in SPLITS:
-        found[f"keys/{split}"] = Places("keys", {"chunks": f"chunks/{split}"})
-    found["index"] = Places("index", {"keys": "keys/train"})
-    found["bm25"] = Places("bm25", {"database": "chunks/train"})
+        result[f"keys/{split}"] = Places("keys", {"chunks": f"chunks/{split}"})
+    result["index"] = Places("index", {"keys": "keys/train"})
+    result["bm25"] = Places("bm25", {"database": "chunks/train"})
     database = {"database": "chunks/train"}
     database |= {"keys": "keys/train", "index": "index", "bm25": "bm25"}
     for split in SPLITS:
-        own = {"chunks": f"chunks/{split}", "queries": f"keys/{split}"}
-        found[f"neighbours/{split}"] = Places("neighbours", own | database)
+        sources = {"chunks": f"chunks/{split}", "queries": f"keys/{split}"}
+        result[f"neighbours/{split}"] = Places("neighbours", sources | database)
     for revision in range(1, revisions + 1):
-        found |= _places_of(revision)
-    return found
+        result |= _places_of(revision)
+    return result
 
 
 def _places_of(revision: int) -> dict[str, Places]:
@@ -89,25 +89,25 @@ def _places_of(revision: int) -> dict[str, Places]:
     }
     held_out = {split: f"documents/{split}" for split in HELD_OUT}
     published = {"previous": previous, "chunks": chunks, "keys": keys}
-    found = {
+    result = {
         f"{here}documents/{split}": Places("documents", {"database": previous}) for split in SPLITS
     }
-    found[f"{here}leakage"] = Places("leakage", {"documents": f"{here}documents/train"} | held_out)
-    found[chunks] = Places("chunks", added)
+    result[f"{here}leakage"] = Places("leakage", {"documents": f"{here}documents/train"} | held_out)
+    result[chunks] = Places("chunks", added)
     of_chunks = {split: f"chunks/{split}" for split in HELD_OUT}
-    found[f"{here}duplicates"] = Places("duplicates", {"chunks": chunks} | of_chunks)
-    found[keys] = Places("keys", {"chunks": chunks})
-    found[f"{here}index"] = Places("index", {"keys": keys})
-    found[f"{here}database"] = Places("database", published)
-    found[f"{here}bm25"] = Places("bm25", {"database": f"{here}database"})
+    result[f"{here}duplicates"] = Places("duplicates", {"chunks": chunks} | of_chunks)
+    result[keys] = Places("keys", {"chunks": chunks})
+    result[f"{here}index"] = Places("index", {"keys": keys})
+    result[f"{here}database"] = Places("database", published)
+    result[f"{here}bm25"] = Places("bm25", {"database": f"{here}database"})
     for split in SPLITS:
         parents = {
             "database": f"{here}database",
             "bm25": f"{here}bm25",
             "base": f"{before}neighbours/{split}",
         }
-        found[f"{here}neighbours/{split}"] = Places("neighbours", parents)
-    return found
+        result[f"{here}neighbours/{split}"] = Places("neighbours", parents)
+    return result
 
 
 def verify(
@@ -130,12 +130,12 @@ def verify(
     Raises:
       UserError: nothing is there, or some check failed; it is the first one's message.
     """
-    known = places(latest(directory))
-    there = [name for name in known if (directory / name / MANIFEST_FILE).is_file()]
+    artefacts = places(latest(directory))
+    there = [name for name in artefacts if (directory / name / MANIFEST_FILE).is_file()]
     if not there:
         raise UserError(f"{directory} holds no finished stage: expected what launch.prepare makes")
     failures: list[str] = []
-    for name, check in _checks(directory, there, known, sample, seed, model=model):
+    for name, check in _checks(directory, there, artefacts, sample, seed, model=model):
         try:
             report(f"{name}: {check()}")
         except UserError as error:
@@ -149,7 +149,7 @@ def verify(
 def _checks(
     directory: pathlib.Path,
     there: Sequence[str],
-    known: Mapping[str, Places],
+    artefacts: Mapping[str, Places],
     sample: int,
     seed: int,
     *,
@@ -157,10 +157,10 @@ def _checks(
 ) -> Iterator[Check]:
     """The checks of what is there, with their names."""
     for name in there:
-        yield name, functools.partial(check_files, directory, name, known[name])
-        if known[name].kind == "leakage":
-            place = directory / name
-            again = functools.partial(leakage_report.check, directory, place, sample, seed)
+        yield name, functools.partial(check_files, directory, name, artefacts[name])
+        if artefacts[name].kind == "leakage":
+            path = directory / name
+            again = functools.partial(leakage_report.check, directory, path, sample, seed)
             yield f"{name} again", again
     for split in SPLITS:
         computed: dict[str, Callable[..., str]] = {
@@ -206,16 +206,16 @@ def check_chunks(directory: pathlib.Path, split: str, sample: int, seed: int) ->
     texts = directory / "documents" / split
     documents = Manifest.read(texts)
     leakage = directory / "leakage" if "leakage" in database.manifest.parents else None
-    held = kept_counts(documents, None if leakage is None else Manifest.read(leakage))
-    if not held:
+    counts = kept_counts(documents, None if leakage is None else Manifest.read(leakage))
+    if not counts:
         return "no documents"
-    shard = int(np.random.default_rng(seed).integers(len(held)))
-    chosen = set(sample_ids(held[shard], sample, seed).tolist())
+    shard = int(np.random.default_rng(seed).integers(len(counts)))
+    numbers = set(sample_ids(counts[shard], sample, seed).tolist())
     path = texts / documents.shards[shard].name
     for number, document in enumerate(kept_documents(texts, shard, leakage)):
-        if number not in chosen:
+        if number not in numbers:
             continue
-        record = database.record(sum(held[:shard]) + number)
+        record = database.record(sum(counts[:shard]) + number)
         ids = np.arange(record.first_chunk, record.first_chunk + record.chunks)
         again = chunk_rows(tokenizer.encode(document.text), tokenizer, "int32")
         if record.id != document.id or not np.array_equal(again, database.chunks(ids)):
@@ -223,7 +223,7 @@ def check_chunks(directory: pathlib.Path, split: str, sample: int, seed: int) ->
                 f"{database.directory}: the chunks of document {document.id!r} are not those of its"
                 f" text in {path}: expected them equal"
             )
-    return f"{len(chosen)} documents tokenised, equal"
+    return f"{len(numbers)} documents tokenised, equal"
 
 
 def check_keys(
@@ -256,26 +256,29 @@ def check_neighbours(directory: pathlib.Path, split: str, sample: int, seed: int
     ids = sample_ids(len(queries), sample, seed)
     if not len(ids):
         return "no chunks"
-    held = table.scores(ids)
-    own = OwnDocuments(chunks, retriever.database).of(ids)
-    search, asked = retriever.search, StoredChunks(queries, ids)
-    _, again = search.find(asked, table.k, own)
-    _check_scores(table, ids, held, again, "searching again finds")
-    scores = search.scores_of(asked, table.ids(ids))
-    _check_scores(table, ids, held, scores, "its ids are at")
-    _, truth = search.truth(asked, table.k, own)
-    share, stated = recall(held, truth, table.score == "bm25"), table.manifest.fact("recall")
+    table_scores = table.scores(ids)
+    owners = OwnDocuments(chunks, retriever.database).of(ids)
+    search, query_chunks = retriever.search, StoredChunks(queries, ids)
+    _, again = search.find(query_chunks, table.k, owners)
+    _check_scores(table, ids, table_scores, again, "searching again finds")
+    scores = search.scores_of(query_chunks, table.ids(ids))
+    _check_scores(table, ids, table_scores, scores, "its ids are at")
+    _, truth = search.truth(query_chunks, table.k, owners)
+    share, stated = (
+        recall(table_scores, truth, table.score == "bm25"),
+        table.manifest.fact("recall"),
+    )
     return f"{len(ids)} chunks searched, equal; recall {share:.3f}, {stated['recall']:.3f} in the manifest"
 
 
 def _check_scores(
-    table: NeighbourTable, ids: np.ndarray, held: np.ndarray, other: np.ndarray, what: str
+    table: NeighbourTable, ids: np.ndarray, table_scores: np.ndarray, other: np.ndarray, what: str
 ) -> None:
     """Raises at the first row whose scores are others."""
-    wrong = ~np.isclose(held, other, rtol=_SCORE_TOLERANCE, atol=_SCORE_TOLERANCE).all(1)
+    wrong = ~np.isclose(table_scores, other, rtol=_SCORE_TOLERANCE, atol=_SCORE_TOLERANCE).all(1)
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
         raise UserError(
             f"{table.directory}: the neighbours of chunk {ids[row]} have distances"
-            f" {held[row].tolist()}: {what} {other[row].tolist()}"
+            f" {table_scores[row].tolist()}: {what} {other[row].tolist()}"
         )
