@@ -306,12 +306,12 @@ def faiss_factories(count: int, dimension: int) -> list[str]:
 
 def _least(queries: np.ndarray, search: Callable[[np.ndarray], Any]) -> float:
     """Seconds a query, one after the other, of the best round."""
-    some, seconds = queries[:_ALONE], math.inf
+    subset, seconds = queries[:_ALONE], math.inf
     for _ in range(_ROUNDS):
         start = time.perf_counter()
-        for query in some:
+        for query in subset:
             search(query)
-        seconds = min(seconds, (time.perf_counter() - start) / len(some))
+        seconds = min(seconds, (time.perf_counter() - start) / len(subset))
     return seconds
 
 
@@ -352,7 +352,7 @@ def measure(index: Index, queries: int, judge: Callable[[Ids], float]) -> Iterat
         most = max(1, round(_MOST_LEAVES * index.leaves))
         yield row(most, max(index.reorders), index.batches[-1])
         return
-    best = max(at_target, key=lambda found: found.queries_per_second)
+    best = max(at_target, key=lambda setting: setting.queries_per_second)
     for searched in (best.searched // 2, min(2 * best.searched, index.leaves)):
         if searched:
             yield row(searched, best.reorder, best.batch)
@@ -361,8 +361,8 @@ def measure(index: Index, queries: int, judge: Callable[[Ids], float]) -> Iterat
 def indexes(keys: np.ndarray, queries: np.ndarray, folder: str) -> Iterator[Index]:
     """All that are compared, built one after the other."""
     unit = np.allclose(np.linalg.norm(keys[:1000], axis=1), 1, atol=1e-3)
-    chosen = [int(number) for number in _VARIANTS.value] or range(len(VARIANTS))
-    for variant in (VARIANTS[number] for number in chosen):
+    numbers = [int(number) for number in _VARIANTS.value] or range(len(VARIANTS))
+    for variant in (VARIANTS[number] for number in numbers):
         if unit or variant.distance == "squared_l2":
             yield ScannIndex(variant, keys, queries)
     if _FAISS.value:
@@ -383,8 +383,8 @@ def _load() -> np.ndarray:
     else:
         raise SystemExit("expected --workdir=W or --keys=FILE.npy")
     if _MOST.value and len(rows) > _MOST.value:  # of all corpora, which follow each other
-        chosen = np.random.default_rng(1).choice(len(rows), _MOST.value, replace=False)
-        rows = rows[np.sort(chosen)]
+        sample = np.random.default_rng(1).choice(len(rows), _MOST.value, replace=False)
+        rows = rows[np.sort(sample)]
     return np.ascontiguousarray(rows)
 
 
@@ -404,9 +404,9 @@ def main(_: list[str]) -> None:
 
     def judge(rows: Ids) -> float:
         """Of keys at one distance any is a neighbour: code has many equal chunks."""
-        found = others(rows)
-        distances = ((keys[found] - queries[:, None]) ** 2).sum(-1)
-        near = (distances <= furthest[:, None] * (1 + 1e-5) + 1e-6) & (found >= 0)
+        ids = others(rows)
+        distances = ((keys[ids] - queries[:, None]) ** 2).sum(-1)
+        near = (distances <= furthest[:, None] * (1 + 1e-5) + 1e-6) & (ids >= 0)
         return float(near.mean())
 
     print(f"{len(keys):,} keys of {keys.shape[1]} dimensions, {len(queries):,} queries,", end=" ")

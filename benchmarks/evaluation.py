@@ -114,9 +114,9 @@ def _program(work: Work, mesh: jax.sharding.Mesh) -> TokenLosses:
         graphdef, shapes = abstract_parameters(make)
         draw = np.random.default_rng(1)
 
-        def leaf(shape: Any, place: Any) -> jax.Array:
+        def leaf(shape: Any, sharding: Any) -> jax.Array:
             values = 0.02 * draw.standard_normal(shape.shape, np.float32)
-            return jax.device_put(values.astype(shape.dtype), place)
+            return jax.device_put(values.astype(shape.dtype), sharding)
 
         params = jax.tree.map(leaf, shapes, parameter_shardings(shapes, mesh))
         rows = batch_sharding(mesh)
@@ -130,10 +130,10 @@ def _text(folder: pathlib.Path, work: Work) -> ChunkText:
     chunks = work.sequence_length // work.retro.chunk_length
     count = chunks + (chunks // 2) * (BATCHES.value * work.batch_size - 1)
     database = write_database(folder / "chunks", count, 2, work.retro.vocab_size)
-    found = write_table(folder / "neighbours", database, work.neighbours)
+    ids_table = write_table(folder / "neighbours", database, work.neighbours)
 
     def neighbours(ids: np.ndarray) -> np.ndarray:
-        near = found.ids(np.maximum(ids, 0), work.neighbours)
+        near = ids_table.ids(np.maximum(ids, 0), work.neighbours)
         return database.values(np.where(ids[:, None] >= 0, near, -1))
 
     ids = np.arange(count)
@@ -143,8 +143,8 @@ def _text(folder: pathlib.Path, work: Work) -> ChunkText:
 def main() -> None:
     """Times, and prints the table."""
     work = work_from_flags()
-    with tempfile.TemporaryDirectory() as place:
-        text = _text(pathlib.Path(place), work)
+    with tempfile.TemporaryDirectory() as folder:
+        text = _text(pathlib.Path(folder), work)
         without = ChunkText(text.ids, text.documents, text.chunks, None, text.pad_id)
         sides = {"RETRO": Side(work, text), "baseline": Side(baseline_of(work), without)}
         turns: dict[tuple[str, str], list[Turn]] = {}

@@ -169,17 +169,17 @@ def measure(
     for _ in range(TURNS.value):
         for name, side in sides.items():
             times[name].append(side())
-    found = {name: min(turns) for name, turns in times.items()}
+    seconds = {name: min(turns) for name, turns in times.items()}
     return {
         "texts": rows,
         "position": position,
-        "reading ms": 1e3 * found["reading"],
-        "step ms": 1e3 * found["step"],
+        "reading ms": 1e3 * seconds["reading"],
+        "step ms": 1e3 * seconds["step"],
         "step / reading": None,  # by the fastest reading of all rows
-        "tokens/s": rows / found["step"],
-        "first token ms": 1e3 * found["first token"],
-        "chunk's end ms": 1e3 * found["chunk's end"],
-        "uncached / step": found["uncached"] / found["step"] if "uncached" in found else None,
+        "tokens/s": rows / seconds["step"],
+        "first token ms": 1e3 * seconds["first token"],
+        "chunk's end ms": 1e3 * seconds["chunk's end"],
+        "uncached / step": seconds["uncached"] / seconds["step"] if "uncached" in seconds else None,
     }
 
 

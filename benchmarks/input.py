@@ -47,8 +47,8 @@ def measure(name: str, batches: Batches, seconds: int, *, prefetch: bool) -> Non
 
 def main(_: list[str]) -> None:
     """Writes the artefacts and measures both ways of reading them."""
-    with tempfile.TemporaryDirectory() as place:
-        work = pathlib.Path(place)
+    with tempfile.TemporaryDirectory() as folder:
+        work = pathlib.Path(folder)
         start = time.perf_counter()
         database = write_database(work / "chunks", _CHUNKS.value, _SHARDS.value)
         table = write_table(work / "neighbours", database, max(1, _NEIGHBOURS.value))

@@ -156,10 +156,10 @@ def _measure(sides: dict[str, Callable[[], Turn]]) -> dict[str, list[Turn]]:
 
 def main(_: list[str]) -> None:
     """Prints the rate of each side."""
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as folder:
         model = "minilm"
         if _LAYERS.value is not None:
-            model = str(small_bert.cut(model, _LAYERS.value, pathlib.Path(place)))
+            model = str(small_bert.cut(model, _LAYERS.value, pathlib.Path(folder)))
         embedder = Embedder.open(model)
         pieces = embedder.word_piece.encode(_texts(_TEXTS.value))
         count, positions = len(pieces.lengths), embedder.positions(pieces)

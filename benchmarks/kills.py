@@ -74,7 +74,7 @@ class Preparation:
 
 def workers(process: subprocess.Popen[str], roots: list[int]) -> list[int]:
     """Worker processes of a run: its own descendants, or Ray's workers."""
-    found = list(descendants(process.pid))
+    processes = list(descendants(process.pid))
     for root in roots:
         for pid in (root, *descendants(root)):
             try:
@@ -82,8 +82,8 @@ def workers(process: subprocess.Popen[str], roots: list[int]) -> list[int]:
             except OSError:
                 continue
             if name.startswith(b"ray::_call"):
-                found.append(pid)
-    return found
+                processes.append(pid)
+    return processes
 
 
 def disturb(
@@ -150,8 +150,8 @@ def main(_: list[str]) -> None:
     flags_, cluster = [f"--processes={_PROCESSES.value}"], None
     if _RUNNER.value == "ray":
         flags_, roots, cluster = _cluster()
-    with tempfile.TemporaryDirectory() as place:
-        root = pathlib.Path(place)
+    with tempfile.TemporaryDirectory() as folder:
+        root = pathlib.Path(folder)
         settings = root / "kills.gin"
         settings.write_text(_SETTINGS.format(documents=_DOCUMENTS.value))
         whole = Preparation(root / "whole", settings, [])
@@ -171,8 +171,8 @@ def main(_: list[str]) -> None:
             different += [f"{workdir.name}/{name}" for name in compare(root / "whole", workdir)]
     if cluster is not None:
         cluster.shutdown()
-    told = f"{done} kills in {rounds} preparations, runner {_RUNNER.value}"
-    print(f"{told}: {len(different)} files differ")
+    summary = f"{done} kills in {rounds} preparations, runner {_RUNNER.value}"
+    print(f"{summary}: {len(different)} files differ")
     for name in different:
         print(f"  {name}")
     if different:

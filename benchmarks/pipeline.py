@@ -99,9 +99,9 @@ class Results:
 
     def __init__(self, path: pathlib.Path) -> None:
         self._path = path
-        known = json.loads(path.read_text()) if path.is_file() else {}
-        self.stages = {name: Usage(**held) for name, held in known.get("stages", {}).items()}
-        self._begun: list[str] = known.get("begun", [])
+        record = json.loads(path.read_text()) if path.is_file() else {}
+        self.stages = {name: Usage(**fields) for name, fields in record.get("stages", {}).items()}
+        self._begun: list[str] = record.get("begun", [])
 
     def begin(self, stage: str) -> bool:
         """Notes that a stage begins; returns whether it had begun before."""
@@ -186,10 +186,10 @@ def show(results: Results, facts: dict[str, Any]) -> None:
     for stage, usage in results.stages.items():
         rates = [count / usage.wall for count in sums.values()]
         rates += [count / usage.processor for count in sums.values()]
-        told = " ".join(f"{rate:16,.0f}" for rate in rates)
+        figures = " ".join(f"{rate:16,.0f}" for rate in rates)
         memory = f"{usage.tree / 1e6:8,.0f} {usage.anonymous / 1e6:8,.0f}"
         mark = "  (resumed: time and rates of the rest only)" if usage.resumed else ""
-        print(f"{stage:11} {usage.wall:8.1f} {usage.processor:8.1f} {memory} {told}{mark}")
+        print(f"{stage:11} {usage.wall:8.1f} {usage.processor:8.1f} {memory} {figures}{mark}")
     wall = sum(usage.wall for usage in results.stages.values())
     peak = max(usage.tree for usage in results.stages.values())
     bound = max(usage.bound for usage in results.stages.values())
@@ -197,14 +197,14 @@ def show(results: Results, facts: dict[str, Any]) -> None:
     single = ", ".join(f"{name} {us:,.0f} us" for name, us in facts["single_query_us"].items())
     print(f"a query alone, 10 neighbours: {single}")
     for split, recall in facts["recall"].items():
-        told = f"recall@{recall['k']} {recall['recall']:.4f} of {recall['queries']:,} queries"
-        print(f"{split}: {told} against brute force")
+        figures = f"recall@{recall['k']} {recall['recall']:.4f} of {recall['queries']:,} queries"
+        print(f"{split}: {figures} against brute force")
 
 
 def main(_: list[str]) -> None:
     """Runs the stages and prints a table."""
-    with tempfile.TemporaryDirectory() as place:
-        workdir = pathlib.Path(_WORKDIR.value or place).absolute()
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = pathlib.Path(_WORKDIR.value or folder).absolute()
         workdir.mkdir(parents=True, exist_ok=True)
         model, encoder = "minilm", "MiniLM, all its layers"
         if _LAYERS.value is not None:

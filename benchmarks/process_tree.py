@@ -81,7 +81,7 @@ def _watch(root: int, peak: Peak, over: threading.Event) -> None:
 
 def _kilobytes(process: int) -> dict[str, int]:
     """What the kernel says of a process's memory; nothing if it has gone."""
-    found = {}
+    sizes = {}
     for name in ("smaps_rollup", "status"):
         try:
             lines = pathlib.Path(f"/proc/{process}/{name}").read_text().splitlines()
@@ -90,5 +90,5 @@ def _kilobytes(process: int) -> dict[str, int]:
         for line in lines:
             field, _, value = line.partition(":")
             if value.endswith("kB"):
-                found[field] = int(value.split()[0])
-    return found
+                sizes[field] = int(value.split()[0])
+    return sizes

@@ -23,11 +23,11 @@ import torch
 
 def package_modules() -> tuple[Any, Any]:
     """retro_pytorch's model and optimiser modules, without importing what they do not need."""
-    found = importlib.util.find_spec("retro_pytorch")
-    if found is None:
+    spec = importlib.util.find_spec("retro_pytorch")
+    if spec is None:
         sys.exit("retro_pytorch is not installed in this interpreter")
     package = types.ModuleType("retro_pytorch")
-    package.__path__ = list(found.submodule_search_locations or [])
+    package.__path__ = list(spec.submodule_search_locations or [])
     retrieval = types.ModuleType("retro_pytorch.retrieval")
     vars(retrieval)["BERT_VOCAB_SIZE"] = 28996
     sys.modules |= {"retro_pytorch": package, "retro_pytorch.retrieval": retrieval}

@@ -53,10 +53,10 @@ _DOES_NOT_FIT = "the step needs"
 
 def main() -> None:
     """Compiles what is missing, and prints the table."""
-    for names, known, flag in ((SIZES, FIRST, "sizes"), (GENERATIONS, GRIDS, "generations")):
+    for names, choices, flag in ((SIZES, FIRST, "sizes"), (GENERATIONS, GRIDS, "generations")):
         for name in names.value:
-            if name not in known:
-                raise UserError(f"--{flag}={name}: expected some of {', '.join(known)}")
+            if name not in choices:
+                raise UserError(f"--{flag}={name}: expected some of {', '.join(choices)}")
     if ESTIMATE.value:
         named = [
             (size, slices(size, kind)[0]) for size in SIZES.value for kind in GENERATIONS.value
@@ -143,11 +143,11 @@ def estimate(size: str, topology: str) -> str:
     moved *= (fsdp - 1) / fsdp
     everyone = list(itertools.product(*map(range, slice_.extents)))
     links = moved / slice_.bandwidth(everyone)
-    kept = 2 * config.num_layers * rows * LENGTH * config.d_model
+    activations = 2 * config.num_layers * rows * LENGTH * config.d_model
     cells = [
         *(size, topology, str(chips), f"{rows:.0f}"),
         f"{12 * config.num_parameters() / fsdp / 2**30:.2f}",
-        *(f"{kept / 2**30:.1f}", f"{chip.hbm / 2**30:.0f}", f"{flops / 1e12:,.0f}"),
+        *(f"{activations / 2**30:.1f}", f"{chip.hbm / 2**30:.0f}", f"{flops / 1e12:,.0f}"),
         *(f"{compute:.2f}", f"{moved / 1e9:.1f}, {links:.2f}"),
         f"{flops / chip.peak / max(compute, links):.0%} ({flops / chip.peak / (compute + links):.0%})",
     ]

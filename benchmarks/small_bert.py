@@ -39,13 +39,13 @@ def cut(model: str, layers: int, parent: pathlib.Path) -> pathlib.Path:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     for path in source.rglob("*"):  # pooling and normalisation have folders of their own
-        place = folder / path.relative_to(source)
-        if path.suffix in (".json", ".txt") and place != folder / _CONFIG:
-            place.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, place)
+        target = folder / path.relative_to(source)
+        if path.suffix in (".json", ".txt") and target != folder / _CONFIG:
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
     weights = load_file(source / _WEIGHTS)
-    kept = {name: value for name, value in weights.items() if _layer_of(name) < layers}
-    save_file(kept, folder / _WEIGHTS, metadata={"format": "pt"})
+    subset = {name: value for name, value in weights.items() if _layer_of(name) < layers}
+    save_file(subset, folder / _WEIGHTS, metadata={"format": "pt"})
     # Last: a folder that has it is whole.
     (folder / _CONFIG).write_text(json.dumps(config | {"num_hidden_layers": layers}, indent=1))
     return folder
@@ -53,5 +53,5 @@ def cut(model: str, layers: int, parent: pathlib.Path) -> pathlib.Path:
 
 def _layer_of(name: str) -> int:
     """The layer that a weight is of; -1 for what every depth has."""
-    found = _LAYER.search(name)
-    return int(found[1]) if found else -1
+    match = _LAYER.search(name)
+    return int(match[1]) if match else -1

@@ -68,8 +68,8 @@ def start(directory: pathlib.Path) -> list[subprocess.Popen]:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-    place = [str(COUNT.value), str(free_port()), str(directory), str(STEPS.value), "-1,2,1"]
-    words = [*place, "soak", "-1", "-1"]  # no accident, but the watchdog is on
+    arguments = [str(COUNT.value), str(free_port()), str(directory), str(STEPS.value), "-1,2,1"]
+    words = [*arguments, "soak", "-1", "-1"]  # no accident, but the watchdog is on
     return [
         subprocess.Popen(
             [sys.executable, "-m", "tests.distributed.worker", str(i), *words],

@@ -37,8 +37,8 @@ def _timed(name: str, function: Callable[..., Any], *args: Any, **keywords: Any)
 def main(_: list[str]) -> None:
     """Runs the stages in a temporary folder."""
     corpora = (CorpusConfig("code", "stdlib"),)
-    with tempfile.TemporaryDirectory() as place:
-        work = pathlib.Path(place)
+    with tempfile.TemporaryDirectory() as folder:
+        work = pathlib.Path(folder)
         config = DocumentsConfig(corpora, validation=0, test=0, shard_bytes=4 << 20)
         _timed("documents", prepare_documents, work / "documents", config)
         train = work / "documents" / "train"

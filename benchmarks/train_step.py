@@ -151,41 +151,41 @@ def _take_turns(
             turns[name].append(step.turn(steps_a_turn()))
         if rival is not None:
             turns["retro-pytorch"].append(rival.turn())
-    found = {name: best(own) for name, own in turns.items() if own}
-    return found, product.flops / found["product"].wall
+    results = {name: best(rounds) for name, rounds in turns.items() if rounds}
+    return results, product.flops / results["product"].wall
 
 
-def _rival_row(own: dict[str, Any], rival: RetroPytorch, turn: Turn, work: Work) -> dict[str, Any]:
+def _rival_row(row: dict[str, Any], rival: RetroPytorch, turn: Turn, work: Work) -> dict[str, Any]:
     """Its row: the work is the same, so operations a token are taken to be ours."""
-    slower = turn.wall / own["step s"]
-    return own | {
+    slower = turn.wall / row["step s"]
+    return row | {
         "what": "retro-pytorch",
         "parameters": rival.facts["parameters"],
         "step s": turn.wall,
         "tokens/s": work.batch_size * work.sequence_length / turn.wall,
-        "TFLOP/s/device": own["TFLOP/s/device"] / slower,
-        "of product": own["of product"] / slower,
-        "of peak": own["of peak"] and own["of peak"] / slower,
+        "TFLOP/s/device": row["TFLOP/s/device"] / slower,
+        "of product": row["of product"] / slower,
+        "of peak": row["of peak"] and row["of peak"] / slower,
         "temporaries GB": None,
     }
 
 
 def _ratios(steps: dict[str, Step], turns: dict[str, Turn]) -> dict[str, float]:
     """What the benchmark is for."""
-    found = {}
+    ratios = {}
     if "baseline" in steps:
         time = turns["RETRO"].wall / turns["baseline"].wall
         flops = steps["RETRO"].flops / steps["baseline"].flops
-        found = {
+        ratios = {
             "step time, RETRO / baseline": time,
             "operations, RETRO / baseline": flops,
             "time over operations": time / flops,
         }
     if "retro-pytorch" in turns:
         ours, theirs = turns["RETRO"], turns["retro-pytorch"]
-        found["tokens/s, RETRO / retro-pytorch"] = theirs.wall / ours.wall
-        found["the same by processor time"] = theirs.processor / ours.processor
-    return found
+        ratios["tokens/s, RETRO / retro-pytorch"] = theirs.wall / ours.wall
+        ratios["the same by processor time"] = theirs.processor / ours.processor
+    return ratios
 
 
 if __name__ == "__main__":

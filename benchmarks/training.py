@@ -110,10 +110,10 @@ def work_from_flags(**execution: Any) -> Work:
     Raises:
       UserError: no such preset, or settings that do not fit.
     """
-    known = {name: (config, 8, 2048) for name, config in PRESETS.items()} | OWN
-    if PRESET.value not in known:
-        raise UserError(f"--preset={PRESET.value}: expected one of {', '.join(known)}")
-    retro, rows, length = known[PRESET.value]
+    presets = {name: (config, 8, 2048) for name, config in PRESETS.items()} | OWN
+    if PRESET.value not in presets:
+        raise UserError(f"--preset={PRESET.value}: expected one of {', '.join(presets)}")
+    retro, rows, length = presets[PRESET.value]
     if POSITIONS.value:
         retro = dataclasses.replace(retro, positions=POSITIONS.value)
     dtype = DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")

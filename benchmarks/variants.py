@@ -78,7 +78,7 @@ def combinations(work: Work) -> list[Work]:
     blocks = [block for block in BLOCKS.value if block.isdigit()]
     if not blocks or len(blocks) < len(BLOCKS.value):
         raise UserError(f"--attention_blocks={','.join(BLOCKS.value)}: expected numbers of queries")
-    found = []
+    works = []
     for positions, kind, remat in itertools.product(
         BOTH_POSITIONS.value, KINDS.value, POLICIES.value
     ):
@@ -87,8 +87,8 @@ def combinations(work: Work) -> list[Work]:
                 work.execution, attention=kind, remat=remat, attention_block=int(block)
             )
             retro = dataclasses.replace(work.retro, positions=positions)
-            found.append(dataclasses.replace(work, retro=retro, execution=execution))
-    return found
+            works.append(dataclasses.replace(work, retro=retro, execution=execution))
+    return works
 
 
 def _row(work: Work, rate: float) -> dict[str, Any]:

@@ -83,8 +83,8 @@ class TpuVms:
     def __post_init__(self) -> None:
         for field in ("project", "zone"):
             require(bool(getattr(self, field)), self, field, "a name, as gcloud lists them")
-        known = re.fullmatch(rf"({'|'.join(_TPUS)})-\d+", self.accelerator) is not None
-        require(known, self, "accelerator", f"one of {', '.join(_TPUS)} and a size, as in v5p-128")
+        valid = re.fullmatch(rf"({'|'.join(_TPUS)})-\d+", self.accelerator) is not None
+        require(valid, self, "accelerator", f"one of {', '.join(_TPUS)} and a size, as in v5p-128")
         require(self.code.startswith("gs://"), self, "code", "a place in a bucket, gs://...")
 
 
@@ -92,12 +92,12 @@ def tpu_start(job: Job, machine: TpuVms) -> list[Command]:
     """Ships the code, asks for the slices, waits for them, installs and starts on every host."""
     archive = f"{machine.code.rstrip('/')}/{job.name}.tar.gz"
     image = _TPUS[machine.accelerator.split("-")[0]][0]
-    wanted = ["--accelerator-type", machine.accelerator, "--runtime-version", image]
+    options = ["--accelerator-type", machine.accelerator, "--runtime-version", image]
     if job.slices > 1:
-        wanted += ["--node-count", str(job.slices), "--node-prefix", job.name]
+        options += ["--node-count", str(job.slices), "--node-prefix", job.name]
     else:
-        wanted += ["--node-id", job.name]
-    wanted += ["--spot"] if machine.spot else []
+        options += ["--node-id", job.name]
+    options += ["--spot"] if machine.spot else []
     queued = ("gcloud", "compute", "tpus", "queued-resources")
     where = _where(machine)
     state = shlex.join((*queued, "describe", job.name, *where, "--format=value(state.state)"))
@@ -105,7 +105,7 @@ def tpu_start(job: Job, machine: TpuVms) -> list[Command]:
     pack = f"git archive --format=tar.gz HEAD | gcloud storage cp - {shlex.quote(archive)}"
     plan = [
         Command(("bash", "-c", pack)),
-        Command((*queued, "create", job.name, *wanted, *where)),
+        Command((*queued, "create", job.name, *options, *where)),
         Command(("bash", "-c", waiting)),
     ]
     return plan + [_on_hosts(node, machine, tpu_script(job, archive)) for node in _nodes(job)]

@@ -35,8 +35,8 @@ def main() -> None:
     second = pathlib.Path(app.required(OTHER, "the directory of the other model"))
     names = (CONDITION.value, OTHER_CONDITION.value or CONDITION.value)
     data = data_directory(DATA.value or first)
-    found = [_read(place, name) for place, name in zip((first, second), names, strict=True)]
-    result = compare_results(data, found) | {"other": second.name}
+    pairs = [_read(folder, name) for folder, name in zip((first, second), names, strict=True)]
+    result = compare_results(data, pairs) | {"other": second.name}
     stem = first / EVALUATION / f"{SPLIT.value}-{names[0]}-against-{second.name}-{names[1]}"
     files.write_atomically(stem.with_name(f"{stem.name}.json"), files.to_json(result))
     view = comparisons([result])
@@ -46,8 +46,8 @@ def main() -> None:
         _shown(
             result,
             [
-                f"{place} {condition_name(n)}"
-                for place, n in zip((first, second), names, strict=True)
+                f"{folder} {condition_name(n)}"
+                for folder, n in zip((first, second), names, strict=True)
             ],
         )
     )

@@ -139,10 +139,10 @@ def _memory_lines(plan: Plan, report: Report, slice_: Slice | None) -> list[str]
     }
     if not memory.average:
         del parts["moving average"]
-    found = {name: f"{name:36}{nbytes / _GIB:10.3f} GiB" for name, nbytes in parts.items()}
+    rows = {name: f"{name:36}{nbytes / _GIB:10.3f} GiB" for name, nbytes in parts.items()}
     if slice_:
-        found["total"] += f" of {slice_.chip.hbm / _GIB:.0f} ({memory.total / slice_.chip.hbm:.0%})"
-    return ["memory per device", *found.values()]
+        rows["total"] += f" of {slice_.chip.hbm / _GIB:.0f} ({memory.total / slice_.chip.hbm:.0%})"
+    return ["memory per device", *rows.values()]
 
 
 def _work_lines(report: Report) -> list[str]:

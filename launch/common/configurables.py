@@ -277,13 +277,13 @@ def _apply(statement: Any, where: str, reading: _Reading, directory: str) -> Non
         reading.bindings[key] = (statement.value, where)
 
 
-def _check_known(name: str, known: typing.Iterable[str], kind: str, where: str = "") -> None:
+def _check_known(name: str, names: typing.Iterable[str], kind: str, where: str = "") -> None:
     """Refuses a name that does not exist, suggesting the nearest that does."""
-    known = sorted(known)
-    if name in known:
+    names = sorted(names)
+    if name in names:
         return
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"expected one of {', '.join(known)}" if known else "none is defined"
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"expected one of {', '.join(names)}" if names else "none is defined"
     if nearest:
         hint = f"did you mean {nearest[0]!r}?"
     raise UserError(f"{where + ': ' if where else ''}unknown {kind} {name!r}: {hint}")

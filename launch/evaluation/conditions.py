@@ -159,14 +159,14 @@ def _unlike(split: Split, condition: Condition) -> NeighbourTokens:
     ignored = {database.pad_id, database.bos_id, database.eos_id}
 
     def read(ids: np.ndarray) -> np.ndarray:
-        found = table.ids(np.maximum(ids, 0), table.k)
+        neighbours = table.ids(np.maximum(ids, 0), table.k)
         shares = overlap.shared_ngrams(
-            database.values(ids), retrieval.values(found), ignored, _GRAM
+            database.values(ids), retrieval.values(neighbours), ignored, _GRAM
         )
-        kept = (found >= 0) & (shares <= condition.value)
-        order = np.argsort(~kept, axis=1, kind="stable")[:, : condition.neighbours]
-        chosen = np.take_along_axis(np.where(kept, found, -1), order, axis=1)
-        return split.values(ids, chosen)
+        mask = (neighbours >= 0) & (shares <= condition.value)
+        order = np.argsort(~mask, axis=1, kind="stable")[:, : condition.neighbours]
+        subset = np.take_along_axis(np.where(mask, neighbours, -1), order, axis=1)
+        return split.values(ids, subset)
 
     return read
 
@@ -183,7 +183,7 @@ def check_split(split: Split, conditions: Sequence[Condition]) -> None:
             f"--database_shares: {split.table.directory} was made by the retriever"
             f" {split.table.retriever!r}: expected 'dense'"
         )
-    own = split.retrieval and split.retrieval.manifest.hash == split.database.manifest.hash
-    if own and shares:
+    is_database = split.retrieval and split.retrieval.manifest.hash == split.database.manifest.hash
+    if is_database and shares:
         others = ", ".join(name for name in SPLITS if name != "train")
         raise UserError(f"--database_shares of the training split itself: expected {others}")

@@ -66,8 +66,8 @@ def evaluate(
     there = processes.as_first([_is_there(folder, names[c.name]) for c in conditions])
     missing = [c for c, is_there in zip(conditions, there, strict=True) if not is_there]
     if missing:
-        found, more = _score(work, settings, missing)
-        for condition, nll in zip(missing, found, strict=True):
+        losses, more = _score(work, settings, missing)
+        for condition, nll in zip(missing, losses, strict=True):
             name = names[condition.name]
             result = heads[condition.name] | {"nll": f"{name}.npy", **figures(work, nll), **more}
             result |= _measured(work, settings, condition)

@@ -142,8 +142,8 @@ def _runs(folder: pathlib.Path, split: Split, tokens: np.ndarray) -> tuple[np.nd
     k = min(overlap.NEIGHBOURS, split.table.k)
     database = split.database
     ignored = {database.pad_id, database.bos_id, database.eos_id}
-    chosen = hashlib.sha256(split.ids.tobytes()).hexdigest()
-    path = folder / f"{split.name}-runs-{k}-{split.table.manifest.hash[:12]}-{chosen[:12]}.npy"
+    digest = hashlib.sha256(split.ids.tobytes()).hexdigest()
+    path = folder / f"{split.name}-runs-{k}-{split.table.manifest.hash[:12]}-{digest[:12]}.npy"
     if path.is_file():
         return read_array(path), k
     runs = np.zeros(len(tokens), np.int64)

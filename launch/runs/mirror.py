@@ -135,8 +135,8 @@ class _Copies:
 
     def _copy_step(self, path: pathlib.Path) -> None:
         """A checkpoint; its seal, without which it does not count, comes last."""
-        found = [file for file in sorted(path.rglob("*")) if file.is_file()]
-        for file in sorted(found, key=lambda file: file.name == SEAL):
+        paths = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        for file in sorted(paths, key=lambda file: file.name == SEAL):
             self._put(file)
 
     def _copy_file(self, path: pathlib.Path) -> None:

@@ -53,10 +53,10 @@ def data_place(run: pathlib.Path) -> str:
     recorded = _last_start(run).get("data", "")
     if urls.is_url(recorded):
         return recorded
-    for place in (recorded, run.parent):
-        folder = pathlib.Path(place)
-        if place and ((folder / "chunks").is_dir() or (folder / MANIFEST_FILE).is_file()):
-            return str(place)
+    for path in (recorded, run.parent):
+        folder = pathlib.Path(path)
+        if path and ((folder / "chunks").is_dir() or (folder / MANIFEST_FILE).is_file()):
+            return str(path)
     raise UserError(f"the data of {run} is no longer at {recorded or run.parent}: expected --data")
 
 
@@ -75,17 +75,17 @@ def check(
     """
     recorded = files.read_json(run / record.PARENTS_FILE)
     for name in sorted({*recorded, *parents}):
-        then, found = recorded.get(name, "(none)")[:12], parents.get(name, "(none)")[:12]
-        if then != found:
-            raise UserError(f"{run} was trained on {name} {then}: expected that, found {found}")
+        then, value = recorded.get(name, "(none)")[:12], parents.get(name, "(none)")[:12]
+        if then != value:
+            raise UserError(f"{run} was trained on {name} {then}: expected that, found {value}")
     old = record.parse_settings((run / record.CONFIG_FILE).read_text(encoding="utf-8"))
     new = record.parse_settings(settings)
     for name in sorted({*old, *new}):
         if old.get(name) == new.get(name) or name in free or name.split(".")[0] in free:
             continue
         if name in old:
-            found = new.get(name, "no such")
-            raise UserError(f"{run} has {name} = {old[name]}: expected the same, found {found}")
+            value = new.get(name, "no such")
+            raise UserError(f"{run} has {name} = {old[name]}: expected the same, found {value}")
         _warn(f"{run} is older than the setting {name}: {new[name]} is taken")
     for line in differences(_last_start(run), record.versions()):
         _warn(f"not as in {run}: {line}")

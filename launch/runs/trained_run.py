@@ -49,8 +49,8 @@ class Run:
 
     def identity(self) -> dict[str, Any]:
         """What a result says of the run it is of."""
-        found = {"run": self.directory.name, "step": self.step, "checkpoint": self.checkpoint}
-        return found | ({"averaged": True} if self.averaged else {})
+        facts = {"run": self.directory.name, "step": self.step, "checkpoint": self.checkpoint}
+        return facts | ({"averaged": True} if self.averaged else {})
 
 
 def refuse_gin_file() -> None:
@@ -114,11 +114,11 @@ def check_data(run: Run, data: pathlib.Path) -> None:
       UserError: naming both directories.
     """
     recorded = files.read_json(run.directory / PARENTS_FILE).get("chunks/train", "(none)")
-    found = Manifest.read(data / "chunks" / "train").hash
-    if found != recorded:
+    digest = Manifest.read(data / "chunks" / "train").hash
+    if digest != recorded:
         raise UserError(
             f"{run.directory} and {data / 'chunks' / 'train'} do not belong together: "
-            f"expected chunks {recorded[:12]}, found {found[:12]}"
+            f"expected chunks {recorded[:12]}, found {digest[:12]}"
         )
 
 
