@@ -1,8 +1,7 @@
-"""What has to be run, and where, to train on TPU VMs, on GKE or on a Slurm cluster: pure functions.
+"""Plans for training on TPU VMs, on GKE or on a Slurm cluster: pure functions.
 
-A plan is a list of commands for the machine of whoever launches, each with what goes to its standard
-input. The trainer finds the other hosts by itself (retro_jax/distributed/join.py). It ends with status 75 when
-it was asked to stop and has saved, and with 76 when it lost another host: both mean "start it again".
+A plan is a list of commands for the machine of whoever launches, each with its standard input. The trainer finds the other hosts by itself (retro_jax/distributed/join.py). It ends with status 75 when
+it was asked to stop and has saved, and with 76 when it lost another host. Both mean "start it again".
 """
 
 import dataclasses
@@ -31,7 +30,7 @@ _TPUS = {
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command to run here. stdin: what it reads; may_fail: whether the plan goes on without it."""
+    """A command to run here. stdin: its input; may_fail: whether the plan continues if it fails."""
 
     words: tuple[str, ...]
     stdin: str = ""
@@ -45,7 +44,7 @@ class Command:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is run on every host.
+    """The command for every host.
 
     Attributes:
       name: of the run, for the cluster. arguments: of python, from "-m" on.
@@ -112,7 +111,7 @@ def tpu_start(job: Job, machine: TpuVms) -> list[Command]:
 
 
 def tpu_script(job: Job, archive: str) -> str:
-    """What every TPU host runs: install once, then the trainer in the background until it is done."""
+    """The script of every TPU host: install once, then the trainer in the background until it is done."""
     loop = _restarting(job.command)
     return textwrap.dedent(f"""\
         set -euo pipefail
@@ -154,7 +153,7 @@ def tpu_stop(job: Job, machine: TpuVms) -> list[Command]:
 
 
 def _where(machine: TpuVms) -> tuple[str, ...]:
-    """gcloud's flags of the place."""
+    """gcloud's flags for the project and zone."""
     return ("--project", machine.project, "--zone", machine.zone)
 
 

@@ -3,9 +3,9 @@
     python -m launch.compare --workdir=W --other=V
     python -m launch.compare --workdir=W --other=V --condition=on --other_condition=baseline
 
-Reads what launch.evaluate wrote of both; the text and the tokeniser must be the same. Prints bits per
-byte of both, their difference with a 95% interval, and the p-value of a paired test: how often a
-difference as large would come about if for each document it were chance which model is which. Writes
+Reads the results of launch.evaluate for both; the text and the tokeniser must be the same. Prints bits
+per byte of both, their difference with a 95% interval, and the p-value of a paired test. The p-value is
+the chance of a difference as large if each document's two scores were swapped at random. Writes
 W/evaluation/SPLIT-CONDITION-against-V-CONDITION.json and .md; launch.report shows it with W's results.
 """
 

@@ -1,4 +1,4 @@
-"""Says what is installed, which devices and limits there are, and what would fail.
+"""Reports installed packages, devices and limits, and whatever would fail.
 
     python -m launch.doctor
     python -m launch.doctor --extras=data,cuda --workdir=W

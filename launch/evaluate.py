@@ -5,11 +5,11 @@
     python -m launch.evaluate --workdir=W --slices=wikitext103 --slice_paths=wikitext103=wiki.test.tokens
 
 Reads the newest checkpoint of W/retro, and of W/baseline where one was trained. Every token is scored
-once, in windows of the trained length that advance by half of it. docs/evaluation.md says what each
-condition and figure is. Writes, in W/evaluation:
+once, in windows of the trained length that advance by half of it. docs/evaluation.md explains each
+condition and figure. Writes, in W/evaluation:
 
-    SPLIT.json, SPLIT.md           what was printed last, with every sum and figure
-    SPLIT-documents.npz            sums by document, from which intervals and comparisons are computed
+    SPLIT.json, SPLIT.md           the last printed results, with every sum and figure
+    SPLIT-documents.npz            sums by document, for intervals and comparisons
     SPLIT-windows.json             figures of each --overlap, where there are several
     SPLIT-overlap.json .csv .svg   the same figures by overlap with the training data, r(C) <= alpha
     SPLIT-CONDITION-STEP-ID.json   one condition of one checkpoint; found again, it is reused
@@ -137,7 +137,7 @@ _BASELINE = "baseline"
 
 
 def main() -> None:
-    """Scores what is not scored yet, and prints the table."""
+    """Computes missing scores, and prints the table."""
     workdir = pathlib.Path(app.required(app.WORKDIR, "the directory of a run"))
     data = data_directory(DATA.value or workdir)
     trained_run.refuse_gin_file()
@@ -161,7 +161,7 @@ def main() -> None:
 
 
 def _settings() -> list[EvaluationSettings]:
-    """What the flags ask for, by ascending overlap of windows.
+    """The settings that the flags ask for, by ascending overlap of windows.
 
     Raises:
       flags.Error: a value that is no share.
@@ -187,12 +187,12 @@ def _settings() -> list[EvaluationSettings]:
 def _checked_conditions(
     workdir: pathlib.Path, data: pathlib.Path, settings: Sequence[EvaluationSettings]
 ) -> list[Condition]:
-    """What the flags ask for, of runs that belong to the data."""
+    """The conditions that the flags ask for, of runs that belong to the data."""
     conditions = _conditions(workdir, _wanted(RETRIEVAL.value))
     for condition in conditions:
         trained_run.check_data(condition.run, data)
         for each in settings:
-            each.windows(condition.run.chunks)  # is refused now, not after hours
+            each.windows(condition.run.chunks)  # refused now, not after hours
     return conditions
 
 
@@ -211,10 +211,10 @@ def _open(
     conditions: Sequence[Condition],
     scorer: Scorer,
 ) -> Work:
-    """A split or slice with what the conditions read of it."""
+    """A split or slice with the tables that the conditions read."""
     most = max(condition.neighbours for condition in conditions)
     if places_of(data, name).neighbours.is_dir():
-        most = max(most, 1)  # the table is wanted for r(C) also where no condition reads it
+        most = max(most, 1)  # r(C) needs the table even where no condition does
     split = open_split(data, name, neighbours=most, max_documents=MAX_DOCUMENTS.value)
     check_split(split, conditions)
     lengths = Tokenizer.open(data / "tokenizer").byte_lengths
@@ -275,7 +275,7 @@ def _wanted(names: Sequence[str] | None) -> list[str]:
 
 
 def _conditions(workdir: pathlib.Path, names: Sequence[str]) -> list[Condition]:
-    """The columns, each with the run that it is of."""
+    """The columns, each with its run."""
     bindings = configurables.GIN_BINDINGS.value
     retro = trained_run.open_run(workdir / "retro", bindings, averaged=AVERAGED.value)
     k = NUM_NEIGHBOURS.value or retro.batches.neighbours

@@ -1,9 +1,9 @@
-"""Writes W/report.html: figures, loss curves, what retrieval changed, and samples, on one page.
+"""Writes W/report.html: figures, loss curves, the effect of retrieval, and samples, on one page.
 
     python -m launch.report --workdir=W
     python -m launch.report --workdir=W --split=validation --title="My first RETRO"
 
-Shows what launch.evaluate and launch.sample left in W; the page loads nothing from elsewhere.
+Shows the results of launch.evaluate and launch.sample in W; the page loads nothing from elsewhere.
 """
 
 import pathlib
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def _summary(run: trained_run.Run, results: Mapping[str, Any]) -> str:
-    """One sentence on what was evaluated."""
+    """One sentence on the evaluated text."""
     result = next(iter(results.values()))
     scored, settings = result["all"], result["settings"]
     part = "" if settings["max_documents"] is None else "a part of "
@@ -107,7 +107,7 @@ def _summary(run: trained_run.Run, results: Mapping[str, Any]) -> str:
 def _facts(
     data: pathlib.Path, run: trained_run.Run, results: Mapping[str, Any]
 ) -> Iterator[tuple[str, str]]:
-    """What one needs to know to judge the figures."""
+    """The facts that one needs to judge the figures."""
     model, database = run.model, open_database(data)
     yield (
         "model",
@@ -150,7 +150,7 @@ def _tables(folder: pathlib.Path, results: Mapping[str, Any], split: str) -> Ite
 
 
 def _several(folder: pathlib.Path, results: Mapping[str, Any], split: str) -> dict[str, Any] | None:
-    """The figures of several overlaps of windows, where they are of the same models."""
+    """The figures of several overlaps of windows, where they belong to the same models."""
     path = windows_file(folder, split)
     figures = files.read_json(path) if path.is_file() else None
     models = {name: result["model"] for name, result in results.items()}
@@ -169,7 +169,7 @@ def _curves(workdir: pathlib.Path) -> Iterator[Curve]:
 def _charts(
     results: Mapping[str, Any], scored: tuple[Split, TokenGains] | None
 ) -> Iterator[ChartView]:
-    """What retrieval gains by what it may depend on."""
+    """The gains of retrieval by the properties that they may depend on."""
     yield from charts.sweep_charts(results)
     if scored:
         split, gains = scored

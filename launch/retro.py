@@ -11,7 +11,7 @@ import importlib.util
 import runpy
 import sys
 
-# What each command does, in the order of use. One whose module is not installed is not offered.
+# The purpose of each command, in the order of use. One whose module is not installed is not offered.
 COMMANDS = {
     "quickstart": "the whole path on two small corpora, from text to a report",
     "doctor": "what is installed here, the devices and limits, and what would fail",
@@ -63,7 +63,7 @@ def usage() -> str:
 
 
 def _problem(name: str) -> str:
-    """What is wrong with a first argument that is no command."""
+    """The message about a first argument that is no command."""
     expected = f"expected one of {', '.join(available())}"
     if not name:
         return f"no command: {expected}"

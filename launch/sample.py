@@ -4,8 +4,8 @@
     python -m launch.sample --workdir=W --prompt="def main(" --prompt="import " --temperature=0.7 --seed=3
 
 Neighbours are retrieved from W's database as soon as a chunk of 64 tokens is complete, in the prompt
-too, and read while the chunk after it is written. Everything is written to W/samples/ID.json; the
-same request is read from there the next time.
+too, and read while the next chunk is generated. Everything is written to W/samples/ID.json; the same
+request is read from there the next time.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ _OPTIONAL = ("min_p", "repetition_penalty", "allowed_tokens", "forbidden_tokens"
 
 
 def main() -> None:
-    """Samples, or reads what was sampled before, and prints it."""
+    """Draws samples, or reads earlier ones, and prints them."""
     workdir = pathlib.Path(app.required(app.WORKDIR, "the directory of a run"))
     data = data_directory(DATA.value or workdir)
     trained_run.refuse_gin_file()
@@ -91,7 +91,7 @@ def main() -> None:
         "model": run.identity(),
         "execution": dataclasses.asdict(run.execution),
     }
-    if k and latest(data):  # a database that has changed since is asked again
+    if k and latest(data):  # a changed database is searched again
         request["database"] = open_database(data).manifest.hash
     digest = hashlib.sha256(files.to_json(request)).hexdigest()[:_ID_DIGITS]
     path = workdir / SAMPLES / f"{digest}.json"
@@ -165,7 +165,7 @@ def make_samples(
     sampling: SamplingConfig,
     prompts: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """A sample of each prompt, with what was retrieved for each chunk, as JSON takes it."""
+    """A sample of each prompt, with the neighbours of each chunk, as JSON takes it."""
     tokenizer = Tokenizer.open(data / "tokenizer")
     database = open_database(data)
     retrieve = (

@@ -1,8 +1,8 @@
 """kNN-LM on a trained model and W's own training text, as a condition of launch.evaluate.
 
-The datastore is made of the first chunks of the training split, whose documents stand in random order
+The datastore contains the first chunks of the training split, whose documents are in random order
 within each corpus: W/evaluation/knn-*.npy. Weight and temperature are tuned on the validation split.
-A large datastore is searched by ScaNN, with the index that a retrieval database of as many keys would
+ScaNN searches a large datastore, with the index that a retrieval database of as many keys would
 have; --knn_exact compares every key instead, which takes a hundred times as long for a million.
 """
 
@@ -65,10 +65,10 @@ class KnnScoring:
     folder: pathlib.Path
 
     def score(self, split: Split, text: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
-        """[n, 64] nats of a split, and what was tuned.
+        """[n, 64] nats of a split, and the tuned settings.
 
         Args:
-          split: what is scored. text: [n, 64] bool, the tokens that count.
+          split: the text to score. text: [n, 64] bool, the tokens that count.
         """
         store = self._store()
         look_up, how = search(store.keys, self.settings)
@@ -100,7 +100,7 @@ class KnnScoring:
     def _find(
         self, split: Split, text: np.ndarray, values_of: np.ndarray, look_up: _LookUp
     ) -> tuple[knn_lm.Found, np.ndarray]:
-        """What the datastore holds for each token that counts, and [n, 64] of the model alone."""
+        """The datastore's matches for each token that counts, and [n, 64] of the model alone."""
         source = split.text(0)
         partial = self.folder / f".partial-knn-{self._digest(split)}"
         one = Pass(
@@ -198,7 +198,7 @@ def search(keys: np.ndarray, settings: KnnSettings) -> tuple[_LookUp, str]:
 
 
 def _recall(look_up: _LookUp, queries: np.ndarray, keys: np.ndarray, k: int) -> float:
-    """The share of the k nearest keys that are found."""
+    """The share of the k nearest keys that the search returns."""
     hits, true = (
         look_up(queries, k)[0],
         ExactSearcher(keys, on_devices=False).search(queries, k)[0],

@@ -1,7 +1,7 @@
 """A model mixed with the token memory of the retrieval database, as a condition of launch.evaluate.
 
-The memory is W/token_memory, with one more for each revision; it is built where it is missing. What it
-votes on a text is kept in W/evaluation/SPLIT-votes-ID.npy. The weights of the mixture are tuned on the
+The memory is W/token_memory, with one more for each revision; it is built where it is missing. Its
+votes on a text are saved as W/evaluation/SPLIT-votes-ID.npy. The weights of the mixture are tuned on the
 first chunks of the validation split.
 """
 
@@ -113,7 +113,7 @@ class TokenMixture:
         return nll
 
     def _votes(self, memory: TokenMemory, split: Split, text: np.ndarray) -> Votes:
-        """What the memory votes on a split, read where it is there already."""
+        """The memory's votes on a split, read where it is there already."""
         if split.database.vocab_size != memory.database.vocab_size:
             raise UserError(
                 f"{split.database.directory} has {split.database.vocab_size} tokens: expected"

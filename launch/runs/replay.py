@@ -1,8 +1,8 @@
 """Makes a recorded run again from its directory, and says whether the result is the same.
 
-The directory is enough: config.gin has every setting, parents.json the hashes of the data,
-versions.json the data's path, the code's revision, the packages and the hardware, metrics.jsonl the
-losses to compare with.
+The directory is enough. config.gin has every setting, parents.json the hashes of the data, and
+metrics.jsonl the losses to compare with. versions.json has the data's path, the code's revision, the
+packages and the hardware.
 """
 
 import logging
@@ -48,7 +48,7 @@ def data_place(run: pathlib.Path) -> str:
     """Where the data of a recorded run was: a bucket or a directory as recorded, or the workdir around it.
 
     Raises:
-      UserError: it is in neither place.
+      UserError: neither of them has it.
     """
     recorded = _last_start(run).get("data", "")
     if urls.is_url(recorded):
@@ -92,7 +92,7 @@ def check(
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What differs between two entries of versions.json, a line each: "packages.jax 0.9 -> 0.10"."""
+    """The differences between two entries of versions.json, a line each: "packages.jax 0.9 -> 0.10"."""
     lines = []
     for part in ("python", "git", "hardware", "environment", "packages"):
         before, after = _flat(part, old.get(part)), _flat(part, new.get(part))
@@ -109,7 +109,7 @@ def compare(run: pathlib.Path, again: pathlib.Path) -> str:
     """Compares the curves of a run and of its replay.
 
     Returns:
-      What to say when they are the same bit for bit.
+      The message when they are the same bit for bit.
 
     Raises:
       UserError: they differ; names the first step and both values.
