@@ -4,15 +4,16 @@
     python -m benchmarks.ann --keys=keys.npy [--variants=3,4] [--output=ann.json]
 
 Keys are a workdir's, or rows [n, d] float32 of a .npy file; queries are a sample of them, none its own
-neighbour. FAISS runs in an environment of its own, on the same keys, queries and cores:
+neighbour. FAISS runs in a separate environment, on the same keys, queries and cores:
 
     python -m venv /elsewhere && /elsewhere/bin/pip install faiss-cpu==1.15.1 numpy==2.4.6
 
-Each index is built once. For each number of candidates that are compared again exactly, the fewest leaves
-that reach the target are searched for, then timed with several batch sizes; around the fastest such
-setting the curve is measured: half and twice the leaves. A row has recall@10, queries a second of all
-allowed cores with all queries in one call, and microseconds of a query that comes alone, one core: the
-best of three rounds, on both sides. Rows are printed, and written to --output, as they are measured.
+Each index is built once. For each number of candidates that are compared again exactly, the benchmark
+searches for the fewest leaves that reach the target, and times them with several batch sizes. Around
+the fastest such setting it measures the curve: half and twice the leaves. A row has recall@10,
+queries per second of all allowed cores with all queries in one call, and microseconds of a query that
+comes alone, on one core. Each is the best of three rounds, on both sides. Rows are printed, and
+written to --output, as they are measured.
 """
 
 import dataclasses
@@ -100,7 +101,7 @@ class Variant:
       leaves: times the square root of the number of keys.
       block: dimensions of a code.
       soar: SOAR's lambda; None without.
-      reorder: what candidates are compared again as: FLOAT32, BFLOAT16 or INT8.
+      reorder: the type in which candidates are compared again: FLOAT32, BFLOAT16 or INT8.
       anisotropic: the threshold of anisotropic quantisation; NaN without.
       centroids: whether centroids are compared in 8 bits.
       pca: dimensions that keys are cut to before they are coded; 0 for all.
@@ -230,7 +231,7 @@ for line in sys.stdin:
 
 
 class Faiss:
-    """FAISS in its own interpreter; holds one index at a time."""
+    """FAISS in its own interpreter; has one index at a time."""
 
     def __init__(self, folder: str, keys: np.ndarray, queries: np.ndarray) -> None:
         self._folder = folder
@@ -246,14 +247,14 @@ class Faiss:
         print(f"FAISS was compiled with {self._reply()}", flush=True)
 
     def ask(self, **what: Any) -> Any:
-        """What it answers."""
+        """Its answer."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(what) + "\n")
         self._process.stdin.flush()
         return self._reply()
 
     def rows(self) -> Ids:
-        """The neighbours that it found last."""
+        """The neighbours of its last search."""
         return np.load(f"{self._folder}/rows.npy")
 
     def close(self) -> None:
@@ -359,7 +360,7 @@ def measure(index: Index, queries: int, judge: Callable[[Ids], float]) -> Iterat
 
 
 def indexes(keys: np.ndarray, queries: np.ndarray, folder: str) -> Iterator[Index]:
-    """All that are compared, built one after the other."""
+    """All compared indexes, built one after the other."""
     unit = np.allclose(np.linalg.norm(keys[:1000], axis=1), 1, atol=1e-3)
     numbers = [int(number) for number in _VARIANTS.value] or range(len(VARIANTS))
     for variant in (VARIANTS[number] for number in numbers):

@@ -1,14 +1,14 @@
-"""Tokens a second of evaluation, and of the forward pass alone, which is what should limit it.
+"""Tokens per second of evaluation, and of the forward pass alone, which should be its limit.
 
     python -m benchmarks.evaluation --preset=peer
     python -m benchmarks.evaluation --preset=172m --rows=8 --output=evaluation.json
 
-Evaluation is the path of launch.evaluate: a chunk database and a neighbour table are read from disk as
-it reads them, windows of any documents, half of each context only, make up batches, and losses of tokens
-are put where they belong. The forward pass is the same compiled program on a batch that is on the devices
+Evaluation is the path of launch.evaluate, which reads a chunk database and a neighbour table from
+disk. Windows of any documents, half of each context only, form batches, and losses of tokens are put
+where they belong. The forward pass is the same compiled program on a batch that is on the devices
 already. Both count computed tokens, context included, and take turns; the best turn of each counts.
 
-The tables are of random tokens and neighbours, the worst case for reading. Needs no TensorFlow, ScaNN
+The tables contain random tokens and neighbours, the worst case for reading. Needs no TensorFlow, ScaNN
 or gin.
 """
 
@@ -105,7 +105,7 @@ class Side:
 
 
 def _program(work: Work, mesh: jax.sharding.Mesh) -> TokenLosses:
-    """The losses of a model of random parameters."""
+    """The losses of a model with random parameters."""
 
     def make() -> Retro:
         return Retro(work.retro, work.execution, shardings=MESH_SHARDINGS, rngs=nnx.Rngs(0))

@@ -2,17 +2,17 @@
 
     python -m benchmarks.pipeline [--megabytes=110] [--workdir=KEPT] [--layers=1] [--processes=1]
 
-Documents are the installed packages, the standard library and 10,033 introductions of Wikipedia articles,
-so many megabytes of code at most; 500,000 chunks are about 110 MB. Each stage runs in a process of its
-own, as a user would run it; a row has its wall time, processor time, rates of wall time, rates per second
-of one core, and the peak memory of all its processes together.
+Documents are the installed packages, the standard library and 10,033 introductions of Wikipedia
+articles, with at most --megabytes of code; 500,000 chunks are about 110 MB. Each stage runs in a
+separate process, as a user would run it. A row has its wall time, processor time, rates of wall time,
+rates per second of one core, and the peak memory of all its processes together.
 
---layers=N makes keys with the first N layers of MiniLM instead of all six: not the real encoder, and
-neighbours of less meaning, but the same bytes, shapes and machinery in a sixth of the time for N = 1.
-The output says so.
+--layers=N computes keys with the first N layers of MiniLM instead of all six. This is not the real
+encoder, and neighbours have less meaning, but bytes, shapes and machinery are the same, in a sixth of
+the time for N = 1. The output says so.
 
-With --workdir, artefacts stay: interrupted, the same command goes on. A stage that had been begun before
-is marked, as its time is only that of the rest. Results are in WORKDIR/pipeline.json, and in --output.
+With --workdir, artefacts stay: after an interruption, the same command resumes. A stage begun earlier
+is marked, as its time covers the rest only. Results are in WORKDIR/pipeline.json, and in --output.
 """
 
 import dataclasses
@@ -80,10 +80,10 @@ NeighboursConfig.recall_queries = {recall}
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What a stage took: wall and processor seconds, peaks in bytes as `process_tree.Peak` has them.
+    """The cost of a stage: wall and processor seconds, peaks in bytes as `process_tree.Peak` has them.
 
     Attributes:
-      resumed: an earlier run of this benchmark had begun the stage, so that this is of the rest only.
+      resumed: an earlier run of this benchmark had begun the stage, so this covers the rest only.
     """
 
     wall: float
@@ -111,14 +111,14 @@ class Results:
         return again
 
     def write(self, facts: dict[str, Any]) -> None:
-        """Writes what is known, and further facts."""
+        """Writes the stages so far, and further facts."""
         stages = {name: dataclasses.asdict(usage) for name, usage in self.stages.items()}
         text = json.dumps(facts | {"begun": sorted(set(self._begun)), "stages": stages}, indent=1)
         self._path.write_text(text + "\n")
 
 
 def run_stage(stage: str, workdir: pathlib.Path, settings: pathlib.Path, results: Results) -> None:
-    """Runs a stage in a process of its own, unless an earlier run did to the end."""
+    """Runs a stage in a separate process, unless an earlier run completed it."""
     if stage in results.stages:
         return
     resumed = results.begin(stage)
@@ -144,7 +144,7 @@ def totals(workdir: pathlib.Path) -> dict[str, int]:
 
 
 def facts_of(workdir: pathlib.Path, encoder: str) -> dict[str, Any]:
-    """What was prepared, with what, and the recall of each table."""
+    """The prepared data, its settings, and the recall of each table."""
     tables = {split: Manifest.read(workdir / "neighbours" / split) for split in SPLITS}
     size = sum(path.stat().st_size for path in workdir.rglob("*") if path.is_file())
     return {

@@ -12,13 +12,13 @@ _PERIOD = 0.5  # seconds between looks
 
 @dataclasses.dataclass
 class Peak:
-    """The most that was seen at any look, in bytes.
+    """The highest values of all looks, in bytes.
 
     Attributes:
       tree: proportional set sizes of all processes together: a page that several share counts once.
-      anonymous: the part of it that is no file's: what must fit into memory.
-      bound: each process's own highest resident size, those of one moment added up; nothing between two
-        looks escapes this, but shared pages count again and peaks of different moments add up.
+      anonymous: the part of it that belongs to no file, and must fit into memory.
+      bound: the sum of each process's highest resident size, for the processes of one moment. Nothing
+        between two looks escapes this, but shared pages count again and peaks of different moments add up.
     """
 
     tree: int = 0
@@ -80,7 +80,7 @@ def _watch(root: int, peak: Peak, over: threading.Event) -> None:
 
 
 def _kilobytes(process: int) -> dict[str, int]:
-    """What the kernel says of a process's memory; nothing if it has gone."""
+    """The kernel's figures of a process's memory; empty if it has gone."""
     sizes = {}
     for name in ("smaps_rollup", "status"):
         try:

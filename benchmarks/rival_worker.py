@@ -3,8 +3,8 @@
     TORCH_PYTHON benchmarks/rival_worker.py SETTINGS.json
 
 Imports nothing of this project. Builds the package's RETRO and its own optimiser once, then answers
-every line on standard input with one line of JSON: the seconds on the clock and of processor that a
-step took (forward, backward, AdamW; or forward alone), and the loss.
+every line on standard input with one line of JSON. It has the loss and the clock and processor seconds
+of a step (forward, backward, AdamW; or forward alone).
 
 The package's module asks for one number of its retrieval module, which in turn asks for FAISS and
 autofaiss; a stand-in gives that number. Everything measured is the package's own code.
@@ -22,7 +22,7 @@ import torch
 
 
 def package_modules() -> tuple[Any, Any]:
-    """retro_pytorch's model and optimiser modules, without importing what they do not need."""
+    """retro_pytorch's model and optimiser modules, without importing their unused dependencies."""
     spec = importlib.util.find_spec("retro_pytorch")
     if spec is None:
         sys.exit("retro_pytorch is not installed in this interpreter")

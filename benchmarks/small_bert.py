@@ -1,4 +1,4 @@
-"""The first layers of a BERT as a model of their own: keys of less meaning at a fraction of the cost.
+"""The first layers of a BERT as a separate model: keys of less meaning at a fraction of the cost.
 
 For runs that measure the machinery at a size for which the whole model would take hours. Word pieces,
 width, pooling and everything around them are the whole model's.
@@ -38,7 +38,7 @@ def cut(model: str, layers: int, parent: pathlib.Path) -> pathlib.Path:
     if (folder / _CONFIG).is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    for path in source.rglob("*"):  # pooling and normalisation have folders of their own
+    for path in source.rglob("*"):  # pooling and normalisation have separate folders
         target = folder / path.relative_to(source)
         if path.suffix in (".json", ".txt") and target != folder / _CONFIG:
             target.parent.mkdir(exist_ok=True)
@@ -52,6 +52,6 @@ def cut(model: str, layers: int, parent: pathlib.Path) -> pathlib.Path:
 
 
 def _layer_of(name: str) -> int:
-    """The layer that a weight is of; -1 for what every depth has."""
+    """The layer that a weight belongs to; -1 for weights of every depth."""
     match = _LAYER.search(name)
     return int(match[1]) if match else -1

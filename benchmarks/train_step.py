@@ -1,17 +1,17 @@
-"""Tokens a second of a training step: forward, backward, AdamW; RETRO beside the baseline.
+"""Tokens per second of a training step: forward, backward, AdamW; RETRO beside the baseline.
 
     python -m benchmarks.train_step --preset=peer --against=retro-pytorch --rival_python=TORCH/bin/python
     python -m benchmarks.train_step --preset=172m --positions=rotary --remat=dots --output=172m.json
 
-Operations are counted from the configuration (retro_jax/model/flops.py says how): for every token twice the
-weights that it passes, the products of attention over half the sequence, neighbours' as often as
-they are read, all of it three times for forward and backward; nothing that is computed again counts.
-MFU is that rate over the rate of a matrix product in the same dtype, measured in the same run, and
-over the published peak where the device has one. RETRO takes longer than the baseline of equal
-decoder; by how much more than its operations say is the last line.
+Operations are counted from the configuration (retro_jax/model/flops.py says how). Every token counts
+twice the weights that it passes, and the products of attention over half the sequence; neighbours
+count as often as they are read. All of it counts three times for forward and backward, and
+recomputation does not count. MFU is that rate over the rate of a matrix product in the same dtype,
+measured in the same run, and over the published peak where the device has one. RETRO takes longer
+than the baseline of equal decoder; the last line has the excess over its operations.
 
-All sides take turns in one run and the best turn of each counts, so that other work on the machine
-slows all alike. retro-pytorch (PyPI) does the same work in an interpreter of its own:
+All sides take turns in one run and the best turn of each counts, so other work on the machine slows
+all alike. retro-pytorch (PyPI) does the same work in a separate interpreter:
 
     python3.11 -m venv TORCH
     TORCH/bin/pip install torch==2.13.0 numpy einops
@@ -58,7 +58,7 @@ ATTENTION_BLOCK = flags.DEFINE_integer("attention_block", 256, "Queries a block.
 LOSS_BLOCK = flags.DEFINE_integer("loss_block", 1024, "Tokens a block; 0: all.", lower_bound=0)
 SCAN = flags.DEFINE_bool("scan_layers", True, "ExecutionConfig.scan_layers.")
 
-__all__ = [  # flags that --help shows with this module's own
+__all__ = [  # flags of other modules that --help shows too
     "DTYPE",
     "LENGTH",
     "NEIGHBOURS",
@@ -171,7 +171,7 @@ def _rival_row(row: dict[str, Any], rival: RetroPytorch, turn: Turn, work: Work)
 
 
 def _ratios(steps: dict[str, Step], turns: dict[str, Turn]) -> dict[str, float]:
-    """What the benchmark is for."""
+    """The ratios that the benchmark is for."""
     ratios = {}
     if "baseline" in steps:
         time = turns["RETRO"].wall / turns["baseline"].wall

@@ -135,7 +135,7 @@ class Step:
     """A compiled training step with its state and a batch, on all devices (rows over them).
 
     Attributes:
-      work: what it does. tokens, flops: of a step, the latter by retro_jax.model.flops. temporaries: bytes
+      work: its settings. tokens, flops: of a step, the latter by retro_jax.model.flops. temporaries: bytes
         that the program needs on a device besides state and batch. parameters: how many.
     """
 
@@ -173,7 +173,7 @@ class Step:
 
 
 def random_batch(work: Work, shapes: RetroBatch) -> RetroBatch:
-    """Random tokens and neighbours; every row holds two or three documents."""
+    """Random tokens and neighbours; every row contains two or three documents."""
     draw = np.random.default_rng(0)
 
     def tokens(leaf: Any) -> np.ndarray:
@@ -195,7 +195,7 @@ def figures(name: str, step: Step, turn: Turn, product_rate: float) -> dict[str,
     """A row of the table.
 
     Args:
-      name: of the row. step: what was timed. turn: its best turn.
+      name: of the row. step: the timed one. turn: its best turn.
       product_rate: operations a second of the measured matrix product, on one device.
     """
     rate = step.flops / turn.wall / step.devices

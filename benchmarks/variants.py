@@ -1,4 +1,4 @@
-"""What attention kinds and remat policies cost: time and memory of a training step by each.
+"""The cost of attention kinds and remat policies: time and memory of a training step by each.
 
     python -m benchmarks.variants --preset=172m --remat_policies=dots,full --attention_blocks=128,256,512
 
@@ -40,7 +40,7 @@ POLICIES = flags.DEFINE_list("remat_policies", ["none", "dots", "full"], "To com
 BLOCKS = flags.DEFINE_list("attention_blocks", ["256"], "Queries a block, of chunked attention.")
 BOTH_POSITIONS = flags.DEFINE_list("all_positions", ["relative", "rotary"], "To compare.")
 
-__all__ = [  # flags that --help shows with this module's own
+__all__ = [  # flags of other modules that --help shows too
     "DTYPE",
     "LENGTH",
     "NEIGHBOURS",

@@ -1,6 +1,7 @@
 """Plans for training on TPU VMs, on GKE or on a Slurm cluster: pure functions.
 
-A plan is a list of commands for the machine of whoever launches, each with its standard input. The trainer finds the other hosts by itself (retro_jax/distributed/join.py). It ends with status 75 when
+A plan is a list of commands for the machine of whoever launches, each with its standard input. The
+trainer finds the other hosts by itself (retro_jax/distributed/join.py). It ends with status 75 when
 it was asked to stop and has saved, and with 76 when it lost another host. Both mean "start it again".
 """
 

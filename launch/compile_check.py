@@ -5,10 +5,11 @@
         --gin_bindings='MeshConfig.fsdp = 16' --gin_bindings="ExecutionConfig.remat = 'full'"
 
 The plan is that of launch.train, with accumulation, moving average, trained parameters and all else
-that needs memory. Prints memory per chip against its HBM, for the step and for its first state.
-Also prints operations against the model's own count, collectives by kind and bytes, and the least
-time of a step, with its bottleneck. Compilation stops once these are settled: there is no machine
-code, and the memory does not include its bytes. Needs libtpu: pip install 'retro-jax[tpu]'. --topology=cpu:8 compiles for simulated devices instead, and needs nothing.
+that needs memory. Prints memory per chip against its HBM, for the step and for its first state. Also
+prints operations against the model's own count, collectives by kind and bytes, and the least time of
+a step, with its bottleneck. Compilation stops once these are settled: there is no machine code, and
+the memory does not include its bytes. Needs libtpu: pip install 'retro-jax[tpu]'. --topology=cpu:8
+compiles for simulated devices instead, and needs nothing.
 """
 
 import dataclasses

@@ -3,8 +3,8 @@
     python -m launch.doctor
     python -m launch.doctor --extras=data,cuda --workdir=W
 
-Each line begins with ok, note (less usual work would fail) or fails. The exit status is 1 where something
-that every run needs is missing, or an extra that --extras names. Nothing is changed.
+Each line begins with ok, note (less usual work would fail) or fails. The exit status is 1 where
+something that every run needs is missing, or an extra that --extras names. Nothing is changed.
 """
 
 import sys

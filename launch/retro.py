@@ -3,7 +3,8 @@
     retro COMMAND [--flag=value ...]
     retro COMMAND --help
 
-`retro train ...` is `python -m launch.train ...`: flags, output and exit status are those of the command.
+`retro train ...` is `python -m launch.train ...`: flags, output and exit status are those of the
+command.
 """
 
 import difflib

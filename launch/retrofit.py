@@ -13,7 +13,8 @@ copies too. DecoderForm.gated_cca = False is the paper's start: encoder and CCA 
 
     python -m launch.retrofit --workdir=W --base=MODEL --export=DIRECTORY
 
-writes the additions of W/retro to the base, two files to share: retro_jax/retrofit/adapter.py reads them.
+writes the additions of W/retro to the base, two files to share: retro_jax/retrofit/adapter.py reads
+them.
 """
 
 import pathlib

@@ -1,8 +1,8 @@
 """A model mixed with the token memory of the retrieval database, as a condition of launch.evaluate.
 
 The memory is W/token_memory, with one more for each revision; it is built where it is missing. Its
-votes on a text are saved as W/evaluation/SPLIT-votes-ID.npy. The weights of the mixture are tuned on the
-first chunks of the validation split.
+votes on a text are saved as W/evaluation/SPLIT-votes-ID.npy. The weights of the mixture are tuned on
+the first chunks of the validation split.
 """
 
 import dataclasses
