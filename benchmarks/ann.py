@@ -72,7 +72,7 @@ class Index(Protocol):
     """A built index.
 
     Attributes:
-      name, leaves: what it is.
+      name, leaves: its label and number of leaves.
       reorders: numbers of candidates that it is tried with.
       batches: sizes that its search is tried with.
     """

@@ -23,7 +23,7 @@ def cut(model: str, layers: int, parent: pathlib.Path) -> pathlib.Path:
     Args:
       model: a packaged BERT's name, or a Hugging Face folder.
       layers: how many to keep.
-      parent: where the new folder goes, whose name says what it is.
+      parent: where the new folder goes, named after the model and layers.
 
     Returns:
       The folder.

@@ -101,7 +101,7 @@ class _Reading:
 
 
 class _Delegate(config_parser.ParserDelegate):
-    """Gin's builder of values that are no literals: both kinds are kept as names until all has been read."""
+    """Gin's builder of non-literal values: both kinds stay names until all has been read."""
 
     def __init__(self, references: set[str]) -> None:
         self._references = references

@@ -2,7 +2,7 @@
 
 baseline      the transformer of equal decoder
 off, on       RETRO without neighbours, and with those that were retrieved
-random        with random chunks of the retrieval database: what any text beside it is worth
+random        with random chunks of the retrieval database: the worth of any text beside it
 oracle        with the neighbours of the predicted chunk, which no model could know: a bound
 k_4           as on, with 4 neighbours; all such conditions are scored in one pass
 database_0.1  as on, from a tenth of the retrieval database's documents (smaller shares are part
