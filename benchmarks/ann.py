@@ -4,15 +4,16 @@
     python -m benchmarks.ann --keys=keys.npy [--variants=3,4] [--output=ann.json]
 
 Keys are a workdir's, or rows [n, d] float32 of a .npy file; queries are a sample of them, none its own
-neighbour. FAISS runs in an environment of its own, on the same keys, queries and cores:
+neighbour. FAISS runs in a separate environment, on the same keys, queries and cores:
 
     python -m venv /elsewhere && /elsewhere/bin/pip install faiss-cpu==1.15.1 numpy==2.4.6
 
-Each index is built once. For each number of candidates that are compared again exactly, the fewest leaves
-that reach the target are searched for, then timed with several batch sizes; around the fastest such
-setting the curve is measured: half and twice the leaves. A row has recall@10, queries a second of all
-allowed cores with all queries in one call, and microseconds of a query that comes alone, one core: the
-best of three rounds, on both sides. Rows are printed, and written to --output, as they are measured.
+Each index is built once. For each number of candidates that are compared again exactly, the benchmark
+searches for the fewest leaves that reach the target, and times them with several batch sizes. Around
+the fastest such setting it measures the curve: half and twice the leaves. A row has recall@10,
+queries per second of all allowed cores with all queries in one call, and microseconds of a query that
+comes alone, on one core. Each is the best of three rounds, on both sides. Rows are printed, and
+written to --output, as they are measured.
 """
 
 import dataclasses
@@ -71,7 +72,7 @@ class Index(Protocol):
     """A built index.
 
     Attributes:
-      name, leaves: what it is.
+      name, leaves: its label and number of leaves.
       reorders: numbers of candidates that it is tried with.
       batches: sizes that its search is tried with.
     """
@@ -100,7 +101,7 @@ class Variant:
       leaves: times the square root of the number of keys.
       block: dimensions of a code.
       soar: SOAR's lambda; None without.
-      reorder: what candidates are compared again as: FLOAT32, BFLOAT16 or INT8.
+      reorder: the type in which candidates are compared again: FLOAT32, BFLOAT16 or INT8.
       anisotropic: the threshold of anisotropic quantisation; NaN without.
       centroids: whether centroids are compared in 8 bits.
       pca: dimensions that keys are cut to before they are coded; 0 for all.
@@ -230,7 +231,7 @@ for line in sys.stdin:
 
 
 class Faiss:
-    """FAISS in its own interpreter; holds one index at a time."""
+    """FAISS in its own interpreter; has one index at a time."""
 
     def __init__(self, folder: str, keys: np.ndarray, queries: np.ndarray) -> None:
         self._folder = folder
@@ -246,14 +247,14 @@ class Faiss:
         print(f"FAISS was compiled with {self._reply()}", flush=True)
 
     def ask(self, **what: Any) -> Any:
-        """What it answers."""
+        """Its answer."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(what) + "\n")
         self._process.stdin.flush()
         return self._reply()
 
     def rows(self) -> Ids:
-        """The neighbours that it found last."""
+        """The neighbours of its last search."""
         return np.load(f"{self._folder}/rows.npy")
 
     def close(self) -> None:
@@ -306,12 +307,12 @@ def faiss_factories(count: int, dimension: int) -> list[str]:
 
 def _least(queries: np.ndarray, search: Callable[[np.ndarray], Any]) -> float:
     """Seconds a query, one after the other, of the best round."""
-    some, seconds = queries[:_ALONE], math.inf
+    subset, seconds = queries[:_ALONE], math.inf
     for _ in range(_ROUNDS):
         start = time.perf_counter()
-        for query in some:
+        for query in subset:
             search(query)
-        seconds = min(seconds, (time.perf_counter() - start) / len(some))
+        seconds = min(seconds, (time.perf_counter() - start) / len(subset))
     return seconds
 
 
@@ -352,17 +353,17 @@ def measure(index: Index, queries: int, judge: Callable[[Ids], float]) -> Iterat
         most = max(1, round(_MOST_LEAVES * index.leaves))
         yield row(most, max(index.reorders), index.batches[-1])
         return
-    best = max(at_target, key=lambda found: found.queries_per_second)
+    best = max(at_target, key=lambda setting: setting.queries_per_second)
     for searched in (best.searched // 2, min(2 * best.searched, index.leaves)):
         if searched:
             yield row(searched, best.reorder, best.batch)
 
 
 def indexes(keys: np.ndarray, queries: np.ndarray, folder: str) -> Iterator[Index]:
-    """All that are compared, built one after the other."""
+    """All compared indexes, built one after the other."""
     unit = np.allclose(np.linalg.norm(keys[:1000], axis=1), 1, atol=1e-3)
-    chosen = [int(number) for number in _VARIANTS.value] or range(len(VARIANTS))
-    for variant in (VARIANTS[number] for number in chosen):
+    numbers = [int(number) for number in _VARIANTS.value] or range(len(VARIANTS))
+    for variant in (VARIANTS[number] for number in numbers):
         if unit or variant.distance == "squared_l2":
             yield ScannIndex(variant, keys, queries)
     if _FAISS.value:
@@ -383,8 +384,8 @@ def _load() -> np.ndarray:
     else:
         raise SystemExit("expected --workdir=W or --keys=FILE.npy")
     if _MOST.value and len(rows) > _MOST.value:  # of all corpora, which follow each other
-        chosen = np.random.default_rng(1).choice(len(rows), _MOST.value, replace=False)
-        rows = rows[np.sort(chosen)]
+        sample = np.random.default_rng(1).choice(len(rows), _MOST.value, replace=False)
+        rows = rows[np.sort(sample)]
     return np.ascontiguousarray(rows)
 
 
@@ -404,9 +405,9 @@ def main(_: list[str]) -> None:
 
     def judge(rows: Ids) -> float:
         """Of keys at one distance any is a neighbour: code has many equal chunks."""
-        found = others(rows)
-        distances = ((keys[found] - queries[:, None]) ** 2).sum(-1)
-        near = (distances <= furthest[:, None] * (1 + 1e-5) + 1e-6) & (found >= 0)
+        ids = others(rows)
+        distances = ((keys[ids] - queries[:, None]) ** 2).sum(-1)
+        near = (distances <= furthest[:, None] * (1 + 1e-5) + 1e-6) & (ids >= 0)
         return float(near.mean())
 
     print(f"{len(keys):,} keys of {keys.shape[1]} dimensions, {len(queries):,} queries,", end=" ")

@@ -1,14 +1,14 @@
-"""Tokens a second of evaluation, and of the forward pass alone, which is what should limit it.
+"""Tokens per second of evaluation, and of the forward pass alone, which should be its limit.
 
     python -m benchmarks.evaluation --preset=peer
     python -m benchmarks.evaluation --preset=172m --rows=8 --output=evaluation.json
 
-Evaluation is the path of launch.evaluate: a chunk database and a neighbour table are read from disk as
-it reads them, windows of any documents, half of each context only, make up batches, and losses of tokens
-are put where they belong. The forward pass is the same compiled program on a batch that is on the devices
+Evaluation is the path of launch.evaluate, which reads a chunk database and a neighbour table from
+disk. Windows of any documents, half of each context only, form batches, and losses of tokens are put
+where they belong. The forward pass is the same compiled program on a batch that is on the devices
 already. Both count computed tokens, context included, and take turns; the best turn of each counts.
 
-The tables are of random tokens and neighbours, the worst case for reading. Needs no TensorFlow, ScaNN
+The tables contain random tokens and neighbours, the worst case for reading. Needs no TensorFlow, ScaNN
 or gin.
 """
 
@@ -105,7 +105,7 @@ class Side:
 
 
 def _program(work: Work, mesh: jax.sharding.Mesh) -> TokenLosses:
-    """The losses of a model of random parameters."""
+    """The losses of a model with random parameters."""
 
     def make() -> Retro:
         return Retro(work.retro, work.execution, shardings=MESH_SHARDINGS, rngs=nnx.Rngs(0))
@@ -114,9 +114,9 @@ def _program(work: Work, mesh: jax.sharding.Mesh) -> TokenLosses:
         graphdef, shapes = abstract_parameters(make)
         draw = np.random.default_rng(1)
 
-        def leaf(shape: Any, place: Any) -> jax.Array:
+        def leaf(shape: Any, sharding: Any) -> jax.Array:
             values = 0.02 * draw.standard_normal(shape.shape, np.float32)
-            return jax.device_put(values.astype(shape.dtype), place)
+            return jax.device_put(values.astype(shape.dtype), sharding)
 
         params = jax.tree.map(leaf, shapes, parameter_shardings(shapes, mesh))
         rows = batch_sharding(mesh)
@@ -130,10 +130,10 @@ def _text(folder: pathlib.Path, work: Work) -> ChunkText:
     chunks = work.sequence_length // work.retro.chunk_length
     count = chunks + (chunks // 2) * (BATCHES.value * work.batch_size - 1)
     database = write_database(folder / "chunks", count, 2, work.retro.vocab_size)
-    found = write_table(folder / "neighbours", database, work.neighbours)
+    ids_table = write_table(folder / "neighbours", database, work.neighbours)
 
     def neighbours(ids: np.ndarray) -> np.ndarray:
-        near = found.ids(np.maximum(ids, 0), work.neighbours)
+        near = ids_table.ids(np.maximum(ids, 0), work.neighbours)
         return database.values(np.where(ids[:, None] >= 0, near, -1))
 
     ids = np.arange(count)
@@ -143,8 +143,8 @@ def _text(folder: pathlib.Path, work: Work) -> ChunkText:
 def main() -> None:
     """Times, and prints the table."""
     work = work_from_flags()
-    with tempfile.TemporaryDirectory() as place:
-        text = _text(pathlib.Path(place), work)
+    with tempfile.TemporaryDirectory() as folder:
+        text = _text(pathlib.Path(folder), work)
         without = ChunkText(text.ids, text.documents, text.chunks, None, text.pad_id)
         sides = {"RETRO": Side(work, text), "baseline": Side(baseline_of(work), without)}
         turns: dict[tuple[str, str], list[Turn]] = {}

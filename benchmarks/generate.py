@@ -1,4 +1,4 @@
-"""Time a token of cached generation, beside one reading of all weights in the same run.
+"""Time per token of cached generation, beside one reading of all weights in the same run.
 
     python -m benchmarks.generate
     python -m benchmarks.generate --preset=tiny --batches=1 --turns=3
@@ -7,14 +7,14 @@
 A token at batch 1 has to read the decoder's weights once, so the time of one reading is its limit.
 It is measured by products of a vector with matrices of as many bytes as all parameters have, the
 encoder's too. Steps, readings and uncached forward passes take turns in one run, and the best turn of
-each counts, so that other work on the machine slows all alike.
+each counts, so other work on the machine slows all alike.
 
     first token     a prompt of `position` tokens, read by whole chunks (neighbours are given)
     step            one token at a position; the text's last chunk is complete, K neighbours are read
     chunk's end     a step that completes a chunk: it encodes K neighbours too
     uncached        one forward pass over the text's chunks, as generation was before the cache
 
-Retrieval's share is of a text of 256 tokens with a database of random keys, searched exactly:
+Retrieval's share is measured on a text of 256 tokens with a database of random keys, searched exactly:
 one product of the query with all keys, and the largest K. A real database's share depends on its
 embedder and index.
 """
@@ -57,7 +57,7 @@ CHUNKS = flags.DEFINE_integer("database", 200_000, "Keys of the random database.
 _WINDOW = 512
 _KEY_WIDTH = 384
 
-__all__ = [  # flags that --help shows with this module's own
+__all__ = [  # flags of other modules that --help shows too
     "DTYPE",
     "NEIGHBOURS",
     "OUTPUT",
@@ -90,7 +90,7 @@ class Reading:
 
 
 class Case:
-    """Texts of one length in a cache of their own."""
+    """Texts of one length in a separate cache."""
 
     def __init__(self, decoder: Decoder, work: Work, rows: int, position: int):
         config, draw = decoder.config, np.random.default_rng(0)
@@ -169,17 +169,17 @@ def measure(
     for _ in range(TURNS.value):
         for name, side in sides.items():
             times[name].append(side())
-    found = {name: min(turns) for name, turns in times.items()}
+    seconds = {name: min(turns) for name, turns in times.items()}
     return {
         "texts": rows,
         "position": position,
-        "reading ms": 1e3 * found["reading"],
-        "step ms": 1e3 * found["step"],
+        "reading ms": 1e3 * seconds["reading"],
+        "step ms": 1e3 * seconds["step"],
         "step / reading": None,  # by the fastest reading of all rows
-        "tokens/s": rows / found["step"],
-        "first token ms": 1e3 * found["first token"],
-        "chunk's end ms": 1e3 * found["chunk's end"],
-        "uncached / step": found["uncached"] / found["step"] if "uncached" in found else None,
+        "tokens/s": rows / seconds["step"],
+        "first token ms": 1e3 * seconds["first token"],
+        "chunk's end ms": 1e3 * seconds["chunk's end"],
+        "uncached / step": seconds["uncached"] / seconds["step"] if "uncached" in seconds else None,
     }
 
 
@@ -214,7 +214,7 @@ def numbers(name: str, values: list[str], limit: int) -> list[int]:
     """A list flag's numbers, each from 1 to `limit`.
 
     Raises:
-      UserError: naming the flag and a value that is none.
+      UserError: naming the flag and the bad value.
     """
     for value in values:
         if not value.isdecimal() or not 1 <= int(value) <= limit:

@@ -1,13 +1,13 @@
-"""Input tokens a second with neighbours attached, for databases larger than any cache.
+"""Input tokens per second with neighbours attached, for databases larger than any cache.
 
     python -m benchmarks.input [--chunks=4000000] [--neighbours=2] [--sequence_length=2048]
 
 Writes a database of random tokens and a table of random neighbours into a temporary folder (640 MB
-for 4,000,000 chunks), the worst case for reading, and makes batches of it: as random access in one
-thread, and through the iterator with its prefetching thread.
+for 4,000,000 chunks), the worst case for reading. Reads batches of it by random access in one thread,
+and through the iterator with its prefetching thread.
 
-On 2 cores that others used too (NumPy 2.4, Grain 0.2.18): 16.7 M tokens a second of processor, 6 M a
-second of wall time at a load of 7; every token came with eight of its neighbours'.
+On 2 cores that others used too (NumPy 2.4, Grain 0.2.18): 16.7 M tokens per second of processor, 6 M
+per second of wall time at a load of 7; every token came with eight of its neighbours'.
 """
 
 import itertools
@@ -47,8 +47,8 @@ def measure(name: str, batches: Batches, seconds: int, *, prefetch: bool) -> Non
 
 def main(_: list[str]) -> None:
     """Writes the artefacts and measures both ways of reading them."""
-    with tempfile.TemporaryDirectory() as place:
-        work = pathlib.Path(place)
+    with tempfile.TemporaryDirectory() as folder:
+        work = pathlib.Path(folder)
         start = time.perf_counter()
         database = write_database(work / "chunks", _CHUNKS.value, _SHARDS.value)
         table = write_table(work / "neighbours", database, max(1, _NEIGHBOURS.value))

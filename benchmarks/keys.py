@@ -1,17 +1,17 @@
-"""Keys a second from text: MiniLM by JAX, and by PyTorch where an interpreter with it is named.
+"""Keys per second from text: MiniLM by JAX, and by PyTorch where an interpreter with it is named.
 
     python -m benchmarks.keys [--texts=384] [--torch_python=/elsewhere/bin/python] [--layers=6]
 
-Texts are pieces of 220 characters of the standard library's source, about what 64 tokens hold. Both
-sides get the same word pieces and pad by the same rule: texts sorted by length, batches of so many, each
-padded to the next multiple of 8 of its longest. PyTorch runs transformers' BertModel in float32 with
-either of its attentions, in a process that stays, so that no turn has loading in it. Its environment:
+Texts are pieces of 220 characters of the standard library's source, about as long as 64 tokens. Both
+sides get the same word pieces and pad by the same rule: texts sorted by length, batches of so many,
+each padded to the next multiple of 8 of its longest. PyTorch runs transformers' BertModel in float32
+with either of its attentions, in a process that stays, so no turn includes loading. Its environment:
 
     python -m venv /elsewhere && /elsewhere/bin/pip install torch==2.13.0 transformers==5.23.0
 
-The sides take turns, so that a busy machine slows both; each turn is printed as it ends, and the best
-turn of each counts. No round begins after --seconds. The last column is of processor time (PyTorch's
-threads are told to sleep while they wait), which a busy machine changes little.
+The sides take turns, so a busy machine slows both; each turn is printed as it ends, and the best turn
+of each counts. No round begins after --seconds. The last column has processor time, which a busy
+machine changes little (PyTorch's threads sleep while they wait).
 """
 
 import json
@@ -92,7 +92,7 @@ def _texts(count: int) -> list[str]:
 
 
 class Torch:
-    """PyTorch in an interpreter of its own, which has loaded everything."""
+    """PyTorch in a separate interpreter, which has loaded everything."""
 
     def __init__(self, folder: pathlib.Path, pieces: WordPieces, longest: int) -> None:
         self._file = tempfile.NamedTemporaryFile(suffix=".npz")  # noqa: SIM115
@@ -124,7 +124,7 @@ class Torch:
         self._process.wait()
 
     def _line(self) -> str:
-        """What it says next."""
+        """Its next message."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -156,10 +156,10 @@ def _measure(sides: dict[str, Callable[[], Turn]]) -> dict[str, list[Turn]]:
 
 def main(_: list[str]) -> None:
     """Prints the rate of each side."""
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as folder:
         model = "minilm"
         if _LAYERS.value is not None:
-            model = str(small_bert.cut(model, _LAYERS.value, pathlib.Path(place)))
+            model = str(small_bert.cut(model, _LAYERS.value, pathlib.Path(folder)))
         embedder = Embedder.open(model)
         pieces = embedder.word_piece.encode(_texts(_TEXTS.value))
         count, positions = len(pieces.lengths), embedder.positions(pieces)

@@ -3,12 +3,12 @@
     python -m benchmarks.kills [--kills=20] [--runner=local] [--seed=0]
     python -m benchmarks.kills --runner=ray
 
-Prepares a small slice undisturbed, then again while processes are killed: the one that was started, or
-one of its workers (on Ray, workers of a cluster of three nodes on this machine). After each kill of the
-first kind the same command is run again. Half of the kills fall into the stages up to the keys and half
-into the neighbour tables, which get the undisturbed run's index, as building one is not reproducible.
-Preparations follow each other until there were as many kills. Ends with status 1 if any byte of
-chunks, keys, tables or what is withdrawn differs.
+Prepares a small slice undisturbed, then again while processes are killed: the started one, or one of
+its workers (on Ray, workers of a local cluster of three nodes). After each kill of the first kind the
+same command is run again. Half of the kills hit the stages up to the keys, and half the neighbour
+tables, which get the undisturbed run's index, as building one is not reproducible. Preparations are
+repeated up to that number of kills. Ends with status 1 if any byte of chunks, keys, tables or the
+record of withdrawn documents differs.
 """
 
 import os
@@ -74,7 +74,7 @@ class Preparation:
 
 def workers(process: subprocess.Popen[str], roots: list[int]) -> list[int]:
     """Worker processes of a run: its own descendants, or Ray's workers."""
-    found = list(descendants(process.pid))
+    processes = list(descendants(process.pid))
     for root in roots:
         for pid in (root, *descendants(root)):
             try:
@@ -82,8 +82,8 @@ def workers(process: subprocess.Popen[str], roots: list[int]) -> list[int]:
             except OSError:
                 continue
             if name.startswith(b"ray::_call"):
-                found.append(pid)
-    return found
+                processes.append(pid)
+    return processes
 
 
 def disturb(
@@ -132,7 +132,7 @@ def compare(one: pathlib.Path, other: pathlib.Path) -> list[str]:
 
 
 def _cluster() -> tuple[list[str], list[int], Any]:
-    """Flags for a Ray cluster of this machine, its processes, and what keeps it alive."""
+    """Flags for a local Ray cluster, its processes, and the object that keeps it alive."""
     from ray.cluster_utils import Cluster
 
     memory = {"object_store_memory": 80 << 20}
@@ -150,8 +150,8 @@ def main(_: list[str]) -> None:
     flags_, cluster = [f"--processes={_PROCESSES.value}"], None
     if _RUNNER.value == "ray":
         flags_, roots, cluster = _cluster()
-    with tempfile.TemporaryDirectory() as place:
-        root = pathlib.Path(place)
+    with tempfile.TemporaryDirectory() as folder:
+        root = pathlib.Path(folder)
         settings = root / "kills.gin"
         settings.write_text(_SETTINGS.format(documents=_DOCUMENTS.value))
         whole = Preparation(root / "whole", settings, [])
@@ -171,8 +171,8 @@ def main(_: list[str]) -> None:
             different += [f"{workdir.name}/{name}" for name in compare(root / "whole", workdir)]
     if cluster is not None:
         cluster.shutdown()
-    told = f"{done} kills in {rounds} preparations, runner {_RUNNER.value}"
-    print(f"{told}: {len(different)} files differ")
+    summary = f"{done} kills in {rounds} preparations, runner {_RUNNER.value}"
+    print(f"{summary}: {len(different)} files differ")
     for name in different:
         print(f"  {name}")
     if different:

@@ -2,17 +2,17 @@
 
     python -m benchmarks.pipeline [--megabytes=110] [--workdir=KEPT] [--layers=1] [--processes=1]
 
-Documents are the installed packages, the standard library and 10,033 introductions of Wikipedia articles,
-so many megabytes of code at most; 500,000 chunks are about 110 MB. Each stage runs in a process of its
-own, as a user would run it; a row has its wall time, processor time, rates of wall time, rates per second
-of one core, and the peak memory of all its processes together.
+Documents are the installed packages, the standard library and 10,033 introductions of Wikipedia
+articles, with at most --megabytes of code; 500,000 chunks are about 110 MB. Each stage runs in a
+separate process, as a user would run it. A row has its wall time, processor time, rates of wall time,
+rates per second of one core, and the peak memory of all its processes together.
 
---layers=N makes keys with the first N layers of MiniLM instead of all six: not the real encoder, and
-neighbours of less meaning, but the same bytes, shapes and machinery in a sixth of the time for N = 1.
-The output says so.
+--layers=N computes keys with the first N layers of MiniLM instead of all six. This is not the real
+encoder, and neighbours have less meaning, but bytes, shapes and machinery are the same, in a sixth of
+the time for N = 1. The output says so.
 
-With --workdir, artefacts stay: interrupted, the same command goes on. A stage that had been begun before
-is marked, as its time is only that of the rest. Results are in WORKDIR/pipeline.json, and in --output.
+With --workdir, artefacts stay: after an interruption, the same command resumes. A stage begun earlier
+is marked, as its time covers the rest only. Results are in WORKDIR/pipeline.json, and in --output.
 """
 
 import dataclasses
@@ -80,10 +80,10 @@ NeighboursConfig.recall_queries = {recall}
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What a stage took: wall and processor seconds, peaks in bytes as `process_tree.Peak` has them.
+    """The cost of a stage: wall and processor seconds, peaks in bytes as `process_tree.Peak` has them.
 
     Attributes:
-      resumed: an earlier run of this benchmark had begun the stage, so that this is of the rest only.
+      resumed: an earlier run of this benchmark had begun the stage, so this covers the rest only.
     """
 
     wall: float
@@ -99,9 +99,9 @@ class Results:
 
     def __init__(self, path: pathlib.Path) -> None:
         self._path = path
-        known = json.loads(path.read_text()) if path.is_file() else {}
-        self.stages = {name: Usage(**held) for name, held in known.get("stages", {}).items()}
-        self._begun: list[str] = known.get("begun", [])
+        record = json.loads(path.read_text()) if path.is_file() else {}
+        self.stages = {name: Usage(**fields) for name, fields in record.get("stages", {}).items()}
+        self._begun: list[str] = record.get("begun", [])
 
     def begin(self, stage: str) -> bool:
         """Notes that a stage begins; returns whether it had begun before."""
@@ -111,14 +111,14 @@ class Results:
         return again
 
     def write(self, facts: dict[str, Any]) -> None:
-        """Writes what is known, and further facts."""
+        """Writes the stages so far, and further facts."""
         stages = {name: dataclasses.asdict(usage) for name, usage in self.stages.items()}
         text = json.dumps(facts | {"begun": sorted(set(self._begun)), "stages": stages}, indent=1)
         self._path.write_text(text + "\n")
 
 
 def run_stage(stage: str, workdir: pathlib.Path, settings: pathlib.Path, results: Results) -> None:
-    """Runs a stage in a process of its own, unless an earlier run did to the end."""
+    """Runs a stage in a separate process, unless an earlier run completed it."""
     if stage in results.stages:
         return
     resumed = results.begin(stage)
@@ -144,7 +144,7 @@ def totals(workdir: pathlib.Path) -> dict[str, int]:
 
 
 def facts_of(workdir: pathlib.Path, encoder: str) -> dict[str, Any]:
-    """What was prepared, with what, and the recall of each table."""
+    """The prepared data, its settings, and the recall of each table."""
     tables = {split: Manifest.read(workdir / "neighbours" / split) for split in SPLITS}
     size = sum(path.stat().st_size for path in workdir.rglob("*") if path.is_file())
     return {
@@ -186,10 +186,10 @@ def show(results: Results, facts: dict[str, Any]) -> None:
     for stage, usage in results.stages.items():
         rates = [count / usage.wall for count in sums.values()]
         rates += [count / usage.processor for count in sums.values()]
-        told = " ".join(f"{rate:16,.0f}" for rate in rates)
+        figures = " ".join(f"{rate:16,.0f}" for rate in rates)
         memory = f"{usage.tree / 1e6:8,.0f} {usage.anonymous / 1e6:8,.0f}"
         mark = "  (resumed: time and rates of the rest only)" if usage.resumed else ""
-        print(f"{stage:11} {usage.wall:8.1f} {usage.processor:8.1f} {memory} {told}{mark}")
+        print(f"{stage:11} {usage.wall:8.1f} {usage.processor:8.1f} {memory} {figures}{mark}")
     wall = sum(usage.wall for usage in results.stages.values())
     peak = max(usage.tree for usage in results.stages.values())
     bound = max(usage.bound for usage in results.stages.values())
@@ -197,14 +197,14 @@ def show(results: Results, facts: dict[str, Any]) -> None:
     single = ", ".join(f"{name} {us:,.0f} us" for name, us in facts["single_query_us"].items())
     print(f"a query alone, 10 neighbours: {single}")
     for split, recall in facts["recall"].items():
-        told = f"recall@{recall['k']} {recall['recall']:.4f} of {recall['queries']:,} queries"
-        print(f"{split}: {told} against brute force")
+        figures = f"recall@{recall['k']} {recall['recall']:.4f} of {recall['queries']:,} queries"
+        print(f"{split}: {figures} against brute force")
 
 
 def main(_: list[str]) -> None:
     """Runs the stages and prints a table."""
-    with tempfile.TemporaryDirectory() as place:
-        workdir = pathlib.Path(_WORKDIR.value or place).absolute()
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = pathlib.Path(_WORKDIR.value or folder).absolute()
         workdir.mkdir(parents=True, exist_ok=True)
         model, encoder = "minilm", "MiniLM, all its layers"
         if _LAYERS.value is not None:

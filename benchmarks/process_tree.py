@@ -12,13 +12,13 @@ _PERIOD = 0.5  # seconds between looks
 
 @dataclasses.dataclass
 class Peak:
-    """The most that was seen at any look, in bytes.
+    """The highest values of all looks, in bytes.
 
     Attributes:
       tree: proportional set sizes of all processes together: a page that several share counts once.
-      anonymous: the part of it that is no file's: what must fit into memory.
-      bound: each process's own highest resident size, those of one moment added up; nothing between two
-        looks escapes this, but shared pages count again and peaks of different moments add up.
+      anonymous: the part of it that belongs to no file, and must fit into memory.
+      bound: the sum of each process's highest resident size, for the processes of one moment. Nothing
+        between two looks escapes this, but shared pages count again and peaks of different moments add up.
     """
 
     tree: int = 0
@@ -80,8 +80,8 @@ def _watch(root: int, peak: Peak, over: threading.Event) -> None:
 
 
 def _kilobytes(process: int) -> dict[str, int]:
-    """What the kernel says of a process's memory; nothing if it has gone."""
-    found = {}
+    """The kernel's figures of a process's memory; empty if it has gone."""
+    sizes = {}
     for name in ("smaps_rollup", "status"):
         try:
             lines = pathlib.Path(f"/proc/{process}/{name}").read_text().splitlines()
@@ -90,5 +90,5 @@ def _kilobytes(process: int) -> dict[str, int]:
         for line in lines:
             field, _, value = line.partition(":")
             if value.endswith("kB"):
-                found[field] = int(value.split()[0])
-    return found
+                sizes[field] = int(value.split()[0])
+    return sizes

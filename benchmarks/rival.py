@@ -1,4 +1,4 @@
-"""The PyPI package retro-pytorch as something to take turns with: a process behind two pipes."""
+"""The PyPI package retro-pytorch as a rival to take turns with: a process behind two pipes."""
 
 import json
 import os
@@ -59,7 +59,7 @@ class RetroPytorch:
         """Starts it and waits until it has made its first step.
 
         Raises:
-          UserError: the interpreter is not there, or lacks what the worker needs.
+          UserError: the interpreter is not there, or lacks a package of the worker.
         """
         work = work | {
             "forward_only": forward_only,

@@ -3,8 +3,8 @@
     TORCH_PYTHON benchmarks/rival_worker.py SETTINGS.json
 
 Imports nothing of this project. Builds the package's RETRO and its own optimiser once, then answers
-every line on standard input with one line of JSON: the seconds on the clock and of processor that a
-step took (forward, backward, AdamW; or forward alone), and the loss.
+every line on standard input with one line of JSON. It has the loss and the clock and processor seconds
+of a step (forward, backward, AdamW; or forward alone).
 
 The package's module asks for one number of its retrieval module, which in turn asks for FAISS and
 autofaiss; a stand-in gives that number. Everything measured is the package's own code.
@@ -22,12 +22,12 @@ import torch
 
 
 def package_modules() -> tuple[Any, Any]:
-    """retro_pytorch's model and optimiser modules, without importing what they do not need."""
-    found = importlib.util.find_spec("retro_pytorch")
-    if found is None:
+    """retro_pytorch's model and optimiser modules, without importing their unused dependencies."""
+    spec = importlib.util.find_spec("retro_pytorch")
+    if spec is None:
         sys.exit("retro_pytorch is not installed in this interpreter")
     package = types.ModuleType("retro_pytorch")
-    package.__path__ = list(found.submodule_search_locations or [])
+    package.__path__ = list(spec.submodule_search_locations or [])
     retrieval = types.ModuleType("retro_pytorch.retrieval")
     vars(retrieval)["BERT_VOCAB_SIZE"] = 28996
     sys.modules |= {"retro_pytorch": package, "retro_pytorch.retrieval": retrieval}

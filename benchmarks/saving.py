@@ -1,14 +1,14 @@
-"""What saving costs training: the time that a checkpoint adds, at one checkpoint a minute.
+"""The cost of saving to training: the time that a checkpoint adds, at one checkpoint a minute.
 
     python -m benchmarks.saving --preset=peer --saves=5
 
     step step step step [save step step step step] step step step step [save ...
                          handed over ... on disk
 
-The state is handed to the run's own Checkpoints, as launch.train does it, and steps go on while it is
-written and sealed. What those steps took beyond the median of the steps around them, and the handing
-over, is what a save costs; a sixtieth of its seconds is its share at one a minute. Steps wait for
-their end here, as the loop's do. --workdir is where it is saved: a temporary directory unless given.
+The state is handed to the run's own Checkpoints, as in launch.train, and steps continue while it is
+written and sealed. A save costs the handing over, and the time of those steps beyond the median of the
+steps around them. A sixtieth of its seconds is its share at one per minute. Steps wait for their end
+here, as the loop's do. --workdir is the target directory: a temporary one unless given.
 """
 
 import pathlib

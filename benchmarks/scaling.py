@@ -1,14 +1,14 @@
-"""What every published size costs on slices of Cloud TPU: the table of docs/scaling.md.
+"""The cost of every published size on slices of Cloud TPU: the table of docs/scaling.md.
 
     nice python -m benchmarks.scaling --folder=scaling [--sizes=172m,7.5b] [--generations=v5p]
     nice python -m benchmarks.scaling --folder=scaling --sizes=7.5b --norotary
     python -m benchmarks.scaling --estimate
 
 Compiles the train step of experiments/retro_SIZE.gin by launch.compile_check for the smallest slice of
-each generation that it fits, with as many chips on the fsdp axis as divide the widths, the others on
-data, and rotary positions, which fused attention has. Less than a minute of a processor each; every
-report is a file in the folder, and what is there is not compiled again. Needs libtpu, and no TPU.
---estimate compiles nothing: it says what follows from the configuration by arithmetic alone.
+each generation that it fits. The fsdp axis has as many chips as divide the widths, the data axis the
+others; positions are rotary, which fused attention supports. Each takes less than a minute of a
+processor; every report is a file in the folder, and existing ones are not compiled again. Needs libtpu,
+and no TPU. --estimate compiles nothing: it computes its figures from the configuration by arithmetic.
 """
 
 import itertools
@@ -52,11 +52,11 @@ _DOES_NOT_FIT = "the step needs"
 
 
 def main() -> None:
-    """Compiles what is missing, and prints the table."""
-    for names, known, flag in ((SIZES, FIRST, "sizes"), (GENERATIONS, GRIDS, "generations")):
+    """Compiles missing reports, and prints the table."""
+    for names, choices, flag in ((SIZES, FIRST, "sizes"), (GENERATIONS, GRIDS, "generations")):
         for name in names.value:
-            if name not in known:
-                raise UserError(f"--{flag}={name}: expected some of {', '.join(known)}")
+            if name not in choices:
+                raise UserError(f"--{flag}={name}: expected some of {', '.join(choices)}")
     if ESTIMATE.value:
         named = [
             (size, slices(size, kind)[0]) for size in SIZES.value for kind in GENERATIONS.value
@@ -124,7 +124,7 @@ def mesh(size: str, topology: str) -> dict[str, int]:
 
 
 def estimate(size: str, topology: str) -> str:
-    """What follows from a configuration alone, with remat full, in Markdown; sums over data left out.
+    """Estimates from a configuration alone, with remat full, in Markdown; sums over data left out.
 
     Args:
       size: of the model. topology: the slice.
@@ -143,11 +143,11 @@ def estimate(size: str, topology: str) -> str:
     moved *= (fsdp - 1) / fsdp
     everyone = list(itertools.product(*map(range, slice_.extents)))
     links = moved / slice_.bandwidth(everyone)
-    kept = 2 * config.num_layers * rows * LENGTH * config.d_model
+    activations = 2 * config.num_layers * rows * LENGTH * config.d_model
     cells = [
         *(size, topology, str(chips), f"{rows:.0f}"),
         f"{12 * config.num_parameters() / fsdp / 2**30:.2f}",
-        *(f"{kept / 2**30:.1f}", f"{chip.hbm / 2**30:.0f}", f"{flops / 1e12:,.0f}"),
+        *(f"{activations / 2**30:.1f}", f"{chip.hbm / 2**30:.0f}", f"{flops / 1e12:,.0f}"),
         *(f"{compute:.2f}", f"{moved / 1e9:.1f}, {links:.2f}"),
         f"{flops / chip.peak / max(compute, links):.0%} ({flops / chip.peak / (compute + links):.0%})",
     ]
@@ -171,7 +171,7 @@ def _fitting_report(folder: pathlib.Path, size: str, generation: str) -> dict[st
 
 
 def _report(folder: pathlib.Path, size: str, topology: str) -> dict[str, Any]:
-    """Compiles, or reads what was compiled.
+    """Compiles, or reads an earlier report.
 
     Raises:
       UserError: the compilation fails for another reason than memory.

@@ -1,4 +1,4 @@
-"""The first layers of a BERT as a model of their own: keys of less meaning at a fraction of the cost.
+"""The first layers of a BERT as a separate model: keys of less meaning at a fraction of the cost.
 
 For runs that measure the machinery at a size for which the whole model would take hours. Word pieces,
 width, pooling and everything around them are the whole model's.
@@ -23,7 +23,7 @@ def cut(model: str, layers: int, parent: pathlib.Path) -> pathlib.Path:
     Args:
       model: a packaged BERT's name, or a Hugging Face folder.
       layers: how many to keep.
-      parent: where the new folder goes, whose name says what it is.
+      parent: where the new folder goes, named after the model and layers.
 
     Returns:
       The folder.
@@ -38,20 +38,20 @@ def cut(model: str, layers: int, parent: pathlib.Path) -> pathlib.Path:
     if (folder / _CONFIG).is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    for path in source.rglob("*"):  # pooling and normalisation have folders of their own
-        place = folder / path.relative_to(source)
-        if path.suffix in (".json", ".txt") and place != folder / _CONFIG:
-            place.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, place)
+    for path in source.rglob("*"):  # pooling and normalisation have separate folders
+        target = folder / path.relative_to(source)
+        if path.suffix in (".json", ".txt") and target != folder / _CONFIG:
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
     weights = load_file(source / _WEIGHTS)
-    kept = {name: value for name, value in weights.items() if _layer_of(name) < layers}
-    save_file(kept, folder / _WEIGHTS, metadata={"format": "pt"})
+    subset = {name: value for name, value in weights.items() if _layer_of(name) < layers}
+    save_file(subset, folder / _WEIGHTS, metadata={"format": "pt"})
     # Last: a folder that has it is whole.
     (folder / _CONFIG).write_text(json.dumps(config | {"num_hidden_layers": layers}, indent=1))
     return folder
 
 
 def _layer_of(name: str) -> int:
-    """The layer that a weight is of; -1 for what every depth has."""
-    found = _LAYER.search(name)
-    return int(found[1]) if found else -1
+    """The layer that a weight belongs to; -1 for weights of every depth."""
+    match = _LAYER.search(name)
+    return int(match[1]) if match else -1

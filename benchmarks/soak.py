@@ -2,12 +2,12 @@
 
     python -m benchmarks.soak --workdir=SCRATCH --kills=30
 
-Trains a tiny model (tests/distributed/worker.py) in several processes to the end, once undisturbed and once
-with SIGTERM or SIGKILL to a random process at random moments, started again each time. Checks that
-nothing before the last checkpoint is ever made again, that no checkpoint is lost or damaged, and that
-no more is made again than lies between two checkpoints and was being written; compares curves and
-final arrays bit by bit. Takes about --kills times the seconds that a start takes, plus the run itself,
-and stops itself after --limit seconds.
+Trains a tiny model (tests/distributed/worker.py) in several processes to the end, once undisturbed
+and once with SIGTERM or SIGKILL to a random process at random moments, started again each time.
+Checks that no step before the last checkpoint is ever made again, and that no checkpoint is lost or
+damaged. At most the steps between two checkpoints, and those of an unfinished write, may be made
+again. Compares curves and final arrays bit by bit. Takes about --kills times the seconds that a start
+takes, plus the run itself, and stops itself after --limit seconds.
 """
 
 import os
@@ -68,8 +68,8 @@ def start(directory: pathlib.Path) -> list[subprocess.Popen]:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-    place = [str(COUNT.value), str(free_port()), str(directory), str(STEPS.value), "-1,2,1"]
-    words = [*place, "soak", "-1", "-1"]  # no accident, but the watchdog is on
+    arguments = [str(COUNT.value), str(free_port()), str(directory), str(STEPS.value), "-1,2,1"]
+    words = [*arguments, "soak", "-1", "-1"]  # no accident, but the watchdog is on
     return [
         subprocess.Popen(
             [sys.executable, "-m", "tests.distributed.worker", str(i), *words],

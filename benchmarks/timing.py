@@ -1,4 +1,4 @@
-"""What the benchmarks share: turns of measurement, the rate of a matrix product, tables, JSON.
+"""The shared parts of the benchmarks: turns of measurement, the rate of a matrix product, tables, JSON.
 
 A machine that others use too is no obstacle to a comparison when the things compared take turns and
 the best of several rounds counts: a disturbance would have to hit every round of one of them.
@@ -82,7 +82,7 @@ def peak_rate() -> float | None:
 
 
 def machine() -> dict[str, Any]:
-    """What ran the measurement: devices, versions, and the load of the machine's cores."""
+    """The setting of the measurement: devices, versions, and the load of the machine's cores."""
     device = jax.devices()[0]
     return {
         "device": device.device_kind,

@@ -1,9 +1,9 @@
-"""Tokens a second from documents to chunks, on the standard library's source files.
+"""Tokens per second from documents to chunks, on the standard library's source files.
 
     python benchmarks/tokenise.py [--vocab_size=8000] [--processes=1]
 
 Prints wall and processor seconds of every stage. On 2 cores that others used too (CPython 3.11,
-sentencepiece 0.2.3) 2.76 M tokens took 2.4 s of processor time, 2.7 s in all: a million a second.
+sentencepiece 0.2.3) 2.76 M tokens took 2.4 s of processor time, 2.7 s in all: a million per second.
 """
 
 import pathlib
@@ -26,7 +26,7 @@ _PROCESSES = flags.DEFINE_integer("processes", 1, "Processes that make chunk sha
 
 
 def _timed(name: str, function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
-    """Runs a stage and prints what it took."""
+    """Runs a stage and prints its time."""
     wall, processor = time.perf_counter(), time.process_time()
     result = function(*args, **keywords)
     wall, processor = time.perf_counter() - wall, time.process_time() - processor
@@ -37,8 +37,8 @@ def _timed(name: str, function: Callable[..., Any], *args: Any, **keywords: Any)
 def main(_: list[str]) -> None:
     """Runs the stages in a temporary folder."""
     corpora = (CorpusConfig("code", "stdlib"),)
-    with tempfile.TemporaryDirectory() as place:
-        work = pathlib.Path(place)
+    with tempfile.TemporaryDirectory() as folder:
+        work = pathlib.Path(folder)
         config = DocumentsConfig(corpora, validation=0, test=0, shard_bytes=4 << 20)
         _timed("documents", prepare_documents, work / "documents", config)
         train = work / "documents" / "train"

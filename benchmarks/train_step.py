@@ -1,17 +1,17 @@
-"""Tokens a second of a training step: forward, backward, AdamW; RETRO beside the baseline.
+"""Tokens per second of a training step: forward, backward, AdamW; RETRO beside the baseline.
 
     python -m benchmarks.train_step --preset=peer --against=retro-pytorch --rival_python=TORCH/bin/python
     python -m benchmarks.train_step --preset=172m --positions=rotary --remat=dots --output=172m.json
 
-Operations are counted from the configuration (retro_jax/model/flops.py says how): for every token twice the
-weights that it passes, the products of attention over half the sequence, neighbours' as often as
-they are read, all of it three times for forward and backward; nothing that is computed again counts.
-MFU is that rate over the rate of a matrix product in the same dtype, measured in the same run, and
-over the published peak where the device has one. RETRO takes longer than the baseline of equal
-decoder; by how much more than its operations say is the last line.
+Operations are counted from the configuration (retro_jax/model/flops.py says how). Every token counts
+twice the weights that it passes, and the products of attention over half the sequence; neighbours
+count as often as they are read. All of it counts three times for forward and backward, and
+recomputation does not count. MFU is that rate over the rate of a matrix product in the same dtype,
+measured in the same run, and over the published peak where the device has one. RETRO takes longer
+than the baseline of equal decoder; the last line has the excess over its operations.
 
-All sides take turns in one run and the best turn of each counts, so that other work on the machine
-slows all alike. retro-pytorch (PyPI) does the same work in an interpreter of its own:
+All sides take turns in one run and the best turn of each counts, so other work on the machine slows
+all alike. retro-pytorch (PyPI) does the same work in a separate interpreter:
 
     python3.11 -m venv TORCH
     TORCH/bin/pip install torch==2.13.0 numpy einops
@@ -58,7 +58,7 @@ ATTENTION_BLOCK = flags.DEFINE_integer("attention_block", 256, "Queries a block.
 LOSS_BLOCK = flags.DEFINE_integer("loss_block", 1024, "Tokens a block; 0: all.", lower_bound=0)
 SCAN = flags.DEFINE_bool("scan_layers", True, "ExecutionConfig.scan_layers.")
 
-__all__ = [  # flags that --help shows with this module's own
+__all__ = [  # flags of other modules that --help shows too
     "DTYPE",
     "LENGTH",
     "NEIGHBOURS",
@@ -151,41 +151,41 @@ def _take_turns(
             turns[name].append(step.turn(steps_a_turn()))
         if rival is not None:
             turns["retro-pytorch"].append(rival.turn())
-    found = {name: best(own) for name, own in turns.items() if own}
-    return found, product.flops / found["product"].wall
+    results = {name: best(rounds) for name, rounds in turns.items() if rounds}
+    return results, product.flops / results["product"].wall
 
 
-def _rival_row(own: dict[str, Any], rival: RetroPytorch, turn: Turn, work: Work) -> dict[str, Any]:
+def _rival_row(row: dict[str, Any], rival: RetroPytorch, turn: Turn, work: Work) -> dict[str, Any]:
     """Its row: the work is the same, so operations a token are taken to be ours."""
-    slower = turn.wall / own["step s"]
-    return own | {
+    slower = turn.wall / row["step s"]
+    return row | {
         "what": "retro-pytorch",
         "parameters": rival.facts["parameters"],
         "step s": turn.wall,
         "tokens/s": work.batch_size * work.sequence_length / turn.wall,
-        "TFLOP/s/device": own["TFLOP/s/device"] / slower,
-        "of product": own["of product"] / slower,
-        "of peak": own["of peak"] and own["of peak"] / slower,
+        "TFLOP/s/device": row["TFLOP/s/device"] / slower,
+        "of product": row["of product"] / slower,
+        "of peak": row["of peak"] and row["of peak"] / slower,
         "temporaries GB": None,
     }
 
 
 def _ratios(steps: dict[str, Step], turns: dict[str, Turn]) -> dict[str, float]:
-    """What the benchmark is for."""
-    found = {}
+    """The ratios that the benchmark is for."""
+    ratios = {}
     if "baseline" in steps:
         time = turns["RETRO"].wall / turns["baseline"].wall
         flops = steps["RETRO"].flops / steps["baseline"].flops
-        found = {
+        ratios = {
             "step time, RETRO / baseline": time,
             "operations, RETRO / baseline": flops,
             "time over operations": time / flops,
         }
     if "retro-pytorch" in turns:
         ours, theirs = turns["RETRO"], turns["retro-pytorch"]
-        found["tokens/s, RETRO / retro-pytorch"] = theirs.wall / ours.wall
-        found["the same by processor time"] = theirs.processor / ours.processor
-    return found
+        ratios["tokens/s, RETRO / retro-pytorch"] = theirs.wall / ours.wall
+        ratios["the same by processor time"] = theirs.processor / ours.processor
+    return ratios
 
 
 if __name__ == "__main__":

@@ -110,10 +110,10 @@ def work_from_flags(**execution: Any) -> Work:
     Raises:
       UserError: no such preset, or settings that do not fit.
     """
-    known = {name: (config, 8, 2048) for name, config in PRESETS.items()} | OWN
-    if PRESET.value not in known:
-        raise UserError(f"--preset={PRESET.value}: expected one of {', '.join(known)}")
-    retro, rows, length = known[PRESET.value]
+    presets = {name: (config, 8, 2048) for name, config in PRESETS.items()} | OWN
+    if PRESET.value not in presets:
+        raise UserError(f"--preset={PRESET.value}: expected one of {', '.join(presets)}")
+    retro, rows, length = presets[PRESET.value]
     if POSITIONS.value:
         retro = dataclasses.replace(retro, positions=POSITIONS.value)
     dtype = DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
@@ -135,7 +135,7 @@ class Step:
     """A compiled training step with its state and a batch, on all devices (rows over them).
 
     Attributes:
-      work: what it does. tokens, flops: of a step, the latter by retro_jax.model.flops. temporaries: bytes
+      work: its settings. tokens, flops: of a step, the latter by retro_jax.model.flops. temporaries: bytes
         that the program needs on a device besides state and batch. parameters: how many.
     """
 
@@ -173,7 +173,7 @@ class Step:
 
 
 def random_batch(work: Work, shapes: RetroBatch) -> RetroBatch:
-    """Random tokens and neighbours; every row holds two or three documents."""
+    """Random tokens and neighbours; every row contains two or three documents."""
     draw = np.random.default_rng(0)
 
     def tokens(leaf: Any) -> np.ndarray:
@@ -195,7 +195,7 @@ def figures(name: str, step: Step, turn: Turn, product_rate: float) -> dict[str,
     """A row of the table.
 
     Args:
-      name: of the row. step: what was timed. turn: its best turn.
+      name: of the row. step: the timed one. turn: its best turn.
       product_rate: operations a second of the measured matrix product, on one device.
     """
     rate = step.flops / turn.wall / step.devices

@@ -1,4 +1,4 @@
-"""What attention kinds and remat policies cost: time and memory of a training step by each.
+"""The cost of attention kinds and remat policies: time and memory of a training step by each.
 
     python -m benchmarks.variants --preset=172m --remat_policies=dots,full --attention_blocks=128,256,512
 
@@ -40,7 +40,7 @@ POLICIES = flags.DEFINE_list("remat_policies", ["none", "dots", "full"], "To com
 BLOCKS = flags.DEFINE_list("attention_blocks", ["256"], "Queries a block, of chunked attention.")
 BOTH_POSITIONS = flags.DEFINE_list("all_positions", ["relative", "rotary"], "To compare.")
 
-__all__ = [  # flags that --help shows with this module's own
+__all__ = [  # flags of other modules that --help shows too
     "DTYPE",
     "LENGTH",
     "NEIGHBOURS",
@@ -78,7 +78,7 @@ def combinations(work: Work) -> list[Work]:
     blocks = [block for block in BLOCKS.value if block.isdigit()]
     if not blocks or len(blocks) < len(BLOCKS.value):
         raise UserError(f"--attention_blocks={','.join(BLOCKS.value)}: expected numbers of queries")
-    found = []
+    works = []
     for positions, kind, remat in itertools.product(
         BOTH_POSITIONS.value, KINDS.value, POLICIES.value
     ):
@@ -87,8 +87,8 @@ def combinations(work: Work) -> list[Work]:
                 work.execution, attention=kind, remat=remat, attention_block=int(block)
             )
             retro = dataclasses.replace(work.retro, positions=positions)
-            found.append(dataclasses.replace(work, retro=retro, execution=execution))
-    return found
+            works.append(dataclasses.replace(work, retro=retro, execution=execution))
+    return works
 
 
 def _row(work: Work, rate: float) -> dict[str, Any]:

@@ -6,11 +6,11 @@
     python -m launch.cluster slurm --name=retro --hosts=8 --gpus=8 --python=/shared/venv/bin/python ...
     python -m launch.cluster gke ... --action=logs
 
---dry_run prints the commands and manifests, and runs nothing. What is shipped is the last commit of
-this repository (tpu), an image made of the Dockerfile (gke), or an environment that all hosts see
-(slurm). The workdir is a directory that all hosts see. --num_slices > 1 puts the data axis across slices.
---action=stop lets the run save first; starting it again goes on. A run that saved because a host is
-taken away, or that lost one, is started again by the cluster.
+--dry_run prints the commands and manifests, and runs nothing. It ships the last commit of this
+repository (tpu), an image built from the Dockerfile (gke), or an environment that all hosts see
+(slurm). The workdir is a directory that all hosts see. --num_slices > 1 puts the data axis across
+slices. --action=stop lets the run save first; starting it again resumes it. The cluster restarts a
+run that saved because a host is taken away, or that lost one.
 """
 
 import subprocess

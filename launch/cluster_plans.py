@@ -1,8 +1,8 @@
-"""What has to be run, and where, to train on TPU VMs, on GKE or on a Slurm cluster: pure functions.
+"""Plans for training on TPU VMs, on GKE or on a Slurm cluster: pure functions.
 
-A plan is a list of commands for the machine of whoever launches, each with what goes to its standard
-input. The trainer finds the other hosts by itself (retro_jax/distributed/join.py). It ends with status 75 when
-it was asked to stop and has saved, and with 76 when it lost another host: both mean "start it again".
+A plan is a list of commands for the machine of whoever launches, each with its standard input. The
+trainer finds the other hosts by itself (retro_jax/distributed/join.py). It ends with status 75 when
+it was asked to stop and has saved, and with 76 when it lost another host. Both mean "start it again".
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ _TPUS = {
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command to run here. stdin: what it reads; may_fail: whether the plan goes on without it."""
+    """A command to run here. stdin: its input; may_fail: whether the plan continues if it fails."""
 
     words: tuple[str, ...]
     stdin: str = ""
@@ -45,7 +45,7 @@ class Command:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is run on every host.
+    """The command for every host.
 
     Attributes:
       name: of the run, for the cluster. arguments: of python, from "-m" on.
@@ -83,8 +83,8 @@ class TpuVms:
     def __post_init__(self) -> None:
         for field in ("project", "zone"):
             require(bool(getattr(self, field)), self, field, "a name, as gcloud lists them")
-        known = re.fullmatch(rf"({'|'.join(_TPUS)})-\d+", self.accelerator) is not None
-        require(known, self, "accelerator", f"one of {', '.join(_TPUS)} and a size, as in v5p-128")
+        valid = re.fullmatch(rf"({'|'.join(_TPUS)})-\d+", self.accelerator) is not None
+        require(valid, self, "accelerator", f"one of {', '.join(_TPUS)} and a size, as in v5p-128")
         require(self.code.startswith("gs://"), self, "code", "a place in a bucket, gs://...")
 
 
@@ -92,12 +92,12 @@ def tpu_start(job: Job, machine: TpuVms) -> list[Command]:
     """Ships the code, asks for the slices, waits for them, installs and starts on every host."""
     archive = f"{machine.code.rstrip('/')}/{job.name}.tar.gz"
     image = _TPUS[machine.accelerator.split("-")[0]][0]
-    wanted = ["--accelerator-type", machine.accelerator, "--runtime-version", image]
+    options = ["--accelerator-type", machine.accelerator, "--runtime-version", image]
     if job.slices > 1:
-        wanted += ["--node-count", str(job.slices), "--node-prefix", job.name]
+        options += ["--node-count", str(job.slices), "--node-prefix", job.name]
     else:
-        wanted += ["--node-id", job.name]
-    wanted += ["--spot"] if machine.spot else []
+        options += ["--node-id", job.name]
+    options += ["--spot"] if machine.spot else []
     queued = ("gcloud", "compute", "tpus", "queued-resources")
     where = _where(machine)
     state = shlex.join((*queued, "describe", job.name, *where, "--format=value(state.state)"))
@@ -105,14 +105,14 @@ def tpu_start(job: Job, machine: TpuVms) -> list[Command]:
     pack = f"git archive --format=tar.gz HEAD | gcloud storage cp - {shlex.quote(archive)}"
     plan = [
         Command(("bash", "-c", pack)),
-        Command((*queued, "create", job.name, *wanted, *where)),
+        Command((*queued, "create", job.name, *options, *where)),
         Command(("bash", "-c", waiting)),
     ]
     return plan + [_on_hosts(node, machine, tpu_script(job, archive)) for node in _nodes(job)]
 
 
 def tpu_script(job: Job, archive: str) -> str:
-    """What every TPU host runs: install once, then the trainer in the background until it is done."""
+    """The script of every TPU host: install once, then the trainer in the background until it is done."""
     loop = _restarting(job.command)
     return textwrap.dedent(f"""\
         set -euo pipefail
@@ -154,7 +154,7 @@ def tpu_stop(job: Job, machine: TpuVms) -> list[Command]:
 
 
 def _where(machine: TpuVms) -> tuple[str, ...]:
-    """gcloud's flags of the place."""
+    """gcloud's flags for the project and zone."""
     return ("--project", machine.project, "--zone", machine.zone)
 
 

@@ -3,9 +3,9 @@
     python -m launch.compare --workdir=W --other=V
     python -m launch.compare --workdir=W --other=V --condition=on --other_condition=baseline
 
-Reads what launch.evaluate wrote of both; the text and the tokeniser must be the same. Prints bits per
-byte of both, their difference with a 95% interval, and the p-value of a paired test: how often a
-difference as large would come about if for each document it were chance which model is which. Writes
+Reads the results of launch.evaluate for both; the text and the tokeniser must be the same. Prints bits
+per byte of both, their difference with a 95% interval, and the p-value of a paired test. The p-value is
+the chance of a difference as large if each document's two scores were swapped at random. Writes
 W/evaluation/SPLIT-CONDITION-against-V-CONDITION.json and .md; launch.report shows it with W's results.
 """
 
@@ -35,8 +35,8 @@ def main() -> None:
     second = pathlib.Path(app.required(OTHER, "the directory of the other model"))
     names = (CONDITION.value, OTHER_CONDITION.value or CONDITION.value)
     data = data_directory(DATA.value or first)
-    found = [_read(place, name) for place, name in zip((first, second), names, strict=True)]
-    result = compare_results(data, found) | {"other": second.name}
+    pairs = [_read(folder, name) for folder, name in zip((first, second), names, strict=True)]
+    result = compare_results(data, pairs) | {"other": second.name}
     stem = first / EVALUATION / f"{SPLIT.value}-{names[0]}-against-{second.name}-{names[1]}"
     files.write_atomically(stem.with_name(f"{stem.name}.json"), files.to_json(result))
     view = comparisons([result])
@@ -46,8 +46,8 @@ def main() -> None:
         _shown(
             result,
             [
-                f"{place} {condition_name(n)}"
-                for place, n in zip((first, second), names, strict=True)
+                f"{folder} {condition_name(n)}"
+                for folder, n in zip((first, second), names, strict=True)
             ],
         )
     )

@@ -1,15 +1,15 @@
-"""Compiles a run's programs for TPUs that need not be there, and says what they will cost them.
+"""Compiles a run's programs for TPUs that need not be there, and reports their cost.
 
     python -m launch.compile_check --gin_file=experiments/retro_7_5b.gin --topology=v5p:4x4x4
     python -m launch.compile_check --gin_file=experiments/retro_172m.gin --topology=v5e:4x4 \\
         --gin_bindings='MeshConfig.fsdp = 16' --gin_bindings="ExecutionConfig.remat = 'full'"
 
 The plan is that of launch.train, with accumulation, moving average, trained parameters and all else
-that needs memory. Prints memory per chip against its HBM, of the step and of its first state;
-operations against the model's own count, collectives by kind and bytes, and the least time a step can
-take, with what binds. Compiles as far as these are settled: machine code is not made, and its bytes
-are not in the memory. Needs libtpu: pip install
-'retro-jax[tpu]'. --topology=cpu:8 compiles for simulated devices instead, and needs nothing.
+that needs memory. Prints memory per chip against its HBM, for the step and for its first state. Also
+prints operations against the model's own count, collectives by kind and bytes, and the least time of
+a step, with its bottleneck. Compilation stops once these are settled: there is no machine code, and
+the memory does not include its bytes. Needs libtpu: pip install 'retro-jax[tpu]'. --topology=cpu:8
+compiles for simulated devices instead, and needs nothing.
 """
 
 import dataclasses
@@ -139,10 +139,10 @@ def _memory_lines(plan: Plan, report: Report, slice_: Slice | None) -> list[str]
     }
     if not memory.average:
         del parts["moving average"]
-    found = {name: f"{name:36}{nbytes / _GIB:10.3f} GiB" for name, nbytes in parts.items()}
+    rows = {name: f"{name:36}{nbytes / _GIB:10.3f} GiB" for name, nbytes in parts.items()}
     if slice_:
-        found["total"] += f" of {slice_.chip.hbm / _GIB:.0f} ({memory.total / slice_.chip.hbm:.0%})"
-    return ["memory per device", *found.values()]
+        rows["total"] += f" of {slice_.chip.hbm / _GIB:.0f} ({memory.total / slice_.chip.hbm:.0%})"
+    return ["memory per device", *rows.values()]
 
 
 def _work_lines(report: Report) -> list[str]:

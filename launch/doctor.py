@@ -1,10 +1,10 @@
-"""Says what is installed, which devices and limits there are, and what would fail.
+"""Reports installed packages, devices and limits, and whatever would fail.
 
     python -m launch.doctor
     python -m launch.doctor --extras=data,cuda --workdir=W
 
-Each line begins with ok, note (less usual work would fail) or fails. The exit status is 1 where something
-that every run needs is missing, or an extra that --extras names. Nothing is changed.
+Each line begins with ok, note (less usual work would fail) or fails. The exit status is 1 where
+something that every run needs is missing, or an extra that --extras names. Nothing is changed.
 """
 
 import sys
@@ -22,8 +22,8 @@ def main() -> None:
     """Prints the findings under their headings; ends with status 1 where something fails."""
     unknown = set(NEEDED.value) - set(installation.EXTRAS)
     if unknown:
-        known = ", ".join(installation.EXTRAS)
-        raise flags.Error(f"--extras={','.join(sorted(unknown))}: expected some of {known}")
+        names = ", ".join(installation.EXTRAS)
+        raise flags.Error(f"--extras={','.join(sorted(unknown))}: expected some of {names}")
     findings = examine(app.WORKDIR.value or ".", NEEDED.value)
     width = max(len(each.subject) for lines in findings.values() for each in lines)
     for heading, lines in findings.items():

@@ -5,11 +5,11 @@
     python -m launch.evaluate --workdir=W --slices=wikitext103 --slice_paths=wikitext103=wiki.test.tokens
 
 Reads the newest checkpoint of W/retro, and of W/baseline where one was trained. Every token is scored
-once, in windows of the trained length that advance by half of it. docs/evaluation.md says what each
-condition and figure is. Writes, in W/evaluation:
+once, in windows of the trained length that advance by half of it. docs/evaluation.md explains each
+condition and figure. Writes, in W/evaluation:
 
-    SPLIT.json, SPLIT.md           what was printed last, with every sum and figure
-    SPLIT-documents.npz            sums by document, from which intervals and comparisons are computed
+    SPLIT.json, SPLIT.md           the last printed results, with every sum and figure
+    SPLIT-documents.npz            sums by document, for intervals and comparisons
     SPLIT-windows.json             figures of each --overlap, where there are several
     SPLIT-overlap.json .csv .svg   the same figures by overlap with the training data, r(C) <= alpha
     SPLIT-CONDITION-STEP-ID.json   one condition of one checkpoint; found again, it is reused
@@ -137,7 +137,7 @@ _BASELINE = "baseline"
 
 
 def main() -> None:
-    """Scores what is not scored yet, and prints the table."""
+    """Computes missing scores, and prints the table."""
     workdir = pathlib.Path(app.required(app.WORKDIR, "the directory of a run"))
     data = data_directory(DATA.value or workdir)
     trained_run.refuse_gin_file()
@@ -151,8 +151,8 @@ def main() -> None:
     conditions = processes.together(lambda: _checked_conditions(workdir, data, settings))
     scorer = Scorer()
     with processes.noticing_loss():
-        wanted = wanted_slices(SLICES.value, PATHS.value, MAX_DOCUMENTS.value)
-        names = [_prepared(data, config) for config in wanted]
+        configs = wanted_slices(SLICES.value, PATHS.value, MAX_DOCUMENTS.value)
+        names = [_prepared(data, config) for config in configs]
         for number, name in enumerate(names or [SPLIT.value]):
             opening = functools.partial(_open, workdir, data, name, conditions, scorer)
             if number:
@@ -161,7 +161,7 @@ def main() -> None:
 
 
 def _settings() -> list[EvaluationSettings]:
-    """What the flags ask for, by ascending overlap of windows.
+    """The settings that the flags ask for, by ascending overlap of windows.
 
     Raises:
       flags.Error: a value that is no share.
@@ -187,12 +187,12 @@ def _settings() -> list[EvaluationSettings]:
 def _checked_conditions(
     workdir: pathlib.Path, data: pathlib.Path, settings: Sequence[EvaluationSettings]
 ) -> list[Condition]:
-    """What the flags ask for, of runs that belong to the data."""
+    """The conditions that the flags ask for, of runs that belong to the data."""
     conditions = _conditions(workdir, _wanted(RETRIEVAL.value))
     for condition in conditions:
         trained_run.check_data(condition.run, data)
         for each in settings:
-            each.windows(condition.run.chunks)  # is refused now, not after hours
+            each.windows(condition.run.chunks)  # refused now, not after hours
     return conditions
 
 
@@ -211,10 +211,10 @@ def _open(
     conditions: Sequence[Condition],
     scorer: Scorer,
 ) -> Work:
-    """A split or slice with what the conditions read of it."""
+    """A split or slice with the tables that the conditions read."""
     most = max(condition.neighbours for condition in conditions)
     if places_of(data, name).neighbours.is_dir():
-        most = max(most, 1)  # the table is wanted for r(C) also where no condition reads it
+        most = max(most, 1)  # r(C) needs the table even where no condition does
     split = open_split(data, name, neighbours=most, max_documents=MAX_DOCUMENTS.value)
     check_split(split, conditions)
     lengths = Tokenizer.open(data / "tokenizer").byte_lengths
@@ -274,8 +274,8 @@ def _wanted(names: Sequence[str] | None) -> list[str]:
     return [name for name in KINDS if name in names]
 
 
-def _conditions(workdir: pathlib.Path, wanted: Sequence[str]) -> list[Condition]:
-    """The columns, each with the run that it is of."""
+def _conditions(workdir: pathlib.Path, names: Sequence[str]) -> list[Condition]:
+    """The columns, each with its run."""
     bindings = configurables.GIN_BINDINGS.value
     retro = trained_run.open_run(workdir / "retro", bindings, averaged=AVERAGED.value)
     k = NUM_NEIGHBOURS.value or retro.batches.neighbours
@@ -286,15 +286,15 @@ def _conditions(workdir: pathlib.Path, wanted: Sequence[str]) -> list[Condition]
         shares=_numbers(DATABASES, 0, 1),
         limits=_numbers(NGRAMS, 0, 1),
     )
-    needing = [name for name in [*wanted, *(c.name for c in swept)] if name != "off"]
+    needing = [name for name in [*names, *(c.name for c in swept)] if name != "off"]
     if needing and not (k and retro.model.has_retrieval):
         name = needing[0] if needing[0] in KINDS else "on"
         raise UserError(f"--retrieval={name}: {retro.directory} was trained without, expected off")
-    conditions = [Condition(name, retro, k if name != "off" else 0, name) for name in wanted]
+    conditions = [Condition(name, retro, k if name != "off" else 0, name) for name in names]
     if trained_run.is_trained(workdir / _BASELINE):
         baseline = trained_run.open_run(workdir / _BASELINE, bindings, averaged=AVERAGED.value)
         conditions.append(Condition(_BASELINE, baseline, 0, _BASELINE))
-        if TOKENS in wanted:
+        if TOKENS in names:
             conditions.append(Condition(f"{_BASELINE}+{TOKENS}", baseline, 0, TOKENS))
     if KNN.value:
         model = conditions[-1].run if conditions[-1].name == _BASELINE else retro

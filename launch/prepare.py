@@ -1,4 +1,4 @@
-"""Prepares what training reads: corpora in, chunks with their neighbours out.
+"""Prepares the data of training: corpora in, chunks with their neighbours out.
 
     python -m launch.prepare --gin_file=experiments/quickstart.gin --workdir=W
     python -m launch.prepare --gin_file=experiments/quickstart.gin --workdir=W --stages=documents,leakage
@@ -10,9 +10,9 @@
     python -m launch.prepare --workdir=W --verify
 
 Runs the stages documents, leakage, tokenizer, chunks, duplicates, keys, index, bm25 and neighbours,
-those that the settings ask for, each into its own directory of W. What is there already is not made
-again; interrupted or killed, the same command goes on where it was. A directory that was made with
-other settings is refused, and never deleted.
+those that the settings ask for, each into its own directory of W. Existing parts are not made again;
+after an interruption or a kill, the same command resumes. A directory that was made with other
+settings is refused, and never deleted.
 """
 
 import functools
@@ -99,7 +99,7 @@ def main() -> None:
     if VERIFY.value:
         _verify(directory)
         return
-    chosen = _chosen(STAGES.value)
+    stages = _chosen(STAGES.value)
     updating = APPEND.value or bool(REMOVE.value)
     if updating:
         _load_over(directory)
@@ -119,7 +119,7 @@ def main() -> None:
     steps = MATERIALISE.value or 0
     batches = configurables.make(BatchConfig) if steps else None
     settings = configurables.operative_config()
-    if prepare(directory, config, runner=runner, stages=chosen, report=_report, settings=settings):
+    if prepare(directory, config, runner=runner, stages=stages, report=_report, settings=settings):
         record.record_versions(directory)
     if batches is not None:
         with only_one(directory):
@@ -163,7 +163,7 @@ def make_config() -> PrepareConfig:
 
 
 def make_runner() -> Runner:
-    """What --runner and its flags ask for."""
+    """The runner that --runner and its flags ask for."""
     if RUNNER.value == "ray":
         return RayCluster(
             address=RAY_ADDRESS.value, cpus=RAY_CPUS.value, accelerators=RAY_ACCELERATORS.value

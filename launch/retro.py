@@ -3,7 +3,8 @@
     retro COMMAND [--flag=value ...]
     retro COMMAND --help
 
-`retro train ...` is `python -m launch.train ...`: flags, output and exit status are those of the command.
+`retro train ...` is `python -m launch.train ...`: flags, output and exit status are those of the
+command.
 """
 
 import difflib
@@ -12,7 +13,7 @@ import os
 import runpy
 import sys
 
-# What each command does, in the order of use. One whose module is not installed is not offered.
+# The purpose of each command, in the order of use. One whose module is not installed is not offered.
 COMMANDS = {
     "quickstart": "the whole path on two small corpora, from text to a report",
     "doctor": "what is installed here, the devices and limits, and what would fail",
@@ -72,7 +73,7 @@ def _print(text: str) -> None:
 
 
 def _problem(name: str) -> str:
-    """What is wrong with a first argument that is no command."""
+    """The message about a first argument that is no command."""
     expected = f"expected one of {', '.join(available())}"
     if not name:
         return f"no command: {expected}"

@@ -13,7 +13,8 @@ copies too. DecoderForm.gated_cca = False is the paper's start: encoder and CCA 
 
     python -m launch.retrofit --workdir=W --base=MODEL --export=DIRECTORY
 
-writes what W/retro adds to the base, two files to share: retro_jax/retrofit/adapter.py reads them.
+writes the additions of W/retro to the base, two files to share: retro_jax/retrofit/adapter.py reads
+them.
 """
 
 import pathlib
@@ -43,7 +44,7 @@ HELP_ALSO = ("launch.train",)
 
 
 def main() -> None:
-    """Fits, or says that there is nothing left to train; or exports what was fitted."""
+    """Fits, or says that there is nothing left to train; or exports the adapter."""
     if EXPORT.value is not None:
         export(pathlib.Path(EXPORT.value))
         return
@@ -65,7 +66,7 @@ def export(directory: pathlib.Path) -> None:
 
 
 def settings_of_base(data: TrainingData) -> Settings:
-    """The settings of gin, with what the data and the base decide.
+    """The settings of gin, with those that the data and the base decide.
 
     Raises:
       UserError: there is no such base, or the tokeniser of the data is another one.

@@ -4,8 +4,8 @@
     python -m launch.sample --workdir=W --prompt="def main(" --prompt="import " --temperature=0.7 --seed=3
 
 Neighbours are retrieved from W's database as soon as a chunk of 64 tokens is complete, in the prompt
-too, and read while the chunk after it is written. Everything is written to W/samples/ID.json; the
-same request is read from there the next time.
+too, and read while the next chunk is generated. Everything is written to W/samples/ID.json; the same
+request is read from there the next time.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ _OPTIONAL = ("min_p", "repetition_penalty", "allowed_tokens", "forbidden_tokens"
 
 
 def main() -> None:
-    """Samples, or reads what was sampled before, and prints it."""
+    """Draws samples, or reads earlier ones, and prints them."""
     workdir = pathlib.Path(app.required(app.WORKDIR, "the directory of a run"))
     data = data_directory(DATA.value or workdir)
     trained_run.refuse_gin_file()
@@ -91,15 +91,15 @@ def main() -> None:
         "model": run.identity(),
         "execution": dataclasses.asdict(run.execution),
     }
-    if k and latest(data):  # a database that has changed since is asked again
+    if k and latest(data):  # a changed database is searched again
         request["database"] = open_database(data).manifest.hash
     digest = hashlib.sha256(files.to_json(request)).hexdigest()[:_ID_DIGITS]
     path = workdir / SAMPLES / f"{digest}.json"
     if path.is_file():
         result = files.read_json(path)
     else:
-        wanted = [prompt for prompt in prompts for _ in range(NUM_SAMPLES.value)]
-        samples = make_samples(data, run, k, sampling=sampling, prompts=wanted)
+        texts = [prompt for prompt in prompts for _ in range(NUM_SAMPLES.value)]
+        samples = make_samples(data, run, k, sampling=sampling, prompts=texts)
         result = {**request, "samples": samples}
         with files.writing(path):
             path.parent.mkdir(exist_ok=True)
@@ -121,10 +121,10 @@ def _asked(sampling: SamplingConfig) -> dict[str, Any]:
 
 def _neighbours(run: trained_run.Run) -> int:
     """How many neighbours a chunk has; 0 with --retrieval=off."""
-    chosen = RETRIEVAL.value if RETRIEVAL.value is not None else ["on"]
-    if chosen not in (["on"], ["off"]):
-        raise flags.Error(f"--retrieval={','.join(chosen)}: expected on or off")
-    if chosen == ["off"]:
+    values = RETRIEVAL.value if RETRIEVAL.value is not None else ["on"]
+    if values not in (["on"], ["off"]):
+        raise flags.Error(f"--retrieval={','.join(values)}: expected on or off")
+    if values == ["off"]:
         return 0
     k = NUM_NEIGHBOURS.value or run.batches.neighbours
     if not (k and run.model.has_retrieval):
@@ -143,8 +143,8 @@ class LiveRetrieval:
     def __call__(self, chunks: np.ndarray) -> np.ndarray:
         """The neighbours [n, k, R] of chunks [n, 64]."""
         ids, distances = self._retriever.neighbours(chunks, self._k)
-        for chunk, *found in zip(chunks, ids, distances, strict=True):
-            self._found[_key(chunk)] = tuple(found)
+        for chunk, *neighbours in zip(chunks, ids, distances, strict=True):
+            self._found[_key(chunk)] = tuple(neighbours)
         return keep_part(self._database.values(ids), self._part, self._database.pad_id)
 
     def found(self, chunk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -165,7 +165,7 @@ def make_samples(
     sampling: SamplingConfig,
     prompts: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """A sample of each prompt, with what was retrieved for each chunk, as JSON takes it."""
+    """A sample of each prompt, with the neighbours of each chunk, as JSON takes it."""
     tokenizer = Tokenizer.open(data / "tokenizer")
     database = open_database(data)
     retrieve = (

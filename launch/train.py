@@ -3,7 +3,7 @@
     python -m launch.train --gin_file=experiments/quickstart.gin --workdir=W
     python -m launch.train --gin_file=experiments/quickstart.gin --workdir=W --baseline
 
-The data is what launch.prepare left in W (or in --data). The run goes to W/retro or W/baseline:
+The data comes from launch.prepare, in W (or in --data). The run goes to W/retro or W/baseline:
 checkpoints/, metrics.jsonl, TensorBoard's events.*, config.gin and versions.json. Ctrl-C or SIGTERM
 saves and stops with status 75; the same command again resumes, and ends with the same bits as an
 uninterrupted run.
@@ -14,7 +14,7 @@ GKE or the TPU's metadata (launch.cluster prepares that), or by flags:
     python -m launch.train ... --coordinator_address=HOST:PORT --num_processes=2 --process_id=0
 
 Each reads only the rows of its devices; process 0 writes the curves. W is a directory that all see.
---data may be in a bucket (gs://B/W): each host copies what it reads of it to --stage_to. --mirror
+--data may be in a bucket (gs://B/W): each host copies the files that it reads to --stage_to. --mirror
 keeps the run's directory in a bucket too.
 
     python -m launch.train --replay=W --workdir=W2
@@ -115,7 +115,7 @@ def train(name: str, settings_of: SettingsOf) -> None:
 
 
 def settings_of_data(data: TrainingData) -> Settings:
-    """The settings of gin, with what the data decides."""
+    """The settings of gin, with those that the data decides."""
     return make_settings(vocab_size=data.vocab_size, pad_id=data.pad_id)
 
 

@@ -3,9 +3,10 @@
     python -m launch.tune --workdir=W
     python -m launch.tune --workdir=W --gin_bindings='TuneConfig.target_recall = 0.98'
 
-Builds trees over the keys of W (or over a sample of them), searches with more and more leaves, and writes
-every setting with its recall and its queries a second to W/tune.json. Prints the settings that no other
-beats, and the fastest of them that reaches the target recall as gin bindings. Changes no index.
+Builds trees over the keys of W (or over a sample of them) and searches with more and more leaves.
+Writes every setting with its recall and its queries per second to W/tune.json. Prints the settings
+that no other beats, and the fastest of them that reaches the target recall, as gin bindings. Changes
+no index.
 """
 
 import dataclasses

@@ -1,1 +1,1 @@
-"""What every command shares: flags, settings and errors."""
+"""The flags, settings and errors that every command shares."""

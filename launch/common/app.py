@@ -93,11 +93,11 @@ def usage(main: Callable[[], None]) -> str:
     module = sys.modules[main.__module__]
     lines = [(module.__doc__ or "").strip(), "", "Flags:"]
     holders = [value for value in vars(module).values() if isinstance(value, flags.FlagHolder)]
-    own = {holder.name for holder in holders}  # defined by the module, or imported into it
+    local = {holder.name for holder in holders}  # defined by the module, or imported into it
     by_module = flags.FLAGS.flags_by_module_dict()
     others = (*getattr(module, "HELP_ALSO", ()), *_SHARED_MODULES)
     shared = {flag.name for name in others for flag in by_module.get(name, [])}
-    for name in [*sorted(own), *sorted(shared - own)]:
+    for name in [*sorted(local), *sorted(shared - local)]:
         lines += _flag_help(flags.FLAGS[name])
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Configuration from gin files: the one place that knows gin.
+"""Configuration from gin files: the one module that knows gin.
 
 A gin file binds fields of the dataclasses in `TABLE`:
 
@@ -8,10 +8,10 @@ A gin file binds fields of the dataclasses in `TABLE`:
     DocumentsConfig.corpora = [@wiki/CorpusConfig(), @code/CorpusConfig()]
     wiki/CorpusConfig.name = 'wiki'           # the fields of one of several
 
-`load` reads a file and the bindings of the command line (which win), `make` builds a dataclass from
-them, `operative_config` writes out every setting of what was built. Every mistake (a misspelt name,
-a value of the wrong type, bad syntax, a missing file) is a UserError with file, line and, for a
-name, the nearest that exists.
+`load` reads a file and the bindings of the command line (which win). `make` builds a dataclass from
+them, and `operative_config` writes out every setting of the dataclasses built. Every mistake (a
+misspelt name, a value of the wrong type, bad syntax, a missing file) is a UserError with file, line
+and, for a name, the nearest that exists.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ TABLE = {
     "TuneConfig": "data_pipelines.retriever.index_tuning",
     "BatchConfig": "data_pipelines.batches.batches",
 }
-# What gin appends to the errors of configurables, nested ones included.
+# Gin's additions to the errors of configurables, nested ones included.
 _NESTED = re.compile(r"\n  In call to configurable '(\w+)' \(.*?\)(?: in scope '(.*?)')?")
 _UNSUPPLIED = re.compile(r"No values supplied by Gin or caller for arguments: \['(\w+)'")
 _WIDE = 1_000_000  # keeps gin from breaking a binding over several lines
@@ -92,7 +92,7 @@ class _Reference:
 
 @dataclasses.dataclass
 class _Reading:
-    """What has been read so far; bindings by (scope, class, field), each with where it stands."""
+    """The statements read so far; bindings by (scope, class, field), each with its file and line."""
 
     bindings: dict[tuple[str, str, str], tuple[Any, str]] = dataclasses.field(default_factory=dict)
     macros: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -101,7 +101,7 @@ class _Reading:
 
 
 class _Delegate(config_parser.ParserDelegate):
-    """Gin's builder of what is no literal: both kinds are kept as names until all has been read."""
+    """Gin's builder of non-literal values: both kinds stay names until all has been read."""
 
     def __init__(self, references: set[str]) -> None:
         self._references = references
@@ -151,7 +151,7 @@ def load(
 def override(name: str, value: Any) -> None:
     """Binds "Class.field" over what was loaded, as a flag of an entry point may ask for.
 
-    A value that is a dataclass of TABLE is a reference, and fills the fields that are left open.
+    A dataclass of TABLE as a value is a reference, and fills the fields that are left open.
     """
     configurable(name.split(".")[0])
     cls = type(value).__name__
@@ -193,7 +193,7 @@ def make(cls: type[T], **defaults: Any) -> T:
 
 
 def operative_config() -> str:
-    """Every setting of what `make` built, defaults included: one binding a line, sorted."""
+    """Every setting of the dataclasses that `make` built, defaults included: one binding a line, sorted."""
     text = gin.operative_config_str(max_line_length=_WIDE, continuation_indent=0)
     bindings = sorted(line for line in text.splitlines() if line and not line.startswith("#"))
     return "".join(f"{line}\n" for line in bindings)
@@ -219,7 +219,7 @@ def _without_value(name: str) -> str:
 
 
 def _read_file(path: str, named_by: str, reading: _Reading) -> None:
-    """Reads one gin file and what it includes."""
+    """Reads one gin file and its includes."""
     path = experiments.located(path)
     real = os.path.realpath(path)
     if real in reading.open_files:
@@ -277,13 +277,13 @@ def _apply(statement: Any, where: str, reading: _Reading, directory: str) -> Non
         reading.bindings[key] = (statement.value, where)
 
 
-def _check_known(name: str, known: typing.Iterable[str], kind: str, where: str = "") -> None:
+def _check_known(name: str, names: typing.Iterable[str], kind: str, where: str = "") -> None:
     """Refuses a name that does not exist, suggesting the nearest that does."""
-    known = sorted(known)
-    if name in known:
+    names = sorted(names)
+    if name in names:
         return
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"expected one of {', '.join(known)}" if known else "none is defined"
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"expected one of {', '.join(names)}" if names else "none is defined"
     if nearest:
         hint = f"did you mean {nearest[0]!r}?"
     raise UserError(f"{where + ': ' if where else ''}unknown {kind} {name!r}: {hint}")
@@ -311,7 +311,7 @@ def _resolve(value: Any, macros: dict[str, Any], where: str, depth: int = 0) -> 
 
 
 def _typed(cls: type, field: str, value: Any, where: str) -> Any:
-    """The literal in the field's declared type; refused when it is of another."""
+    """The literal in the field's declared type; refused when it has another."""
     declared = typing.get_type_hints(cls)[field]
     if not _fits(value, declared):
         expected = declared.__name__ if isinstance(declared, type) else declared
@@ -320,7 +320,7 @@ def _typed(cls: type, field: str, value: Any, where: str) -> Any:
 
 
 def _fits(value: Any, declared: Any) -> bool:
-    """Whether a value may stand for a declared type."""
+    """Whether a value fits a declared type."""
     origin, arguments = typing.get_origin(declared), typing.get_args(declared)
     if declared is Any:
         return True

@@ -9,7 +9,7 @@ FOLDER = _INSTALLED if _INSTALLED.is_dir() else pathlib.Path(__file__).parents[2
 
 
 def located(path: str) -> str:
-    """The file at a path; where there is none, experiments/NAME.gin is the project's own."""
+    """The file at a path; where there is none, the project's experiments/NAME.gin."""
     parts = pathlib.PurePath(path).parts
     if parts[:1] != (_NAME,) or ".." in parts or pathlib.Path(path).exists():
         return path

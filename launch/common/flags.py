@@ -51,8 +51,8 @@ def join_processes(
     """Joins the other processes of this run, where there are any. Before any other use of JAX.
 
     Args:
-      address, count, index: values of the three flags; all None to find the place in the
-        environment. peer_timeout: that of --peer_timeout.
+      address, count, index: values of the three flags; all None to read the environment
+        instead. peer_timeout: that of --peer_timeout.
 
     Raises:
       flags.Error: only a part of the three flags was given, or they do not fit together.
@@ -63,7 +63,7 @@ def join_processes(
 
 
 def _place(address: str | None, count: int | None, index: int | None) -> join.Place | None:
-    """The place that the three flags give; None where they give none, or one process."""
+    """The process's place that the three flags give; None where they give none, or one process."""
     given = {COORDINATOR_ADDRESS.name: address, NUM_PROCESSES.name: count, PROCESS_ID.name: index}
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == len(given):

@@ -1,16 +1,16 @@
-"""What a text is scored under: which model, and which neighbours it is given.
+"""Conditions of scoring: which model, and which neighbours it is given.
 
 baseline      the transformer of equal decoder
 off, on       RETRO without neighbours, and with those that were retrieved
-random        with random chunks of the retrieval database: what any text beside it is worth
-oracle        with the neighbours of the chunk that is predicted, which no model could know: a bound
+random        with random chunks of the retrieval database: the worth of any text beside it
+oracle        with the neighbours of the predicted chunk, which no model could know: a bound
 k_4           as on, with 4 neighbours; all such conditions are scored in one pass
 database_0.1  as on, from a tenth of the retrieval database's documents (smaller shares are part
               of larger ones)
 tokens        as on, mixed with the votes of the token memory (launch/evaluation/tokens.py);
               baseline+tokens is the baseline with it
-ngrams_0.5    as on, without neighbours that hold more than half of the 13-grams of the chunk and
-              the one after it
+ngrams_0.5    as on, without neighbours that contain more than half of the 13-grams of the chunk
+              and the one after it
 """
 
 import dataclasses
@@ -85,11 +85,11 @@ def passes(conditions: Sequence[Condition]) -> list[list[Condition]]:
 def neighbour_tokens(
     split: Split, condition: Condition, folder: pathlib.Path, data: pathlib.Path
 ) -> NeighbourTokens | None:
-    """What a condition's chunks are given: for ids [n] (-1 for padding) tokens [n, k, R].
+    """The neighbours of a condition's chunks: for ids [n] (-1 for padding) tokens [n, k, R].
 
     Args:
       split: opened with enough neighbours. condition: which.
-      folder: where a table that had to be made is kept. data: of the prepared data.
+      folder: for tables that had to be made. data: of the prepared data.
     """
     if not condition.neighbours:
         return None
@@ -117,7 +117,7 @@ def _whole_neighbours(
 
 
 def condition_settings(condition: Condition) -> dict[str, Any]:
-    """What a result says of a condition beyond its number of neighbours."""
+    """A result's facts about a condition beyond its number of neighbours."""
     if condition.kind == "database":
         return {"database_share": condition.value}
     if condition.kind == "ngrams":
@@ -153,26 +153,26 @@ def _oracle(split: Split, condition: Condition) -> NeighbourTokens:
 
 
 def _unlike(split: Split, condition: Condition) -> NeighbourTokens:
-    """The first k of the table's neighbours that hold few of the 13-grams of what they are read for."""
+    """The first k of the table's neighbours that share few 13-grams with their chunk and its successor."""
     assert split.table is not None and split.retrieval is not None
     table, database, retrieval = split.table, split.database, split.retrieval
     ignored = {database.pad_id, database.bos_id, database.eos_id}
 
     def read(ids: np.ndarray) -> np.ndarray:
-        found = table.ids(np.maximum(ids, 0), table.k)
+        neighbours = table.ids(np.maximum(ids, 0), table.k)
         shares = overlap.shared_ngrams(
-            database.values(ids), retrieval.values(found), ignored, _GRAM
+            database.values(ids), retrieval.values(neighbours), ignored, _GRAM
         )
-        kept = (found >= 0) & (shares <= condition.value)
-        order = np.argsort(~kept, axis=1, kind="stable")[:, : condition.neighbours]
-        chosen = np.take_along_axis(np.where(kept, found, -1), order, axis=1)
-        return split.values(ids, chosen)
+        mask = (neighbours >= 0) & (shares <= condition.value)
+        order = np.argsort(~mask, axis=1, kind="stable")[:, : condition.neighbours]
+        subset = np.take_along_axis(np.where(mask, neighbours, -1), order, axis=1)
+        return split.values(ids, subset)
 
     return read
 
 
 def check_split(split: Split, conditions: Sequence[Condition]) -> None:
-    """Refuses a part of the database as that of its own documents, or for tables not made by keys.
+    """Refuses shares of the database for its own documents, or for tables not made by keys.
 
     Raises:
       UserError: the database's own split, or a table of BM25, with --database_shares.
@@ -183,7 +183,7 @@ def check_split(split: Split, conditions: Sequence[Condition]) -> None:
             f"--database_shares: {split.table.directory} was made by the retriever"
             f" {split.table.retriever!r}: expected 'dense'"
         )
-    own = split.retrieval and split.retrieval.manifest.hash == split.database.manifest.hash
-    if own and shares:
+    is_database = split.retrieval and split.retrieval.manifest.hash == split.database.manifest.hash
+    if is_database and shares:
         others = ", ".join(name for name in SPLITS if name != "train")
         raise UserError(f"--database_shares of the training split itself: expected {others}")

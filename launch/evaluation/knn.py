@@ -1,8 +1,8 @@
 """kNN-LM on a trained model and W's own training text, as a condition of launch.evaluate.
 
-The datastore is made of the first chunks of the training split, whose documents stand in random order
+The datastore contains the first chunks of the training split, whose documents are in random order
 within each corpus: W/evaluation/knn-*.npy. Weight and temperature are tuned on the validation split.
-A large datastore is searched by ScaNN, with the index that a retrieval database of as many keys would
+ScaNN searches a large datastore, with the index that a retrieval database of as many keys would
 have; --knn_exact compares every key instead, which takes a hundred times as long for a million.
 """
 
@@ -65,10 +65,10 @@ class KnnScoring:
     folder: pathlib.Path
 
     def score(self, split: Split, text: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
-        """[n, 64] nats of a split, and what was tuned.
+        """[n, 64] nats of a split, and the tuned settings.
 
         Args:
-          split: what is scored. text: [n, 64] bool, the tokens that count.
+          split: the text to score. text: [n, 64] bool, the tokens that count.
         """
         store = self._store()
         look_up, how = search(store.keys, self.settings)
@@ -76,22 +76,22 @@ class KnnScoring:
         owners = tuning.database.documents(tuning.ids)
         last = owners[min(_TUNING_CHUNKS, len(owners)) - 1]
         tuning = dataclasses.replace(tuning, ids=tuning.ids[owners <= last])
-        few = text_mask(
+        mask = text_mask(
             tuning.database.chunks(tuning.ids),
             tuning.database.documents(tuning.ids),
             eos_id=tuning.database.eos_id,
             pad_id=tuning.database.pad_id,
         )
-        found, _ = self._find(tuning, few, store.values, look_up)
-        unit = _median(found.distances.min(axis=1)) or 1.0
-        config = knn_lm.tune(found, unit, neighbours=found.distances.shape[1])
-        found, nll = self._find(split, text, store.values, look_up)
+        results, _ = self._find(tuning, mask, store.values, look_up)
+        unit = _median(results.distances.min(axis=1)) or 1.0
+        config = knn_lm.tune(results, unit, neighbours=results.distances.shape[1])
+        results, nll = self._find(split, text, store.values, look_up)
         nll = nll.copy()
-        nll[text] = found.nll(config, unit)
+        nll[text] = results.nll(config, unit)
         states_of, rows = self._states()
         queries = knn_lm.activations(states_of, tuning.text(0), self.windows, rows=rows)
         sample = next(queries)[1]
-        k = found.distances.shape[1]
+        k = results.distances.shape[1]
         facts = dataclasses.asdict(config) | {"unit": unit, "search": how}
         facts |= {"recall": _recall(look_up, sample[:_RECALL_QUERIES], store.keys, k)}
         facts |= {"datastore_tokens": len(store.values)}
@@ -100,7 +100,7 @@ class KnnScoring:
     def _find(
         self, split: Split, text: np.ndarray, values_of: np.ndarray, look_up: _LookUp
     ) -> tuple[knn_lm.Found, np.ndarray]:
-        """What the datastore holds for each token that counts, and [n, 64] of the model alone."""
+        """The datastore's matches for each token that counts, and [n, 64] of the model alone."""
         source = split.text(0)
         partial = self.folder / f".partial-knn-{self._digest(split)}"
         one = Pass(
@@ -117,8 +117,9 @@ class KnnScoring:
             for places, states in knn_lm.batched(queries, _SEARCHED):
                 inside = text.ravel()[places]
                 places = places[inside]
-                found, distances[places] = look_up(states[inside], k)
-                values[places] = values_of[np.maximum(found, 0)]  # of none the distance is infinite
+                results, distances[places] = look_up(states[inside], k)
+                # Where there is no match, the distance is infinite.
+                values[places] = values_of[np.maximum(results, 0)]
                 bar.update(len(places))
         here = text.ravel()
         targets = split.database.chunks(split.ids).ravel()[here]
@@ -126,8 +127,12 @@ class KnnScoring:
 
     def _digest(self, split: Split) -> str:
         """Names the model's losses on a split: other ones have another name."""
-        told = [self.run.identity(), split.database.manifest.hash, dataclasses.asdict(self.windows)]
-        digest = hashlib.sha256(files.to_json(told) + split.ids.tobytes())
+        parts = [
+            self.run.identity(),
+            split.database.manifest.hash,
+            dataclasses.asdict(self.windows),
+        ]
+        digest = hashlib.sha256(files.to_json(parts) + split.ids.tobytes())
         return digest.hexdigest()[:12]
 
     def _store(self) -> _Store:
@@ -143,8 +148,8 @@ class KnnScoring:
         with progress_bar(len(split.ids), "kNN-LM: datastore", "chunk") as bar:
             source = split.text(0)
             states_of, rows = self._states()
-            found = knn_lm.activations(states_of, source, self.windows, rows=rows)
-            for places, states in found:
+            results = knn_lm.activations(states_of, source, self.windows, rows=rows)
+            for places, states in results:
                 keys.append(states.astype(np.float16))
                 values.append(tokens[places])
                 bar.update(len(places) // split.database.chunks(split.ids[:1]).shape[1])
@@ -193,18 +198,18 @@ def search(keys: np.ndarray, settings: KnnSettings) -> tuple[_LookUp, str]:
 
 
 def _recall(look_up: _LookUp, queries: np.ndarray, keys: np.ndarray, k: int) -> float:
-    """The share of the k nearest keys that are found."""
-    found, true = (
+    """The share of the k nearest keys that the search returns."""
+    hits, true = (
         look_up(queries, k)[0],
         ExactSearcher(keys, on_devices=False).search(queries, k)[0],
     )
-    return float(np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(found, true, strict=True)]))
+    return float(np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(hits, true, strict=True)]))
 
 
 def _median(distances: np.ndarray) -> float:
     """The median of those that are finite; 0 where none is."""
-    known = distances[np.isfinite(distances)]
-    return float(np.median(known)) if len(known) else 0.0
+    values = distances[np.isfinite(distances)]
+    return float(np.median(values)) if len(values) else 0.0
 
 
 def _hidden_states(model: Retro, batch: RetroBatch) -> jax.Array:
@@ -217,5 +222,5 @@ def _spread(split: Split, tokens: int) -> np.ndarray:
     corpora = split.database.manifest.fact("corpora")  # which revisions of a database state too
     share = min(1.0, tokens / max(1, sum(corpus["tokens"] for corpus in corpora.values())))
     ranges = [part for parts in split.database.corpora.values() for part in parts]
-    chosen = [np.arange(part.start, part.start + round(share * len(part))) for part in ranges]
-    return functools.reduce(np.union1d, chosen, np.zeros(0, np.int64)).astype(np.int64)
+    ids = [np.arange(part.start, part.start + round(share * len(part))) for part in ranges]
+    return functools.reduce(np.union1d, ids, np.zeros(0, np.int64)).astype(np.int64)

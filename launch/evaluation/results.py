@@ -37,12 +37,12 @@ _ID_DIGITS = 12
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What is evaluated.
+    """A split under evaluation.
 
     Attributes:
       folder: W/evaluation. data: the directory of the prepared data. split: of it, or a slice.
       text: [n, 64] bool, the tokens of the split that count. lengths: [V] bytes of each token.
-      scorer: what scores them.
+      scorer: computes their losses.
     """
 
     folder: pathlib.Path
@@ -58,7 +58,7 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """The results of one pass by name: read where they are there already, else computed and written.
 
-    Several processes compute together; the first one alone writes, and has what is returned.
+    Several processes compute together; the first one alone writes, and returns the results.
     """
     folder = work.folder
     heads = {c.name: _head(work, settings, c) for c in conditions}
@@ -66,8 +66,8 @@ def evaluate(
     there = processes.as_first([_is_there(folder, names[c.name]) for c in conditions])
     missing = [c for c, is_there in zip(conditions, there, strict=True) if not is_there]
     if missing:
-        found, more = _score(work, settings, missing)
-        for condition, nll in zip(missing, found, strict=True):
+        losses, more = _score(work, settings, missing)
+        for condition, nll in zip(missing, losses, strict=True):
             name = names[condition.name]
             result = heads[condition.name] | {"nll": f"{name}.npy", **figures(work, nll), **more}
             result |= _measured(work, settings, condition)
@@ -91,7 +91,7 @@ def _is_there(folder: pathlib.Path, name: str) -> bool:
 
 
 def _head(work: Work, settings: EvaluationSettings, condition: Condition) -> dict[str, Any]:
-    """What a result depends on."""
+    """The inputs that a result depends on."""
     split = work.split
     cut = settings.windows(condition.run.chunks)
     return {
@@ -122,7 +122,7 @@ def _memory_hash(work: Work, condition: Condition) -> dict[str, str]:
 
 
 def _knn_settings(settings: KnnSettings) -> dict[str, Any]:
-    """What a result of kNN-LM reports of its settings."""
+    """The settings that a result of kNN-LM reports."""
     return {f"knn_{name}": value for name, value in vars(settings).items()}
 
 
@@ -142,7 +142,7 @@ def _measured(
 
 
 def documents_right(work: Work, settings: EvaluationSettings, condition: Condition) -> np.ndarray:
-    """[D] bool: of which documents every scored token is the model's most likely one."""
+    """[D] bool: documents whose every scored token is the model's most likely one."""
     tokens = neighbour_tokens(work.split, condition, work.folder, work.data)
     text = dataclasses.replace(work.split.text(0), neighbours=tokens)
     digest = _digest({"hits": _head(work, settings, condition)})
@@ -159,7 +159,7 @@ def documents_right(work: Work, settings: EvaluationSettings, condition: Conditi
 def _score(
     work: Work, settings: EvaluationSettings, conditions: Sequence[Condition]
 ) -> tuple[np.ndarray, dict[str, dict[str, Any]]]:
-    """[len(conditions), n, 64] float32 nats, and what else is to be said of them."""
+    """[len(conditions), n, 64] float32 nats, and further facts about them."""
     folder, split = work.folder, work.split
     last = max(conditions, key=lambda c: c.neighbours)
     cut = settings.windows(last.run.chunks)

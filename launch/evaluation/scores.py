@@ -1,4 +1,4 @@
-"""The sums by document of what was scored: read where launch.evaluate left them, else made."""
+"""The sums of scores by document: read where launch.evaluate left them, else made."""
 
 import hashlib
 import math
@@ -58,7 +58,7 @@ def scores_of(folder: pathlib.Path, result: Mapping[str, Any], data: pathlib.Pat
       folder: W/evaluation. result: of launch.evaluate. data: of the prepared data.
 
     Raises:
-      UserError: the sums are not there, and the data are of other chunks.
+      UserError: the sums are not there, and the data has other chunks.
     """
     settings = result["settings"]
     path = documents_file(folder, settings["split"])
@@ -86,13 +86,13 @@ def compare_results(
         result of the two.
 
     Raises:
-      UserError: they are not of the same text.
+      UserError: they do not score the same text.
     """
     return compare([(result, scores_of(folder, result, data)) for folder, result in found])
 
 
 def _source(split: Split, results: Mapping[str, Any]) -> dict[str, Any]:
-    """What sums are made from; the hashes of the files are missing."""
+    """The inputs of sums; the hashes of the files are missing."""
     first = next(iter(results.values()))
     return {
         "split": split.name,
@@ -142,8 +142,8 @@ def _runs(folder: pathlib.Path, split: Split, tokens: np.ndarray) -> tuple[np.nd
     k = min(overlap.NEIGHBOURS, split.table.k)
     database = split.database
     ignored = {database.pad_id, database.bos_id, database.eos_id}
-    chosen = hashlib.sha256(split.ids.tobytes()).hexdigest()
-    path = folder / f"{split.name}-runs-{k}-{split.table.manifest.hash[:12]}-{chosen[:12]}.npy"
+    digest = hashlib.sha256(split.ids.tobytes()).hexdigest()
+    path = folder / f"{split.name}-runs-{k}-{split.table.manifest.hash[:12]}-{digest[:12]}.npy"
     if path.is_file():
         return read_array(path), k
     runs = np.zeros(len(tokens), np.int64)

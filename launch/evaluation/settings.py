@@ -10,7 +10,7 @@ from retro_jax.evaluate.score import WindowConfig
 
 @dataclasses.dataclass(frozen=True)
 class KnnSettings:
-    """What a result of kNN-LM depends on besides the model and the text.
+    """The settings of kNN-LM, which its results depend on besides the model and the text.
 
     Attributes:
       tokens: of the training split in its datastore. neighbours: tokens it looks up.
@@ -24,7 +24,7 @@ class KnnSettings:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSettings:
-    """What every condition of an evaluation is scored with.
+    """The settings of every condition of an evaluation.
 
     Attributes:
       window_chunks: chunks of a window; None for the trained length.

@@ -28,8 +28,8 @@ def wanted_slices(
         subsets.setdefault(name, []).extend([subset] if subset else [])
     places = _paths(paths, list(subsets))
     return [
-        SliceConfig(name, places.get(name), tuple(sorted(set(some))), max_documents)
-        for name, some in subsets.items()
+        SliceConfig(name, places.get(name), tuple(sorted(set(parts))), max_documents)
+        for name, parts in subsets.items()
     ]
 
 
@@ -39,7 +39,7 @@ def _paths(values: Sequence[str], names: Sequence[str]) -> dict[str, str]:
     for value in values:
         name, _, path = value.partition("=")
         if name not in names or not path:
-            known = ", ".join(names) or "one of --slices"
-            raise flags.Error(f"--slice_paths={value}: expected NAME=PATH, NAME being {known}")
+            choices = ", ".join(names) or "one of --slices"
+            raise flags.Error(f"--slice_paths={value}: expected NAME=PATH, NAME being {choices}")
         paths[name] = path
     return paths

@@ -1,8 +1,8 @@
 """A model mixed with the token memory of the retrieval database, as a condition of launch.evaluate.
 
-The memory is W/token_memory, with one more for each revision; it is built where it is missing. What it
-votes on a text is kept in W/evaluation/SPLIT-votes-ID.npy. The weights of the mixture are tuned on the
-first chunks of the validation split.
+The memory is W/token_memory, with one more for each revision; it is built where it is missing. Its
+votes on a text are saved as W/evaluation/SPLIT-votes-ID.npy. The weights of the mixture are tuned on
+the first chunks of the validation split.
 """
 
 import dataclasses
@@ -63,22 +63,22 @@ class TokenMixture:
         database = open_database(self.data)
         memory = self._memory(database)
         tuning = self._tuning_split()
-        few = text_mask(
+        mask = text_mask(
             tuning.database.chunks(tuning.ids),
             tuning.database.documents(tuning.ids),
             eos_id=tuning.database.eos_id,
             pad_id=tuning.database.pad_id,
         )
-        known = self._votes(memory, tuning, few)
-        model_nll = self._model_nll(tuning)[few]
-        weights = tune_weights(model_nll, known)
+        tuning_votes = self._votes(memory, tuning, mask)
+        model_nll = self._model_nll(tuning)[mask]
+        weights = tune_weights(model_nll, tuning_votes)
         votes = self._votes(memory, split, text)
         mixed = nll.astype(np.float64)
         mixed[text] = mixed_nll(mixed[text], votes, weights)
         facts = {
             "memories": list(memory.hashes),
             "weights": weights.tolist(),
-            "tuned_on_tokens": len(known),
+            "tuned_on_tokens": len(tuning_votes),
             "by_length": summary(nll[text], votes, weights),
         }
         return mixed.astype(np.float32), facts
@@ -113,7 +113,7 @@ class TokenMixture:
         return nll
 
     def _votes(self, memory: TokenMemory, split: Split, text: np.ndarray) -> Votes:
-        """What the memory votes on a split, read where it is there already."""
+        """The memory's votes on a split, read where it is there already."""
         if split.database.vocab_size != memory.database.vocab_size:
             raise UserError(
                 f"{split.database.directory} has {split.database.vocab_size} tokens: expected"
@@ -128,8 +128,8 @@ class TokenMixture:
         path = self.folder / f"{split.name}-votes-{digest}.npy"
         if not processes.as_first([path.is_file()])[0]:
             with progress_bar(len(split.ids), "token memory: look-up", "chunk") as bar:
-                found = votes_on(memory, split.database, split.ids, text, on_chunks=bar.update)
-            processes.from_first(lambda: _write(path, found))
+                columns = votes_on(memory, split.database, split.ids, text, on_chunks=bar.update)
+            processes.from_first(lambda: _write(path, columns))
         return Votes(*files.read_arrays(path, len(_COLUMNS)))
 
 

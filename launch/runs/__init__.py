@@ -1,1 +1,1 @@
-"""What a training run leaves about itself, and how it is opened again."""
+"""The record that a training run leaves about itself, and how it is opened again."""

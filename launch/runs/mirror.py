@@ -3,7 +3,7 @@
     python -m launch.train ... --mirror=gs://B/runs/W
 
 Checkpoints are written to W as usual. Once one is complete there, the first process copies it, its
-seal last, with the run's other files; what W no longer keeps is removed from the bucket too. A run
+seal last, with the run's other files. Files removed from W are removed from the bucket too. A run
 that starts in an empty or older W first brings the newest complete checkpoint back. Only the end of
 the run waits for the copies.
 """
@@ -21,7 +21,7 @@ from retro_jax.errors import UserError
 from retro_jax.storage import files
 from retro_jax.train.checkpoint import CHECKPOINTS, SEAL, find_damage, latest_step
 
-_SECONDS = 10.0  # between looks at what is new
+_SECONDS = 10.0  # between looks for new files
 _FETCHED = "orbax-checkpoint-tmp-fetched"  # a name that Orbax removes when a copy was cut short
 
 _logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def fetch(run: pathlib.Path, url: str | None) -> str:
 
 @contextlib.contextmanager
 def following(run: pathlib.Path, url: str | None) -> Iterator[None]:
-    """Copies what is new in a run's directory while inside, and all of it at the end.
+    """Copies the new files of a run's directory while inside, and all of them at the end.
 
     Args:
       run: the run's directory. url: of the mirror; None for none.
@@ -118,11 +118,11 @@ class _Copies:
         self._files: dict[str, tuple[int, int]] = {}
 
     def update(self) -> None:
-        """Copies what is new and whole."""
+        """Copies new files that are whole."""
         folder = self._run / CHECKPOINTS
         steps = {int(p.parent.name) for p in folder.glob(f"*/{SEAL}") if p.parent.name.isdecimal()}
         for step in sorted(steps - self._steps):
-            with contextlib.suppress(FileNotFoundError):  # the run may keep it no longer
+            with contextlib.suppress(FileNotFoundError):  # the run may have removed it
                 self._copy_step(folder / str(step))
                 self._steps.add(step)
         for step in sorted(self._mine - steps):
@@ -135,8 +135,8 @@ class _Copies:
 
     def _copy_step(self, path: pathlib.Path) -> None:
         """A checkpoint; its seal, without which it does not count, comes last."""
-        found = [file for file in sorted(path.rglob("*")) if file.is_file()]
-        for file in sorted(found, key=lambda file: file.name == SEAL):
+        paths = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        for file in sorted(paths, key=lambda file: file.name == SEAL):
             self._put(file)
 
     def _copy_file(self, path: pathlib.Path) -> None:

@@ -1,8 +1,8 @@
 """Makes a recorded run again from its directory, and says whether the result is the same.
 
-The directory is enough: config.gin has every setting, parents.json the hashes of the data,
-versions.json the data's path, the code's revision, the packages and the hardware, metrics.jsonl the
-losses to compare with.
+The directory is enough. config.gin has every setting, parents.json the hashes of the data, and
+metrics.jsonl the losses to compare with. versions.json has the data's path, the code's revision, the
+packages and the hardware.
 """
 
 import logging
@@ -48,15 +48,15 @@ def data_place(run: pathlib.Path) -> str:
     """Where the data of a recorded run was: a bucket or a directory as recorded, or the workdir around it.
 
     Raises:
-      UserError: it is in neither place.
+      UserError: neither of them has it.
     """
     recorded = _last_start(run).get("data", "")
     if urls.is_url(recorded):
         return recorded
-    for place in (recorded, run.parent):
-        folder = pathlib.Path(place)
-        if place and ((folder / "chunks").is_dir() or (folder / MANIFEST_FILE).is_file()):
-            return str(place)
+    for path in (recorded, run.parent):
+        folder = pathlib.Path(path)
+        if path and ((folder / "chunks").is_dir() or (folder / MANIFEST_FILE).is_file()):
+            return str(path)
     raise UserError(f"the data of {run} is no longer at {recorded or run.parent}: expected --data")
 
 
@@ -75,24 +75,24 @@ def check(
     """
     recorded = files.read_json(run / record.PARENTS_FILE)
     for name in sorted({*recorded, *parents}):
-        then, found = recorded.get(name, "(none)")[:12], parents.get(name, "(none)")[:12]
-        if then != found:
-            raise UserError(f"{run} was trained on {name} {then}: expected that, found {found}")
+        then, value = recorded.get(name, "(none)")[:12], parents.get(name, "(none)")[:12]
+        if then != value:
+            raise UserError(f"{run} was trained on {name} {then}: expected that, found {value}")
     old = record.parse_settings((run / record.CONFIG_FILE).read_text(encoding="utf-8"))
     new = record.parse_settings(settings)
     for name in sorted({*old, *new}):
         if old.get(name) == new.get(name) or name in free or name.split(".")[0] in free:
             continue
         if name in old:
-            found = new.get(name, "no such")
-            raise UserError(f"{run} has {name} = {old[name]}: expected the same, found {found}")
+            value = new.get(name, "no such")
+            raise UserError(f"{run} has {name} = {old[name]}: expected the same, found {value}")
         _warn(f"{run} is older than the setting {name}: {new[name]} is taken")
     for line in differences(_last_start(run), record.versions()):
         _warn(f"not as in {run}: {line}")
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What differs between two entries of versions.json, a line each: "packages.jax 0.9 -> 0.10"."""
+    """The differences between two entries of versions.json, a line each: "packages.jax 0.9 -> 0.10"."""
     lines = []
     for part in ("python", "git", "hardware", "environment", "packages"):
         before, after = _flat(part, old.get(part)), _flat(part, new.get(part))
@@ -109,7 +109,7 @@ def compare(run: pathlib.Path, again: pathlib.Path) -> str:
     """Compares the curves of a run and of its replay.
 
     Returns:
-      What to say when they are the same bit for bit.
+      The message when they are the same bit for bit.
 
     Raises:
       UserError: they differ; names the first step and both values.

@@ -29,7 +29,7 @@ class Run:
     Attributes:
       directory: W/retro or W/baseline.
       model, execution, batches, mesh: the run's settings, from its config.gin.
-      step: of the newest checkpoint. checkpoint: what identifies it, a hash.
+      step: of the newest checkpoint. checkpoint: its identity, a hash.
       averaged: whether the moving average of the parameters is meant.
     """
 
@@ -48,9 +48,9 @@ class Run:
         return self.batches.sequence_length // self.model.chunk_length
 
     def identity(self) -> dict[str, Any]:
-        """What a result says of the run it is of."""
-        found = {"run": self.directory.name, "step": self.step, "checkpoint": self.checkpoint}
-        return found | ({"averaged": True} if self.averaged else {})
+        """The facts that a result records about its run."""
+        facts = {"run": self.directory.name, "step": self.step, "checkpoint": self.checkpoint}
+        return facts | ({"averaged": True} if self.averaged else {})
 
 
 def refuse_gin_file() -> None:
@@ -78,7 +78,7 @@ def open_run(
 
     Args:
       directory: of the run.
-      bindings: gin bindings that override its config.gin (how it is computed, not what).
+      bindings: gin bindings that override its config.gin (the computation, not its result).
       averaged: whether the moving average of its parameters is meant.
 
     Raises:
@@ -107,18 +107,18 @@ def open_run(
 def check_data(run: Run, data: pathlib.Path) -> None:
     """Refuses prepared data that a run was not trained on.
 
-    What was appended to them or removed from them since is no other data: a trained model reads the
-    newest revision of its database at once.
+    Data with later additions or removals counts as the same: a trained model reads the newest revision
+    of its database at once.
 
     Raises:
       UserError: naming both directories.
     """
     recorded = files.read_json(run.directory / PARENTS_FILE).get("chunks/train", "(none)")
-    found = Manifest.read(data / "chunks" / "train").hash
-    if found != recorded:
+    digest = Manifest.read(data / "chunks" / "train").hash
+    if digest != recorded:
         raise UserError(
             f"{run.directory} and {data / 'chunks' / 'train'} do not belong together: "
-            f"expected chunks {recorded[:12]}, found {found[:12]}"
+            f"expected chunks {recorded[:12]}, found {digest[:12]}"
         )
 
 
@@ -126,7 +126,7 @@ def load_model(run: Run, mesh: Mesh | None = None) -> tuple[nnx.GraphDef, nnx.St
     """Restores a run's parameters, on a mesh or on the first device.
 
     Raises:
-      UserError: the newest checkpoint is damaged, or of another model.
+      UserError: the newest checkpoint is damaged, or belongs to another model.
     """
     step, graphdef, restored = trained_model.load_model(
         run.directory / CHECKPOINTS, run.model, run.execution, mesh=mesh, averaged=run.averaged

@@ -18,7 +18,7 @@ from retro_jax.train.record import recorded_parents
 
 
 def find_data(source: str, run: pathlib.Path, *, disk: str | None = None) -> TrainingData:
-    """Opens the data of a run, or of the run that it makes again.
+    """Opens the data of a run, or of the run that it replays.
 
     Args:
       source: a workdir, or the url of one in a bucket.
@@ -27,7 +27,7 @@ def find_data(source: str, run: pathlib.Path, *, disk: str | None = None) -> Tra
 
     Raises:
       flags.Error: a url, and no disk.
-      UserError: an artefact is missing, damaged or of other parents.
+      UserError: an artefact is missing, damaged or has other parents.
     """
     config = configurables.make(BatchConfig)
     if not urls.is_url(source):
