@@ -88,8 +88,8 @@ class DecoderForm:
     def __post_init__(self) -> None:
         object.__setattr__(self, "rotary_divisors", tuple(self.rotary_divisors))
         require(self.norm in NORMS, self, "norm", f"one of {NORMS}")
-        known = self.feed_forward in FEED_FORWARDS
-        require(known, self, "feed_forward", f"one of {FEED_FORWARDS}")
+        valid = self.feed_forward in FEED_FORWARDS
+        require(valid, self, "feed_forward", f"one of {FEED_FORWARDS}")
         counts = ("num_kv_heads", "learned_positions", "rotary_dim", "neighbour_layer", "sink_id")
         for field in counts:
             require(getattr(self, field) >= 0, self, field, "a number of at least 0")
@@ -209,8 +209,8 @@ class RetroConfig:
         require(fits, form, "rotary_divisors", f"{turned // 2} numbers, one for each pair, or ()")
         within = form.neighbour_layer <= self.num_layers
         require(within, form, "neighbour_layer", f"at most num_layers = {self.num_layers}")
-        known = form.sink_id < self.vocab_size
-        require(known, form, "sink_id", f"an id below vocab_size = {self.vocab_size}")
+        valid = form.sink_id < self.vocab_size
+        require(valid, form, "sink_id", f"an id below vocab_size = {self.vocab_size}")
 
     @property
     def num_kv_heads(self) -> int:

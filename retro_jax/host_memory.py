@@ -32,8 +32,8 @@ def keep_freed_memory() -> bool:
         return False
     # One arena, since only the main one may keep more than 64 MB; nothing by mmap, which is given
     # back as soon as it is free; and no trimming.
-    wanted = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1))
-    return all(mallopt(parameter, value) for parameter, value in wanted)
+    settings = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1))
+    return all(mallopt(parameter, value) for parameter, value in settings)
 
 
 def _only_cpu() -> bool:

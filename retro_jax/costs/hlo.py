@@ -67,8 +67,8 @@ class Instruction:
         names = ["calls", "body", "branch_computations"]
         if self.opcode == "call":
             names.append("to_apply")
-        found = [self.attribute(name) for name in names]
-        return tuple(_NAME.findall(" ".join(filter(None, found))))
+        values = [self.attribute(name) for name in names]
+        return tuple(_NAME.findall(" ".join(filter(None, values))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,17 +149,17 @@ def parse(text: str) -> Module:
             computations[name] = Computation(name, {})
             entry = name if start[1] else entry
             continue
-        found = _INSTRUCTION.match(line)
-        if found and name:
-            instruction = _instruction(found[2], found[3], bool(found[1]))
+        match = _INSTRUCTION.match(line)
+        if match and name:
+            instruction = _instruction(match[2], match[3], bool(match[1]))
             computations[name].instructions[instruction.name] = instruction
     return Module(computations, entry)
 
 
 def trip_count(loop: Instruction) -> int:
     """How often a while loop's body runs; 1 where the compiler does not say."""
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
-    return int(known[1]) if known else 1
+    match = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+    return int(match[1]) if match else 1
 
 
 def _instruction(name: str, text: str, root: bool) -> Instruction:

@@ -104,9 +104,9 @@ def program_costs(module: Module, devices: int) -> Costs:
         hbm += times * hbm_bytes(module, computation, instruction)
         for where, inner in [(computation, instruction), *_parts(module, instruction)]:
             flops += times * product_flops(where, inner)
-            found = _collective(where, inner, times, devices)
-            if found is not None:
-                collectives.append(found)
+            collective = _collective(where, inner, times, devices)
+            if collective is not None:
+                collectives.append(collective)
     return Costs(flops, hbm, tuple(collectives))
 
 
@@ -142,14 +142,14 @@ def product_flops(computation: Computation, instruction: Instruction) -> float:
 
 def _kernel_flops(computation: Computation, instruction: Instruction) -> float:
     """Operations of splash attention, which makes the blocks on and below the diagonal."""
-    made = [n for name, n in _KERNEL_PRODUCTS.items() if instruction.name.startswith(name)]
-    if not made:
+    products = [n for name, n in _KERNEL_PRODUCTS.items() if instruction.name.startswith(name)]
+    if not products:
         return 0.0
     operands = [_array(computation, instruction, i) for i in range(len(instruction.operands))]
     blocks = operands[0].extents[-1]  # a block of the mask for each of queries and keys
     batch, heads, length, head_dim = next(a.extents for a in operands if len(a.extents) == 4)
     square = 2.0 * batch * heads * length**2 * head_dim
-    return made[0] * square * (blocks + 1) / (2 * blocks)
+    return products[0] * square * (blocks + 1) / (2 * blocks)
 
 
 def hbm_bytes(module: Module, computation: Computation, instruction: Instruction) -> float:
@@ -176,10 +176,10 @@ def _bytes_of_copy(computation: Computation, instruction: Instruction) -> float:
     written = list(instruction.arrays)
     if instruction.opcode.endswith("-start"):
         sliced = instruction.opcode in ("slice-start", "dynamic-slice-start", "async-start")
-        made = [array for array in written if array.size > 1]
-        target = made[0] if sliced or instruction.opcode == "copy-start" else made[-1]
+        arrays = [array for array in written if array.size > 1]
+        target = arrays[0] if sliced or instruction.opcode == "copy-start" else arrays[-1]
         if sliced:
-            target = min(made, key=lambda array: array.size)
+            target = min(arrays, key=lambda array: array.size)
             read = [dataclasses.replace(target, in_hbm=any(a.in_hbm for a in read))]
         written = [target]
     return sum(map(_bytes, read)) + sum(map(_bytes, written))
@@ -193,10 +193,10 @@ def _bytes_of_fusion(module: Module, computation: Computation, instruction: Inst
     root = fused.root
     outputs = root.operands if root.opcode == "tuple" else (root.name,)
     for name, array in zip(outputs, instruction.arrays):
-        made = _behind_bitcasts(fused, name)
-        if made.opcode == "dynamic-update-slice":
-            updated.add(_behind_bitcasts(fused, made.operands[0]).name)
-            update = _array(fused, made, 1)
+        producer = _behind_bitcasts(fused, name)
+        if producer.opcode == "dynamic-update-slice":
+            updated.add(_behind_bitcasts(fused, producer.operands[0]).name)
+            update = _array(fused, producer, 1)
             total += update.nbytes * array.in_hbm
         else:
             total += _bytes(array)

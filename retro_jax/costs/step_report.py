@@ -188,8 +188,8 @@ def restored_bytes(plan: Plan) -> int:
     nbytes, start = shard_bytes(plan.abstract), plan.settings.start
     if not start.run:
         return nbytes
-    taken = wanted_parameters(start, plan.abstract.params)  # beside those of the first state
-    return nbytes + shard_bytes(taken) + shard_bytes(plan.abstract.average)
+    parameters = wanted_parameters(start, plan.abstract.params)  # beside those of the first state
+    return nbytes + shard_bytes(parameters) + shard_bytes(plan.abstract.average)
 
 
 def _model_flops(plan: Plan) -> float:
@@ -259,7 +259,7 @@ def group_exchanges(
     grouped: dict[tuple[str, str], list[Collective]] = collections.defaultdict(list)
     for collective in collectives:
         grouped[collective.kind, _axes(collective, mesh)].append(collective)
-    found = []
+    exchanges = []
     for (kind, axes), members in grouped.items():
         operations: dict[str, float] = collections.defaultdict(float)
         seconds = 0.0
@@ -268,7 +268,7 @@ def group_exchanges(
             operations[member.operation] += nbytes
             if slice_ is not None:
                 seconds += nbytes / _bandwidth(member, mesh, slice_)
-        found.append(
+        exchanges.append(
             Exchange(
                 kind,
                 axes,
@@ -278,13 +278,13 @@ def group_exchanges(
                 operations=dict(sorted(operations.items(), key=lambda item: -item[1])),
             )
         )
-    return sorted(found, key=lambda exchange: -exchange.nbytes)
+    return sorted(exchanges, key=lambda exchange: -exchange.nbytes)
 
 
 def _axes(collective: Collective, mesh: Mesh) -> str:
     """The mesh axes along which a group's devices differ."""
     places = np.stack(np.unravel_index(np.array(collective.groups[0]), mesh.devices.shape))
-    axes = [name for name, place in zip(mesh.axis_names, places) if len(set(place)) > 1]
+    axes = [name for name, indices in zip(mesh.axis_names, places) if len(set(indices)) > 1]
     return "+".join(map(str, axes))
 
 
@@ -296,10 +296,10 @@ def _bandwidth(collective: Collective, mesh: Mesh, slice_: Slice) -> float:
 
 def _out_of_memory(error: Exception, name: str, slice_: Slice) -> Exception:
     """The compiler's refusal in one line; any other error as it is."""
-    used = _HBM_USED.search(str(error))
-    if used is None:
+    match = _HBM_USED.search(str(error))
+    if match is None:
         return error
-    return _too_large(f"{used[1]} {used[2]}iB", f"{used[3]} {used[4]}iB", name, slice_)
+    return _too_large(f"{match[1]} {match[2]}iB", f"{match[3]} {match[4]}iB", name, slice_)
 
 
 def _too_large(needed: str, has: str, name: str, slice_: Slice) -> UserError:

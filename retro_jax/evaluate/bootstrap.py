@@ -52,12 +52,12 @@ def intervals(values: np.ndarray, sampled: np.ndarray) -> list[Interval]:
     Resamples in which a figure has no denominator (not a number) are left out.
     """
     ends = (0.5 - _CONFIDENCE / 2, 0.5 + _CONFIDENCE / 2)
-    found = []
+    results = []
     for value, column in zip(values, sampled.T, strict=True):
         column = column[np.isfinite(column)]
         low, high = np.quantile(column, ends) if len(column) else (np.nan, np.nan)
-        found.append(Interval(float(value), float(low), float(high)))
-    return found
+        results.append(Interval(float(value), float(low), float(high)))
+    return results
 
 
 def paired_test(differences: np.ndarray, *, samples: int, seed: int) -> float:

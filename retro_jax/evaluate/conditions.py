@@ -38,9 +38,9 @@ def condition_order(name: str) -> tuple[int, float]:
 
 def swept(names: Iterable[str], kind: str = "") -> list[str]:
     """Those of the names that vary RETRO[ON] in one way, by value; with "" those that do not at all."""
-    found = [
+    conditions = [
         name
         for name in names
         if ("_" in name and name.partition("_")[0] == kind) or (not kind and "_" not in name)
     ]
-    return sorted(found, key=condition_order)
+    return sorted(conditions, key=condition_order)

@@ -65,8 +65,8 @@ def activations(
     after = np.where(np.append(follows, False), np.append(tokens[1:, 0], text.pad_id), text.pad_id)
     predicts = np.concatenate([tokens[:, 1:], after[:, None]], axis=1).ravel() != text.pad_id
     for part, batch in batches(text, config, rows):
-        found = np.asarray(states(batch), np.float32)
-        for (start, begin, end), row in zip(part, found, strict=False):
+        batch_states = np.asarray(states(batch), np.float32)
+        for (start, begin, end), row in zip(part, batch_states, strict=False):
             places = np.arange(begin * length, end * length)
             places = places[predicts[places]]
             yield places + 1, row[places - start * length]
@@ -76,14 +76,14 @@ def batched(
     found: Iterator[tuple[np.ndarray, np.ndarray]], size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The same pairs of places and activations, at least `size` rows at a time but for the last."""
-    held: list[tuple[np.ndarray, np.ndarray]] = []
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
     for pair in found:
-        held.append(pair)
-        if sum(len(places) for places, _ in held) >= size:
-            yield np.concatenate([p for p, _ in held]), np.concatenate([s for _, s in held])
-            held = []
-    if held:
-        yield np.concatenate([p for p, _ in held]), np.concatenate([s for _, s in held])
+        parts.append(pair)
+        if sum(len(places) for places, _ in parts) >= size:
+            yield np.concatenate([p for p, _ in parts]), np.concatenate([s for _, s in parts])
+            parts = []
+    if parts:
+        yield np.concatenate([p for p, _ in parts]), np.concatenate([s for _, s in parts])
 
 
 def knn_nll(

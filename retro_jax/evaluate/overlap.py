@@ -51,13 +51,13 @@ def shared_ngrams(
     Returns:
       [n, K] float64; 0 for a text without any n-gram.
     """
-    held = np.zeros(neighbours.shape[:2], np.int64)
+    matches = np.zeros(neighbours.shape[:2], np.int64)
     for here, near in _blocks(neighbours, ignored):
         for ends in _run_ends(texts[here], near):
-            held[here] += (ends >= size).any(axis=2)
+            matches[here] += (ends >= size).any(axis=2)
     usual = np.lib.stride_tricks.sliding_window_view(~np.isin(texts, list(ignored)), size, axis=1)
     count = usual.all(axis=2).sum(axis=1)
-    return held / np.maximum(count, 1)[:, None]
+    return matches / np.maximum(count, 1)[:, None]
 
 
 def _blocks(neighbours: np.ndarray, ignored: Collection[int]) -> Iterator[tuple[slice, np.ndarray]]:
@@ -151,8 +151,8 @@ def overlap_sums(
     under &= (scored.bytes > 0)[:, None]
 
     def by_document(values: np.ndarray) -> np.ndarray:
-        kept = np.where(under, values[:, None], 0)
-        return np.stack([np.bincount(owner, column) for column in kept.T], axis=1)
+        columns = np.where(under, values[:, None], 0)
+        return np.stack([np.bincount(owner, column) for column in columns.T], axis=1)
 
     return OverlapSums(
         corpora=scored.corpora[first],

@@ -122,12 +122,12 @@ def score_chunks(
     """
     scores: np.ndarray | None = None
     for plan, losses in _one_behind(_losses(token_losses, text, config, rows)):
-        found = np.asarray(losses, np.float32)
-        found = found.reshape(*found.shape[:-2], config.batch_size, config.chunks, -1)
+        nats = np.asarray(losses, np.float32)
+        nats = nats.reshape(*nats.shape[:-2], config.batch_size, config.chunks, -1)
         if scores is None:
-            scores = np.zeros((*found.shape[:-3], len(text.ids), found.shape[-1]), np.float32)
+            scores = np.zeros((*nats.shape[:-3], len(text.ids), nats.shape[-1]), np.float32)
         for number, (start, begin, end) in enumerate(plan):
-            scores[..., begin:end, :] = found[..., number, begin - start : end - start, :]
+            scores[..., begin:end, :] = nats[..., number, begin - start : end - start, :]
         if on_windows is not None:
             on_windows(len(plan))
     if scores is None:
@@ -158,8 +158,8 @@ def batches(
         part = plan[first : first + config.batch_size]
         starts = np.full(config.batch_size, len(text.ids), np.int64)
         starts[: len(part)] = part[:, 0]
-        here = starts if rows is None else starts[np.asarray(rows, np.int64)]
-        yield part, window_batch(text, here, config.chunks)
+        row_starts = starts if rows is None else starts[np.asarray(rows, np.int64)]
+        yield part, window_batch(text, row_starts, config.chunks)
 
 
 def _one_behind(items: Iterator[T]) -> Iterator[T]:

@@ -56,8 +56,8 @@ class ScoredText:
 
     def has(self, result: Mapping[str, Any]) -> bool:
         """Whether one result of launch.evaluate is among them."""
-        found = self.source["conditions"].get(result["condition"], {})
-        return found.get("nll") == result["nll"]
+        condition = self.source["conditions"].get(result["condition"], {})
+        return condition.get("nll") == result["nll"]
 
 
 def documents_file(folder: pathlib.Path, split: str) -> pathlib.Path:
@@ -82,12 +82,12 @@ def sum_documents(
       records: the documents by number. source, overlap: see ScoredText.
     """
     numbers, owner = np.unique(documents, return_inverse=True)
-    chosen = [records[number] for number in numbers.tolist()]
+    sized_documents = [records[number] for number in numbers.tolist()]
     return ScoredText(
         source,
-        corpora=np.array([record.corpus for record in chosen]),
-        bytes=np.array([record.bytes for record in chosen], np.int64),
-        words=np.array([record.words + record.lines for record in chosen], np.int64),
+        corpora=np.array([record.corpus for record in sized_documents]),
+        bytes=np.array([record.bytes for record in sized_documents], np.int64),
+        words=np.array([record.words + record.lines for record in sized_documents], np.int64),
         tokens=np.bincount(owner, tokens).astype(np.int64),
         nats={name: np.bincount(owner, values) for name, values in nats.items()},
         overlap=overlap,
@@ -117,8 +117,8 @@ def read_scored_text(path: pathlib.Path) -> ScoredText:
       UserError: the file is damaged, or of another format.
     """
     try:
-        with np.load(path) as found:
-            arrays = {name: found[name] for name in found.files}
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file.files}
         about = json.loads(str(arrays["about"]))
         if about["format"] != _FORMAT:
             raise UserError(f"{path} has format {about['format']!r}: expected {_FORMAT}")

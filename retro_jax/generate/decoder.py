@@ -145,8 +145,8 @@ class Decoder:
             last = np.zeros(rows, np.int32)
             last[: len(windows)] = np.clip(ends - 1 - u * length, 0, length - 1)
             starts = np.full(rows, u * length, np.int32)
-            made, cache = self._run(cache, block, starts, live, completed, last=last)
-            logits = made if logits is None else self._choose(live, made, logits)
+            new_logits, cache = self._run(cache, block, starts, live, completed, last=last)
+            logits = new_logits if logits is None else self._choose(live, new_logits, logits)
         assert logits is not None
         return logits, cache
 
@@ -404,8 +404,10 @@ def _keep_activations(
         offsets_B,
         dataclasses.replace(model.layout.shardings, tensor=None),
     )[:, 0]
-    kept = jnp.where(live_B[:, None, None], written, old)
-    return dataclasses.replace(cache, chunk=dataclasses.replace(cache.chunk, activations=kept))
+    activations = jnp.where(live_B[:, None, None], written, old)
+    return dataclasses.replace(
+        cache, chunk=dataclasses.replace(cache.chunk, activations=activations)
+    )
 
 
 def _encode(model: Retro, cache: Cache, completed: CompletedChunks | None) -> Retrieved:

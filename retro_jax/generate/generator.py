@@ -159,8 +159,8 @@ class Generator:
           UserError: an empty prompt, stop strings without a decoder, or a bad answer of `retrieve`.
         """
         texts = self._texts(prompts, sampling, streams=on_text is not None)
-        known: dict[bytes, np.ndarray] = {}
-        self._retrieve_complete_chunks(texts, known)
+        answers: dict[bytes, np.ndarray] = {}
+        self._retrieve_complete_chunks(texts, answers)
         batch = self._begin(texts)
         while True:
             for text, token, score in zip(batch.texts, *self._draw(batch), strict=False):
@@ -172,7 +172,7 @@ class Generator:
             under_way = [text for text in batch.texts if not text.ended]
             if not under_way:
                 break
-            self._retrieve_complete_chunks(under_way, known)
+            self._retrieve_complete_chunks(under_way, answers)
             self._drop_finished(batch)
             self._advance(batch)
         return [_finish(text) for text in texts]
@@ -326,7 +326,9 @@ class Generator:
             padding = np.zeros((batch.cache.rows - len(rows), batch.seen.shape[1]), bool)
             batch.seen = np.concatenate([batch.seen[rows], padding])
 
-    def _retrieve_complete_chunks(self, texts: list[_Text], known: dict[bytes, np.ndarray]) -> None:
+    def _retrieve_complete_chunks(
+        self, texts: list[_Text], answers: dict[bytes, np.ndarray]
+    ) -> None:
         """Gives every text the neighbours of its complete chunks; equal chunks are asked for once."""
         if self.retrieve is None:
             return
@@ -335,11 +337,11 @@ class Generator:
             for u in range(len(text.neighbours), len(text.tokens) // self.chunk_length):
                 chunk = text.tokens[u * self.chunk_length : (u + 1) * self.chunk_length]
                 due.append((text, np.asarray(chunk, np.int32).tobytes()))
-        queries = list(dict.fromkeys(chunk for _, chunk in due if chunk not in known))
+        queries = list(dict.fromkeys(chunk for _, chunk in due if chunk not in answers))
         if queries:
-            known.update(zip(queries, self._ask(queries), strict=True))
+            answers.update(zip(queries, self._ask(queries), strict=True))
         for text, query in due:
-            text.neighbours.append(known[query])
+            text.neighbours.append(answers[query])
 
     def _ask(self, queries: list[bytes]) -> np.ndarray:
         """[n, K, R]: what `retrieve` gives for chunks."""

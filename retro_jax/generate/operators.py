@@ -104,8 +104,8 @@ class CachedBlock:
         block = Part(*new, mask_TxT, biases[1])
         heads_BxTxHxW = attend_to(query, [before, block])
         keys, values = (
-            caches.write_block(cached, after(made, heads_BxTxHxW), self.starts, shardings)
-            for cached, made in zip(old, (key, value), strict=True)
+            caches.write_block(cached, after(projection, heads_BxTxHxW), self.starts, shardings)
+            for cached, projection in zip(old, (key, value), strict=True)
         )
         cache = dataclasses.replace(
             cache,
@@ -122,7 +122,7 @@ class CachedBlock:
         chunk = cast(ChunkCache, cache.chunk)
         index = self._cca_index(p)
         old = (caches.take(chunk.keys, index), caches.take(chunk.values, index))
-        query, *made = cca.attention.project(h_BxTxD, _side_by_side(retrieved.encoded))
+        query, *projection = cca.attention.project(h_BxTxD, _side_by_side(retrieved.encoded))
         offsets_BxT = self._positions(h_BxTxD.shape[1]) % self.config.chunk_length
         last_BxT = offsets_BxT == self.config.chunk_length - 1
         positions_BxT = jnp.where(last_BxT, offsets_BxT, offsets_BxT + self.config.chunk_length)
@@ -134,7 +134,7 @@ class CachedBlock:
         if self.completed is None:
             heads = attend_to(query, [Part(*old, chunk.present[:, None, None], bias)])
             return h_BxTxD + cca.attention.read_out(heads), cache
-        new = self._new_keys(cca.attention, made, old)
+        new = self._new_keys(cca.attention, projection, old)
         present = self._present(chunk, retrieved)
         heads = attend_to(query, [Part(*new, present[:, None, None], bias)])
         if h_BxTxD.shape[1] > 1:
@@ -200,11 +200,11 @@ class CachedBlock:
         return query, caches.cut_rows(by_distance, largest - positions_BxT, length, shardings)
 
     def _new_keys(
-        self, attention: Attention, made: list[jax.Array], old: tuple[jax.Array, jax.Array]
+        self, attention: Attention, projection: list[jax.Array], old: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
         """Keys and values [B, H, W, Q]: those of the chunks completed, else as they were."""
         completed = cast(CompletedChunks, self.completed)
-        key_NxQxHxW, value_NxQxHxW = made
+        key_NxQxHxW, value_NxQxHxW = projection
         neighbours = key_NxQxHxW.shape[1] // self.config.neighbour_length
         positions = np.tile(np.arange(self.config.neighbour_length), neighbours)
         key_NxQxHxW = attention.positions.turn(key_NxQxHxW, positions)

@@ -67,8 +67,8 @@ class SamplingConfig:
         for field in ("allowed_tokens", "forbidden_tokens"):
             ok = all(token >= 0 for token in getattr(self, field))
             require(ok, self, field, "token ids")
-        named = not isinstance(self.stop, str) and all(self.stop)
-        require(named, self, "stop", "a list of strings that are not empty")
+        valid = not isinstance(self.stop, str) and all(self.stop)
+        require(valid, self, "stop", "a list of strings that are not empty")
 
 
 class Sampler(NamedTuple):
@@ -211,8 +211,8 @@ def draw(
         drawn = jnp.argmax(scores + _noise(sampler.key, steps, logits.shape[-1]), axis=-1)
         tokens = jnp.where(greedy, tokens, drawn)
     log_probabilities = jax.nn.log_softmax(logits, axis=-1)
-    chosen = jnp.take_along_axis(log_probabilities, tokens[:, None], axis=-1)[:, 0]
-    return tokens.astype(jnp.int32), chosen
+    log_probability = jnp.take_along_axis(log_probabilities, tokens[:, None], axis=-1)[:, 0]
+    return tokens.astype(jnp.int32), log_probability
 
 
 def penalised(logits: jax.Array, penalty: jax.Array) -> jax.Array:
@@ -227,11 +227,11 @@ def keep_likeliest(scores: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax
       scores: [B, V]. top_k: [B, 1], 0 for all. top_p: [B, 1], 1 for all.
     """
     order = _in_order(scores)
-    kept = (top_k == 0) | _heaviest(order, jnp.ones_like(scores), top_k)
-    probabilities = jax.nn.softmax(jnp.where(kept, scores, -jnp.inf), axis=-1)
+    mask = (top_k == 0) | _heaviest(order, jnp.ones_like(scores), top_k)
+    probabilities = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
     # A sum of many small probabilities may round to less than 1: 1 means all.
-    kept &= (top_p >= 1) | _heaviest(order, probabilities, top_p)
-    return jnp.where(kept, scores, -jnp.inf)
+    mask &= (top_p >= 1) | _heaviest(order, probabilities, top_p)
+    return jnp.where(mask, scores, -jnp.inf)
 
 
 def _in_order(scores: jax.Array) -> jax.Array:

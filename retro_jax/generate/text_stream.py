@@ -29,7 +29,7 @@ class TextStream:
         """Takes a token; gives the text that can no longer become a stop string or another character."""
         self._tokens.append(token)
         text = self._decode(self._tokens)
-        ends = [found for stop in self._stop if (found := text.find(stop)) >= 0]
+        ends = [position for stop in self._stop if (position := text.find(stop)) >= 0]
         if ends:
             self.stopped = True
             return self._out(text[: min(ends)])

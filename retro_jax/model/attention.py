@@ -187,16 +187,16 @@ class Attention(nnx.Module):
 def _extra_parameters(form: DecoderForm, widths: Widths, fused: bool) -> dict[str, nnx.Param]:
     """The biases of the projections, by name."""
     heads, kv_heads = widths.num_heads, widths.kv_heads or widths.num_heads
-    found: dict[str, nnx.Param] = {}
+    parameters: dict[str, nnx.Param] = {}
     if form.qkv_bias and fused:
         shape = (3, heads, widths.head_dim)
-        found["query_key_value_bias"] = bias(shape, P(None, TENSOR, None))
+        parameters["query_key_value_bias"] = bias(shape, P(None, TENSOR, None))
     elif form.qkv_bias:
-        found["query_bias"] = bias((heads, widths.head_dim), P(TENSOR, None))
-        found["key_value_bias"] = bias((2, kv_heads, widths.head_dim), P(None, TENSOR, None))
+        parameters["query_bias"] = bias((heads, widths.head_dim), P(TENSOR, None))
+        parameters["key_value_bias"] = bias((2, kv_heads, widths.head_dim), P(None, TENSOR, None))
     if form.out_bias:
-        found["output_bias"] = bias((widths.query,), P(None))
-    return found
+        parameters["output_bias"] = bias((widths.query,), P(None))
+    return parameters
 
 
 def repeat_heads(x_IxSxGxW: jax.Array, num_heads: int) -> jax.Array:

@@ -173,8 +173,8 @@ def _obstacle(
     if platform not in PLATFORMS:
         return f"{platform} has no fused kernel ({' and '.join(PLATFORMS)} have)"
     if not positions.has_kernel:
-        known = " and ".join(map(repr, kinds_with_kernel()))
-        return f"no fused kernel has {positions.name} positions ({known} has one)"
+        kinds = " and ".join(map(repr, kinds_with_kernel()))
+        return f"no fused kernel has {positions.name} positions ({kinds} has one)"
     if platform == "gpu" and dtype != "bfloat16":
         return f"cuDNN's kernel computes in bfloat16 and activation_dtype is {dtype!r}"
     if platform == "gpu" and (head_dim > 128 or head_dim % 8):

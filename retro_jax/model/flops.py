@@ -99,10 +99,10 @@ def _gated_cca(config: RetroConfig, sequence_length: int, neighbours: int) -> fl
     """All gated CCA layers, for one decoder token."""
     inner, narrow = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
     keys = neighbours * (1 + config.neighbour_length)
-    made = 2 * 2 * config.d_model * narrow * keys / config.chunk_length
+    keys_values = 2 * 2 * config.d_model * narrow * keys / config.chunk_length
     query = 2 * 2 * config.d_model * inner + 4 * keys * inner
     reads = (sequence_length - config.chunk_length + 1) / sequence_length
-    return len(config.cca_layers) * (made + reads * query)
+    return len(config.cca_layers) * (keys_values + reads * query)
 
 
 def _decoder_as_encoder(config: RetroConfig, neighbours: int) -> float:
@@ -116,13 +116,13 @@ def _cca(config: RetroConfig, sequence_length: int, neighbours: int) -> float:
     """All CCA layers, for one decoder token."""
     inner = config.num_heads * config.head_dim
     keys = neighbours * config.neighbour_length
-    made = 2 * 2 * config.encoder_d_model * inner * keys / config.chunk_length
+    keys_values = 2 * 2 * config.encoder_d_model * inner * keys / config.chunk_length
     query = 2 * 2 * config.d_model * inner + 4 * keys * inner
     if config.cca_positions:
         per_distance = positions_of(config.positions).flops_per_distance
         query += per_distance * config.neighbour_length * inner
     reads = (sequence_length - config.chunk_length + 1) / sequence_length
-    return len(config.cca_layers) * (made + reads * query)
+    return len(config.cca_layers) * (keys_values + reads * query)
 
 
 def _encoder(config: RetroConfig, neighbours: int) -> float:

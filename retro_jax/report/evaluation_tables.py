@@ -60,11 +60,11 @@ def format_table(results: Mapping[str, Any]) -> str:
         names = swept(results, kind)
         tables += [_aligned({name: results[name] for name in names})] if names else []
     steps = {condition_name(name): result["model"]["step"] for name, result in main.items()}
-    told = ", ".join(f"{name} at step {step:,}" for name, step in steps.items())
+    checkpoints = ", ".join(f"{name} at step {step:,}" for name, step in steps.items())
     count = next(iter(main.values()))["all"]
     size = f"{count['documents']:,} documents, {count['tokens']:,} tokens, {count['bytes']:,} bytes"
     split = next(iter(main.values()))["settings"]["split"]
-    return "\n".join([*tables, f"({split}: {size}; {told})"])
+    return "\n".join([*tables, f"({split}: {size}; {checkpoints})"])
 
 
 def _aligned(results: Mapping[str, Any]) -> str:
@@ -231,13 +231,13 @@ def _settings(results: Mapping[str, Any]) -> Iterator[str]:
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[OverlapPoint]]:
     """The rows as the report takes them, by corpus; thresholds without any text are left out."""
-    found: dict[str, list[OverlapPoint]] = {}
+    by_corpus: dict[str, list[OverlapPoint]] = {}
     for row in rows:
         if row["bytes"]:
             figures = {name: figure["value"] for name, figure in row["bits_per_byte"].items()}
             point = OverlapPoint(row["at_most"], row["chunks"], figures)
-            found.setdefault(row["corpus"], []).append(point)
-    return found
+            by_corpus.setdefault(row["corpus"], []).append(point)
+    return by_corpus
 
 
 def format_overlap(found: Mapping[str, Any]) -> str:
@@ -247,10 +247,10 @@ def format_overlap(found: Mapping[str, Any]) -> str:
     lines = []
     corpora = sorted({row["corpus"] for row in rows} - {""})
     for corpus in [*corpora, ""] if len(corpora) > 1 else corpora:
-        everything, few = by_place[corpus, 1.0], by_place[corpus, SHOWN_OVERLAP]
-        for row, what in ((everything, "all chunks"), (few, f"r(C) <= {SHOWN_OVERLAP:.0%}")):
+        everything, subset = by_place[corpus, 1.0], by_place[corpus, SHOWN_OVERLAP]
+        for row, label in ((everything, "all chunks"), (subset, f"r(C) <= {SHOWN_OVERLAP:.0%}")):
             share = row["chunks"] / max(1, everything["chunks"])
-            head = f"{corpus or 'all'}, {what}: {row['chunks']:,} chunks ({share:.0%})"
+            head = f"{corpus or 'all'}, {label}: {row['chunks']:,} chunks ({share:.0%})"
             found_here = row["bits_per_byte"]
             figures = [f"{_label(n)} {_number(found_here[n])}" for n in swept(found_here)]
             lines.append(f"{head}: {', '.join(figures)}")

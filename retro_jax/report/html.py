@@ -159,7 +159,7 @@ def _overlap_section(overlap: Mapping[str, Sequence[OverlapPoint]]) -> str:
     chart = overlap_chart(overlap.get("", []))
     if not chart:
         return ""
-    few = {c: p for c, curve in overlap.items() for p in curve if p.at_most == SHOWN_OVERLAP}
+    subset = {c: p for c, curve in overlap.items() for p in curve if p.at_most == SHOWN_OVERLAP}
     parts = [
         "<h2>Without what stands in the training data</h2>",
         "<p>r(C) of a chunk is the longest run of tokens that it shares with one of its nearest "
@@ -167,14 +167,14 @@ def _overlap_section(overlap: Mapping[str, Sequence[OverlapPoint]]) -> str:
         "much.</p>",
         f'<figure><div class="card">{chart}</div></figure>',
     ]
-    if "" in few:
-        conditions = swept(few[""].bits_per_byte)
+    if "" in subset:
+        conditions = swept(subset[""].bits_per_byte)
         figures = {
-            name: {c: {"bits_per_byte": point.bits_per_byte[name]} for c, point in few.items()}
+            name: {c: {"bits_per_byte": point.bits_per_byte[name]} for c, point in subset.items()}
             for name in conditions
         }
         table = as_html(score_table(figures, "bits_per_byte", 4))
-        count = f"{few[''].chunks:,} chunks with r(C) at most {SHOWN_OVERLAP:.0%}"
+        count = f"{subset[''].chunks:,} chunks with r(C) at most {SHOWN_OVERLAP:.0%}"
         parts.append(f"<p class='dim small'>{count}:</p>{table}")
     return "".join(parts)
 

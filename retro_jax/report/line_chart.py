@@ -162,9 +162,9 @@ def _end_labels(axes: _Axes, lines: Sequence[Line]) -> list[str]:
         places.append(max(y, places[-1] + 16) if places else y)
     too_low = max(0.0, places[-1] - (_HEIGHT - _BOTTOM)) if places else 0.0
     parts = []
-    for (_, i), place in zip(ends, places, strict=True):
+    for (_, i), height in zip(ends, places, strict=True):
         x, style = axes.x(lines[i].x[-1]) + 8, f"name {lines[i].style}"
-        parts.append(_text(x, place - too_low + 4, lines[i].label, style, anchor="start"))
+        parts.append(_text(x, height - too_low + 4, lines[i].label, style, anchor="start"))
     return parts
 
 

@@ -32,12 +32,12 @@ def wrap(text: str, width: int) -> list[str]:
     lines = []
     for line in text.split("\n"):
         shown = "".join(c if c.isprintable() else "\ufffd" for c in line.expandtabs(_TAB))
-        row, used = "", 0
+        row, row_width = "", 0
         for character in shown:
-            if used + cells(character) > width:
+            if row_width + cells(character) > width:
                 lines.append(row)
-                row, used = "", 0
-            row, used = row + character, used + cells(character)
+                row, row_width = "", 0
+            row, row_width = row + character, row_width + cells(character)
         lines.append(row)
     return lines
 

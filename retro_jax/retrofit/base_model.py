@@ -120,20 +120,22 @@ def open_base(path: Path) -> BaseModel:
       UserError: nothing there, no JSON, an unknown architecture, setting or tensor, a missing tensor,
         a wrong shape, a truncated file. It names the file and the thing.
     """
-    place = pathlib.Path(path)
-    if place.is_dir():
-        return _open_folder(place)
-    if place.suffix != ".gguf":
-        raise UserError(f"{place} is no base model: expected a Hugging Face folder or a .gguf file")
-    file = open_gguf(place)
-    with naming(place):
+    location = pathlib.Path(path)
+    if location.is_dir():
+        return _open_folder(location)
+    if location.suffix != ".gguf":
+        raise UserError(
+            f"{location} is no base model: expected a Hugging Face folder or a .gguf file"
+        )
+    file = open_gguf(location)
+    with naming(location):
         config, names = gguf_config(file)
     tensors = gguf_tensors(config, names)
-    _check(place, tensors, file.tensors, re.escape(ROPE_FACTORS))
-    with naming(place):
+    _check(location, tensors, file.tensors, re.escape(ROPE_FACTORS))
+    with naming(location):
         for tensor in tensors:
             file.tensors[tensor.name].rows(0, 1)  # refuses types that cannot be dequantised
-    return BaseModel(place, config, tensors, file.tensors)
+    return BaseModel(location, config, tensors, file.tensors)
 
 
 def read_config(folder: Path) -> BaseConfig:
@@ -158,22 +160,23 @@ def _open_folder(folder: pathlib.Path) -> BaseModel:
     """A Hugging Face folder."""
     config = read_config(folder)
     architecture = ARCHITECTURES[config.architecture]
-    found: dict[str, StoredTensor] = {}
+    file_tensors: dict[str, StoredTensor] = {}
     for path in weight_files(folder):
-        found |= read_header(path)[1]
+        file_tensors |= read_header(path)[1]
     prefix = architecture.prefix
-    if not any(name.startswith(prefix) for name in found):
-        found = {
-            name if name.startswith("lm_head") else prefix + name: t for name, t in found.items()
+    if not any(name.startswith(prefix) for name in file_tensors):
+        file_tensors = {
+            name if name.startswith("lm_head") else prefix + name: t
+            for name, t in file_tensors.items()
         }
     tensors = architecture.tensors(config)
     ignored = architecture.ignored
     if config.tie_embeddings:
         ignored += r"|lm_head\.weight|embed_out\.weight"
-    _check(folder, tensors, found, ignored)
+    _check(folder, tensors, file_tensors, ignored)
     for tensor in tensors:
-        found[tensor.name].check_dtype(tensor.name)
-    return BaseModel(folder, config, tensors, found)
+        file_tensors[tensor.name].check_dtype(tensor.name)
+    return BaseModel(folder, config, tensors, file_tensors)
 
 
 def _check(

@@ -154,8 +154,8 @@ def writing(path: pathlib.Path, temporary: pathlib.Path | None = None) -> Iterat
         yield
     except OSError as error:
         # An error of reading something else inside a writer carries that file's own name.
-        own = (str(path), str(temporary))
-        if error.filename is not None and not str(error.filename).startswith(own):
+        prefixes = (str(path), str(temporary))
+        if error.filename is not None and not str(error.filename).startswith(prefixes):
             raise
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 

@@ -164,8 +164,8 @@ class Checkpoints:
 
 def latest_step(directory: str | os.PathLike) -> int | None:
     """The step of the newest checkpoint in a directory, damaged or not; None without any."""
-    found = pathlib.Path(directory)
-    steps = [int(path.name) for path in found.glob("*") if path.name.isdecimal()]
+    folder = pathlib.Path(directory)
+    steps = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
     return max(steps, default=None)
 
 
@@ -193,11 +193,11 @@ def restore_params(
       UserError: there is no such checkpoint, or it is of another model.
     """
     directory = pathlib.Path(directory).absolute()
-    found = sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal())
-    wanted = found[::-1] if step is None else [step]
-    if step is not None and step not in found:
-        raise UserError(f"{directory}: no checkpoint of step {step}, expected one of {found}")
-    for candidate in wanted:
+    steps = sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal())
+    candidates = steps[::-1] if step is None else [step]
+    if step is not None and step not in steps:
+        raise UserError(f"{directory}: no checkpoint of step {step}, expected one of {steps}")
+    for candidate in candidates:
         path = directory / str(candidate)
         problem = find_damage(path)
         if problem is None:
@@ -229,17 +229,17 @@ def find_damage(path: pathlib.Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes, expected {size}"
-    found = _hashes(path)
+    hashes = _hashes(path)
     for name, entry in sealed.items():
-        if found[name] != entry:
+        if hashes[name] != entry:
             return f"{name} has other content than was written"
     return None
 
 
 def _hashes(path: pathlib.Path) -> dict[str, list[Any]]:
     """{file: [size, sha256]} of a checkpoint's array files."""
-    found = sorted(file for file in (path / _ITEM).rglob("*") if file.is_file())
-    found = [file for file in found if file.name != _COMMITTED]
+    paths = sorted(file for file in (path / _ITEM).rglob("*") if file.is_file())
+    paths = [file for file in paths if file.name != _COMMITTED]
 
     def entry(file: pathlib.Path) -> list[Any]:
         with open(file, "rb") as stream:
@@ -247,7 +247,7 @@ def _hashes(path: pathlib.Path) -> dict[str, list[Any]]:
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:  # hashing releases the interpreter lock
         return {
-            str(f.relative_to(path)): e for f, e in zip(found, pool.map(entry, found), strict=True)
+            str(f.relative_to(path)): e for f, e in zip(paths, pool.map(entry, paths), strict=True)
         }
 
 
@@ -272,30 +272,30 @@ def _restore(path: pathlib.Path, abstract: Any, whole: str | None = "") -> Any:
 
     All those whose names begin with `whole` have to be in the tree; none has to for None.
     """
-    wanted = named_leaves(abstract)
-    together(lambda: _check_arrays(path, _describe(wanted), whole))
+    leaves = named_leaves(abstract)
+    together(lambda: _check_arrays(path, _describe(leaves), whole))
     args = ocp.args.PyTreeRestore(
-        item=wanted,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-        partial_restore=whole != "" or _RECENT_LOSS not in wanted,
+        item=leaves,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(leaves),
+        partial_restore=whole != "" or _RECENT_LOSS not in leaves,
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        found = checkpointer.restore(path / _ITEM, args=args)
-    return jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in wanted])
+        arrays = checkpointer.restore(path / _ITEM, args=args)
+    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in leaves])
 
 
 def _check_arrays(path: pathlib.Path, expected: dict[str, list[Any]], whole: str | None) -> None:
     """Refuses a checkpoint whose arrays are not those of the model and optimiser."""
-    found = _read_arrays(path)
+    arrays = _read_arrays(path)
     for name, (shape, dtype) in expected.items():
-        if name not in found:
+        if name not in arrays:
             raise UserError(f"checkpoint {path} lacks {name}: expected {dtype}{shape}")
-        if found[name] != [shape, dtype]:
-            actual = f"{found[name][1]}{found[name][0]}"
+        if arrays[name] != [shape, dtype]:
+            actual = f"{arrays[name][1]}{arrays[name][0]}"
             raise UserError(f"checkpoint {path}: {name} is {actual}, expected {dtype}{shape}")
-    for name in found:
-        wanted = whole is not None and name.startswith(whole) and name != _RECENT_LOSS
-        if wanted and name not in expected:
+    for name in arrays:
+        inside = whole is not None and name.startswith(whole) and name != _RECENT_LOSS
+        if inside and name not in expected:
             raise UserError(f"checkpoint {path} holds {name}, which this model does not have")
 
 

@@ -165,10 +165,10 @@ def read_curve(path: str | os.PathLike) -> list[dict[str, Any]]:
 def truncate_curve(path: str | os.PathLike, step: int) -> None:
     """Drops the lines after a step, and half a last line; atomic."""
     path = pathlib.Path(path)
-    kept = [entry for entry in read_curve(path) if entry["step"] <= step]
+    entries = [entry for entry in read_curve(path) if entry["step"] <= step]
     if not path.exists():
         return
-    text = "".join(json.dumps(entry) + "\n" for entry in kept)
+    text = "".join(json.dumps(entry) + "\n" for entry in entries)
     files.write_atomically(path, text.encode())
 
 

@@ -97,12 +97,12 @@ def global_batch(host: RetroBatch, mesh: Mesh, batch_size: int, rows: list[int])
       batch_size: B of the whole batch. rows: which rows of it `host` holds, ascending.
     """
     sharding = batch_sharding(mesh)
-    place = {row: i for i, row in enumerate(rows)}
+    position = {row: i for i, row in enumerate(rows)}
 
     def spread(array: np.ndarray) -> jax.Array:
         def part(index: Any) -> np.ndarray:
             first, last, _ = index[0].indices(batch_size)
-            return array[place[first] : place[first] + last - first]
+            return array[position[first] : position[first] + last - first]
 
         return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, part)
 

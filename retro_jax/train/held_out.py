@@ -44,8 +44,8 @@ def make_evaluation(
             if batch.neighbours is not None:
                 totals.setdefault(ON, []).append(sums(state.params, batch))
             totals.setdefault(OFF, []).append(sums(state.params, batch.without_neighbours()))
-        found = {name: sum(jax.device_get(parts)) for name, parts in totals.items()}
-        return {name: float(loss / max(tokens, 1)) for name, (loss, tokens) in found.items()}
+        loss_sums = {name: sum(jax.device_get(parts)) for name, parts in totals.items()}
+        return {name: float(loss / max(tokens, 1)) for name, (loss, tokens) in loss_sums.items()}
 
     return evaluate
 

@@ -86,8 +86,8 @@ class TrainConfig:
         require(self.hang_seconds >= 0, self, "hang_seconds", "a number of seconds, or 0 for ever")
         require(self.keep_every >= 0, self, "keep_every", "a number of steps, or 0 for none")
         require(0 <= self.seed < 2**32, self, "seed", "an integer from 0 to 2**32 - 1")
-        known = self.initial_retrieval in INITIAL_RETRIEVAL
-        require(known, self, "initial_retrieval", f"one of {INITIAL_RETRIEVAL}")
+        supported = self.initial_retrieval in INITIAL_RETRIEVAL
+        require(supported, self, "initial_retrieval", f"one of {INITIAL_RETRIEVAL}")
         valid = 0 <= self.neighbour_dropout <= 1
         require(valid, self, "neighbour_dropout", "a number from 0 to 1")
         whole = self.checkpoint_every % self.log_every == 0

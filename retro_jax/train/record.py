@@ -166,7 +166,7 @@ def git_revision() -> dict[str, Any] | None:
 
 
 def _refuse(
-    directory: pathlib.Path, what: str, old: Mapping[str, str], new: Mapping[str, str]
+    directory: pathlib.Path, subject: str, old: Mapping[str, str], new: Mapping[str, str]
 ) -> None:
     """Raises when old and new differ."""
     names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
@@ -175,7 +175,7 @@ def _refuse(
     shown = [f"{n} {old.get(n, '(absent)')} -> {new.get(n, '(absent)')}" for n in names[:_SHOWN]]
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     raise UserError(
-        f"{directory} belongs to a run of other {what}: {'; '.join(shown)}{more}; expected "
+        f"{directory} belongs to a run of other {subject}: {'; '.join(shown)}{more}; expected "
         "the same, or another --workdir"
     )
 

@@ -267,8 +267,8 @@ def _judge(
         return bad, jnp.zeros(()), None
     mean = recent_loss[0] / jnp.maximum(recent_loss[1], 1e-9)
     bad = bad | ((recent_loss[1] > _WEIGHT_TO_JUDGE) & (loss > mean + config.loss_jump))
-    kept = recent_loss + (1 - _RECENT) * (jnp.stack([loss, jnp.ones(())]) - recent_loss)
-    return bad, mean, jnp.where(bad, recent_loss, kept)
+    new_loss = recent_loss + (1 - _RECENT) * (jnp.stack([loss, jnp.ones(())]) - recent_loss)
+    return bad, mean, jnp.where(bad, recent_loss, new_loss)
 
 
 def _averaged(state: TrainState, params: Any, decay: float) -> Any:

@@ -36,8 +36,8 @@ def memory() -> dict[str, float]:
     peaks = [entry["peak_bytes_in_use"] for entry in stats if "peak_bytes_in_use" in entry]
     unit = 1 if sys.platform == "darwin" else 1024
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    found = {"memory/host": resident / _GIB}
-    return found | ({"memory/device": max(peaks) / _GIB} if peaks else {})
+    figures = {"memory/host": resident / _GIB}
+    return figures | ({"memory/device": max(peaks) / _GIB} if peaks else {})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,10 +94,12 @@ def begin(config: StartConfig, state: TrainState, checkpoints: str | os.PathLike
     Raises:
       UserError: the other run lacks a parameter that is not `fresh`, or has another shape of it.
     """
-    wanted = wanted_parameters(config, state.params)
+    parameters = wanted_parameters(config, state.params)
     part = "average" if config.averaged else "params"
-    _, found = restore_params(checkpoints, wanted, config.step or None, part=part, all_of_it=False)
-    params = map_named(lambda name, leaf: found.get(name, leaf), state.params)
+    _, arrays = restore_params(
+        checkpoints, parameters, config.step or None, part=part, all_of_it=False
+    )
+    params = map_named(lambda name, leaf: arrays.get(name, leaf), state.params)
     average = None if state.average is None else jax.tree.map(jnp.copy, params)
     return dataclasses.replace(state, params=params, average=average)
 
@@ -111,8 +113,8 @@ def begin_with_base(config: StartConfig, state: TrainState, retro: RetroConfig) 
     Raises:
       UserError: there is no such model, or it is another decoder.
     """
-    found = fitted_parameters(open_base(config.base), retro, named_leaves(state.params))
-    params = map_named(lambda name, leaf: found.get(name, leaf), state.params)
+    parameters = fitted_parameters(open_base(config.base), retro, named_leaves(state.params))
+    params = map_named(lambda name, leaf: parameters.get(name, leaf), state.params)
     average = None if state.average is None else jax.tree.map(jnp.copy, params)
     return dataclasses.replace(state, params=params, average=average)
 
