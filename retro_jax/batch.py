@@ -26,9 +26,9 @@ class RetroBatch:
       tokens: [B, N] int32, input tokens.
       targets: [B, N] int32, the next token of the same document; pad_id where there is none, and
         then the position has no loss.
-      documents: [B, C] int32, which document each chunk is of. Attention never crosses documents.
+      documents: [B, C] int32, the document of each chunk. Attention never crosses documents.
         The numbers only need to differ between documents of one sequence; -1 is a padding chunk.
-      corpus: [B] int32, which corpus each sequence is of (an index into the mixture's names).
+      corpus: [B] int32, the corpus of each sequence (an index into the mixture's names).
       neighbours: [B, C, K, R] int32, or None for RETRO[OFF] and the baseline. Chunk u's neighbours
         were retrieved with chunk u as the query; the model reads them from the last token of
         chunk u onward.

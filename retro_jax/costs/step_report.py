@@ -1,4 +1,4 @@
-"""Compiles a run's programs for devices that need not be there, and reports what they cost.
+"""Compiles a run's programs for devices that need not be there, and reports their costs.
 
 The programs are those of a Plan: the one that makes the first state, and the train step. Nothing is
 allocated: the state and the batch are shapes on a mesh. For TPUs no machine code is made either
@@ -142,7 +142,7 @@ def lower_for(settings: Settings, shape: BatchShape, slice_name: str, program: s
 
 
 def check(plan: Plan, slice_: Slice | None) -> Report:
-    """Compiles the programs of a plan and reads what they cost.
+    """Compiles the programs of a plan and reads their costs.
 
     Args:
       plan: on the slice's devices, or on simulated ones.

@@ -32,7 +32,7 @@ class Place:
     Attributes:
       coordinator: HOST:PORT of process 0. count: processes. index: which this one is.
       devices: the local devices that are this process's own; None for all.
-      source: what said so, for messages.
+      source: the origin of these values, for messages.
     """
 
     coordinator: str

@@ -2,7 +2,7 @@
 
 Tokens of a document are not independent of each other, documents are: hence a resample draws as
 many documents as there are, with replacement, and every figure is computed on it anew. Conditions
-that are compared share their resamples, so that what is hard in a document cancels out.
+that are compared share their resamples, so that a document's difficulty cancels out.
 
 scipy.stats.bootstrap resamples anew for every statistic and keeps no resamples that several ratios of
 sums could share: its intervals of differences between conditions would be other ones.

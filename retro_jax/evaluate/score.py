@@ -9,9 +9,9 @@ With windows of 4 chunks and a stride of 2, over a text of 9 chunks ("s" scored,
     window 3               . . s         the last window is padded
 
 A scored chunk sees at least `chunks - stride` chunks before it, or its document's start. A window
-scores the predictions made AT its chunks' positions, so the first token of a window's first chunk
-is scored by the window before, and the target of a window's last position is read beyond the
-window. What is returned is indexed by the token predicted.
+scores the predictions made AT its chunks' positions. The window before scores the first token of
+a window's first chunk, and the target of a window's last position is read beyond the window.
+Results are indexed by the token predicted.
 """
 
 import dataclasses
@@ -108,16 +108,16 @@ def score_chunks(
     """Scores every token of a text.
 
     Args:
-      token_losses: [..., B, N] nats of a batch, 0 where the target is pad_id; leading axes are of
+      token_losses: [..., B, N] nats of a batch, 0 where the target is pad_id; leading axes are
         several ways to predict it.
       text: the chunks, and their neighbours for retrieval on.
       config: windows, stride and batch size; every batch has the same shape (compiled once).
       rows: of each batch that token_losses is given, where several processes make it together (it
         returns the losses of all); None for all.
-      on_windows: told the number of windows each time some are done.
+      on_windows: called with the number of windows each time some are done.
 
     Returns:
-      [..., n, M] float32, the loss in nats of each token given what precedes it in its document; 0
+      [..., n, M] float32, the loss in nats of each token given the tokens before it in its document; 0
       for padding and for a document's first token, which nothing predicts. Without any chunk [0, 0].
     """
     scores: np.ndarray | None = None
@@ -180,7 +180,7 @@ def compiled_token_losses(
     """A model's losses as one compiled function of the batch.
 
     Args:
-      graphdef, params: of a Retro, as nnx.split gives them; the parameters stay where they lie.
+      graphdef, params: of a Retro, as nnx.split gives them; the parameters stay where they are.
       place: puts a batch of NumPy arrays where the model reads it (on a mesh).
       losses: of a model and a batch, [..., B, N].
     """

@@ -29,7 +29,7 @@ class ScoredText:
     """Sums of a text over each of its D documents, under several conditions.
 
     Attributes:
-      source: what they are made from: "split", "max_documents", the hash of the "chunks", that of the
+      source: where they come from: "split", "max_documents", the hash of the "chunks", that of the
         table of "neighbours" behind `overlap` (None without one), and for each of the "conditions"
         the "nll" file and its "sha256".
       corpora: [D] names. bytes, words, tokens: [D] int64 of the text that is scored; line ends count

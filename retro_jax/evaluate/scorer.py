@@ -162,7 +162,7 @@ def _rounded(windows: score.WindowConfig, mesh: Any) -> score.WindowConfig:
 
 
 def forget(one: Pass) -> None:
-    """Removes the finished segments of a pass whose result stands in its place."""
+    """Removes the finished segments of a pass whose result is written."""
     if processes.is_first():
         shutil.rmtree(one.partial, ignore_errors=True)
 

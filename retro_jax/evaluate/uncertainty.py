@@ -1,7 +1,7 @@
 """How sure every figure of an evaluation is: 95% intervals of a bootstrap over documents.
 
-All conditions share their resamples, drawn corpus by corpus with the seeds of the figures by overlap,
-so that an interval is of the same set of texts wherever it is shown.
+All conditions share their resamples, drawn corpus by corpus with the seeds of the figures by overlap.
+An interval thus belongs to the same set of texts wherever it is shown.
 """
 
 import dataclasses

@@ -8,7 +8,7 @@ Q = K * R positions of one chunk's neighbours. Every row is a text with a positi
     cca_keys, cca_values      of the neighbours of the last complete chunk, of every CCA layer
     present                   which of the Q positions are not padding
 
-Shapes are fixed, so that one program serves all positions; what is past a row's position is never
+Shapes are fixed, so that one program serves all positions. Values past a row's position are never
 read. A program that is given a cache takes its memory (donation). Positions are the last axis, as
 XLA's CPU backend multiplies a query with keys [W, S], and values [W, S] with weights, uncopied.
 """

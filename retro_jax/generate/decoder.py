@@ -165,7 +165,7 @@ class Decoder:
         Args:
           cache: of the tokens before. tokens: [B, T], none past its row's chunk.
           starts: [B] int32, the position in its window of each row's first token; less than S.
-          live: [B] bool; what other rows are given changes nothing that is read later.
+          live: [B] bool; the tokens of other rows change nothing that is read later.
           completed: rows whose chunk is complete with this block.
           all_logits: after every token, else after the last.
 
@@ -176,7 +176,7 @@ class Decoder:
         return self._run(cache, tokens, starts, live, completed, last=last)
 
     def compiled_step(self, rows: int, *, capacity: int, neighbours: int) -> str:
-        """The compiled program of one step for every row, as text: what it reads and copies."""
+        """The compiled program of one step for every row, as text: its reads and copies."""
         cache = self.empty(rows, capacity, neighbours)
         zeros = np.zeros(rows, np.int32)
         inputs = self._place((zeros[:, None], zeros, np.ones(rows, bool), None, zeros))
@@ -252,7 +252,7 @@ class Decoder:
         return CompletedChunks(*arrays)
 
     def _place(self, arrays: Any) -> Any:
-        """Arrays whose first axis is of rows, over the mesh."""
+        """Arrays whose first axis is the rows, over the mesh."""
         if self._mesh is None:
             return arrays
         return jax.device_put(arrays, NamedSharding(self._mesh, P(self.layout.shardings.batch)))
@@ -333,7 +333,7 @@ class Programs:
 
 @functools.lru_cache(maxsize=32)
 def programs(graphdef: nnx.GraphDef, structure: Any, shapes: CacheLayout) -> Programs:
-    """The functions of a prepared model; `structure` is of (parameters, tables, read-out)."""
+    """The functions of a prepared model; `structure` belongs to (parameters, tables, read-out)."""
 
     def run_block(weights: list[jax.Array], cache: Cache, *inputs: Any) -> Any:
         params, tables, read_out = jax.tree.unflatten(structure, weights)
@@ -393,7 +393,7 @@ def _run_block(
 def _keep_activations(
     cache: Cache, h_BxTxD: jax.Array, starts_B: jax.Array, live_B: jax.Array, model: Retro
 ) -> Cache:
-    """Writes what the encoder will read of a block's tokens."""
+    """Writes the activations of a block's tokens, which the encoder will read."""
     assert cache.chunk is not None
     offsets_B = starts_B % model.config.chunk_length
     # As keys of one head: [B, 1, D, M].

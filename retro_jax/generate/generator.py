@@ -42,7 +42,7 @@ class Generation:
     """A finished text.
 
     Attributes:
-      tokens: [n] int32, the prompt (with bos), what was generated, and eos where it was drawn.
+      tokens: [n] int32, the prompt (with bos), the generated tokens, and eos where it was drawn.
       prompt_length: how many of them are the prompt.
       log_probabilities: [n - prompt_length] float32, of the generated tokens in nats, as the model
         gave them (before penalties, temperature and filters).
@@ -50,7 +50,7 @@ class Generation:
         read them; None with retrieval off.
       finished: whether eos ended it.
       ended: "eos", "stop" (a stop string) or "length".
-      text: what was generated, up to the stop string; None without a decoder of tokens.
+      text: the generated text, up to the stop string; None without a decoder of tokens.
     """
 
     tokens: np.ndarray
@@ -344,7 +344,7 @@ class Generator:
             text.neighbours.append(answers[query])
 
     def _ask(self, queries: list[bytes]) -> np.ndarray:
-        """[n, K, R]: what `retrieve` gives for chunks."""
+        """[n, K, R]: the result of `retrieve` for chunks."""
         assert self.retrieve is not None
         chunks = np.frombuffer(b"".join(queries), np.int32).reshape(len(queries), -1)
         start = time.perf_counter()

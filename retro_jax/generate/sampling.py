@@ -139,7 +139,7 @@ def make_sampler(
 
 
 def allowed_tokens(setting: SamplingConfig, allowed: np.ndarray) -> np.ndarray:
-    """[V] bool: what one text may draw; the same array where its settings say nothing.
+    """[V] bool: the tokens that one text may draw; the same array where its settings say nothing.
 
     Raises:
       UserError: naming a token past the vocabulary, or that none is left.
@@ -221,7 +221,7 @@ def penalised(logits: jax.Array, penalty: jax.Array) -> jax.Array:
 
 
 def keep_likeliest(scores: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Top-k, then top-p among what is left; other scores are -inf.
+    """Top-k, then top-p among the rest; other scores are -inf.
 
     Args:
       scores: [B, V]. top_k: [B, 1], 0 for all. top_p: [B, 1], 1 for all.

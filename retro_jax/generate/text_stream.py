@@ -3,12 +3,12 @@
 With the stop string "END" and tokens "a", " E", "N", "s", "END." come out:
 
     token     a    " E"   "N"   "s"    "END."
-    comes     a    " "    ""    ENs    ""       "E" and "EN" may still become "END": they are held back
+    comes     a    " "    ""    ENs    ""       "E" and "EN" may still become "END": they come later
 """
 
 from collections.abc import Callable, Sequence
 
-_INCOMPLETE = "\ufffd"  # what a decoder gives for a character whose bytes are not all there
+_INCOMPLETE = "\ufffd"  # a decoder's output for a character whose bytes are not all there
 
 
 class TextStream:

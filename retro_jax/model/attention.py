@@ -122,7 +122,7 @@ class Attention(nnx.Module):
         product_IxTxPxHxW = affine(self, name, x_IxTxD, out_sharding=spec)
         if len(shape) == 3:
             return (product_IxTxPxHxW,)
-        # The gradients of what a split makes are joined; those of slices are padded and added.
+        # The gradients of a split's parts are joined; those of slices are padded and added.
         parts = jax.lax.split(product_IxTxPxHxW, (1,) * shape[1], axis=axis)
         return tuple(jnp.squeeze(part, axis) for part in parts)
 
@@ -156,7 +156,7 @@ class Attention(nnx.Module):
         table: jax.Array | None,
         repeats: int = 1,
     ) -> jax.Array:
-        """Softmax attention of turned queries and keys, with what positions add to the logits.
+        """Softmax attention of turned queries and keys, with the positions' terms in the logits.
 
         Args:
           query_IxTxHxW, key_IxSxHxW, value_IxSxHxW: queries, keys, values; the latter of H or G heads.

@@ -37,7 +37,7 @@ def attention_kind(
       platform: that the program is for. positions, head_dim: the attention's. length: N.
 
     Raises:
-      UserError: a kernel was asked for that does not exist here; why, and what does exist.
+      UserError: a kernel was asked for that does not exist here; why, and those that exist.
     """
     if execution.attention not in ("auto", "fused"):
         return execution.attention
@@ -82,7 +82,7 @@ def fused_attention(
     Args:
       query_BxNxHxW, key_BxNxHxW, value_BxNxHxW: turned by their positions; keys and values may have
         fewer heads.
-      segments_BxN: int32, which document a token is of, or None for one a row.
+      segments_BxN: int32, the document of each token, or None for one a row.
       platform: one of PLATFORMS. shardings: how batch and heads are split on a mesh.
 
     Returns:

@@ -88,7 +88,7 @@ _cpu_product = jax.custom_vjp(_product, nondiff_argnums=(2, 3))
 def _forward(
     x: jax.Array, weight: jax.Array, contracted: int, out_sharding: P | None
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """The product, and what its gradients need."""
+    """The product, and the arrays that its gradients need."""
     return _product(x, weight, contracted, out_sharding), (x, weight)
 
 
@@ -148,7 +148,7 @@ _cpu_scores = jax.custom_vjp(_scores)
 def _scores_forward(
     query_IxTxHxW: jax.Array, key_IxSxHxW: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """The scores, and what their gradients need."""
+    """The scores, and the arrays that their gradients need."""
     return _scores(query_IxTxHxW, key_IxSxHxW), (query_IxTxHxW, key_IxSxHxW)
 
 

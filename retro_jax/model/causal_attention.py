@@ -1,7 +1,7 @@
 """The decoder's ATTN: causal, inside documents, by a fused kernel or by blocks of queries.
 
-A block of queries reads only the keys up to its own end, so that about half of the products of a
-full [N, N] matrix are never made, and only one block's logits exist at a time: memory grows with N,
+A block of queries reads only the keys up to its own end. About half of the products of a full
+[N, N] matrix are never computed. Only one block's logits exist at a time: memory grows with N,
 not with its square. One block as long as the sequence is the plain form.
 
 With every block written out, programs and their compilation would grow with N. More than four blocks
@@ -38,7 +38,7 @@ def causal_attention(
     Args:
       attention: the layer's self attention.
       x_BxNxD: the residual stream.
-      documents_BxC: which document each chunk is of, or None for one document a row.
+      documents_BxC: the document of each chunk, or None for one document per row.
       chunk_length: M, with N = C * M.
 
     Returns:
@@ -78,7 +78,7 @@ def causal_attention(
 class _Keys:
     """What queries read: keys and values [B, S, H, W], and the documents [B, S] of their tokens or None.
 
-    table: what positions need of distances, its first row of the largest: from position S - 1 to 0.
+    table: the positions' values by distance, the largest first: from position S - 1 to 0.
     """
 
     key: jax.Array

@@ -12,11 +12,11 @@ token 3, which predicts token 4. Dropping the first M - 1 tokens makes rows that
     attending    3  4  5  6 | 7  8  9 10 | 11 .  .  .       "." is padding, dropped afterwards
     neighbours   --- E0 ---   --- E1 ---   --- E2 ---
 
-Tokens 0..2 have no retrieval. Where chunk 1 is of another document than chunk 0, tokens 4..6 may
-not read E0, while token 3 (chunk 0's own last) still does.
+Tokens 0..2 have no retrieval. Where chunk 1 belongs to another document than chunk 0, tokens 4..6
+may not read E0, while token 3 (chunk 0's own last) still does.
 
-With DecoderForm.gated_cca the same rows attend by a copy of the layer's own self attention, as if a
-neighbour of S = 1 + R tokens stood before them: keys at positions 0 to R, queries from S on. Each head
+With DecoderForm.gated_cca the same rows attend by a copy of the layer's own self attention. It treats
+a neighbour of S = 1 + R tokens as a prefix: keys at positions 0 to R, queries from S on. Each head
 is multiplied by its gate.
 """
 
@@ -88,7 +88,7 @@ class ChunkedCrossAttention(nnx.Module):
           h_BxNxD: the residual stream.
           encoded_BxCxKxRxE: the encoder's output.
           present_BxCxKxR: bool, False where a neighbour is padding.
-          documents_BxC: which document each chunk is of, or None for one document a row.
+          documents_BxC: the document of each chunk, or None for one document per row.
 
         Returns:
           [B, N, D]; zero for the first M - 1 tokens.

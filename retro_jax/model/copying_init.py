@@ -1,7 +1,7 @@
 """Initial values with which a RETRO copies from its neighbours before it has learnt anything.
 
-Copying needs three things that are of no use alone: a neighbour's token must know which token stands
-before it, CCA must look for this token there, and what it reads must reach the read-out. From random
+Copying needs three things that are useless alone: a neighbour's token must know the token before
+it, CCA must look for this token there, and the result must reach the read-out. From random
 values none of them shows after a million tokens (docs/results.md). Here one head of each begins as
 its part of an induction head (Olsson et al. 2022, arXiv 2209.11895):
 
@@ -27,7 +27,7 @@ from retro_jax.sharding import lay_out, replicated
 
 # Logits that the token before has over its own neighbours in the encoder are about 2 * _SHARPNESS.
 _SHARPNESS = 2.0
-# Only sinusoids that turn this fast (radians a token) tell one token from the next.
+# Only sinusoids that turn this fast (radians per token) distinguish one token from the next.
 _SLOWEST = 0.1
 
 
@@ -35,7 +35,7 @@ def check_can_copy(config: RetroConfig) -> None:
     """Refuses a model whose parts cannot be set up to copy.
 
     Raises:
-      UserError: naming the field and what copying needs.
+      UserError: naming the field and the value that copying needs.
     """
     needs = {
         "share_embeddings": True,  # a neighbour's token is written as the decoder embeds it

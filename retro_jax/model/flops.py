@@ -16,7 +16,7 @@ of 1 + R tokens a neighbour, and keys and values as wide as the decoder's.
 
 inner is heads x head width. Left out: embedding look-ups, norms, softmax, activations, and R(d)
 itself, a product a layer that does not grow with the batch. Nothing is taken off for documents, nor
-for padding: the count is of the shape of a batch. The backward pass counts twice the forward pass,
+for padding: only the shape of a batch counts. The backward pass counts twice the forward pass,
 whatever is recomputed: rematerialisation is work of the program, not of the algorithm.
 """
 

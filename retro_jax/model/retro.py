@@ -17,8 +17,8 @@ The loop is written once, in two parts that meet at the first CCA, since E is ma
     encode                  E = ENCODER(RET, H)
     after_retrieval         CCA and FFW of layer min(P), layers min(P) + 1 .. L
 
-With DecoderForm.gated_cca E is what the decoder itself makes of a neighbour alone, before H reads any:
-before_retrieval ends before ATTN of layer min(P), and CCA stands beside ATTN.
+With DecoderForm.gated_cca E is the decoder's own states of a neighbour alone, before H reads any:
+before_retrieval ends before ATTN of layer min(P), and CCA is beside ATTN.
 
 Training runs them once. The k sweep of evaluation runs the last part for each number of neighbours.
 """
@@ -57,7 +57,7 @@ class Retro(nnx.Module):
     Args:
       config: the architecture.
       execution: how it is computed.
-      shardings: where arrays lie on a mesh; the default needs no mesh.
+      shardings: the layout of arrays on a mesh; the default needs no mesh.
       rngs: the parameters' random stream.
     """
 
@@ -215,7 +215,7 @@ class Retro(nnx.Module):
     def _decoder_states(self, neighbours_BxCxKxR: jax.Array) -> jax.Array:
         """What the decoder makes of each neighbour alone, without gradients: Retrieved.encoded.
 
-        The padding at a neighbour's end is not read by what stands before it.
+        The tokens of a neighbour do not read the padding after them.
         """
         config, shardings = self.config, self.layout.shardings
         leading, length = neighbours_BxCxKxR.shape[:3], neighbours_BxCxKxR.shape[3] + 1

@@ -53,7 +53,7 @@ def score_table(
 
 
 def format_table(results: Mapping[str, Any]) -> str:
-    """Bits per byte as text, one row a corpus; what varies RETRO[ON] in tables of its own."""
+    """Bits per byte as text, one row per corpus; variations of RETRO[ON] in separate tables."""
     main = {name: results[name] for name in swept(results)}
     tables = [_aligned(main)]
     for kind in SWEPT_NAMES:
@@ -147,8 +147,8 @@ def markdown(
     """The whole file.
 
     Args:
-      results: by condition, of launch.evaluate. overlap: what write_overlap found, if anything.
-      several: what `compared` found, where windows of several overlaps were scored.
+      results: by condition, of launch.evaluate. overlap: the result of write_overlap, if any.
+      several: the result of `compared`, where windows of several overlaps were scored.
       published: the paper's figures of the text.
     """
     split = next(iter(results.values()))["settings"]["split"]
@@ -165,7 +165,7 @@ def markdown(
 
 
 def _figures(results: Mapping[str, Any]) -> Iterator[str]:
-    """Bits per byte and perplexity by word, and the tables of what varies RETRO[ON]."""
+    """Bits per byte and perplexity by word, and the tables of variations of RETRO[ON]."""
     main = table_scores({name: results[name] for name in swept(results)})
     for figure, title, digits in (
         ("bits_per_byte", "Bits per byte", 4),
@@ -273,7 +273,7 @@ def _number(interval: Mapping[str, float | None]) -> str:
 
 
 def compared(by_overlap: Mapping[float, Mapping[str, Any]]) -> dict[str, Any]:
-    """What the file of several overlaps holds.
+    """The contents of the file of several overlaps.
 
     Args:
       by_overlap: results by condition, by overlap.
@@ -300,7 +300,7 @@ def last_window(results: Mapping[str, Any]) -> int:
 
 
 def window_tables(found: Mapping[str, Any]) -> Iterator[Table]:
-    """A table of each figure by overlap of windows, of what `compared` found."""
+    """A table of each figure by overlap of windows, from the result of `compared`."""
     conditions = sorted(found["rows"][0]["figures"], key=condition_order)
     for figure, (title, digits) in FIGURES.items():
         rows = [

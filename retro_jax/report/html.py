@@ -212,7 +212,7 @@ def _curves_section(curves: Sequence[Curve]) -> str:
 
 
 def _chunks_section(chunks: Sequence[ChunkView]) -> str:
-    """Test chunks coloured by what retrieval did to each token."""
+    """Test chunks coloured by the gain from retrieval on each token."""
     if not chunks:
         return ""
     full = full_colour([span.gain or 0.0 for chunk in chunks for span in chunk.spans])
@@ -255,7 +255,7 @@ def _chunk_card(chunk: ChunkView, full: float) -> str:
 
 
 def _samples_section(samples: Sequence[SampleView]) -> str:
-    """Generated texts, chunk by chunk with what was retrieved."""
+    """Generated texts, chunk by chunk with the neighbours retrieved."""
     if not samples:
         return ""
     cards = []

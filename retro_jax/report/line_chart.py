@@ -39,7 +39,7 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class _Axes:
-    """Where data coordinates lie in the picture."""
+    """Maps data coordinates to the picture."""
 
     x_range: tuple[float, float]
     y_range: tuple[float, float]

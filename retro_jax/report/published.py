@@ -44,7 +44,7 @@ def _view(published: PublishedFigures, caption: str, header: Any, rows: Any) -> 
 
 
 def _by_set(results: Mapping[str, Any], published: PublishedFigures) -> Table:
-    """Columns are whole sets; ours stand in that of their number of words."""
+    """Columns are whole sets; our figures are in the column of their number of words."""
     count = next(iter(results.values()))["all"]
     words = count["words"] + count["lines"]
     whole = [name for name, size in published.words.items() if size == words]

@@ -58,7 +58,7 @@ def write_overlap(
       folder: W/evaluation. scored: the sums. models: identity of the model of each condition.
 
     Returns:
-      What the JSON file holds: how it was made, and under "rows" one for each corpus ("" for all)
+      The contents of the JSON file: its origin, and under "rows" one for each corpus ("" for all)
       and threshold.
     """
     assert scored.overlap is not None

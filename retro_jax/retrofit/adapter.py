@@ -37,7 +37,7 @@ _ADDED = ("cca.", "encoder.")
 
 
 def export_adapter(directory: Path, base: BaseModel, model: Retro) -> int:
-    """Writes what a model adds to its base.
+    """Writes the parameters that a model adds to its base.
 
     Args:
       directory: where the two files go; an adapter that is there is replaced.
@@ -90,7 +90,7 @@ def load_adapter(
       mesh: where it goes; None for the first device.
 
     Raises:
-      UserError: a file is missing, damaged or of another format, or the adapter is of another base.
+      UserError: a file is missing, damaged or of another format, or the adapter has another base.
     """
     folder = pathlib.Path(directory)
     for name in (SETTINGS_FILE, TENSORS_FILE):

@@ -2,7 +2,7 @@
 
     base = open_base("SmolLM2-135M")           a Hugging Face folder, or a .gguf file
     base.config                                BaseConfig
-    parameters = base.load(place)              place(name, array) -> anything; {name: what it gave}
+    parameters = base.load(place)              place(name, array) -> anything; {name: its result}
 
 Opening checks the names and shapes of all tensors, and reads none. See canonical.py for the names.
 """
@@ -91,9 +91,9 @@ class BaseModel:
         place: Callable[[str, np.ndarray], Placed],
         dtype: np.typing.DTypeLike = np.float32,
     ) -> dict[str, Placed]:
-        """Gives every tensor to `place`, one at a time, and collects what it returns.
+        """Gives every tensor to `place`, one at a time, and collects the results.
 
-        The host's memory has one tensor, besides what `place` keeps.
+        The host's memory has one tensor, besides those that `place` keeps.
 
         Args:
           place: (canonical name, array of its shape) -> anything, a jax.Array on a mesh say. The array

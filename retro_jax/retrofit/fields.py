@@ -10,7 +10,7 @@ _REQUIRED = object()
 
 
 class Fields:
-    """A mapping with types; every error names the file, the field, its value and what was expected."""
+    """A mapping with types; every error names the file, the field, its value and the expected one."""
 
     def __init__(self, values: Mapping[str, Any], path: str):
         self.values, self.path = values, path
@@ -41,7 +41,7 @@ class Fields:
         return known[value]
 
     def only(self, name: str, value: Any) -> None:
-        """Refuses another value than this one, which is what an absent field means."""
+        """Refuses another value than this one, which is also the meaning of an absent field."""
         if self.values.get(name, value) not in (value, None):
             raise self.error(name, f"{value!r}; other models of this architecture are not read")
 

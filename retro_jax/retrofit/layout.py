@@ -89,7 +89,7 @@ def read_part(rows: Rows, count: int, part: Part, dtype: np.typing.DTypeLike) ->
     Args:
       rows: gives rows [a, b) of the file's tensor; a map of the file, or dequantised then.
       count: how many rows there are.
-      part: what to read.
+      part: the part to read.
       dtype: of the result.
 
     Returns:

@@ -33,7 +33,7 @@ def _plain(value: Any) -> Any:
 
 
 def absolute(path: str | os.PathLike[str]) -> str:
-    """The path as worker processes, which stand elsewhere, find it."""
+    """The path as worker processes, which run in other directories, find it."""
     return str(pathlib.Path(path).absolute())
 
 
@@ -71,7 +71,7 @@ def measure(path: pathlib.Path) -> tuple[int, str]:
 
 
 class _Hashing:
-    """A file open for writing that hashes what passes."""
+    """A file open for writing that hashes the bytes written."""
 
     def __init__(self, file: BinaryIO):
         self._file = file

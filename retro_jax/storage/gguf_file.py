@@ -21,7 +21,7 @@ from retro_jax.errors import UserError
 INSTALL = "expected `pip install retro-jax[fit]`"
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _ALIGNMENT = 32
-# By the type's number: struct's letter of what has a fixed size.
+# By the type's number: struct's letter, for types of a fixed size.
 _NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
 

@@ -1,4 +1,4 @@
-"""Batches whose loss is not finite or jumps: whether the run continues, and what they consist of."""
+"""Batches whose loss is not finite or jumps: whether the run continues, and their documents."""
 
 import dataclasses
 import json

@@ -3,7 +3,7 @@
     checkpoints/
       1000/default/...   the arrays of a TrainState, flat, by name ("params.layers.attention.query")
       1000/sealed.json   shape and dtype of every array; size and sha256 of every file of default/
-      2000.damaged/      a checkpoint whose files are not what its seal says
+      2000.damaged/      a checkpoint whose files differ from its seal
 
 Orbax writes into a temporary directory, the seal is added when all arrays are there, and a rename
 makes the checkpoint appear: a killed run leaves whole checkpoints only. What damages one later (a
@@ -35,7 +35,7 @@ CHECKPOINTS = "checkpoints"
 FORMAT_VERSION = 1
 SEAL, _ITEM = "sealed.json", "default"
 _COMMITTED = "commit_success.txt"  # Orbax writes it after the seal
-_RECENT_LOSS = "recent_loss"  # the one array that a checkpoint may lack or hold too much
+_RECENT_LOSS = "recent_loss"  # the one array that a checkpoint may lack or have too much
 
 _logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class Checkpoints:
 
     @property
     def writing(self) -> bool:
-        """Whether what was saved last is not on disk yet."""
+        """Whether the last save is not on disk yet."""
         return self._manager.is_saving_in_progress()
 
     def must_stop(self, step: int, signalled: bool) -> bool:
@@ -99,7 +99,7 @@ class Checkpoints:
         return self._manager.reached_preemption(step)
 
     def wait(self) -> None:
-        """Waits until what was saved is on disk.
+        """Waits until the last save is on disk.
 
         Raises:
           OSError: it could not be written.
@@ -112,7 +112,7 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
             if isinstance(error, OSError):
                 raise
-            # TensorStore tells a full disk as a ValueError.
+            # TensorStore reports a full disk as a ValueError.
             reason = "No space left on device" if "o space left" in str(error) else str(error)
             raise OSError(f"{self.directory / str(self._saving)}: {reason}") from error
 
@@ -132,7 +132,7 @@ class Checkpoints:
           abstract: shapes, dtypes and shardings of the state, as step.abstract_state gives them.
 
         Raises:
-          UserError: it is of another model or optimiser; names the array that differs.
+          UserError: it belongs to another model or optimiser; names the array that differs.
         """
         step = from_first(self._newest_undamaged)
         self._manager.reload()
@@ -190,7 +190,7 @@ def restore_params(
       The step, and a tree like `abstract_params` of arrays.
 
     Raises:
-      UserError: there is no such checkpoint, or it is of another model.
+      UserError: there is no such checkpoint, or it belongs to another model.
     """
     directory = pathlib.Path(directory).absolute()
     steps = sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal())

@@ -173,7 +173,7 @@ def truncate_curve(path: str | os.PathLike, step: int) -> None:
 
 
 def without_clock(line: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of a curve without what depends on the clock, for comparing runs."""
+    """A line of a curve without the values that depend on the clock, for comparing runs."""
     return {name: value for name, value in line.items() if name.split("/")[0] not in _CLOCKED}
 
 

@@ -79,7 +79,7 @@ class BatchShape:
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
-    """The rows of a global batch that this process's devices hold, ascending.
+    """The rows of a global batch on this process's devices, ascending.
 
     Args:
       mesh: as the batch is laid out on. batch_size: B, a multiple of the mesh's data x fsdp.
@@ -94,7 +94,7 @@ def global_batch(host: RetroBatch, mesh: Mesh, batch_size: int, rows: list[int])
 
     Args:
       host: NumPy arrays of B' = len(rows) rows. mesh: of the devices.
-      batch_size: B of the whole batch. rows: which rows of it `host` holds, ascending.
+      batch_size: B of the whole batch. rows: which rows of it `host` has, ascending.
     """
     sharding = batch_sharding(mesh)
     position = {row: i for i, row in enumerate(rows)}

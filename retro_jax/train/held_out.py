@@ -21,7 +21,7 @@ Evaluate = Callable[[TrainState], dict[str, float]]
 def make_evaluation(
     graphdef: nnx.GraphDef, batches: Callable[[], Iterable[RetroBatch]], pad_id: int
 ) -> Evaluate:
-    """Builds what the loop calls now and then.
+    """Builds the function that the loop calls now and then.
 
     Args:
       graphdef: of the model. batches: gives the same global batches each time.

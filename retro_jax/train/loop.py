@@ -95,7 +95,7 @@ class TrainConfig:
 
 
 # Settings that may differ when a run resumes: the parameters do not depend on them, or only where the
-# run would not go on without.
+# run would not continue without.
 FREE_SETTINGS = (
     "log_every",
     "checkpoint_every",
@@ -156,7 +156,7 @@ class Hook:
     Attributes:
       every: steps between two calls: it is called after the updates whose number is a multiple.
       call: of the number of updates and the state after them. The next step reuses the state's
-        memory: copy (jax.device_get) what is kept.
+        memory: copy (jax.device_get) any array to keep.
       phase: of phases.PHASES, that its time counts as.
     """
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-_WRAPPERS = ("value", "raw_value")  # what nnx puts between a parameter's name and its array
+_WRAPPERS = ("value", "raw_value")  # nnx's names between a parameter's name and its array
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:

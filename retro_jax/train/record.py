@@ -23,7 +23,7 @@ from retro_jax.storage import files
 from retro_jax.train.checkpoint import CHECKPOINTS, latest_step
 
 CONFIG_FILE, PARENTS_FILE, VERSIONS_FILE = "config.gin", "parents.json", "versions.json"
-# Variables that change what is computed, or how.
+# Variables that change the results, or how they are computed.
 _ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE", "JAX_ENABLE_X64")
 _SHOWN = 5  # differences in an error
 _HASH_DIGITS = 12
@@ -93,7 +93,7 @@ def claim(
       free: settings ("Class.field", or "Class" for all of it) that may differ from those recorded;
         the new values are then recorded.
       defaults: of the settings; one that was not recorded had its default.
-      begun: whether the directory holds results; where not, what is recorded is replaced.
+      begun: whether the directory has results; where not, the record is replaced.
       data: where the artefacts are.
 
     Raises:
@@ -149,7 +149,7 @@ def versions() -> dict[str, Any]:
 
 
 def git_revision() -> dict[str, Any] | None:
-    """The commit this code is of and whether tracked files differ from it; None outside of git."""
+    """The commit of this code and whether tracked files differ from it; None outside of git."""
     folder = pathlib.Path(__file__).parent
 
     def git(*arguments: str) -> str:

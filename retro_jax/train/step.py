@@ -37,8 +37,8 @@ class TrainState:
     Attributes:
       step: int32 scalar, updates made so far; step t makes update number t, from 0.
       params: the model's parameters, an nnx.State. opt_state: the optimiser's state.
-      recent_loss: [2] float32, what `recent_mean` makes the mean of the last good losses from; None
-        unless StepConfig.loss_jump asks for it.
+      recent_loss: [2] float32, from which `recent_mean` computes the mean of the last good
+        losses; None unless StepConfig.loss_jump asks for it.
       average: the moving average of the parameters; None unless StepConfig.average_decay asks for it.
     """
 
@@ -127,7 +127,7 @@ def train_step(
       trainable: which parameters have gradients; None for all.
 
     Returns:
-      The state after the update, and what was measured before it.
+      The state after the update, and the metrics before it.
     """
     step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     dropout_key, neighbour_key = (jax.random.fold_in(step_key, i) for i in range(2))
@@ -261,7 +261,7 @@ def _accumulated(
 def _judge(
     loss: jax.Array, grad_norm: jax.Array, recent_loss: Any, config: StepConfig
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """Whether a step is bad, the mean of the good losses before it, and what to keep of this one."""
+    """Whether a step is bad, the mean of the good losses before it, and the recent losses after it."""
     bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
     if recent_loss is None:
         return bad, jnp.zeros(()), None
@@ -308,7 +308,7 @@ def drop_neighbours(batch: RetroBatch, key: jax.Array, *, rate: float, pad_id: i
 
     Args:
       batch: with or without neighbours. key: of this step.
-      rate: the part. pad_id: what an empty slot holds.
+      rate: the part. pad_id: the content of an empty slot.
     """
     if batch.neighbours is None:
         return batch
@@ -332,8 +332,8 @@ def abstract_state(
     """The shapes, dtypes and shardings of a run's state; nothing is allocated.
 
     Args:
-      make_model: builds the module. optimizer: of the run. mesh: where the state will lie.
-      config: of the step: whether the state holds recent losses and averaged parameters.
+      make_model: builds the module. optimizer: of the run. mesh: for the state.
+      config: of the step: whether the state has recent losses and averaged parameters.
 
     Returns:
       The module's graph definition and a TrainState of jax.ShapeDtypeStruct.

@@ -31,7 +31,7 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def memory() -> dict[str, float]:
-    """GiB: the most that any device of this process has held, where it says so, and this process."""
+    """GiB: peak memory of any device of this process, where it is reported, and of this process."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [entry["peak_bytes_in_use"] for entry in stats if "peak_bytes_in_use" in entry]
     unit = 1 if sys.platform == "darwin" else 1024
@@ -69,7 +69,7 @@ class Profile:
         self._running = False
 
     def begin_step(self, number: int) -> None:
-        """Starts or ends the trace; steps run one ahead of what is known of them."""
+        """Starts or ends the trace; steps run one ahead of their results."""
         if number == self._first:
             jax.profiler.start_trace(self._directory)
             self._running = True

@@ -15,7 +15,7 @@ from retro_jax.distributed.processes import client, meet
 from retro_jax.train.phases import Phases
 
 _KEY, _VERDICT = "retro/progress/", "retro/verdict"
-_ASK_SECONDS = 10.0  # for what the others are at
+_ASK_SECONDS = 10.0  # for the phases of the others
 _MOST_BETWEEN_REPORTS, _REPORTS_BEFORE_END = 15.0, 4
 
 
@@ -24,7 +24,7 @@ class Report:
     """What a process says of itself.
 
     Attributes:
-      phase, step: what it is at. alive: seconds it had lived when it said so.
+      phase, step: its current ones. alive: seconds it had lived when it said so.
     """
 
     phase: str
@@ -100,7 +100,7 @@ class Watchdog:
             )
 
     def _report(self, phase: str, step: int) -> None:
-        """Says what this process is at, as far as process 0 listens."""
+        """Reports this process's phase, as far as process 0 listens."""
         alive = time.perf_counter() - self._began
         text = json.dumps([phase, step, alive])
         key = f"{_KEY}{jax.process_index()}"

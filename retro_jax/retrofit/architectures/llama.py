@@ -1,4 +1,4 @@
-"""Llama (also SmolLM2, Mistral without a window) and what differs from it by a few fields: Qwen 2, Qwen 3."""
+"""Llama (also SmolLM2, Mistral without a window) and models with a few other fields: Qwen 2, Qwen 3."""
 
 from collections.abc import Callable
 from typing import Any
