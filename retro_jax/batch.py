@@ -1,4 +1,4 @@
-"""What a batch is: the contract between the data pipelines and the model.
+"""The form of a batch: the contract between the data pipelines and the model.
 
 Shape letters: B batch, N sequence length, C chunks per sequence, M chunk length (N = C * M),
 K neighbours per chunk, R neighbour length (a retrieved chunk and its continuation).
@@ -46,7 +46,7 @@ class RetroBatch:
 
 
 class SizedDocument(Protocol):
-    """What is known of a document: its corpus, UTF-8 bytes, whitespace words and line ends."""
+    """Facts about a document: its corpus, UTF-8 bytes, whitespace words and line ends."""
 
     @property
     def corpus(self) -> str: ...
@@ -73,7 +73,7 @@ def text_mask(tokens: np.ndarray, documents: np.ndarray, *, eos_id: int, pad_id:
 
 @dataclasses.dataclass(frozen=True)
 class ChunkText:
-    """What is scored: whole documents, as chunks in order.
+    """A text to score: whole documents, as chunks in order.
 
     Attributes:
       ids: [n] int64, the chunk ids.

@@ -1,4 +1,4 @@
-"""What a RETRO's numbers depend on (RetroConfig), how they are computed (ExecutionConfig), and the
+"""The settings of a RETRO's numbers (RetroConfig), of their computation (ExecutionConfig), and the
 paper's sizes (PRESETS). Borgeaud et al. 2021, arXiv 2112.04426."""
 
 import dataclasses
@@ -45,7 +45,7 @@ class DecoderForm:
 
     The defaults are the paper's decoder. `gated_cca` is RETRO-fitting from a model's own weights:
     CCA is beside ATTN and reads the same input, with a copy of the layer's projections and a gate
-    for each head, 0 at first. Its keys and values are made of the decoder's own states of a neighbour
+    for each head, 0 at first. Its keys and values come from the decoder's own states of a neighbour
     that the decoder has read alone, after `sink_id`; there is no encoder.
 
     Attributes:

@@ -1,6 +1,6 @@
 """Memory of a process that computes on a CPU.
 
-XLA allocates a program's temporaries anew each time it runs. glibc gives blocks of this size back to the
+XLA allocates a program's temporaries again each time it runs. glibc gives blocks of this size back to the
 system as soon as they are free, so that every step faults every page of them in again: an eighth of the
 time of a step with 2.5 GB of them (docs/performance.md).
 """

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 Level = Literal["ok", "note", "fails"]
 
 PROJECT = "retro-jax"
-# What each extra is for; the packages of `cuda` and `tpu` are extras of jax and have names of their own.
+# The use of each extra; the packages of `cuda` and `tpu` are extras of jax with their own names.
 EXTRAS = {
     "data": "preparing texts, and sampling or scoring with live retrieval",
     "parquet": "corpora in Parquet",
@@ -64,12 +64,12 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a process may use here; sizes in bytes, None where the system does not say.
+    """The limits of a process here; sizes in bytes, None where the system does not say.
 
     Attributes:
       open_files: at once, per process.
       shared_memory: free in /dev/shm.
-      disk: free where the workdir is or will be. writable: whether files can be made there.
+      disk: free where the workdir is or will be. writable: whether files can be created there.
       memory: that can be had now, of the machine or of its container.
       cpus: that this process may run on.
     """
@@ -111,7 +111,7 @@ def python_and_project() -> list[Finding]:
 
 
 def requirements() -> list[str]:
-    """What this project asks for, as its metadata says; nothing where it is not installed."""
+    """The requirements of this project, from its metadata; nothing where it is not installed."""
     try:
         return importlib.metadata.requires(PROJECT) or []
     except importlib.metadata.PackageNotFoundError:

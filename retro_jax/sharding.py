@@ -157,7 +157,7 @@ def replicated(x: jax.Array) -> jax.Array:
 
 
 def target_platform() -> str:
-    """What the program being traced is for: the mesh's devices, described or present; else ours."""
+    """The platform of the traced program: that of the mesh's devices, described or present; else ours."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return jax.default_backend() if device is None else device.platform
 

@@ -80,11 +80,11 @@ class Computation:
 
     @property
     def root(self) -> Instruction:
-        """What the computation returns."""
+        """The result of the computation."""
         return next(i for i in self.instructions.values() if i.root)
 
     def operand(self, instruction: Instruction, index: int) -> Instruction:
-        """The instruction that makes an operand."""
+        """The instruction that produces an operand."""
         return self.instructions[instruction.operands[index]]
 
 
@@ -116,7 +116,7 @@ class Module:
     def trips(self, loop: Instruction) -> int:
         """How often a while loop's body runs, by the compiler's note or the loop's condition.
 
-        Before machine code is made the compiler does not say. JAX's loops count from 0 to below a
+        The compiler does not report it before it generates machine code. JAX's loops count from 0 to below a
         constant.
         """
         condition = (loop.attribute("condition") or "").removeprefix("%")
@@ -129,7 +129,7 @@ class Module:
         return int(limit.operands[0]) if limit.opcode == "constant" else trip_count(loop)
 
     def inside(self, instruction: Instruction) -> Iterator[tuple[Computation, Instruction]]:
-        """The instructions that one is made of, at any depth."""
+        """The instructions inside one, at any depth."""
         for name in instruction.called:
             computation = self.computations[name]
             for inner in computation.instructions.values():

@@ -1,15 +1,15 @@
-"""What one device does in a compiled program: operations, bytes of HBM, collectives.
+"""The work of one device in a compiled program: operations, bytes of HBM, collectives.
 
 Counted over everything that is scheduled, loops as often as they run (XLA's own cost analysis counts
 a loop's body once):
 
-    operations    2 x multiply-adds of dots and convolutions, which is what TPUs make of dots, and of
-                  splash attention's kernels, whose text says no more than their operands
-    HBM           what an instruction reads and writes at its border; inside of a fusion nothing is.
+    operations    2 x multiply-adds of dots and convolutions (TPUs turn dots into these), and of
+                  splash attention's kernels, whose text has their operands only
+    HBM           bytes that an instruction reads and writes at its border; none inside of a fusion.
                   A slice of a larger array counts as the slice, an update in place as the update,
                   the chip's own vector memory not at all
     collectives   bytes that one device receives, which a ring or torus cannot do with less of:
-                  (g - 1) / g of what is gathered, scattered or exchanged by g devices, twice that
+                  (g - 1) / g of the bytes gathered, scattered or exchanged by g devices, twice that
                   for an all-reduce, all of it for a permutation
 """
 
@@ -64,7 +64,7 @@ class Collective:
 
     Attributes:
       kind: one of COLLECTIVES. arrays: those each device ends with, or for a reduce-scatter begins
-        with. groups: device numbers that exchange with one another. times: how often a step.
+        with. groups: device numbers that exchange with one another. times: count per step.
       operation: where the program asks for it, as JAX names it.
     """
 
@@ -141,7 +141,7 @@ def product_flops(computation: Computation, instruction: Instruction) -> float:
 
 
 def _kernel_flops(computation: Computation, instruction: Instruction) -> float:
-    """Operations of splash attention, which makes the blocks on and below the diagonal."""
+    """Operations of splash attention, which computes the blocks on and below the diagonal."""
     products = [n for name, n in _KERNEL_PRODUCTS.items() if instruction.name.startswith(name)]
     if not products:
         return 0.0
@@ -171,7 +171,7 @@ def hbm_bytes(module: Module, computation: Computation, instruction: Instruction
 
 
 def _bytes_of_copy(computation: Computation, instruction: Instruction) -> float:
-    """What a copy or exchange reads, and as much written; a start's shape repeats its operands."""
+    """The bytes that a copy or exchange reads and writes; a start's shape repeats its operands."""
     read = [a for name in instruction.operands for a in _arrays_of(computation, name)]
     written = list(instruction.arrays)
     if instruction.opcode.endswith("-start"):
@@ -232,7 +232,7 @@ def _slices_of(fused: Computation, name: str) -> list[Array] | None:
 
 
 def _parts(module: Module, instruction: Instruction) -> Iterator[tuple[Computation, Instruction]]:
-    """What an instruction is made of, where `executed` does not follow it."""
+    """The parts of an instruction, where `executed` does not follow it."""
     if instruction.opcode not in ("while", "call", "conditional"):
         yield from module.inside(instruction)
 
@@ -310,7 +310,7 @@ def _taps(instruction: Instruction, axis: int, size: int, out_size: int) -> floa
 
 
 def _behind_bitcasts(computation: Computation, name: str) -> Instruction:
-    """What a bitcast, or a chain of them, shows under another shape."""
+    """The source of a bitcast, or of a chain of them."""
     instruction = computation.instructions[name]
     while instruction.opcode == "bitcast":
         instruction = computation.instructions[instruction.operands[0]]

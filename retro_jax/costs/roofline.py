@@ -1,4 +1,4 @@
-"""What a chip can do at most, and so how long a program must take at least.
+"""The peak rates of a chip, and so the least time of a program.
 
     bound = max( operations / peak,  bytes to and from HBM / bandwidth,  bytes over links / links )
 
@@ -33,7 +33,7 @@ class Slice:
         return f"{self.chip.name}:{'x'.join(map(str, self.extents))}"
 
     def bandwidth(self, chips: list[tuple[int, ...]]) -> float:
-        """Bytes a second that each of a group of chips can receive from the others.
+        """Bytes per second that each of a group of chips can receive from the others.
 
         A dimension that the group fills from end to end, and that wraps, carries them over both of
         its links; any other over one, as its ends have but one.
@@ -91,7 +91,7 @@ class Bound:
 
     @property
     def binds(self) -> str:
-        """What the time goes to."""
+        """The resource that takes the most time."""
         return max(self.seconds, key=lambda part: self.seconds[part])
 
     @property

@@ -1,7 +1,7 @@
 """Compiles a run's programs for devices that need not be there, and reports their costs.
 
-The programs are those of a Plan: the one that makes the first state, and the train step. Nothing is
-allocated: the state and the batch are shapes on a mesh. For TPUs no machine code is made either
+The programs are those of a Plan: the one that builds the first state, and the train step. Nothing is
+allocated: the state and the batch are shapes on a mesh. For TPUs no machine code is generated either
 (partial_compile.py), which is most of a compilation and changes none of the figures.
 """
 
@@ -61,8 +61,8 @@ class Exchange:
     """Collectives of one kind over the same mesh axes.
 
     Attributes:
-      kind: such as all-gather. axes: mesh axes, "fsdp" or "data+fsdp". count: how often a step.
-      nbytes: that a device receives a step. seconds: at the links' full rate; None off TPU.
+      kind: such as all-gather. axes: mesh axes, "fsdp" or "data+fsdp". count: per step.
+      nbytes: received by a device per step. seconds: at the links' full rate; None off TPU.
       operations: where the program asks for them, each with its bytes, largest first.
     """
 
@@ -76,11 +76,11 @@ class Exchange:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a run costs each device.
+    """The costs of a run for each device.
 
     Attributes:
       mesh: devices by axis. memory: of the step. model_flops: the algorithm's own, a device's share.
-      first_state: bytes while the first state is made. restore: bytes once a checkpoint is restored,
+      first_state: bytes while the first state is built. restore: bytes once a checkpoint is restored,
         or another run's parameters are taken (StartConfig.run).
       costs: of the compiled program on a device. exchanges: its collectives, the largest first.
       bound: of the step's time; None off TPU. compile_seconds: of a processor of this machine.
@@ -289,7 +289,7 @@ def _axes(collective: Collective, mesh: Mesh) -> str:
 
 
 def _bandwidth(collective: Collective, mesh: Mesh, slice_: Slice) -> float:
-    """Bytes a second that a device of the first group receives."""
+    """Bytes per second that a device of the first group receives."""
     devices = mesh.devices.flatten()
     return slice_.bandwidth([devices[number].coords for number in collective.groups[0]])
 

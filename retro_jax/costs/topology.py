@@ -87,7 +87,7 @@ def _simulated_devices(name: str, count: int) -> list[Any]:
 
 
 def _first_sentence(error: Exception) -> str:
-    """What libtpu said, without its status code."""
+    """libtpu's message, without its status code."""
     return str(error).partition(": ")[2].splitlines()[0].rstrip(".")
 
 

@@ -105,7 +105,7 @@ def find_place(environment: Mapping[str, str]) -> Place | None:
 
 
 def _on_gke_tpu(environment: Mapping[str, str]) -> Place | None:
-    """TPU pods of GKE, one process a host; slices count one after the other."""
+    """TPU pods of GKE, one process per host; slices count one after the other."""
     source = "TPU_WORKER_HOSTNAMES"
     if not environment.get(source):
         return None

@@ -1,10 +1,10 @@
 """How sure a figure is: the bootstrap over documents.
 
 Tokens of a document are not independent of each other, documents are: hence a resample draws as
-many documents as there are, with replacement, and every figure is computed on it anew. Conditions
+many documents as there are, with replacement, and every figure is computed on it again. Conditions
 that are compared share their resamples, so that a document's difficulty cancels out.
 
-scipy.stats.bootstrap resamples anew for every statistic and keeps no resamples that several ratios of
+scipy.stats.bootstrap resamples again for every statistic and keeps no resamples that several ratios of
 sums could share: its intervals of differences between conditions would be other ones.
 """
 

@@ -9,7 +9,7 @@ With windows of 4 chunks and a stride of 2, over a text of 9 chunks ("s" scored,
     window 3               . . s         the last window is padded
 
 A scored chunk sees at least `chunks - stride` chunks before it, or its document's start. A window
-scores the predictions made AT its chunks' positions. The window before scores the first token of
+scores the predictions AT its chunks' positions. The window before scores the first token of
 a window's first chunk, and the target of a window's last position is read beyond the window.
 Results are indexed by the token predicted.
 """
@@ -112,7 +112,7 @@ def score_chunks(
         several ways to predict it.
       text: the chunks, and their neighbours for retrieval on.
       config: windows, stride and batch size; every batch has the same shape (compiled once).
-      rows: of each batch that token_losses is given, where several processes make it together (it
+      rows: of each batch that token_losses is given, where several processes build it together (it
         returns the losses of all); None for all.
       on_windows: called with the number of windows each time some are done.
 

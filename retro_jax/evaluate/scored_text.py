@@ -159,7 +159,7 @@ def _names(source: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class TokenGains:
-    """What retrieval did to each token of n chunks of M.
+    """The gain from retrieval on each token of n chunks of M.
 
     Attributes:
       gains: [n, M] bits that it saved; 0 for tokens that are not scored.

@@ -44,7 +44,7 @@ class ScoredModel:
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """What is scored at once.
+    """The losses to compute in one pass over a text.
 
     Attributes:
       model: which one. losses: of it and a batch, [..., B, N].
@@ -61,7 +61,7 @@ class Pass:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What runs batches.
+    """The devices and functions that run batches.
 
     Attributes:
       mesh: of all devices of all processes. losses: of the rows of a batch that are this process's;

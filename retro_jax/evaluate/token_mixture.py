@@ -28,7 +28,7 @@ _STEPS = 200
 
 @dataclasses.dataclass(frozen=True)
 class Votes:
-    """What a token memory says of each token of a text.
+    """The votes of a token memory on each token of a text.
 
     Attributes:
       lengths: [n] tokens of the longest ending that occurs; 0 for none.

@@ -7,7 +7,7 @@
 All three are one program, `_run_block`, which calls the two halves of the model's loop. Shapes are
 bucketed (rows and positions by powers of two), so that few programs serve all texts; a cache grows
 at the end of a chunk. Weights are prepared once: layers taken out of their stack, in the activations'
-dtype, the read-out transposed; tables of distances, which depend on weights only, are made then too.
+dtype, the read-out transposed; tables of distances, which depend on weights only, are computed then too.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from retro_jax.sharding import Shardings
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """What the model reads of a text: its last chunks, cut from a chunk's first token on.
+    """The part of a text that the model reads: its last chunks, cut from a chunk's first token on.
 
     Attributes:
       tokens: [n], n >= 1. neighbours: of its complete chunks, [n // M, K, R], or None without.
@@ -59,7 +59,7 @@ class Completed:
 
 
 class Decoder:
-    """Reads texts with a cache. Its weights are those that the model has when it is made.
+    """Reads texts with a cache. Its weights are those of the model at construction.
 
     Attributes:
       config: the architecture. chunks: C of the longest window.

@@ -11,7 +11,7 @@ Chunks are cut from the start of the text, as in training: the partial chunk is 
 Chunk u's neighbours are read by its last token, which predicts the first token of chunk u + 1.
 
 A text longer than the trained length is continued from its last `chunks` chunks. The window moves
-by one chunk, at a chunk's end, as the windows of evaluation do, and is read anew then: the cached
+by one chunk, at a chunk's end, as the windows of evaluation do, and is read again then: the cached
 activations had read the chunk that has left. This keeps the text equal to an uncached one, and
 costs a prefill of the window for every chunk (docs/generation.md has the time).
 """

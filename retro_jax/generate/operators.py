@@ -38,7 +38,7 @@ Carry = tuple[jax.Array, Cache]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DistanceTables:
-    """What positions need of every distance, the largest first; None where they need nothing.
+    """The positions' values for every distance, the largest first; None where they need none.
 
     Attributes:
       attention: of every layer, [S, ...] for distances S - 1 to 0, S the longest window.

@@ -32,7 +32,7 @@ class SamplingConfig:
       temperature: divides the logits; 0 takes the most likely token.
       top_k: only the k most likely tokens are drawn; 0 for all.
       top_p: only the most likely tokens that together reach this probability; 1 for all.
-      seed: of the draws. Sample i of a prompt is the same however many samples are made.
+      seed: of the draws. Sample i of a prompt is the same for any number of samples.
       min_p: only tokens at least this times as likely as the most likely one; 0 for all.
       repetition_penalty: divides positive logits of tokens that the text has already, and
         multiplies negative ones (Keskar et al. 2019, arXiv 1909.05858); 1 changes nothing.
@@ -98,7 +98,7 @@ class Needs(NamedTuple):
 
 
 def needs(settings: Sequence[SamplingConfig]) -> Needs:
-    """What the draws of these texts need."""
+    """The computations that the draws of these texts need."""
     random = [one for one in settings if one.temperature > 0]
     return Needs(
         random=bool(random),

@@ -51,7 +51,7 @@ class TextStream:
         return longest
 
     def _out(self, text: str) -> str:
-        """What of a text is new."""
+        """The new part of a text."""
         new = text[len(self.text) :]
         self.text += new
         return new

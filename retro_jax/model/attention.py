@@ -1,7 +1,7 @@
 """Multi-head attention: one operator for self and cross attention, with any kind of positions.
 
 Shape letters beside those of the model: I any leading axes [B, ...], T queries, S keys, W head width
-(head_dim). What positions add to the logits is said in positions.py.
+(head_dim). positions.py describes the terms that positions add to the logits.
 """
 
 import dataclasses
@@ -127,13 +127,13 @@ class Attention(nnx.Module):
         return tuple(jnp.squeeze(part, axis) for part in parts)
 
     def distance_table(self, num_queries: int, num_keys: int, offset: int = 0) -> jax.Array | None:
-        """What positions need of every distance, the largest first: [T + S - 1, ...] or None."""
+        """The positions' values for every distance, the largest first: [T + S - 1, ...] or None."""
         return self.positions.distance_table(self._weight, distances(num_queries, num_keys, offset))
 
     def by_distance(
         self, query_IxTxHxW: jax.Array, table: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """What positions add for every distance of a table, not yet shifted to keys.
+        """The terms of positions for every distance of a table, not yet shifted to keys.
 
         Args:
           query_IxTxHxW: queries. table: `distance_table` of Q distances.

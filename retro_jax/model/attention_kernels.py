@@ -2,12 +2,12 @@
 
     gpu    cuDNN's flash attention (jax.nn.dot_product_attention): bfloat16, heads of at most 128
     tpu    JAX's splash attention (Pallas): causal blocks that nobody reads are never visited
-    else   none: causal_attention.py goes by blocks of queries
+    else   none: causal_attention.py computes blocks of queries
 
-Neither kernel has relative positions: cuDNN takes a bias, but it would have to be made for all
-[B, H, N, N] pairs. Documents cost cuDNN a bias of [B, 1, N, N]; jax 0.10 has the backward pass make
-its gradient too, of [B, H, N, N] bfloat16, one layer at a time (jax-ml/jax pull request 39512 ends
-that). Kernels know nothing of meshes: they run inside shard_map, each device on its own
+Neither kernel has relative positions: cuDNN takes a bias, but that would need an entry for all
+[B, H, N, N] pairs. Documents cost cuDNN a bias of [B, 1, N, N]; in jax 0.10 the backward pass
+computes its gradient too, of [B, H, N, N] bfloat16, one layer at a time (jax-ml/jax pull request
+39512 ends that). Kernels know nothing of meshes: they run inside shard_map, each device on its own
 rows and heads.
 """
 

@@ -1,13 +1,13 @@
 """CCA: the decoder reads the encoded neighbours, shifted so that nothing leaks backwards.
 
-A worked trace with M = 4 tokens a chunk, C = 3 chunks (paper, section 2.4 and figure 2):
+A worked trace with M = 4 tokens per chunk, C = 3 chunks (paper, section 2.4 and figure 2):
 
     token        0  1  2  3 | 4  5  6  7 | 8  9 10 11
     chunk        ---- 0 ----  ---- 1 ----  ---- 2 ----
     reads        .  .  .  E0  E0 E0 E0 E1  E1 E1 E1 E2
 
 Chunk 0's neighbours E0 were found with all of tokens 0..3, so the first token that may know them is
-token 3, which predicts token 4. Dropping the first M - 1 tokens makes rows that line up:
+token 3, which predicts token 4. Dropping the first M - 1 tokens gives rows that line up:
 
     attending    3  4  5  6 | 7  8  9 10 | 11 .  .  .       "." is padding, dropped afterwards
     neighbours   --- E0 ---   --- E1 ---   --- E2 ---

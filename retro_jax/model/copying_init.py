@@ -9,7 +9,7 @@ its part of an induction head (Olsson et al. 2022, arXiv 2209.11895):
     every CCA, head 0           query: the decoder's token;  key: that subspace of a neighbour's token
                                 value: a neighbour's token, written as it is embedded
 
-What a model computes stays Algorithm 1; all values, these included, are trained.
+The model still computes Algorithm 1; all values, these included, are trained.
 """
 
 import math
@@ -40,7 +40,7 @@ def check_can_copy(config: RetroConfig) -> None:
     needs = {
         "share_embeddings": True,  # a neighbour's token is written as the decoder embeds it
         "positions": "relative",  # a bias alone makes the head that reads the token before
-        "encoder_head_dim": config.head_dim,  # query and key are made of one head's values
+        "encoder_head_dim": config.head_dim,  # query and key come from one head's values
     }
     for field, needed in needs.items():
         value = getattr(config, field)
@@ -55,7 +55,7 @@ def begin_with_copying(model: Retro) -> None:
     """Sets the first heads of encoder and CCA so that the model copies; the rest stays as it is.
 
     Args:
-      model: just made, with random values; changed in place. A baseline is left alone.
+      model: new, with random values; changed in place. A baseline is left alone.
 
     Raises:
       UserError: the configuration does not allow it.

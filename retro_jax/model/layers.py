@@ -43,7 +43,7 @@ def normal(
 
 
 class Layout:
-    """What a module needs to know of how it is computed: dtype and shardings. Static, hashable."""
+    """Settings of a module's computation: dtype and shardings. Static, hashable."""
 
     def __init__(self, execution: ExecutionConfig, shardings: Shardings):
         self.execution = execution

@@ -2,7 +2,7 @@
 
 An attention asks its positions, an object of one of these kinds; a further kind is a further class.
 
-    Relative       the paper's: four terms in the logits, made for every distance and then shifted
+    Relative       the paper's: four terms in the logits, computed for every distance and then shifted
     Rotary         queries and keys turned by their positions; logits stay plain products
     NoPositions    nothing
 
@@ -72,7 +72,7 @@ class Positions:
         return x_IxTxHxW
 
     def distance_table(self, weight: Weight, distances_Q: jax.Array) -> jax.Array | None:
-        """What logits need of every distance, [Q, ...], or None where they need nothing."""
+        """The logits' values for every distance, [Q, ...], or None where they need none."""
         return None
 
     def logits(
@@ -195,7 +195,7 @@ def kinds_with_kernel() -> list[str]:
 
 
 def frequencies(width: int, base: float = 10_000.0, divisors: tuple[float, ...] = ()) -> np.ndarray:
-    """[width / 2] float32: radians a token, base^(-2t / width), the fastest first.
+    """[width / 2] float32: radians per token, base^(-2t / width), the fastest first.
 
     Args:
       width: of the part that turns. base: theta. divisors: one for each pair, or ().

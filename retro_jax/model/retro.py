@@ -11,7 +11,7 @@
 Every operator adds to the residual stream H and normalises its own input. Parameters of equal
 layers are stacked: `layers` has a leading axis of L, `cca` of len(P).
 
-The loop is written once, in two parts that meet at the first CCA, since E is made there:
+The loop is written once, in two parts that meet at the first CCA, since E is computed there:
 
     before_retrieval        layers 1 .. min(P) - 1, and ATTN of layer min(P)
     encode                  E = ENCODER(RET, H)
@@ -105,7 +105,7 @@ class Retro(nnx.Module):
         Args:
           tokens: [B, N] int32, N a multiple of the chunk length.
           neighbours: [B, C, K, R] int32, or None for RETRO[OFF].
-          documents: [B, C] int32, or None for one document a row.
+          documents: [B, C] int32, or None for one document per row.
 
         Returns:
           [B, N, V] float32.
@@ -213,7 +213,7 @@ class Retro(nnx.Module):
         return jnp.concatenate([present_BxCxKxR[..., :1], present_BxCxKxR], axis=-1)
 
     def _decoder_states(self, neighbours_BxCxKxR: jax.Array) -> jax.Array:
-        """What the decoder makes of each neighbour alone, without gradients: Retrieved.encoded.
+        """The decoder's states of each neighbour alone, without gradients: Retrieved.encoded.
 
         The tokens of a neighbour do not read the padding after them.
         """

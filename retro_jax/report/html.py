@@ -102,7 +102,7 @@ dt { color: var(--dim); } dd { margin: 0; overflow-wrap: anywhere; }
 
 _CHARTED = ("on", "off", "baseline", "knn", "random", "oracle", "tokens", "baseline+tokens")
 _STYLES = dict(zip(_CHARTED, STYLES, strict=True))
-_FULL_COLOUR_RANGE = (0.25, 4.0)  # bits a token
+_FULL_COLOUR_RANGE = (0.25, 4.0)  # bits per token
 
 
 def render(report: Report) -> str:
@@ -232,7 +232,7 @@ def _chunks_section(chunks: Sequence[ChunkView]) -> str:
 
 
 def full_colour(gains: Sequence[float]) -> float:
-    """The bits a token that get the full colour: few of the tokens shown have more."""
+    """The bits per token that get the full colour: few of the tokens shown have more."""
     low, high = _FULL_COLOUR_RANGE
     sizes = sorted(map(abs, gains))
     return min(high, max(low, sizes[int(0.98 * (len(sizes) - 1))])) if sizes else high

@@ -1,7 +1,7 @@
 """A line chart as inline SVG, coloured by the page's style sheet.
 
 Written here rather than drawn by a plotting library: the page must follow the reader's light or
-dark theme and load nothing, and the colours of a picture made elsewhere are fixed.
+dark theme and load nothing, and the colours of a picture from elsewhere are fixed.
 """
 
 import dataclasses

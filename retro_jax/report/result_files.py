@@ -38,7 +38,7 @@ def windows_file(folder: pathlib.Path, split: str) -> pathlib.Path:
 
 
 def read_comparisons(folder: pathlib.Path, split: str, results: Mapping[str, Any]) -> list[Any]:
-    """What launch.compare left in W/evaluation of a split's results, and not of older ones."""
+    """The files of launch.compare in W/evaluation of a split's results, and not of older ones."""
     comparisons = []
     for path in sorted(folder.glob(f"{split}-*-against-*.json")):
         each = files.read_json(path)

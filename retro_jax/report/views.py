@@ -1,4 +1,4 @@
-"""What a report shows, as values: chunks with spans, samples, curves, tables, charts."""
+"""The contents of a report, as values: chunks with spans, samples, curves, tables, charts."""
 
 import codecs
 import dataclasses
@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """A piece of text: one token, or several that make up one character.
+    """A piece of text: one token, or several that form one character.
 
     Attributes:
       gain: bits that retrieval saved on it (negative: that it cost); None where it is not known.
@@ -69,7 +69,7 @@ class SampleChunk:
 
 @dataclasses.dataclass(frozen=True)
 class SampleView:
-    """A sample: a heading, how it was made, and its chunks."""
+    """A sample: a heading, its origin, and its chunks."""
 
     heading: str
     settings: str
@@ -78,7 +78,7 @@ class SampleView:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """A run's training loss in nats a token, by tokens seen."""
+    """A run's training loss in nats per token, by tokens seen."""
 
     name: str
     tokens: Sequence[float]

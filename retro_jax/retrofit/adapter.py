@@ -1,4 +1,4 @@
-"""What fitting adds to a base model, as files to share: a folder of two.
+"""The parameters that fitting adds to a base model, as files to share: a folder of two.
 
     adapter.safetensors    gates, CCA and encoder: the tensors that are not copies of the base's
     adapter.json           format, the base's fingerprint, and the settings that no base decides

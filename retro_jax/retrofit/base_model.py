@@ -34,7 +34,7 @@ Placed = TypeVar("Placed")
 
 
 class Stored(Protocol):
-    """What a file gives for one tensor."""
+    """One tensor as a file stores it."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -103,7 +103,7 @@ class BaseModel:
         return {name: place(name, self.read(name, dtype)) for name in parameter_shapes(self.config)}
 
     def fingerprint(self) -> str:
-        """SHA-256 of all weights: names, shapes and bytes; equal for a folder that was sharded anew."""
+        """SHA-256 of all weights: names, shapes and bytes; equal for a folder that was sharded again."""
         digest = hashlib.sha256()
         for tensor in self.tensors:
             digest.update(f"{tensor.name} {tensor.shape}\n".encode())

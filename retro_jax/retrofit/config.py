@@ -1,4 +1,4 @@
-"""What the numbers of an existing language model depend on (BaseConfig)."""
+"""The settings behind the numbers of an existing language model (BaseConfig)."""
 
 import dataclasses
 

@@ -174,7 +174,7 @@ def base_parameters(base: BaseModel, params: Mapping[str, Struct]) -> dict[str, 
 def fitted_parameters(
     base: BaseModel, config: RetroConfig, params: Mapping[str, Struct]
 ) -> dict[str, jax.Array]:
-    """What fitting begins with: the decoder's parameters, and gated CCA's, copies of its layers'.
+    """The first parameters of fitting: the decoder's, and gated CCA's, copies of its layers'.
 
     Gates are 0, so that nothing is read at first; they have gradients.
 
@@ -216,7 +216,7 @@ def load_decoder(
     """A Retro with a base model's decoder; its encoder and CCA as fitting begins with them.
 
     Args:
-      base: the model. config: as decoder_config makes it. execution: how it is computed.
+      base: the model. config: as decoder_config builds it. execution: how it is computed.
       mesh: where it goes; None for the first device.
 
     Raises:

@@ -34,7 +34,7 @@ class Fields:
         return self._typed(name, default, "a string", lambda v: isinstance(v, str), str)
 
     def one_of(self, name: str, known: Mapping[str, Any], default: Any = _REQUIRED) -> Any:
-        """What `known` has for the string of a field."""
+        """The value in `known` for the string of a field."""
         value = self.text(name, default)
         if value not in known:
             raise self.error(name, f"one of {sorted(known)}")

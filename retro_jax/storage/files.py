@@ -178,7 +178,7 @@ def read_array(path: pathlib.Path) -> np.ndarray:
 
 
 def write_array(path: pathlib.Path, values: np.ndarray) -> None:
-    """A .npy file, whole or not at all; its folder is made. Of several processes the first writes."""
+    """A .npy file, whole or not at all; its folder is created. Of several processes the first writes."""
     if not processes.is_first():
         return
     with writing(path.parent):

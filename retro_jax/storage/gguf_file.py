@@ -132,7 +132,7 @@ class _Reader:
         return content
 
     def damaged(self, defect: str) -> UserError:
-        """The error of a file that is not as it says."""
+        """The error of a file that contradicts its header."""
         return UserError(f"{self.path} has {defect}: expected a whole GGUF file, not truncated")
 
 

@@ -6,8 +6,8 @@
       2000.damaged/      a checkpoint whose files differ from its seal
 
 Orbax writes into a temporary directory, the seal is added when all arrays are there, and a rename
-makes the checkpoint appear: a killed run leaves whole checkpoints only. What damages one later (a
-disk, a copy cut short) is found by the seal before anything is read; the one before is used then.
+makes the checkpoint appear: a killed run leaves whole checkpoints only. Later damage (a disk,
+a copy cut short) is found by the seal before anything is read; the one before is used then.
 """
 
 import concurrent.futures
@@ -48,7 +48,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | os.PathLike, *, keep: int = 3, keep_every: int = 0):
-        """Opens the directory, making it when it is not there.
+        """Opens the directory, and creates it when it is not there.
 
         Args:
           directory: of the checkpoints.
@@ -210,7 +210,7 @@ def restore_params(
 
 
 def find_damage(path: pathlib.Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None: they are those that were sealed.
+    """The damage to a checkpoint's files, or None: they are those that were sealed.
 
     Raises:
       UserError: it was written in another format than this code reads.
@@ -252,7 +252,7 @@ def _hashes(path: pathlib.Path) -> dict[str, list[Any]]:
 
 
 def _restore_state(path: pathlib.Path, abstract: TrainState) -> TrainState:
-    """Reads a state; recent losses are begun anew where the checkpoint was written without."""
+    """Reads a state; recent losses begin again where the checkpoint was written without."""
     begun = abstract.recent_loss
     if begun is None or _RECENT_LOSS in _read_arrays(path):
         return _restore(path, abstract)

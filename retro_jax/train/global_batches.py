@@ -119,7 +119,7 @@ def global_batches(
 
 @contextlib.contextmanager
 def batches_from(batches: BatchSource, mesh: Mesh, start: int) -> Iterator[Iterator[RetroBatch]]:
-    """The global batches from number `start` on, made ahead by a thread that ends with the context."""
+    """The global batches from number `start` on, built ahead by a thread that ends with the context."""
     size = batches.config.batch_size
     rows = local_rows(mesh, size)
     with contextlib.closing(batches.iterate(start, rows)) as hosts:

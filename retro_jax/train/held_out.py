@@ -28,7 +28,7 @@ def make_evaluation(
       pad_id: RetroConfig.pad_id.
 
     Returns:
-      A function of the state: mean nats a token, by ON (where batches have neighbours) and OFF.
+      A function of the state: mean nats per token, by ON (where batches have neighbours) and OFF.
     """
 
     @jax.jit
@@ -53,7 +53,7 @@ def make_evaluation(
 def held_out_evaluation(
     graphdef: nnx.GraphDef, batches: BatchSource, mesh: Mesh, *, count: int, pad_id: int
 ) -> Evaluate:
-    """Evaluation on the first `count` batches of a split; each process makes its own rows."""
+    """Evaluation on the first `count` batches of a split; each process builds its own rows."""
     size = batches.config.batch_size
     rows = local_rows(mesh, size)
 

@@ -4,7 +4,7 @@ Resuming, in this order:
 
     1. the newest undamaged checkpoint gives the state, with it the step t (Checkpoints.restore);
     2. lines of metrics.jsonl after t are dropped (Observer), as those updates are made again;
-    3. batches are made from number t on (a batch is a function of the seed and its number);
+    3. batches are built from number t on (a batch is a function of the seed and its number);
     4. dropout draws from (seed, t): nothing else is stored, and nothing else is needed.
 
 A run that was killed and started again therefore ends with the same bits as one that was not.

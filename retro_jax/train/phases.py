@@ -42,7 +42,7 @@ class Phases:
             self._seconds[name] += self.since - begin
 
     def flush(self, steps: int) -> dict[str, float]:
-        """Mean seconds a step since the last flush: in all, and in each phase that took any."""
+        """Mean seconds per step since the last flush: in all, and in each phase that took any."""
         now = time.perf_counter()
         means = {"seconds": (now - self._began) / max(steps, 1)}
         for name, seconds in self._seconds.items():

@@ -1,4 +1,4 @@
-"""What a run leaves in its directory about itself, and the refusal to mix two runs in one.
+"""The record of a run in its directory, and the refusal to mix two runs in one.
 
 config.gin      every setting in force, defaults included, sorted: Class.field = value
 parents.json    hashes of the artefacts that the run reads
@@ -87,7 +87,7 @@ def claim(
     """Records a run's settings in its directory, or checks them against those recorded.
 
     Args:
-      directory: the run's; made when it does not exist.
+      directory: the run's; created when it does not exist.
       settings: as `settings_text` writes them.
       parents: hash of each artefact that the run reads, by name.
       free: settings ("Class.field", or "Class" for all of it) that may differ from those recorded;

@@ -85,7 +85,7 @@ class Plan:
       settings: its configurations. shape: of its batches. mesh: of its devices.
       optimizer: of all its steps. graphdef: of its model.
       abstract: its state's shapes and shardings.
-      first_state: makes the state before the first step, under jax.jit.
+      first_state: builds the state before the first step, under jax.jit.
       step: the train step, under jax.jit.
     """
 
@@ -219,7 +219,7 @@ class Run:
         """Opens the data that is still closed; writes nothing.
 
         Args:
-          directory: of the run; made when it begins.
+          directory: of the run; created when it begins.
           plan: of the run. data: that it trains on.
           profile: first and last step that are traced, into the run's folder `profile`.
           on_hang: called with the reason, by another thread, when this process has waited longer than

@@ -23,7 +23,7 @@ _WEIGHT_TO_JUDGE = 1 - _RECENT**20  # none is compared before 20 good ones
 
 
 class Model(Protocol):
-    """What training needs of a model."""
+    """The methods that training needs of a model."""
 
     def token_losses(self, batch: RetroBatch, dropout_key: jax.Array | None = None) -> jax.Array:
         """[B, N] float32 nats, 0 where the target is padding."""
@@ -52,10 +52,10 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepMetrics:
-    """What one step measured, before its update; scalars float32 unless stated.
+    """The measurements of one step, before its update; scalars float32 unless stated.
 
     Attributes:
-      loss: mean nats a token over the targets of the whole batch that are not padding.
+      loss: mean nats per token over the targets of the whole batch that are not padding.
       tokens: int32, how many those are. grad_norm: before clipping. param_norm: global norms.
       corpus_losses: [G] summed nats of each corpus. corpus_tokens: [G] int32.
       bad: bool, whether loss or gradient is not finite, or the loss jumps by more than
@@ -74,7 +74,7 @@ class StepMetrics:
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """What a step needs to know besides model and optimiser.
+    """The settings of a step besides model and optimiser.
 
     Attributes:
       pad_id: RetroConfig.pad_id. num_corpora: G, corpora in the mixture.
@@ -122,7 +122,7 @@ def train_step(
     Args:
       state: before the update. batch: the global batch.
       graphdef: of a module with `token_losses`, as nnx.split gives it.
-      optimizer: made with the same `trainable`.
+      optimizer: built with the same `trainable`.
       config: padding, corpora, seed.
       trainable: which parameters have gradients; None for all.
 
@@ -184,7 +184,7 @@ def _gradients(
     model: Callable[[Any], Model],
     config: StepConfig,
 ) -> tuple["_Sums", Any]:
-    """The sums of a batch, and the gradients of its mean loss, made in config.accumulate parts."""
+    """The sums of a batch, and the gradients of its mean loss, computed in config.accumulate parts."""
     tokens = _count(batch, config)
 
     def part(batch: RetroBatch, key: jax.Array) -> tuple[_Sums, Any]:
@@ -360,7 +360,7 @@ def abstract_state(
 def compile_first_state(
     make_model: Callable[[], Any], optimizer: optax.GradientTransformation, abstract: TrainState
 ) -> Callable[[], TrainState]:
-    """A function under jax.jit that makes the state before the first step, each array in its place.
+    """A function under jax.jit that builds the state before the first step, each array in its place.
 
     Args:
       make_model: builds the module. optimizer: of the run.

@@ -10,7 +10,7 @@ import jax
 from retro_jax.chips import CHIPS
 
 _GIB = 2**30
-# As JAX calls the devices -> dense bfloat16 operations a second, as their makers publish them.
+# As JAX calls the devices -> dense bfloat16 operations per second, as their makers publish them.
 _TPU_KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -24,7 +24,7 @@ _GPU_PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Operations a second that a device can do at most; None for a kind that is not known."""
+    """Operations per second that a device can do at most; None for a kind that is not known."""
     if device_kind in _TPU_KINDS:
         return CHIPS[_TPU_KINDS[device_kind]].peak
     return next((peak for name, peak in _GPU_PEAKS.items() if name in device_kind), None)
@@ -42,11 +42,11 @@ def memory() -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What is needed to relate speed to the machine.
+    """The figures that relate speed to the machine.
 
     Attributes:
       step_flops: of the model, forward and backward, for a global batch. devices: of all processes.
-      peak: operations a second of one of them; None where it is not known.
+      peak: operations per second of one of them; None where it is not known.
     """
 
     step_flops: float
@@ -54,7 +54,7 @@ class Machine:
     peak: float | None
 
     def mfu(self, seconds: float) -> dict[str, float]:
-        """{"mfu": part of the devices' operations that were the model's}, for seconds a step."""
+        """{"mfu": part of the devices' operations that were the model's}, for seconds per step."""
         if self.peak is None or seconds <= 0:
             return {}
         return {"mfu": self.step_flops / (seconds * self.devices * self.peak)}
@@ -77,7 +77,7 @@ class Profile:
             self.close()
 
     def close(self) -> None:
-        """Writes the trace, if one is being made."""
+        """Writes the trace, if one is under way."""
         if self._running:
             self._running = False
             jax.profiler.stop_trace()

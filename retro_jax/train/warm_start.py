@@ -1,4 +1,4 @@
-"""What a run begins with, and which of its parameters it trains.
+"""The first parameters of a run, and those that it trains.
 
 Fine-tuning begins with the parameters of a trained run, on other data or with another database, and
 with a schedule and moments of its own. RETRO-fitting (paper, section 4.3) begins with a transformer
@@ -8,7 +8,7 @@ without retrieval, adds encoder and CCA, and trains nothing else. The transforme
     StartConfig.fresh = ('encoder.*', 'cca.*')
     StartConfig.trained = ('encoder.*', 'cca.*')
 
-or an existing language model, with gated CCA (DecoderForm.gated_cca) made of its own weights:
+or an existing language model, with gated CCA (DecoderForm.gated_cca) copied from its own weights:
 
     StartConfig.base = 'SmolLM2-135M'
     StartConfig.trained = ('cca.gate',)
@@ -43,7 +43,7 @@ class StartConfig:
     Attributes:
       run: directory of a trained run (W/retro) with whose parameters it begins; "" for the seed's.
       base: an existing model, a Hugging Face folder or a GGUF file, whose weights the decoder begins
-        with; "" for none. What it lacks begins with the seed's values, and gated CCA as copies of it.
+        with; "" for none. Those that it lacks begin with the seed's values, and gated CCA as copies of it.
       step: which of its checkpoints; 0 for the newest.
       averaged: whether it begins with their moving average.
       fresh: patterns of parameters that begin with the seed's values even so.

@@ -21,7 +21,7 @@ _MOST_BETWEEN_REPORTS, _REPORTS_BEFORE_END = 15.0, 4
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a process says of itself.
+    """A process's report of itself.
 
     Attributes:
       phase, step: its current ones. alive: seconds it had lived when it said so.
@@ -36,7 +36,7 @@ def blame(reports: Mapping[int, Report], count: int, silence: float) -> str:
     """Names the processes that the others wait for, in words.
 
     Args:
-      reports: of each process that has said something. count: of processes.
+      reports: of each process that has sent one. count: of processes.
       silence: seconds by which a report may lag behind the latest.
     """
     missing = [i for i in range(count) if i not in reports]
@@ -120,7 +120,7 @@ class Watchdog:
 
 
 def _within(seconds: float, action: Callable[[], Any]) -> Any:
-    """What an action returns; None where it fails or takes longer."""
+    """The result of an action; None where it fails or takes longer."""
     results: list[Any] = []
 
     def run() -> None:

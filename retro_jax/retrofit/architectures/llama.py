@@ -17,7 +17,7 @@ from retro_jax.retrofit.rope import read_rope, write_rope
 
 
 def _read_config(fields: Fields) -> dict[str, Any]:
-    """What all three state in the same fields."""
+    """The settings that all three state in the same fields."""
     d_model, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     if heads < 1:
         raise fields.error("num_attention_heads", "a positive integer")
