@@ -3,7 +3,7 @@
 A line of metrics.jsonl describes the updates since the line before it:
 
     step              updates made so far          steps             updates in this line
-    loss              nats per token, over them      loss/CORPUS       the same of one corpus
+    loss              nats per token, over them    loss/CORPUS       the same of one corpus
     tokens            targets they had             tokens_per_second, over the last 30 seconds
     grad_norm         their mean, before clipping  param_norm, learning_rate: of the last one
     skipped           bad batches among the steps; their losses count nowhere; absent without any
