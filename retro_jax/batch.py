@@ -1,4 +1,4 @@
-"""What a batch is: the contract between the data pipelines and the model.
+"""The form of a batch: the contract between the data pipelines and the model.
 
 Shape letters: B batch, N sequence length, C chunks per sequence, M chunk length (N = C * M),
 K neighbours per chunk, R neighbour length (a retrieved chunk and its continuation).
@@ -26,9 +26,9 @@ class RetroBatch:
       tokens: [B, N] int32, input tokens.
       targets: [B, N] int32, the next token of the same document; pad_id where there is none, and
         then the position has no loss.
-      documents: [B, C] int32, which document each chunk is of. Attention never crosses documents.
+      documents: [B, C] int32, the document of each chunk. Attention never crosses documents.
         The numbers only need to differ between documents of one sequence; -1 is a padding chunk.
-      corpus: [B] int32, which corpus each sequence is of (an index into the mixture's names).
+      corpus: [B] int32, the corpus of each sequence (an index into the mixture's names).
       neighbours: [B, C, K, R] int32, or None for RETRO[OFF] and the baseline. Chunk u's neighbours
         were retrieved with chunk u as the query; the model reads them from the last token of
         chunk u onward.
@@ -46,7 +46,7 @@ class RetroBatch:
 
 
 class SizedDocument(Protocol):
-    """What is known of a document: its corpus, UTF-8 bytes, whitespace words and line ends."""
+    """Facts about a document: its corpus, UTF-8 bytes, whitespace words and line ends."""
 
     @property
     def corpus(self) -> str: ...
@@ -73,7 +73,7 @@ def text_mask(tokens: np.ndarray, documents: np.ndarray, *, eos_id: int, pad_id:
 
 @dataclasses.dataclass(frozen=True)
 class ChunkText:
-    """What is scored: whole documents, as chunks in order.
+    """A text to score: whole documents, as chunks in order.
 
     Attributes:
       ids: [n] int64, the chunk ids.

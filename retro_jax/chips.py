@@ -8,8 +8,8 @@ class Chip:
     """One chip of Cloud TPU as its public specification states it.
 
     Attributes:
-      name: as topologies name it. hbm: bytes. bandwidth: of HBM, bytes a second.
-      peak: bfloat16 operations a second. ici: bytes a second out of all links together, one way.
+      name: as topologies name it. hbm: bytes. bandwidth: of HBM, bytes per second.
+      peak: bfloat16 operations per second. ici: bytes per second out of all links together, one way.
       dimensions: of the torus; each has two links. wraps: extents of a slice along a dimension that
         are a multiple of this have links around.
     """
@@ -24,7 +24,7 @@ class Chip:
 
     @property
     def link(self) -> float:
-        """Bytes a second over one link, one way."""
+        """Bytes per second over one link, one way."""
         return self.ici / (2 * self.dimensions)
 
 

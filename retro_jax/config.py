@@ -1,4 +1,4 @@
-"""What a RETRO's numbers depend on (RetroConfig), how they are computed (ExecutionConfig), and the
+"""The settings of a RETRO's numbers (RetroConfig), of their computation (ExecutionConfig), and the
 paper's sizes (PRESETS). Borgeaud et al. 2021, arXiv 2112.04426."""
 
 import dataclasses
@@ -41,11 +41,11 @@ def require(condition: bool, owner: Any, field: str, rule: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderForm:
-    """How the decoder differs from the paper's: what existing language models have instead.
+    """How the decoder differs from the paper's: the choices of existing language models.
 
     The defaults are the paper's decoder. `gated_cca` is RETRO-fitting from a model's own weights:
-    CCA stands beside ATTN and reads the same input, with a copy of the layer's projections and a gate
-    for each head, 0 at first. Its keys and values are made of the decoder's own states of a neighbour
+    CCA is beside ATTN and reads the same input, with a copy of the layer's projections and a gate
+    for each head, 0 at first. Its keys and values come from the decoder's own states of a neighbour
     that the decoder has read alone, after `sink_id`; there is no encoder.
 
     Attributes:
@@ -88,8 +88,8 @@ class DecoderForm:
     def __post_init__(self) -> None:
         object.__setattr__(self, "rotary_divisors", tuple(self.rotary_divisors))
         require(self.norm in NORMS, self, "norm", f"one of {NORMS}")
-        known = self.feed_forward in FEED_FORWARDS
-        require(known, self, "feed_forward", f"one of {FEED_FORWARDS}")
+        valid = self.feed_forward in FEED_FORWARDS
+        require(valid, self, "feed_forward", f"one of {FEED_FORWARDS}")
         counts = ("num_kv_heads", "learned_positions", "rotary_dim", "neighbour_layer", "sink_id")
         for field in counts:
             require(getattr(self, field) >= 0, self, field, "a number of at least 0")
@@ -212,8 +212,8 @@ class RetroConfig:
         room, longest = form.learned_positions, 1 + self.neighbour_length
         fits = not (room and form.gated_cca) or longest <= room
         require(fits, form, "learned_positions", f"{longest} at least, for neighbours")
-        known = form.sink_id < self.vocab_size
-        require(known, form, "sink_id", f"an id below vocab_size = {self.vocab_size}")
+        valid = form.sink_id < self.vocab_size
+        require(valid, form, "sink_id", f"an id below vocab_size = {self.vocab_size}")
 
     @property
     def num_kv_heads(self) -> int:

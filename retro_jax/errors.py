@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """Bad input, told in one line that names the thing and what was expected.
+    """Bad input, reported in one line that names the thing and the expected value.
 
     The entry points in launch/ print the message alone and exit with status 1. Every other
     exception is a defect of this project and keeps its traceback.

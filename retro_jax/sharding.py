@@ -1,4 +1,4 @@
-"""The device mesh and where every array lies on it. Nothing else in the library names a mesh axis.
+"""The device mesh and the layout of every array on it. Nothing else in the library names a mesh axis.
 
 Three axes: `data` replicates the parameters, `fsdp` splits them (they are gathered layer by layer
 before their products), `tensor` splits heads, feed-forward and vocabulary. A batch is split over
@@ -101,7 +101,7 @@ def arrange_slices(devices: list[Any], shape: tuple[int, int, int]) -> np.ndarra
 
 @dataclasses.dataclass(frozen=True)
 class Shardings:
-    """PartitionSpecs of activations by what their axes mean; the default lays nothing out.
+    """PartitionSpecs of activations by the meaning of their axes; the default lays nothing out.
 
     Attributes:
       batch: mesh axes of the leading axis B. tensor: mesh axis of heads, feed-forward, vocabulary.
@@ -157,7 +157,7 @@ def replicated(x: jax.Array) -> jax.Array:
 
 
 def target_platform() -> str:
-    """What the program being traced is for: the mesh's devices, described or present; else ours."""
+    """The platform of the traced program: that of the mesh's devices, described or present; else ours."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return jax.default_backend() if device is None else device.platform
 
@@ -204,7 +204,7 @@ def check_mesh(config: RetroConfig, mesh: Mesh, batch_size: int | None = None) -
     """Refuses, in one line, a mesh that does not divide the model's axes or the batch.
 
     Raises:
-      UserError: naming the size, the mesh axis and what would fit.
+      UserError: naming the size, the mesh axis and sizes that would fit.
     """
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
     split = {"num_heads": tensor, "num_kv_heads": tensor, "d_ff": tensor, "d_model": fsdp}

@@ -1,1 +1,1 @@
-"""What a compiled program does, and what the chips could do at most."""
+"""The operations of a compiled program, and the limits of the chips."""

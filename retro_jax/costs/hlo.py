@@ -67,8 +67,8 @@ class Instruction:
         names = ["calls", "body", "branch_computations"]
         if self.opcode == "call":
             names.append("to_apply")
-        found = [self.attribute(name) for name in names]
-        return tuple(_NAME.findall(" ".join(filter(None, found))))
+        values = [self.attribute(name) for name in names]
+        return tuple(_NAME.findall(" ".join(filter(None, values))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +80,11 @@ class Computation:
 
     @property
     def root(self) -> Instruction:
-        """What the computation returns."""
+        """The result of the computation."""
         return next(i for i in self.instructions.values() if i.root)
 
     def operand(self, instruction: Instruction, index: int) -> Instruction:
-        """The instruction that makes an operand."""
+        """The instruction that produces an operand."""
         return self.instructions[instruction.operands[index]]
 
 
@@ -114,9 +114,9 @@ class Module:
                     yield from self._executed(self.computations[name], repeats)
 
     def trips(self, loop: Instruction) -> int:
-        """How often a while loop's body runs: what the compiler says, or its condition does.
+        """How often a while loop's body runs, by the compiler's note or the loop's condition.
 
-        Before machine code is made the compiler does not say. JAX's loops count from 0 to below a
+        The compiler does not report it before it generates machine code. JAX's loops count from 0 to below a
         constant.
         """
         condition = (loop.attribute("condition") or "").removeprefix("%")
@@ -129,7 +129,7 @@ class Module:
         return int(limit.operands[0]) if limit.opcode == "constant" else trip_count(loop)
 
     def inside(self, instruction: Instruction) -> Iterator[tuple[Computation, Instruction]]:
-        """The instructions that one is made of, at any depth."""
+        """The instructions inside one, at any depth."""
         for name in instruction.called:
             computation = self.computations[name]
             for inner in computation.instructions.values():
@@ -149,17 +149,17 @@ def parse(text: str) -> Module:
             computations[name] = Computation(name, {})
             entry = name if start[1] else entry
             continue
-        found = _INSTRUCTION.match(line)
-        if found and name:
-            instruction = _instruction(found[2], found[3], bool(found[1]))
+        match = _INSTRUCTION.match(line)
+        if match and name:
+            instruction = _instruction(match[2], match[3], bool(match[1]))
             computations[name].instructions[instruction.name] = instruction
     return Module(computations, entry)
 
 
 def trip_count(loop: Instruction) -> int:
     """How often a while loop's body runs; 1 where the compiler does not say."""
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
-    return int(known[1]) if known else 1
+    match = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+    return int(match[1]) if match else 1
 
 
 def _instruction(name: str, text: str, root: bool) -> Instruction:

@@ -1,6 +1,6 @@
-"""Compiles for a TPU as far as its costs are settled, and stops before machine code is made.
+"""Compiles for a TPU as far as its costs are settled, and stops before machine code is generated.
 
-libtpu fuses, schedules, exchanges and allocates first, and makes machine code last, of a program that
+libtpu fuses, schedules, exchanges and allocates first, and generates machine code last, of a program that
 does not change any more; that takes nine tenths of its time. XLA writes the program and the allocation
 into a folder as soon as they are there (xla_dump_to). A compilation cannot be interrupted, so it runs
 in a process of its own, which is ended when the folder is complete.
@@ -39,14 +39,14 @@ class Program:
 
 
 class CompilationError(RuntimeError):
-    """What the compiler said when it refused a program."""
+    """The compiler's message when it refused a program."""
 
 
 def compile_until_allocated(lower: Callable[[], Any], *, poll_seconds: float = 0.5) -> Program:
     """Compiles in a process of its own.
 
     Args:
-      lower: makes the lowered program there; it travels by pickle. poll_seconds: between looks.
+      lower: builds the lowered program there; it travels by pickle. poll_seconds: between looks.
 
     Raises:
       CompilationError: the compiler's own message, or that its process ended without one.
@@ -81,7 +81,7 @@ def _compile(lower: Callable[[], Any], folder: pathlib.Path) -> None:
 
 
 def _read(folder: pathlib.Path, seconds: float) -> Program:
-    """What the compiler left of the one program that it was given."""
+    """The compiler's dump of the one program that it was given."""
     text, report = (
         next(folder.glob(pattern)).read_text(encoding="utf-8")
         for pattern in (_PROGRAM, _ALLOCATION)

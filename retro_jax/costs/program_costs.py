@@ -1,15 +1,15 @@
-"""What one device does in a compiled program: operations, bytes of HBM, collectives.
+"""The work of one device in a compiled program: operations, bytes of HBM, collectives.
 
 Counted over everything that is scheduled, loops as often as they run (XLA's own cost analysis counts
 a loop's body once):
 
-    operations    2 x multiply-adds of dots and convolutions, which is what TPUs make of dots, and of
-                  splash attention's kernels, whose text says no more than their operands
-    HBM           what an instruction reads and writes at its border; inside of a fusion nothing is.
+    operations    2 x multiply-adds of dots and convolutions (TPUs turn dots into these), and of
+                  splash attention's kernels, whose text has their operands only
+    HBM           bytes that an instruction reads and writes at its border; none inside of a fusion.
                   A slice of a larger array counts as the slice, an update in place as the update,
                   the chip's own vector memory not at all
     collectives   bytes that one device receives, which a ring or torus cannot do with less of:
-                  (g - 1) / g of what is gathered, scattered or exchanged by g devices, twice that
+                  (g - 1) / g of the bytes gathered, scattered or exchanged by g devices, twice that
                   for an all-reduce, all of it for a permutation
 """
 
@@ -63,8 +63,8 @@ class Collective:
     """One exchange between devices.
 
     Attributes:
-      kind: one of COLLECTIVES. arrays: what each device ends with, or for a reduce-scatter begins
-        with. groups: device numbers that exchange with one another. times: how often a step.
+      kind: one of COLLECTIVES. arrays: those each device ends with, or for a reduce-scatter begins
+        with. groups: device numbers that exchange with one another. times: count per step.
       operation: where the program asks for it, as JAX names it.
     """
 
@@ -104,9 +104,9 @@ def program_costs(module: Module, devices: int) -> Costs:
         hbm += times * hbm_bytes(module, computation, instruction)
         for where, inner in [(computation, instruction), *_parts(module, instruction)]:
             flops += times * product_flops(where, inner)
-            found = _collective(where, inner, times, devices)
-            if found is not None:
-                collectives.append(found)
+            collective = _collective(where, inner, times, devices)
+            if collective is not None:
+                collectives.append(collective)
     return Costs(flops, hbm, tuple(collectives))
 
 
@@ -141,15 +141,15 @@ def product_flops(computation: Computation, instruction: Instruction) -> float:
 
 
 def _kernel_flops(computation: Computation, instruction: Instruction) -> float:
-    """Operations of splash attention, which makes the blocks on and below the diagonal."""
-    made = [n for name, n in _KERNEL_PRODUCTS.items() if instruction.name.startswith(name)]
-    if not made:
+    """Operations of splash attention, which computes the blocks on and below the diagonal."""
+    products = [n for name, n in _KERNEL_PRODUCTS.items() if instruction.name.startswith(name)]
+    if not products:
         return 0.0
     operands = [_array(computation, instruction, i) for i in range(len(instruction.operands))]
     blocks = operands[0].extents[-1]  # a block of the mask for each of queries and keys
     batch, heads, length, head_dim = next(a.extents for a in operands if len(a.extents) == 4)
     square = 2.0 * batch * heads * length**2 * head_dim
-    return made[0] * square * (blocks + 1) / (2 * blocks)
+    return products[0] * square * (blocks + 1) / (2 * blocks)
 
 
 def hbm_bytes(module: Module, computation: Computation, instruction: Instruction) -> float:
@@ -171,15 +171,15 @@ def hbm_bytes(module: Module, computation: Computation, instruction: Instruction
 
 
 def _bytes_of_copy(computation: Computation, instruction: Instruction) -> float:
-    """What a copy or exchange reads, and as much written; a start's shape repeats its operands."""
+    """The bytes that a copy or exchange reads and writes; a start's shape repeats its operands."""
     read = [a for name in instruction.operands for a in _arrays_of(computation, name)]
     written = list(instruction.arrays)
     if instruction.opcode.endswith("-start"):
         sliced = instruction.opcode in ("slice-start", "dynamic-slice-start", "async-start")
-        made = [array for array in written if array.size > 1]
-        target = made[0] if sliced or instruction.opcode == "copy-start" else made[-1]
+        arrays = [array for array in written if array.size > 1]
+        target = arrays[0] if sliced or instruction.opcode == "copy-start" else arrays[-1]
         if sliced:
-            target = min(made, key=lambda array: array.size)
+            target = min(arrays, key=lambda array: array.size)
             read = [dataclasses.replace(target, in_hbm=any(a.in_hbm for a in read))]
         written = [target]
     return sum(map(_bytes, read)) + sum(map(_bytes, written))
@@ -193,10 +193,10 @@ def _bytes_of_fusion(module: Module, computation: Computation, instruction: Inst
     root = fused.root
     outputs = root.operands if root.opcode == "tuple" else (root.name,)
     for name, array in zip(outputs, instruction.arrays):
-        made = _behind_bitcasts(fused, name)
-        if made.opcode == "dynamic-update-slice":
-            updated.add(_behind_bitcasts(fused, made.operands[0]).name)
-            update = _array(fused, made, 1)
+        producer = _behind_bitcasts(fused, name)
+        if producer.opcode == "dynamic-update-slice":
+            updated.add(_behind_bitcasts(fused, producer.operands[0]).name)
+            update = _array(fused, producer, 1)
             total += update.nbytes * array.in_hbm
         else:
             total += _bytes(array)
@@ -232,7 +232,7 @@ def _slices_of(fused: Computation, name: str) -> list[Array] | None:
 
 
 def _parts(module: Module, instruction: Instruction) -> Iterator[tuple[Computation, Instruction]]:
-    """What an instruction is made of, where `executed` does not follow it."""
+    """The parts of an instruction, where `executed` does not follow it."""
     if instruction.opcode not in ("while", "call", "conditional"):
         yield from module.inside(instruction)
 
@@ -310,7 +310,7 @@ def _taps(instruction: Instruction, axis: int, size: int, out_size: int) -> floa
 
 
 def _behind_bitcasts(computation: Computation, name: str) -> Instruction:
-    """What a bitcast, or a chain of them, shows under another shape."""
+    """The source of a bitcast, or of a chain of them."""
     instruction = computation.instructions[name]
     while instruction.opcode == "bitcast":
         instruction = computation.instructions[instruction.operands[0]]
@@ -323,7 +323,7 @@ def _array(computation: Computation, instruction: Instruction, index: int) -> Ar
 
 
 def _arrays_of(computation: Computation, name: str) -> tuple[Array, ...]:
-    """An operand's arrays; none for what is no instruction's name."""
+    """An operand's arrays; none where the name is not an instruction's."""
     instruction = computation.instructions.get(name)
     return () if instruction is None else instruction.arrays
 

@@ -1,10 +1,10 @@
-"""What a chip can do at most, and so how long a program must take at least.
+"""The peak rates of a chip, and so the least time of a program.
 
     bound = max( operations / peak,  bytes to and from HBM / bandwidth,  bytes over links / links )
 
-Everything is assumed to overlap and to run at the published rate, so no run is faster than its bound;
-the largest of the three is what binds. MFU's bound is the model's own operations over what the chips
-could have done in that time. All figures are for one chip, and links count one way.
+Everything is assumed to overlap and to run at the published rate, so no run is faster than its bound.
+The largest of the three binds. MFU's bound is the model's own operations over those that
+the chips could have done in that time. All figures are for one chip, and links count one way.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class Slice:
         return f"{self.chip.name}:{'x'.join(map(str, self.extents))}"
 
     def bandwidth(self, chips: list[tuple[int, ...]]) -> float:
-        """Bytes a second that each of a group of chips can receive from the others.
+        """Bytes per second that each of a group of chips can receive from the others.
 
         A dimension that the group fills from end to end, and that wraps, carries them over both of
         its links; any other over one, as its ends have but one.
@@ -76,7 +76,7 @@ class Bound:
     """The least time a step can take.
 
     Attributes:
-      seconds: by what needs them ("compute", "HBM", "ICI"). model_flops: the model's own operations
+      seconds: by resource ("compute", "HBM", "ICI"). model_flops: the model's own operations
         a chip and step. peak: the chip's.
     """
 
@@ -91,7 +91,7 @@ class Bound:
 
     @property
     def binds(self) -> str:
-        """What the time goes to."""
+        """The resource that takes the most time."""
         return max(self.seconds, key=lambda part: self.seconds[part])
 
     @property

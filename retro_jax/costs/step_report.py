@@ -1,7 +1,7 @@
-"""Compiles a run's programs for devices that need not be there, and reports what they cost.
+"""Compiles a run's programs for devices that need not be there, and reports their costs.
 
-The programs are those of a Plan: the one that makes the first state, and the train step. Nothing is
-allocated: the state and the batch are shapes on a mesh. For TPUs no machine code is made either
+The programs are those of a Plan: the one that builds the first state, and the train step. Nothing is
+allocated: the state and the batch are shapes on a mesh. For TPUs no machine code is generated either
 (partial_compile.py), which is most of a compilation and changes none of the figures.
 """
 
@@ -61,8 +61,8 @@ class Exchange:
     """Collectives of one kind over the same mesh axes.
 
     Attributes:
-      kind: such as all-gather. axes: mesh axes, "fsdp" or "data+fsdp". count: how often a step.
-      nbytes: that a device receives a step. seconds: at the links' full rate; None off TPU.
+      kind: such as all-gather. axes: mesh axes, "fsdp" or "data+fsdp". count: per step.
+      nbytes: received by a device per step. seconds: at the links' full rate; None off TPU.
       operations: where the program asks for them, each with its bytes, largest first.
     """
 
@@ -76,11 +76,11 @@ class Exchange:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a run costs each device.
+    """The costs of a run for each device.
 
     Attributes:
       mesh: devices by axis. memory: of the step. model_flops: the algorithm's own, a device's share.
-      first_state: bytes while the first state is made. restore: bytes once a checkpoint is restored,
+      first_state: bytes while the first state is built. restore: bytes once a checkpoint is restored,
         or another run's parameters are taken (StartConfig.run).
       costs: of the compiled program on a device. exchanges: its collectives, the largest first.
       bound: of the step's time; None off TPU. compile_seconds: of a processor of this machine.
@@ -142,7 +142,7 @@ def lower_for(settings: Settings, shape: BatchShape, slice_name: str, program: s
 
 
 def check(plan: Plan, slice_: Slice | None) -> Report:
-    """Compiles the programs of a plan and reads what they cost.
+    """Compiles the programs of a plan and reads their costs.
 
     Args:
       plan: on the slice's devices, or on simulated ones.
@@ -188,8 +188,8 @@ def restored_bytes(plan: Plan) -> int:
     nbytes, start = shard_bytes(plan.abstract), plan.settings.start
     if not (start.run or start.base):
         return nbytes
-    taken = wanted_parameters(start, plan.abstract.params)  # beside those of the first state
-    return nbytes + shard_bytes(taken) + shard_bytes(plan.abstract.average)
+    parameters = wanted_parameters(start, plan.abstract.params)  # beside those of the first state
+    return nbytes + shard_bytes(parameters) + shard_bytes(plan.abstract.average)
 
 
 def _model_flops(plan: Plan) -> float:
@@ -259,7 +259,7 @@ def group_exchanges(
     grouped: dict[tuple[str, str], list[Collective]] = collections.defaultdict(list)
     for collective in collectives:
         grouped[collective.kind, _axes(collective, mesh)].append(collective)
-    found = []
+    exchanges = []
     for (kind, axes), members in grouped.items():
         operations: dict[str, float] = collections.defaultdict(float)
         seconds = 0.0
@@ -268,7 +268,7 @@ def group_exchanges(
             operations[member.operation] += nbytes
             if slice_ is not None:
                 seconds += nbytes / _bandwidth(member, mesh, slice_)
-        found.append(
+        exchanges.append(
             Exchange(
                 kind,
                 axes,
@@ -278,28 +278,28 @@ def group_exchanges(
                 operations=dict(sorted(operations.items(), key=lambda item: -item[1])),
             )
         )
-    return sorted(found, key=lambda exchange: -exchange.nbytes)
+    return sorted(exchanges, key=lambda exchange: -exchange.nbytes)
 
 
 def _axes(collective: Collective, mesh: Mesh) -> str:
     """The mesh axes along which a group's devices differ."""
     places = np.stack(np.unravel_index(np.array(collective.groups[0]), mesh.devices.shape))
-    axes = [name for name, place in zip(mesh.axis_names, places) if len(set(place)) > 1]
+    axes = [name for name, indices in zip(mesh.axis_names, places) if len(set(indices)) > 1]
     return "+".join(map(str, axes))
 
 
 def _bandwidth(collective: Collective, mesh: Mesh, slice_: Slice) -> float:
-    """Bytes a second that a device of the first group receives."""
+    """Bytes per second that a device of the first group receives."""
     devices = mesh.devices.flatten()
     return slice_.bandwidth([devices[number].coords for number in collective.groups[0]])
 
 
 def _out_of_memory(error: Exception, name: str, slice_: Slice) -> Exception:
     """The compiler's refusal in one line; any other error as it is."""
-    used = _HBM_USED.search(str(error))
-    if used is None:
+    match = _HBM_USED.search(str(error))
+    if match is None:
         return error
-    return _too_large(f"{used[1]} {used[2]}iB", f"{used[3]} {used[4]}iB", name, slice_)
+    return _too_large(f"{match[1]} {match[2]}iB", f"{match[3]} {match[4]}iB", name, slice_)
 
 
 def _too_large(needed: str, has: str, name: str, slice_: Slice) -> UserError:

@@ -66,13 +66,13 @@ def devices(name: str) -> tuple[list[Any], Slice | None]:
     if slice_.chip.name in _CHIP_CONFIG:
         settings["chip_config_name"] = _CHIP_CONFIG[slice_.chip.name]
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **settings)
+        description = topologies.get_topology_desc(platform="tpu", topology_name=name, **settings)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(
             f"libtpu knows no topology {name!r} ({_first_sentence(error)}): expected extents such as "
             f"{_example(slice_)}"
         ) from error
-    return list(found.devices), slice_
+    return list(description.devices), slice_
 
 
 def _simulated_devices(name: str, count: int) -> list[Any]:
@@ -87,7 +87,7 @@ def _simulated_devices(name: str, count: int) -> list[Any]:
 
 
 def _first_sentence(error: Exception) -> str:
-    """What libtpu said, without its status code."""
+    """libtpu's message, without its status code."""
     return str(error).partition(": ")[2].splitlines()[0].rstrip(".")
 
 

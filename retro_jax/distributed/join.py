@@ -32,7 +32,7 @@ class Place:
     Attributes:
       coordinator: HOST:PORT of process 0. count: processes. index: which this one is.
       devices: the local devices that are this process's own; None for all.
-      source: what said so, for messages.
+      source: the origin of these values, for messages.
     """
 
     coordinator: str
@@ -92,8 +92,8 @@ def find_place(environment: Mapping[str, str]) -> Place | None:
     Raises:
       UserError: a variable is missing beside the others, or is no number.
     """
-    for found in (_on_gke_tpu, _on_slurm, _on_kubernetes):
-        place = found(environment)
+    for find in (_on_gke_tpu, _on_slurm, _on_kubernetes):
+        place = find(environment)
         if place is not None:
             if not 0 <= place.index < place.count:
                 raise UserError(
@@ -105,7 +105,7 @@ def find_place(environment: Mapping[str, str]) -> Place | None:
 
 
 def _on_gke_tpu(environment: Mapping[str, str]) -> Place | None:
-    """TPU pods of GKE, one process a host; slices count one after the other."""
+    """TPU pods of GKE, one process per host; slices count one after the other."""
     source = "TPU_WORKER_HOSTNAMES"
     if not environment.get(source):
         return None
@@ -157,10 +157,10 @@ def _on_kubernetes(environment: Mapping[str, str]) -> Place | None:
 
 def first_host(nodes: str) -> str:
     """The first host of a Slurm node list, as in "node[003-007,12],login1"."""
-    found = re.match(r"([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\]([^,\[]*))?", nodes)
-    if found is None:
+    match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\]([^,\[]*))?", nodes)
+    if match is None:
         raise UserError(f"SLURM_STEP_NODELIST is {nodes!r}: expected names of hosts")
-    return "".join(part or "" for part in found.groups())
+    return "".join(part or "" for part in match.groups())
 
 
 def _number(
@@ -177,6 +177,6 @@ def _number(
 def is_tpu_machine(environment: Mapping[str, str]) -> bool:
     """Whether this is a TPU VM whose metadata server knows its neighbours."""
     platforms = environment.get("JAX_PLATFORMS", "tpu")
-    wanted = "tpu" in platforms or not platforms
+    may_use_tpu = "tpu" in platforms or not platforms
     alone = "TPU_SKIP_MDS_QUERY" in environment or "TPU_WORKER_HOSTNAMES" in environment
-    return wanted and not alone and any(pathlib.Path(path).exists() for path in _TPU_DEVICES)
+    return may_use_tpu and not alone and any(pathlib.Path(path).exists() for path in _TPU_DEVICES)

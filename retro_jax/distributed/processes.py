@@ -47,7 +47,7 @@ def together(action: Callable[[], T]) -> T:
       action: without collectives of its own.
 
     Returns:
-      What it returned in this process.
+      Its result in this process.
 
     Raises:
       SharedError: it raised a UserError or an OSError in some process; the message is this
@@ -113,7 +113,7 @@ def meet(occasion: str) -> None:
 def connect(mesh: Mesh) -> None:
     """Lets the devices of all processes find each other, along every set of mesh axes.
 
-    Processes take different times to compile. What connects them first when a step begins gives the
+    Processes take different times to compile. A first connection at the start of a step gives the
     slowest no more than half a minute (Gloo); here they come at about the same time.
     """
     axes = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1]
@@ -149,7 +149,7 @@ def noticing_loss() -> Iterator[None]:
 
 
 def _exchange(text: str) -> list[str]:
-    """What each process says, by its number."""
+    """The message of each process, by its number."""
     encoded = text.encode()[:_BYTES].ljust(_BYTES, b"\0")
     with noticing_loss():
         gathered = multihost_utils.process_allgather(np.frombuffer(encoded, np.uint8))

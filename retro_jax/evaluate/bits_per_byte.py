@@ -99,10 +99,10 @@ def measure(
     }
     numbers, document_of = np.unique(documents, return_inverse=True)
     sums = {name: np.bincount(document_of, weights=value) for name, value in per_chunk.items()}
-    chosen = [records[int(number)] for number in numbers]
-    corpora = np.array([record.corpus for record in chosen])
+    sized_documents = [records[int(number)] for number in numbers]
+    corpora = np.array([record.corpus for record in sized_documents])
     names = sorted(set(corpora.tolist()))
-    return {name: _score(sums, chosen, corpora == name) for name in names}
+    return {name: _score(sums, sized_documents, corpora == name) for name in names}
 
 
 def documents_hit(hits: np.ndarray, text: np.ndarray, documents: np.ndarray) -> np.ndarray:

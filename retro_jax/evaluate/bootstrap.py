@@ -1,10 +1,10 @@
 """How sure a figure is: the bootstrap over documents.
 
 Tokens of a document are not independent of each other, documents are: hence a resample draws as
-many documents as there are, with replacement, and every figure is computed on it anew. Conditions
-that are compared share their resamples, so that what is hard in a document cancels out.
+many documents as there are, with replacement, and every figure is computed on it again. Conditions
+that are compared share their resamples, so that a document's difficulty cancels out.
 
-scipy.stats.bootstrap resamples anew for every statistic and keeps no resamples that several ratios of
+scipy.stats.bootstrap resamples again for every statistic and keeps no resamples that several ratios of
 sums could share: its intervals of differences between conditions would be other ones.
 """
 
@@ -52,12 +52,12 @@ def intervals(values: np.ndarray, sampled: np.ndarray) -> list[Interval]:
     Resamples in which a figure has no denominator (not a number) are left out.
     """
     ends = (0.5 - _CONFIDENCE / 2, 0.5 + _CONFIDENCE / 2)
-    found = []
+    results = []
     for value, column in zip(values, sampled.T, strict=True):
         column = column[np.isfinite(column)]
         low, high = np.quantile(column, ends) if len(column) else (np.nan, np.nan)
-        found.append(Interval(float(value), float(low), float(high)))
-    return found
+        results.append(Interval(float(value), float(low), float(high)))
+    return results
 
 
 def paired_test(differences: np.ndarray, *, samples: int, seed: int) -> float:

@@ -14,13 +14,13 @@ CONDITION_NAMES = {
 }
 # The condition whose model is mixed with the token memory.
 MIXED_WITH_TOKENS = {"tokens": "on", "baseline+tokens": "baseline"}
-# Conditions that vary RETRO[ON], by the first part of their names: what the second part is.
+# Conditions that vary RETRO[ON], by the first part of their names: the meaning of the second.
 SWEPT_NAMES = {
     "k": "k = {:g}",
     "database": "{:.4g} of the database",
     "ngrams": "13-grams at most {:.0%}",
 }
-SHOWN_OVERLAP = 0.5  # the share of shared tokens whose figures stand beside those of all chunks
+SHOWN_OVERLAP = 0.5  # the share of shared tokens whose figures are shown beside those of all chunks
 
 
 def condition_name(name: str) -> str:
@@ -38,9 +38,9 @@ def condition_order(name: str) -> tuple[int, float]:
 
 def swept(names: Iterable[str], kind: str = "") -> list[str]:
     """Those of the names that vary RETRO[ON] in one way, by value; with "" those that do not at all."""
-    found = [
+    conditions = [
         name
         for name in names
         if ("_" in name and name.partition("_")[0] == kind) or (not kind and "_" not in name)
     ]
-    return sorted(found, key=condition_order)
+    return sorted(conditions, key=condition_order)

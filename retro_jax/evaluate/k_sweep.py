@@ -1,6 +1,6 @@
 """Losses for several numbers of neighbours in one pass.
 
-What is the same for every k is computed once: the layers up to the first CCA, and the encoder, in
+Parts that are equal for every k are computed once: the layers up to the first CCA, and the encoder, in
 which no neighbour sees another. Only the layers from the first CCA on run for each k.
 
     tokens -- layers 1 .. ATTN of min(P) -- ENCODER, 8 neighbours at once --+-- k = 1:    CCA .. loss

@@ -1,6 +1,6 @@
 """kNN-LM (Khandelwal et al., arXiv 1911.00172): retrieval by token, to compare retrieval by chunk with.
 
-A datastore holds, for every token of the training text, the model's final activation before it (key)
+A datastore has, for every token of the training text, the model's final activation before it (key)
 and the token (value). Each predicted token looks up its k nearest keys, and
 
     p(token) = weight * p_knn(token) + (1 - weight) * p_model(token)
@@ -60,13 +60,13 @@ def activations(
     """
     tokens = text.chunks(text.ids)
     length = tokens.shape[1]
-    # The last position of a chunk predicts the first token of the next, where that is of its document.
+    # The last position of a chunk predicts the first token of the next, if both are in one document.
     follows = text.documents[1:] == text.documents[:-1]
     after = np.where(np.append(follows, False), np.append(tokens[1:, 0], text.pad_id), text.pad_id)
     predicts = np.concatenate([tokens[:, 1:], after[:, None]], axis=1).ravel() != text.pad_id
     for part, batch in batches(text, config, rows):
-        found = np.asarray(states(batch), np.float32)
-        for (start, begin, end), row in zip(part, found, strict=False):
+        batch_states = np.asarray(states(batch), np.float32)
+        for (start, begin, end), row in zip(part, batch_states, strict=False):
             places = np.arange(begin * length, end * length)
             places = places[predicts[places]]
             yield places + 1, row[places - start * length]
@@ -76,14 +76,14 @@ def batched(
     found: Iterator[tuple[np.ndarray, np.ndarray]], size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The same pairs of places and activations, at least `size` rows at a time but for the last."""
-    held: list[tuple[np.ndarray, np.ndarray]] = []
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
     for pair in found:
-        held.append(pair)
-        if sum(len(places) for places, _ in held) >= size:
-            yield np.concatenate([p for p, _ in held]), np.concatenate([s for _, s in held])
-            held = []
-    if held:
-        yield np.concatenate([p for p, _ in held]), np.concatenate([s for _, s in held])
+        parts.append(pair)
+        if sum(len(places) for places, _ in parts) >= size:
+            yield np.concatenate([p for p, _ in parts]), np.concatenate([s for _, s in parts])
+            parts = []
+    if parts:
+        yield np.concatenate([p for p, _ in parts]), np.concatenate([s for _, s in parts])
 
 
 def knn_nll(
@@ -114,7 +114,7 @@ def mixed_nll(model_nll: np.ndarray, knn: np.ndarray, weight: float) -> np.ndarr
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Tokens of a text with what was found for them: model_nll [n], targets [n], distances [n, k] and
+    """Tokens of a text and their search results: model_nll [n], targets [n], distances [n, k] and
     the neighbours' values [n, k]."""
 
     model_nll: np.ndarray
@@ -123,7 +123,7 @@ class Found:
     values: np.ndarray
 
     def nll(self, config: KnnConfig, unit: float) -> np.ndarray:
-        """[n] of the mixture; `unit` is what distances are measured in."""
+        """[n] of the mixture; `unit` is the unit of distances."""
         k = config.neighbours
         order = np.argsort(self.distances, axis=1, kind="stable")[:, :k]
         distances = np.take_along_axis(self.distances, order, axis=1)

@@ -1,8 +1,8 @@
-"""How much of a text stands in the training data, and figures among the chunks with little of it.
+"""How much of a text is in the training data, and figures for the chunks with little overlap.
 
 r(C) of a chunk C is the length of the longest run of tokens that C shares with one of its nearest
-training neighbours (each a chunk and its continuation), over the chunk length; section 2.6 of the
-paper. Figures among the chunks with r(C) <= alpha tell what a model gains beyond copying.
+training neighbours, over the chunk length (section 2.6 of the paper). A neighbour is a chunk and its
+continuation. Figures for the chunks with r(C) <= alpha show a model's gain beyond copying.
 """
 
 import dataclasses
@@ -42,22 +42,22 @@ def longest_shared_runs(
 def shared_ngrams(
     texts: np.ndarray, neighbours: np.ndarray, ignored: Collection[int], size: int = 13
 ) -> np.ndarray:
-    """The share of each text's n-grams that each of its neighbours holds too.
+    """The share of each text's n-grams that each of its neighbours contains too.
 
     Args:
-      texts: [n, L] tokens, n-grams of which hold no ignored token.
+      texts: [n, L] tokens, whose n-grams contain no ignored token.
       neighbours: [n, K, R] tokens. ignored: as above. size: of the n-grams.
 
     Returns:
       [n, K] float64; 0 for a text without any n-gram.
     """
-    held = np.zeros(neighbours.shape[:2], np.int64)
+    matches = np.zeros(neighbours.shape[:2], np.int64)
     for here, near in _blocks(neighbours, ignored):
         for ends in _run_ends(texts[here], near):
-            held[here] += (ends >= size).any(axis=2)
+            matches[here] += (ends >= size).any(axis=2)
     usual = np.lib.stride_tricks.sliding_window_view(~np.isin(texts, list(ignored)), size, axis=1)
     count = usual.all(axis=2).sum(axis=1)
-    return held / np.maximum(count, 1)[:, None]
+    return matches / np.maximum(count, 1)[:, None]
 
 
 def _blocks(neighbours: np.ndarray, ignored: Collection[int]) -> Iterator[tuple[slice, np.ndarray]]:
@@ -85,7 +85,7 @@ class ScoredChunks:
     Attributes:
       bits: condition -> [n] bits of the chunk's text.
       bytes: [n] UTF-8 bytes of the chunk's text.
-      documents: [n] number of the document that the chunk is of.
+      documents: [n] number of the chunk's document.
       corpora: [n] name of its corpus.
       runs: [n] its longest shared run in tokens. chunk_length: M.
     """
@@ -151,8 +151,8 @@ def overlap_sums(
     under &= (scored.bytes > 0)[:, None]
 
     def by_document(values: np.ndarray) -> np.ndarray:
-        kept = np.where(under, values[:, None], 0)
-        return np.stack([np.bincount(owner, column) for column in kept.T], axis=1)
+        columns = np.where(under, values[:, None], 0)
+        return np.stack([np.bincount(owner, column) for column in columns.T], axis=1)
 
     return OverlapSums(
         corpora=scored.corpora[first],

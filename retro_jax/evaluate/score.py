@@ -9,9 +9,9 @@ With windows of 4 chunks and a stride of 2, over a text of 9 chunks ("s" scored,
     window 3               . . s         the last window is padded
 
 A scored chunk sees at least `chunks - stride` chunks before it, or its document's start. A window
-scores the predictions made AT its chunks' positions, so the first token of a window's first chunk
-is scored by the window before, and the target of a window's last position is read beyond the
-window. What is returned is indexed by the token predicted.
+scores the predictions AT its chunks' positions. The window before scores the first token of
+a window's first chunk, and the target of a window's last position is read beyond the window.
+Results are indexed by the token predicted.
 """
 
 import dataclasses
@@ -108,26 +108,26 @@ def score_chunks(
     """Scores every token of a text.
 
     Args:
-      token_losses: [..., B, N] nats of a batch, 0 where the target is pad_id; leading axes are of
+      token_losses: [..., B, N] nats of a batch, 0 where the target is pad_id; leading axes are
         several ways to predict it.
       text: the chunks, and their neighbours for retrieval on.
       config: windows, stride and batch size; every batch has the same shape (compiled once).
-      rows: of each batch that token_losses is given, where several processes make it together (it
+      rows: of each batch that token_losses is given, where several processes build it together (it
         returns the losses of all); None for all.
-      on_windows: told the number of windows each time some are done.
+      on_windows: called with the number of windows each time some are done.
 
     Returns:
-      [..., n, M] float32, the loss in nats of each token given what precedes it in its document; 0
+      [..., n, M] float32, the loss in nats of each token given the tokens before it in its document; 0
       for padding and for a document's first token, which nothing predicts. Without any chunk [0, 0].
     """
     scores: np.ndarray | None = None
     for plan, losses in _one_behind(_losses(token_losses, text, config, rows)):
-        found = np.asarray(losses, np.float32)
-        found = found.reshape(*found.shape[:-2], config.batch_size, config.chunks, -1)
+        nats = np.asarray(losses, np.float32)
+        nats = nats.reshape(*nats.shape[:-2], config.batch_size, config.chunks, -1)
         if scores is None:
-            scores = np.zeros((*found.shape[:-3], len(text.ids), found.shape[-1]), np.float32)
+            scores = np.zeros((*nats.shape[:-3], len(text.ids), nats.shape[-1]), np.float32)
         for number, (start, begin, end) in enumerate(plan):
-            scores[..., begin:end, :] = found[..., number, begin - start : end - start, :]
+            scores[..., begin:end, :] = nats[..., number, begin - start : end - start, :]
         if on_windows is not None:
             on_windows(len(plan))
     if scores is None:
@@ -158,8 +158,8 @@ def batches(
         part = plan[first : first + config.batch_size]
         starts = np.full(config.batch_size, len(text.ids), np.int64)
         starts[: len(part)] = part[:, 0]
-        here = starts if rows is None else starts[np.asarray(rows, np.int64)]
-        yield part, window_batch(text, here, config.chunks)
+        row_starts = starts if rows is None else starts[np.asarray(rows, np.int64)]
+        yield part, window_batch(text, row_starts, config.chunks)
 
 
 def _one_behind(items: Iterator[T]) -> Iterator[T]:
@@ -180,7 +180,7 @@ def compiled_token_losses(
     """A model's losses as one compiled function of the batch.
 
     Args:
-      graphdef, params: of a Retro, as nnx.split gives them; the parameters stay where they lie.
+      graphdef, params: of a Retro, as nnx.split gives them; the parameters stay where they are.
       place: puts a batch of NumPy arrays where the model reads it (on a mesh).
       losses: of a model and a batch, [..., B, N].
     """

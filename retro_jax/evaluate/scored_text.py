@@ -29,7 +29,7 @@ class ScoredText:
     """Sums of a text over each of its D documents, under several conditions.
 
     Attributes:
-      source: what they are made from: "split", "max_documents", the hash of the "chunks", that of the
+      source: where they come from: "split", "max_documents", the hash of the "chunks", that of the
         table of "neighbours" behind `overlap` (None without one), and for each of the "conditions"
         the "nll" file and its "sha256".
       corpora: [D] names. bytes, words, tokens: [D] int64 of the text that is scored; line ends count
@@ -56,8 +56,8 @@ class ScoredText:
 
     def has(self, result: Mapping[str, Any]) -> bool:
         """Whether one result of launch.evaluate is among them."""
-        found = self.source["conditions"].get(result["condition"], {})
-        return found.get("nll") == result["nll"]
+        condition = self.source["conditions"].get(result["condition"], {})
+        return condition.get("nll") == result["nll"]
 
 
 def documents_file(folder: pathlib.Path, split: str) -> pathlib.Path:
@@ -82,12 +82,12 @@ def sum_documents(
       records: the documents by number. source, overlap: see ScoredText.
     """
     numbers, owner = np.unique(documents, return_inverse=True)
-    chosen = [records[number] for number in numbers.tolist()]
+    sized_documents = [records[number] for number in numbers.tolist()]
     return ScoredText(
         source,
-        corpora=np.array([record.corpus for record in chosen]),
-        bytes=np.array([record.bytes for record in chosen], np.int64),
-        words=np.array([record.words + record.lines for record in chosen], np.int64),
+        corpora=np.array([record.corpus for record in sized_documents]),
+        bytes=np.array([record.bytes for record in sized_documents], np.int64),
+        words=np.array([record.words + record.lines for record in sized_documents], np.int64),
         tokens=np.bincount(owner, tokens).astype(np.int64),
         nats={name: np.bincount(owner, values) for name, values in nats.items()},
         overlap=overlap,
@@ -117,8 +117,8 @@ def read_scored_text(path: pathlib.Path) -> ScoredText:
       UserError: the file is damaged, or of another format.
     """
     try:
-        with np.load(path) as found:
-            arrays = {name: found[name] for name in found.files}
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file.files}
         about = json.loads(str(arrays["about"]))
         if about["format"] != _FORMAT:
             raise UserError(f"{path} has format {about['format']!r}: expected {_FORMAT}")
@@ -159,7 +159,7 @@ def _names(source: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class TokenGains:
-    """What retrieval did to each token of n chunks of M.
+    """The gain from retrieval on each token of n chunks of M.
 
     Attributes:
       gains: [n, M] bits that it saved; 0 for tokens that are not scored.

@@ -44,7 +44,7 @@ class ScoredModel:
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """What is scored at once.
+    """The losses to compute in one pass over a text.
 
     Attributes:
       model: which one. losses: of it and a batch, [..., B, N].
@@ -61,7 +61,7 @@ class Pass:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What runs batches.
+    """The devices and functions that run batches.
 
     Attributes:
       mesh: of all devices of all processes. losses: of the rows of a batch that are this process's;
@@ -96,26 +96,26 @@ class Scorer:
             dataclasses.replace(text, ids=text.ids[p], documents=text.documents[p]) for p in parts
         ]
         counts = [len(score.windows(len(t.ids), *_shape(one.windows))) for t in texts]
-        there = processes.as_first([path.is_file() for path in paths])
-        missing = [i for i in range(len(parts)) if not there[i]]
-        found: dict[int, np.ndarray] = {}
+        present = processes.as_first([path.is_file() for path in paths])
+        missing = [i for i in range(len(parts)) if not present[i]]
+        results: dict[int, np.ndarray] = {}
         if missing:
             with_what = self.compiled(one.model, one.losses, one.windows)
             bar = progress_bar(sum(counts), one.what, "window")
             bar.update(sum(counts) - sum(counts[i] for i in missing))
             with jax.set_mesh(with_what.mesh), bar:
                 for i in missing:
-                    found[i] = score.score_chunks(
+                    results[i] = score.score_chunks(
                         with_what.losses,
                         texts[i],
                         with_what.windows,
                         rows=with_what.rows,
                         on_windows=bar.update,
                     )
-                    _refuse_infinite(found[i], one.model)
+                    _refuse_infinite(results[i], one.model)
                     if len(parts) > 1:
-                        write_array(paths[i], found[i])
-        every = [found[i] if i in found else read_array(path) for i, path in enumerate(paths)]
+                        write_array(paths[i], results[i])
+        every = [results[i] if i in results else read_array(path) for i, path in enumerate(paths)]
         return np.concatenate(every, axis=-2)
 
     def compiled(self, model: ScoredModel, losses: Losses, windows: score.WindowConfig) -> Compiled:
@@ -162,7 +162,7 @@ def _rounded(windows: score.WindowConfig, mesh: Any) -> score.WindowConfig:
 
 
 def forget(one: Pass) -> None:
-    """Removes the finished segments of a pass whose result stands in its place."""
+    """Removes the finished segments of a pass whose result is written."""
     if processes.is_first():
         shutil.rmtree(one.partial, ignore_errors=True)
 

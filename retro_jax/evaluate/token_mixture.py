@@ -5,7 +5,7 @@ occurs in the database. The mixture is
 
     p(token) = (1 - w) p_model(token) + w share(token)
 
-where w depends on what is known before the token: the length of the ending, how far its votes agree,
+where w depends on facts known before the token: the length of the ending, how far its votes agree,
 and how many there are. Without a match w is 0. The weights are tuned on the validation split by
 expectation-maximisation, which has one optimum, as the loss is convex in each weight.
 """
@@ -28,7 +28,7 @@ _STEPS = 200
 
 @dataclasses.dataclass(frozen=True)
 class Votes:
-    """What a token memory says of each token of a text.
+    """The votes of a token memory on each token of a text.
 
     Attributes:
       lengths: [n] tokens of the longest ending that occurs; 0 for none.

@@ -1,7 +1,7 @@
 """How sure every figure of an evaluation is: 95% intervals of a bootstrap over documents.
 
-All conditions share their resamples, drawn corpus by corpus with the seeds of the figures by overlap,
-so that an interval is of the same set of texts wherever it is shown.
+All conditions share their resamples, drawn corpus by corpus with the seeds of the figures by overlap.
+An interval thus belongs to the same set of texts wherever it is shown.
 """
 
 import dataclasses
@@ -41,10 +41,10 @@ def with_intervals(results: Mapping[str, Any], scored: ScoredText) -> dict[str, 
       results: by condition, of launch.evaluate. scored: their sums by document.
     """
     names = scored.conditions
-    columns = [getattr(scored, what) for what in _DENOMINATORS]
+    columns = [getattr(scored, unit) for unit in _DENOMINATORS]
     columns += [scored.nats[name] for name in names]
     by_document = np.array(columns, np.float64).T
-    found = {
+    annotated = {
         name: {**r, "all": dict(r["all"]), "corpora": {c: dict(v) for c, v in r["corpora"].items()}}
         for name, r in results.items()
     }
@@ -53,23 +53,26 @@ def with_intervals(results: Mapping[str, Any], scored: ScoredText) -> dict[str, 
         rows = by_document[scored.corpora == corpus]
         totals.append(rows.sum(axis=0))
         draws.append(resampled_sums(rows, samples=SAMPLES, seed=number))
-        here = {name: found[name]["corpora"][corpus] for name in names}
-        _add(here, names, totals[-1], draws[-1])
-    everything = {name: found[name]["all"] for name in names}
+        figures = {name: annotated[name]["corpora"][corpus] for name in names}
+        _add(figures, names, totals[-1], draws[-1])
+    everything = {name: annotated[name]["all"] for name in names}
     _add(everything, names, np.sum(totals, axis=0), np.sum(draws, axis=0))
-    return found
+    return annotated
 
 
 def _add(
-    here: dict[str, dict[str, Any]], names: Sequence[str], total: np.ndarray, drawn: np.ndarray
+    by_condition: dict[str, dict[str, Any]],
+    names: Sequence[str],
+    total: np.ndarray,
+    drawn: np.ndarray,
 ) -> None:
     """Writes the intervals of one corpus into its figures by condition."""
     count = len(_DENOMINATORS)
     rates, sampled = {}, {}
     with np.errstate(divide="ignore", invalid="ignore"):
-        for i, what in enumerate(_DENOMINATORS):
-            rates[what] = total[count:] / total[i]
-            sampled[what] = drawn[:, count:] / drawn[:, i : i + 1]
+        for i, unit in enumerate(_DENOMINATORS):
+            rates[unit] = total[count:] / total[i]
+            sampled[unit] = drawn[:, count:] / drawn[:, i : i + 1]
     figures = {
         "bits_per_byte": (rates["bytes"] / math.log(2), sampled["bytes"] / math.log(2)),
         "bits_per_token": (rates["tokens"] / math.log(2), sampled["tokens"] / math.log(2)),
@@ -77,21 +80,21 @@ def _add(
     }
     for figure, (values, samples) in figures.items():
         for name, each in zip(names, intervals(values, samples), strict=True):
-            here[name].setdefault("intervals", {})[figure] = plain(each)
+            by_condition[name].setdefault("intervals", {})[figure] = plain(each)
     values, samples = figures["bits_per_byte"]
     for first, second in PAIRS:
         if first in names and second in names:
             a, b = names.index(first), names.index(second)
             (each,) = intervals(values[[a]] - values[[b]], samples[:, [a]] - samples[:, [b]])
-            here[first].setdefault("differences", {})[second] = plain(each)
+            by_condition[first].setdefault("differences", {})[second] = plain(each)
 
 
 def share_with_interval(right: np.ndarray) -> dict[str, float | None]:
     """The share of the documents [D] bool that are right."""
     values = right.astype(np.float64)[:, None]
     drawn = resampled_sums(values, samples=SAMPLES, seed=0) / len(values)
-    (found,) = intervals(values.mean(axis=0), drawn)
-    return plain(found)
+    (interval,) = intervals(values.mean(axis=0), drawn)
+    return plain(interval)
 
 
 def compare(pairs: Sequence[tuple[Mapping[str, Any], ScoredText]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a decoder keeps of the tokens that it has read: keys, values and one chunk's activations.
+"""The decoder's memory of the tokens that it has read: keys, values and one chunk's activations.
 
 Shape letters beside those of the model: S positions of the cache (`capacity`), W head width, and
 Q = K * R positions of one chunk's neighbours. Every row is a text with a position of its own:
@@ -8,7 +8,7 @@ Q = K * R positions of one chunk's neighbours. Every row is a text with a positi
     cca_keys, cca_values      of the neighbours of the last complete chunk, of every CCA layer
     present                   which of the Q positions are not padding
 
-Shapes are fixed, so that one program serves all positions; what is past a row's position is never
+Shapes are fixed, so that one program serves all positions. Values past a row's position are never
 read. A program that is given a cache takes its memory (donation). Positions are the last axis, as
 XLA's CPU backend multiplies a query with keys [W, S], and values [W, S] with weights, uncopied.
 """
@@ -32,7 +32,7 @@ PerLayer = tuple[jax.Array, ...] | jax.Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ChunkCache:
-    """What a cache has with retrieval only.
+    """The part of a cache that only retrieval needs.
 
     Attributes:
       activations: [B, D, M]. keys, values: of every CCA layer, [B, H, W, Q]. present: [B, Q] bool.

@@ -7,7 +7,7 @@
 All three are one program, `_run_block`, which calls the two halves of the model's loop. Shapes are
 bucketed (rows and positions by powers of two), so that few programs serve all texts; a cache grows
 at the end of a chunk. Weights are prepared once: layers taken out of their stack, in the activations'
-dtype, the read-out transposed; tables of distances, which depend on weights only, are made then too.
+dtype, the read-out transposed; tables of distances, which depend on weights only, are computed then too.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from retro_jax.sharding import Shardings
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """What the model reads of a text: its last chunks, cut from a chunk's first token on.
+    """The part of a text that the model reads: its last chunks, cut from a chunk's first token on.
 
     Attributes:
       tokens: [n], n >= 1. neighbours: of its complete chunks, [n // M, K, R], or None without.
@@ -59,7 +59,7 @@ class Completed:
 
 
 class Decoder:
-    """Reads texts with a cache. Its weights are those that the model has when it is made.
+    """Reads texts with a cache. Its weights are those of the model at construction.
 
     Attributes:
       config: the architecture. chunks: C of the longest window.
@@ -145,8 +145,8 @@ class Decoder:
             last = np.zeros(rows, np.int32)
             last[: len(windows)] = np.clip(ends - 1 - u * length, 0, length - 1)
             starts = np.full(rows, u * length, np.int32)
-            made, cache = self._run(cache, block, starts, live, completed, last=last)
-            logits = made if logits is None else self._choose(live, made, logits)
+            new_logits, cache = self._run(cache, block, starts, live, completed, last=last)
+            logits = new_logits if logits is None else self._choose(live, new_logits, logits)
         assert logits is not None
         return logits, cache
 
@@ -165,7 +165,7 @@ class Decoder:
         Args:
           cache: of the tokens before. tokens: [B, T], none past its row's chunk.
           starts: [B] int32, the position in its window of each row's first token; less than S.
-          live: [B] bool; what other rows are given changes nothing that is read later.
+          live: [B] bool; the tokens of other rows change nothing that is read later.
           completed: rows whose chunk is complete with this block.
           all_logits: after every token, else after the last.
 
@@ -176,7 +176,7 @@ class Decoder:
         return self._run(cache, tokens, starts, live, completed, last=last)
 
     def compiled_step(self, rows: int, *, capacity: int, neighbours: int) -> str:
-        """The compiled program of one step for every row, as text: what it reads and copies."""
+        """The compiled program of one step for every row, as text: its reads and copies."""
         cache = self.empty(rows, capacity, neighbours)
         zeros = np.zeros(rows, np.int32)
         inputs = self._place((zeros[:, None], zeros, np.ones(rows, bool), None, zeros))
@@ -252,7 +252,7 @@ class Decoder:
         return CompletedChunks(*arrays)
 
     def _place(self, arrays: Any) -> Any:
-        """Arrays whose first axis is of rows, over the mesh."""
+        """Arrays whose first axis is the rows, over the mesh."""
         if self._mesh is None:
             return arrays
         return jax.device_put(arrays, NamedSharding(self._mesh, P(self.layout.shardings.batch)))
@@ -333,7 +333,7 @@ class Programs:
 
 @functools.lru_cache(maxsize=32)
 def programs(graphdef: nnx.GraphDef, structure: Any, shapes: CacheLayout) -> Programs:
-    """The functions of a prepared model; `structure` is of (parameters, tables, read-out)."""
+    """The functions of a prepared model; `structure` belongs to (parameters, tables, read-out)."""
 
     def run_block(weights: list[jax.Array], cache: Cache, *inputs: Any) -> Any:
         params, tables, read_out = jax.tree.unflatten(structure, weights)
@@ -393,7 +393,7 @@ def _run_block(
 def _keep_activations(
     cache: Cache, h_BxTxD: jax.Array, starts_B: jax.Array, live_B: jax.Array, model: Retro
 ) -> Cache:
-    """Writes what the encoder will read of a block's tokens."""
+    """Writes the activations of a block's tokens, which the encoder will read."""
     assert cache.chunk is not None
     offsets_B = starts_B % model.config.chunk_length
     # As keys of one head: [B, 1, D, M].
@@ -404,8 +404,10 @@ def _keep_activations(
         offsets_B,
         dataclasses.replace(model.layout.shardings, tensor=None),
     )[:, 0]
-    kept = jnp.where(live_B[:, None, None], written, old)
-    return dataclasses.replace(cache, chunk=dataclasses.replace(cache.chunk, activations=kept))
+    activations = jnp.where(live_B[:, None, None], written, old)
+    return dataclasses.replace(
+        cache, chunk=dataclasses.replace(cache.chunk, activations=activations)
+    )
 
 
 def _encode(model: Retro, cache: Cache, completed: CompletedChunks | None) -> Retrieved:

@@ -11,7 +11,7 @@ Chunks are cut from the start of the text, as in training: the partial chunk is 
 Chunk u's neighbours are read by its last token, which predicts the first token of chunk u + 1.
 
 A text longer than the trained length is continued from its last `chunks` chunks. The window moves
-by one chunk, at a chunk's end, as the windows of evaluation do, and is read anew then: the cached
+by one chunk, at a chunk's end, as the windows of evaluation do, and is read again then: the cached
 activations had read the chunk that has left. This keeps the text equal to an uncached one, and
 costs a prefill of the window for every chunk (docs/generation.md has the time).
 """
@@ -42,7 +42,7 @@ class Generation:
     """A finished text.
 
     Attributes:
-      tokens: [n] int32, the prompt (with bos), what was generated, and eos where it was drawn.
+      tokens: [n] int32, the prompt (with bos), the generated tokens, and eos where it was drawn.
       prompt_length: how many of them are the prompt.
       log_probabilities: [n - prompt_length] float32, of the generated tokens in nats, as the model
         gave them (before penalties, temperature and filters).
@@ -50,7 +50,7 @@ class Generation:
         read them; None with retrieval off.
       finished: whether eos ended it.
       ended: "eos", "stop" (a stop string) or "length".
-      text: what was generated, up to the stop string; None without a decoder of tokens.
+      text: the generated text, up to the stop string; None without a decoder of tokens.
     """
 
     tokens: np.ndarray
@@ -159,8 +159,8 @@ class Generator:
           UserError: an empty prompt, stop strings without a decoder, or a bad answer of `retrieve`.
         """
         texts = self._texts(prompts, sampling, streams=on_text is not None)
-        known: dict[bytes, np.ndarray] = {}
-        self._retrieve_complete_chunks(texts, known)
+        answers: dict[bytes, np.ndarray] = {}
+        self._retrieve_complete_chunks(texts, answers)
         batch = self._begin(texts)
         while True:
             for text, token, score in zip(batch.texts, *self._draw(batch), strict=False):
@@ -172,7 +172,7 @@ class Generator:
             under_way = [text for text in batch.texts if not text.ended]
             if not under_way:
                 break
-            self._retrieve_complete_chunks(under_way, known)
+            self._retrieve_complete_chunks(under_way, answers)
             self._drop_finished(batch)
             self._advance(batch)
         return [_finish(text) for text in texts]
@@ -326,7 +326,9 @@ class Generator:
             padding = np.zeros((batch.cache.rows - len(rows), batch.seen.shape[1]), bool)
             batch.seen = np.concatenate([batch.seen[rows], padding])
 
-    def _retrieve_complete_chunks(self, texts: list[_Text], known: dict[bytes, np.ndarray]) -> None:
+    def _retrieve_complete_chunks(
+        self, texts: list[_Text], answers: dict[bytes, np.ndarray]
+    ) -> None:
         """Gives every text the neighbours of its complete chunks; equal chunks are asked for once."""
         if self.retrieve is None:
             return
@@ -335,14 +337,14 @@ class Generator:
             for u in range(len(text.neighbours), len(text.tokens) // self.chunk_length):
                 chunk = text.tokens[u * self.chunk_length : (u + 1) * self.chunk_length]
                 due.append((text, np.asarray(chunk, np.int32).tobytes()))
-        queries = list(dict.fromkeys(chunk for _, chunk in due if chunk not in known))
+        queries = list(dict.fromkeys(chunk for _, chunk in due if chunk not in answers))
         if queries:
-            known.update(zip(queries, self._ask(queries), strict=True))
+            answers.update(zip(queries, self._ask(queries), strict=True))
         for text, query in due:
-            text.neighbours.append(known[query])
+            text.neighbours.append(answers[query])
 
     def _ask(self, queries: list[bytes]) -> np.ndarray:
-        """[n, K, R]: what `retrieve` gives for chunks."""
+        """[n, K, R]: the result of `retrieve` for chunks."""
         assert self.retrieve is not None
         chunks = np.frombuffer(b"".join(queries), np.int32).reshape(len(queries), -1)
         start = time.perf_counter()

@@ -38,7 +38,7 @@ Carry = tuple[jax.Array, Cache]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DistanceTables:
-    """What positions need of every distance, the largest first; None where they need nothing.
+    """The positions' values for every distance, the largest first; None where they need none.
 
     Attributes:
       attention: of every layer, [S, ...] for distances S - 1 to 0, S the longest window.
@@ -52,11 +52,11 @@ class DistanceTables:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CompletedChunks:
-    """Chunks that are complete with this block, and what was retrieved for them.
+    """Chunks that are complete with this block, and their neighbours.
 
     Attributes:
       neighbours: [n, K, R] int32. tokens: [n, M] int32, of the chunks. rows: [n] int32, whose they are.
-      source: [B] int32, which of the n is of a row; any number where `completes` [B] is False.
+      source: [B] int32, which of the n belongs to a row; any number where `completes` [B] is False.
     """
 
     neighbours: jax.Array
@@ -104,8 +104,8 @@ class CachedBlock:
         block = Part(*new, mask_TxT, biases[1])
         heads_BxTxHxW = attend_to(query, [before, block])
         keys, values = (
-            caches.write_block(cached, after(made, heads_BxTxHxW), self.starts, shardings)
-            for cached, made in zip(old, (key, value), strict=True)
+            caches.write_block(cached, after(projection, heads_BxTxHxW), self.starts, shardings)
+            for cached, projection in zip(old, (key, value), strict=True)
         )
         cache = dataclasses.replace(
             cache,
@@ -117,12 +117,12 @@ class CachedBlock:
     def cross_attend(
         self, cca: ChunkedCrossAttention, carry: Carry, p: Any, retrieved: Retrieved
     ) -> Carry:
-        """H + CCA(H, E) of layer p; what the encoder has just made replaces the chunk before."""
+        """H + CCA(H, E) of layer p; the encoder's new output replaces the chunk before."""
         h_BxTxD, cache = carry
         chunk = cast(ChunkCache, cache.chunk)
         index = self._cca_index(p)
         old = (caches.take(chunk.keys, index), caches.take(chunk.values, index))
-        query, *made = cca.attention.project(h_BxTxD, _side_by_side(retrieved.encoded))
+        query, *projection = cca.attention.project(h_BxTxD, _side_by_side(retrieved.encoded))
         offsets_BxT = self._positions(h_BxTxD.shape[1]) % self.config.chunk_length
         last_BxT = offsets_BxT == self.config.chunk_length - 1
         positions_BxT = jnp.where(last_BxT, offsets_BxT, offsets_BxT + self.config.chunk_length)
@@ -134,7 +134,7 @@ class CachedBlock:
         if self.completed is None:
             heads = attend_to(query, [Part(*old, chunk.present[:, None, None], bias)])
             return h_BxTxD + cca.attention.read_out(heads), cache
-        new = self._new_keys(cca.attention, made, old)
+        new = self._new_keys(cca.attention, projection, old)
         present = self._present(chunk, retrieved)
         heads = attend_to(query, [Part(*new, present[:, None, None], bias)])
         if h_BxTxD.shape[1] > 1:
@@ -173,12 +173,12 @@ class CachedBlock:
     def _self_biases(
         self, attention: Attention, query: jax.Array, p: Any, capacity: int
     ) -> tuple[jax.Array, list[jax.Array | None]]:
-        """Queries, and what distances add to logits of S old keys and of the block's T."""
+        """Queries, and the terms that distances add to logits of S old keys and of the block's T."""
         if self.tables.attention is None:
             return query, [None, None]
         table = caches.take(self.tables.attention, p - 1)
         query, by_distance = attention.by_distance(query, table[table.shape[0] - capacity :])
-        # Columns are of distances S - 1 to 0. Keys that come after the query are masked anyway.
+        # Columns are distances S - 1 to 0. Keys that come after the query are masked anyway.
         padded = jnp.pad(by_distance, ((0, 0),) * 3 + ((0, capacity - 1),))
         first_BxT = capacity - 1 - self._positions(query.shape[1])
         shardings = attention.layout.shardings
@@ -193,18 +193,18 @@ class CachedBlock:
         table: jax.Array,
         positions_BxT: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """Queries, and what distances add to the logits of one neighbour's keys: [B, H, T, R]."""
+        """Queries, and the terms of distances in the logits of one neighbour's keys: [B, H, T, R]."""
         query, by_distance = attention.by_distance(query, table)
         largest = 2 * self.config.chunk_length - 1
         length, shardings = self.config.neighbour_length, attention.layout.shardings
         return query, caches.cut_rows(by_distance, largest - positions_BxT, length, shardings)
 
     def _new_keys(
-        self, attention: Attention, made: list[jax.Array], old: tuple[jax.Array, jax.Array]
+        self, attention: Attention, projection: list[jax.Array], old: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
         """Keys and values [B, H, W, Q]: those of the chunks completed, else as they were."""
         completed = cast(CompletedChunks, self.completed)
-        key_NxQxHxW, value_NxQxHxW = made
+        key_NxQxHxW, value_NxQxHxW = projection
         neighbours = key_NxQxHxW.shape[1] // self.config.neighbour_length
         positions = np.tile(np.arange(self.config.neighbour_length), neighbours)
         key_NxQxHxW = attention.positions.turn(key_NxQxHxW, positions)
@@ -275,7 +275,7 @@ def attend_to(query_BxTxHxW: jax.Array, parts: Sequence[Part]) -> jax.Array:
 def after(block_BxTxHxW: jax.Array, heads_BxTxHxW: jax.Array) -> jax.Array:
     """The block's keys, or values, once the cache has been read: only then XLA writes in place.
 
-    On a CPU its passes drop barriers before they decide what is copied, so the order is a sum.
+    On a CPU its passes drop barriers before they decide on copies, so the order is a sum.
     """
     if target_platform() != "cpu":
         return block_BxTxHxW

@@ -13,7 +13,7 @@ __all__ = ["Generation", "Generator", "Sample", "SamplingConfig", "TextCodec", "
 
 
 class TextCodec(Protocol):
-    """What is needed of a tokenizer."""
+    """The methods that are needed of a tokenizer."""
 
     @property
     def bos_id(self) -> int: ...
@@ -44,7 +44,7 @@ def sample_text(
 ) -> list[Sample]:
     """Continues prompts, all at once; give one several times for several samples of it.
 
-    A text that a stop string ended goes up to that string.
+    A text that a stop string ended reaches up to that string.
     """
     tokens = [np.concatenate([[codec.bos_id], codec.encode(prompt)]) for prompt in prompts]
     generations = generator.generate(tokens, sampling, on_step=on_step)

@@ -32,7 +32,7 @@ class SamplingConfig:
       temperature: divides the logits; 0 takes the most likely token.
       top_k: only the k most likely tokens are drawn; 0 for all.
       top_p: only the most likely tokens that together reach this probability; 1 for all.
-      seed: of the draws. Sample i of a prompt is the same however many samples are made.
+      seed: of the draws. Sample i of a prompt is the same for any number of samples.
       min_p: only tokens at least this times as likely as the most likely one; 0 for all.
       repetition_penalty: divides positive logits of tokens that the text has already, and
         multiplies negative ones (Keskar et al. 2019, arXiv 1909.05858); 1 changes nothing.
@@ -67,8 +67,8 @@ class SamplingConfig:
         for field in ("allowed_tokens", "forbidden_tokens"):
             ok = all(token >= 0 for token in getattr(self, field))
             require(ok, self, field, "token ids")
-        named = not isinstance(self.stop, str) and all(self.stop)
-        require(named, self, "stop", "a list of strings that are not empty")
+        valid = not isinstance(self.stop, str) and all(self.stop)
+        require(valid, self, "stop", "a list of strings that are not empty")
 
 
 class Sampler(NamedTuple):
@@ -98,7 +98,7 @@ class Needs(NamedTuple):
 
 
 def needs(settings: Sequence[SamplingConfig]) -> Needs:
-    """What the draws of these texts need."""
+    """The computations that the draws of these texts need."""
     random = [one for one in settings if one.temperature > 0]
     return Needs(
         random=bool(random),
@@ -139,7 +139,7 @@ def make_sampler(
 
 
 def allowed_tokens(setting: SamplingConfig, allowed: np.ndarray) -> np.ndarray:
-    """[V] bool: what one text may draw; the same array where its settings say nothing.
+    """[V] bool: the tokens that one text may draw; the same array where its settings say nothing.
 
     Raises:
       UserError: naming a token past the vocabulary, or that none is left.
@@ -211,8 +211,8 @@ def draw(
         drawn = jnp.argmax(scores + _noise(sampler.key, steps, logits.shape[-1]), axis=-1)
         tokens = jnp.where(greedy, tokens, drawn)
     log_probabilities = jax.nn.log_softmax(logits, axis=-1)
-    chosen = jnp.take_along_axis(log_probabilities, tokens[:, None], axis=-1)[:, 0]
-    return tokens.astype(jnp.int32), chosen
+    log_probability = jnp.take_along_axis(log_probabilities, tokens[:, None], axis=-1)[:, 0]
+    return tokens.astype(jnp.int32), log_probability
 
 
 def penalised(logits: jax.Array, penalty: jax.Array) -> jax.Array:
@@ -221,17 +221,17 @@ def penalised(logits: jax.Array, penalty: jax.Array) -> jax.Array:
 
 
 def keep_likeliest(scores: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Top-k, then top-p among what is left; other scores are -inf.
+    """Top-k, then top-p among the rest; other scores are -inf.
 
     Args:
       scores: [B, V]. top_k: [B, 1], 0 for all. top_p: [B, 1], 1 for all.
     """
     order = _in_order(scores)
-    kept = (top_k == 0) | _heaviest(order, jnp.ones_like(scores), top_k)
-    probabilities = jax.nn.softmax(jnp.where(kept, scores, -jnp.inf), axis=-1)
+    mask = (top_k == 0) | _heaviest(order, jnp.ones_like(scores), top_k)
+    probabilities = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
     # A sum of many small probabilities may round to less than 1: 1 means all.
-    kept &= (top_p >= 1) | _heaviest(order, probabilities, top_p)
-    return jnp.where(kept, scores, -jnp.inf)
+    mask &= (top_p >= 1) | _heaviest(order, probabilities, top_p)
+    return jnp.where(mask, scores, -jnp.inf)
 
 
 def _in_order(scores: jax.Array) -> jax.Array:

@@ -3,12 +3,12 @@
 With the stop string "END" and tokens "a", " E", "N", "s", "END." come out:
 
     token     a    " E"   "N"   "s"    "END."
-    comes     a    " "    ""    ENs    ""       "E" and "EN" may still become "END": they are held back
+    comes     a    " "    ""    ENs    ""       "E" and "EN" may still become "END": they come later
 """
 
 from collections.abc import Callable, Sequence
 
-_INCOMPLETE = "\ufffd"  # what a decoder gives for a character whose bytes are not all there
+_INCOMPLETE = "\ufffd"  # a decoder's output for a character whose bytes are not all there
 
 
 class TextStream:
@@ -29,7 +29,7 @@ class TextStream:
         """Takes a token; gives the text that can no longer become a stop string or another character."""
         self._tokens.append(token)
         text = self._decode(self._tokens)
-        ends = [found for stop in self._stop if (found := text.find(stop)) >= 0]
+        ends = [position for stop in self._stop if (position := text.find(stop)) >= 0]
         if ends:
             self.stopped = True
             return self._out(text[: min(ends)])
@@ -51,7 +51,7 @@ class TextStream:
         return longest
 
     def _out(self, text: str) -> str:
-        """What of a text is new."""
+        """The new part of a text."""
         new = text[len(self.text) :]
         self.text += new
         return new

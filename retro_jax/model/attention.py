@@ -1,7 +1,7 @@
 """Multi-head attention: one operator for self and cross attention, with any kind of positions.
 
 Shape letters beside those of the model: I any leading axes [B, ...], T queries, S keys, W head width
-(head_dim). What positions add to the logits is said in positions.py.
+(head_dim). positions.py describes the terms that positions add to the logits.
 """
 
 import dataclasses
@@ -122,18 +122,18 @@ class Attention(nnx.Module):
         product_IxTxPxHxW = affine(self, name, x_IxTxD, out_sharding=spec)
         if len(shape) == 3:
             return (product_IxTxPxHxW,)
-        # The gradients of what a split makes are joined; those of slices are padded and added.
+        # The gradients of a split's parts are joined; those of slices are padded and added.
         parts = jax.lax.split(product_IxTxPxHxW, (1,) * shape[1], axis=axis)
         return tuple(jnp.squeeze(part, axis) for part in parts)
 
     def distance_table(self, num_queries: int, num_keys: int, offset: int = 0) -> jax.Array | None:
-        """What positions need of every distance, the largest first: [T + S - 1, ...] or None."""
+        """The positions' values for every distance, the largest first: [T + S - 1, ...] or None."""
         return self.positions.distance_table(self._weight, distances(num_queries, num_keys, offset))
 
     def by_distance(
         self, query_IxTxHxW: jax.Array, table: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """What positions add for every distance of a table, not yet shifted to keys.
+        """The terms of positions for every distance of a table, not yet shifted to keys.
 
         Args:
           query_IxTxHxW: queries. table: `distance_table` of Q distances.
@@ -156,7 +156,7 @@ class Attention(nnx.Module):
         table: jax.Array | None,
         repeats: int = 1,
     ) -> jax.Array:
-        """Softmax attention of turned queries and keys, with what positions add to the logits.
+        """Softmax attention of turned queries and keys, with the positions' terms in the logits.
 
         Args:
           query_IxTxHxW, key_IxSxHxW, value_IxSxHxW: queries, keys, values; the latter of H or G heads.
@@ -187,16 +187,16 @@ class Attention(nnx.Module):
 def _extra_parameters(form: DecoderForm, widths: Widths, fused: bool) -> dict[str, nnx.Param]:
     """The biases of the projections, by name."""
     heads, kv_heads = widths.num_heads, widths.kv_heads or widths.num_heads
-    found: dict[str, nnx.Param] = {}
+    parameters: dict[str, nnx.Param] = {}
     if form.qkv_bias and fused:
         shape = (3, heads, widths.head_dim)
-        found["query_key_value_bias"] = bias(shape, P(None, TENSOR, None))
+        parameters["query_key_value_bias"] = bias(shape, P(None, TENSOR, None))
     elif form.qkv_bias:
-        found["query_bias"] = bias((heads, widths.head_dim), P(TENSOR, None))
-        found["key_value_bias"] = bias((2, kv_heads, widths.head_dim), P(None, TENSOR, None))
+        parameters["query_bias"] = bias((heads, widths.head_dim), P(TENSOR, None))
+        parameters["key_value_bias"] = bias((2, kv_heads, widths.head_dim), P(None, TENSOR, None))
     if form.out_bias:
-        found["output_bias"] = bias((widths.query,), P(None))
-    return found
+        parameters["output_bias"] = bias((widths.query,), P(None))
+    return parameters
 
 
 def repeat_heads(x_IxSxGxW: jax.Array, num_heads: int) -> jax.Array:

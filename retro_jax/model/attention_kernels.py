@@ -2,12 +2,12 @@
 
     gpu    cuDNN's flash attention (jax.nn.dot_product_attention): bfloat16, heads of at most 128
     tpu    JAX's splash attention (Pallas): causal blocks that nobody reads are never visited
-    else   none: causal_attention.py goes by blocks of queries
+    else   none: causal_attention.py computes blocks of queries
 
-Neither kernel has relative positions: cuDNN takes a bias, but it would have to be made for all
-[B, H, N, N] pairs. Documents cost cuDNN a bias of [B, 1, N, N]; jax 0.10 has the backward pass make
-its gradient too, of [B, H, N, N] bfloat16, one layer at a time (jax-ml/jax pull request 39512 ends
-that). Kernels know nothing of meshes: they run inside shard_map, each device on its own
+Neither kernel has relative positions: cuDNN takes a bias, but that would need an entry for all
+[B, H, N, N] pairs. Documents cost cuDNN a bias of [B, 1, N, N]; in jax 0.10 the backward pass
+computes its gradient too, of [B, H, N, N] bfloat16, one layer at a time (jax-ml/jax pull request
+39512 ends that). Kernels know nothing of meshes: they run inside shard_map, each device on its own
 rows and heads.
 """
 
@@ -37,7 +37,7 @@ def attention_kind(
       platform: that the program is for. positions, head_dim: the attention's. length: N.
 
     Raises:
-      UserError: a kernel was asked for that does not exist here; why, and what does exist.
+      UserError: a kernel was asked for that does not exist here; why, and those that exist.
     """
     if execution.attention not in ("auto", "fused"):
         return execution.attention
@@ -82,7 +82,7 @@ def fused_attention(
     Args:
       query_BxNxHxW, key_BxNxHxW, value_BxNxHxW: turned by their positions; keys and values may have
         fewer heads.
-      segments_BxN: int32, which document a token is of, or None for one a row.
+      segments_BxN: int32, the document of each token, or None for one a row.
       platform: one of PLATFORMS. shardings: how batch and heads are split on a mesh.
 
     Returns:
@@ -173,8 +173,8 @@ def _obstacle(
     if platform not in PLATFORMS:
         return f"{platform} has no fused kernel ({' and '.join(PLATFORMS)} have)"
     if not positions.has_kernel:
-        known = " and ".join(map(repr, kinds_with_kernel()))
-        return f"no fused kernel has {positions.name} positions ({known} has one)"
+        kinds = " and ".join(map(repr, kinds_with_kernel()))
+        return f"no fused kernel has {positions.name} positions ({kinds} has one)"
     if platform == "gpu" and dtype != "bfloat16":
         return f"cuDNN's kernel computes in bfloat16 and activation_dtype is {dtype!r}"
     if platform == "gpu" and (head_dim > 128 or head_dim % 8):

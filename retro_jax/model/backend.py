@@ -1,11 +1,11 @@
-"""What the backends need to be fast: products, barriers, constants, compile options.
+"""Settings and operations that make the backends fast: products, barriers, constants, compile options.
 
 Every tuning for one backend is here, so that the model reads as its mathematics. XLA's CPU backend
 is the one that needs help; the others choose layouts and loops by themselves, and are left to it.
 
 Products. The CPU backend multiplies fast only where the left operand's contracted axis is its last one
 and the right operand's its first; else it transposes an operand inside of a loop of its own, or takes
-a product half as fast. Left to itself, JAX makes a weight's gradient as cotangent^T x, with the
+a product half as fast. Left to itself, JAX computes a weight's gradient as cotangent^T x, with the
 wider of the two on the left. Here the narrower one is transposed, by a plain copy:
 
     x [T, D], y = x w [T, F], dy [T, F]        D <= F:   dw = x^T dy
@@ -53,16 +53,16 @@ def settled(x: jax.Array) -> jax.Array:
     """On a CPU an array that is written to memory; elsewhere x itself.
 
     The operations before and after it are not merged into one loop. Some such loops are slow, and one
-    was never compiled: CCA's two conditions on documents inside a softmax, with one row a device
+    was never compiled: CCA's two conditions on documents inside a softmax, with one row per device
     (LLVM, jax 0.10.2).
     """
     return jax.lax.optimization_barrier(x) if target_platform() == "cpu" else x
 
 
 def constants() -> Any:
-    """The module, of NumPy's functions, that makes arrays which depend on no input.
+    """The module, of NumPy's functions, that computes arrays which depend on no input.
 
-    On a CPU NumPy itself: XLA would make the sines of rotary positions anew for every row and head.
+    On a CPU NumPy itself: XLA would compute the sines of rotary positions again for every row and head.
     """
     return np if target_platform() == "cpu" else jnp
 
@@ -77,7 +77,7 @@ def options_for_one_use(platform: str) -> dict[str, Any] | None:
 
 
 def _product(x: jax.Array, weight: jax.Array, contracted: int, out_sharding: P | None) -> jax.Array:
-    """The product as JAX would make it."""
+    """The product as JAX would compute it."""
     axes = (tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted)))
     return jax.lax.dot_general(x, weight, (axes, ((), ())), out_sharding=out_sharding)
 
@@ -88,7 +88,7 @@ _cpu_product = jax.custom_vjp(_product, nondiff_argnums=(2, 3))
 def _forward(
     x: jax.Array, weight: jax.Array, contracted: int, out_sharding: P | None
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """The product, and what its gradients need."""
+    """The product, and the arrays that its gradients need."""
     return _product(x, weight, contracted, out_sharding), (x, weight)
 
 
@@ -136,7 +136,7 @@ _cpu_product.defvjp(_forward, _backward)
 
 
 def _scores(query_IxTxHxW: jax.Array, key_IxSxHxW: jax.Array) -> jax.Array:
-    """The scores as JAX would make them."""
+    """The scores as JAX would compute them."""
     return jnp.einsum(
         "...thw,...shw->...hts", query_IxTxHxW, key_IxSxHxW, preferred_element_type=jnp.float32
     )
@@ -148,7 +148,7 @@ _cpu_scores = jax.custom_vjp(_scores)
 def _scores_forward(
     query_IxTxHxW: jax.Array, key_IxSxHxW: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """The scores, and what their gradients need."""
+    """The scores, and the arrays that their gradients need."""
     return _scores(query_IxTxHxW, key_IxSxHxW), (query_IxTxHxW, key_IxSxHxW)
 
 

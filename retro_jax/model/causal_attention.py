@@ -1,14 +1,14 @@
 """The decoder's ATTN: causal, inside documents, by a fused kernel or by blocks of queries.
 
-A block of queries reads only the keys up to its own end, so that about half of the products of a
-full [N, N] matrix are never made, and only one block's logits exist at a time: memory grows with N,
+A block of queries reads only the keys up to its own end. About half of the products of a full
+[N, N] matrix are never computed. Only one block's logits exist at a time: memory grows with N,
 not with its square. One block as long as the sequence is the plain form.
 
 With every block written out, programs and their compilation would grow with N. More than four blocks
 are gathered in four spans, each a loop over its blocks, which read the keys up to the span's end:
 
-    queries   0..3   4..7   8..11  12..15      16 blocks in 4 spans make 10 of 16 squares, where
-    keys      0..3   0..7   0..11  0..15       blocks by themselves make 8.5 and one loop all 16
+    queries   0..3   4..7   8..11  12..15      16 blocks in 4 spans compute 10 of 16 squares;
+    keys      0..3   0..7   0..11  0..15       single blocks compute 8.5 and one loop all 16
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ def causal_attention(
     Args:
       attention: the layer's self attention.
       x_BxNxD: the residual stream.
-      documents_BxC: which document each chunk is of, or None for one document a row.
+      documents_BxC: the document of each chunk, or None for one document per row.
       chunk_length: M, with N = C * M.
 
     Returns:
@@ -76,9 +76,9 @@ def causal_attention(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Keys:
-    """What queries read: keys and values [B, S, H, W], and the documents [B, S] of their tokens or None.
+    """Inputs of queries: keys and values [B, S, H, W], and their documents [B, S] or None.
 
-    table: what positions need of distances, its first row of the largest: from position S - 1 to 0.
+    table: the positions' values by distance, the largest first: from position S - 1 to 0.
     """
 
     key: jax.Array
@@ -128,7 +128,7 @@ def _attend_span(
 ) -> jax.Array:
     """The positions from `start` to the last key as queries, a block at a time: [B, T, H, W]."""
     batch, length, *heads = query_BxTxHxW.shape
-    # The logits of a block are made again in the backward pass.
+    # The logits of a block are computed again in the backward pass.
     if length <= block:
         return jax.checkpoint(functools.partial(_attend_block, attention, start=start))(
             query_BxTxHxW, keys

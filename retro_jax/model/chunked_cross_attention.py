@@ -1,22 +1,22 @@
 """CCA: the decoder reads the encoded neighbours, shifted so that nothing leaks backwards.
 
-A worked trace with M = 4 tokens a chunk, C = 3 chunks (paper, section 2.4 and figure 2):
+A worked trace with M = 4 tokens per chunk, C = 3 chunks (paper, section 2.4 and figure 2):
 
     token        0  1  2  3 | 4  5  6  7 | 8  9 10 11
     chunk        ---- 0 ----  ---- 1 ----  ---- 2 ----
     reads        .  .  .  E0  E0 E0 E0 E1  E1 E1 E1 E2
 
 Chunk 0's neighbours E0 were found with all of tokens 0..3, so the first token that may know them is
-token 3, which predicts token 4. Dropping the first M - 1 tokens makes rows that line up:
+token 3, which predicts token 4. Dropping the first M - 1 tokens gives rows that line up:
 
     attending    3  4  5  6 | 7  8  9 10 | 11 .  .  .       "." is padding, dropped afterwards
     neighbours   --- E0 ---   --- E1 ---   --- E2 ---
 
-Tokens 0..2 have no retrieval. Where chunk 1 is of another document than chunk 0, tokens 4..6 may
-not read E0, while token 3 (chunk 0's own last) still does.
+Tokens 0..2 have no retrieval. Where chunk 1 belongs to another document than chunk 0, tokens 4..6
+may not read E0, while token 3 (chunk 0's own last) still does.
 
-With DecoderForm.gated_cca the same rows attend by a copy of the layer's own self attention, as if a
-neighbour of S = 1 + R tokens stood before them: keys at positions 0 to R, queries from S on. Each head
+With DecoderForm.gated_cca the same rows attend by a copy of the layer's own self attention. It treats
+a neighbour of S = 1 + R tokens as a prefix: keys at positions 0 to R, queries from S on. Each head
 is multiplied by its gate.
 """
 
@@ -88,7 +88,7 @@ class ChunkedCrossAttention(nnx.Module):
           h_BxNxD: the residual stream.
           encoded_BxCxKxRxE: the encoder's output.
           present_BxCxKxR: bool, False where a neighbour is padding.
-          documents_BxC: which document each chunk is of, or None for one document a row.
+          documents_BxC: the document of each chunk, or None for one document per row.
 
         Returns:
           [B, N, D]; zero for the first M - 1 tokens.

@@ -1,7 +1,7 @@
 """Initial values with which a RETRO copies from its neighbours before it has learnt anything.
 
-Copying needs three things that are of no use alone: a neighbour's token must know which token stands
-before it, CCA must look for this token there, and what it reads must reach the read-out. From random
+Copying needs three things that are useless alone: a neighbour's token must know the token before
+it, CCA must look for this token there, and the result must reach the read-out. From random
 values none of them shows after a million tokens (docs/results.md). Here one head of each begins as
 its part of an induction head (Olsson et al. 2022, arXiv 2209.11895):
 
@@ -9,7 +9,7 @@ its part of an induction head (Olsson et al. 2022, arXiv 2209.11895):
     every CCA, head 0           query: the decoder's token;  key: that subspace of a neighbour's token
                                 value: a neighbour's token, written as it is embedded
 
-What a model computes stays Algorithm 1; all values, these included, are trained.
+The model still computes Algorithm 1; all values, these included, are trained.
 """
 
 import math
@@ -27,7 +27,7 @@ from retro_jax.sharding import lay_out, replicated
 
 # Logits that the token before has over its own neighbours in the encoder are about 2 * _SHARPNESS.
 _SHARPNESS = 2.0
-# Only sinusoids that turn this fast (radians a token) tell one token from the next.
+# Only sinusoids that turn this fast (radians per token) distinguish one token from the next.
 _SLOWEST = 0.1
 
 
@@ -35,12 +35,12 @@ def check_can_copy(config: RetroConfig) -> None:
     """Refuses a model whose parts cannot be set up to copy.
 
     Raises:
-      UserError: naming the field and what copying needs.
+      UserError: naming the field and the value that copying needs.
     """
     needs = {
         "share_embeddings": True,  # a neighbour's token is written as the decoder embeds it
         "positions": "relative",  # a bias alone makes the head that reads the token before
-        "encoder_head_dim": config.head_dim,  # query and key are made of one head's values
+        "encoder_head_dim": config.head_dim,  # query and key come from one head's values
     }
     for field, needed in needs.items():
         value = getattr(config, field)
@@ -55,7 +55,7 @@ def begin_with_copying(model: Retro) -> None:
     """Sets the first heads of encoder and CCA so that the model copies; the rest stays as it is.
 
     Args:
-      model: just made, with random values; changed in place. A baseline is left alone.
+      model: new, with random values; changed in place. A baseline is left alone.
 
     Raises:
       UserError: the configuration does not allow it.

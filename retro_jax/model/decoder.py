@@ -41,7 +41,7 @@ class Retrieved:
 
 
 class Operators(Protocol):
-    """How the operators of a layer act on what goes from layer to layer, and what each adds to it.
+    """How the operators of a layer act on the carry between layers, and what each adds to it.
 
     With DecoderForm.parallel_residual `attend` adds FFW of the same stream too, and `feed_forward`
     nothing. `embed` adds learned positions, where there are any.
@@ -98,7 +98,7 @@ class WholeSequences:
 
     Attributes:
       config: the architecture.
-      documents: [B, C], which document each chunk is of, or None for one document a row.
+      documents: [B, C], the document of each chunk, or None for one document per row.
       dropout_key: a key while training with dropout, else None.
     """
 

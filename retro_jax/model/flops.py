@@ -1,6 +1,6 @@
 """How many floating-point operations a RETRO needs, counted from its configuration.
 
-A product of [m, k] and [k, n] counts 2 m k n. What is counted, for one token of the decoder:
+A product of [m, k] and [k, n] counts 2 m k n. The count has, for one token of the decoder:
 
     projections      2 x the weights of every matrix it passes: Q, K, V, O, feed-forward, read-out
     self attention   2 (N + 1) inner for logits and values together: a token reads half the sequence
@@ -9,15 +9,15 @@ A product of [m, k] and [k, n] counts 2 m k n. What is counted, for one token of
                      4 K R inner for logits and values, 2 R inner for q.R(d), the same for all
                      neighbours. The first M - 1 tokens of a sequence have no CCA
     encoder          the same per neighbour token, with R keys in both directions; its
-                     cross-attention has M keys, whose K and V are made once for all neighbours
+                     cross-attention has M keys, whose K and V are computed once for all neighbours
 
 Gated CCA (DecoderForm.gated_cca) has the decoder's own layers, up to the last that it reads, as encoder
-of 1 + R tokens a neighbour, and keys and values as wide as the decoder's.
+of 1 + R tokens per neighbour, and keys and values as wide as the decoder's.
 
 inner is heads x head width. Left out: embedding look-ups, norms, softmax, activations, and R(d)
-itself, a product a layer that does not grow with the batch. Nothing is taken off for documents, nor
-for padding: the count is of the shape of a batch. The backward pass counts twice the forward pass,
-whatever is recomputed: rematerialisation is work of the program, not of the algorithm.
+itself, a product per layer that does not grow with the batch. Nothing is taken off for documents, nor
+for padding: only the shape of a batch counts. The backward pass counts twice the forward pass
+in all cases: rematerialisation is work of the program, not of the algorithm.
 """
 
 import dataclasses
@@ -39,12 +39,12 @@ class Flops:
 
     @property
     def total(self) -> float:
-        """Forward operations a token."""
+        """Forward operations per token."""
         return self.decoder + self.cca + self.encoder + self.read_out
 
     @property
     def training(self) -> float:
-        """Forward and backward operations a token."""
+        """Forward and backward operations per token."""
         return TRAINING * self.total
 
 
@@ -53,8 +53,8 @@ def forward_flops(config: RetroConfig, sequence_length: int, neighbours: int) ->
 
     Args:
       config: the architecture.
-      sequence_length: N, tokens a sequence.
-      neighbours: K, neighbours a chunk; 0 for retrieval off.
+      sequence_length: N, tokens per sequence.
+      neighbours: K, neighbours per chunk; 0 for retrieval off.
 
     Returns:
       Operations for one token of the decoder, on average over the sequence.
@@ -99,10 +99,10 @@ def _gated_cca(config: RetroConfig, sequence_length: int, neighbours: int) -> fl
     """All gated CCA layers, for one decoder token."""
     inner, narrow = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
     keys = neighbours * (1 + config.neighbour_length)
-    made = 2 * 2 * config.d_model * narrow * keys / config.chunk_length
+    keys_values = 2 * 2 * config.d_model * narrow * keys / config.chunk_length
     query = 2 * 2 * config.d_model * inner + 4 * keys * inner
     reads = (sequence_length - config.chunk_length + 1) / sequence_length
-    return len(config.cca_layers) * (made + reads * query)
+    return len(config.cca_layers) * (keys_values + reads * query)
 
 
 def _decoder_as_encoder(config: RetroConfig, neighbours: int) -> float:
@@ -116,13 +116,13 @@ def _cca(config: RetroConfig, sequence_length: int, neighbours: int) -> float:
     """All CCA layers, for one decoder token."""
     inner = config.num_heads * config.head_dim
     keys = neighbours * config.neighbour_length
-    made = 2 * 2 * config.encoder_d_model * inner * keys / config.chunk_length
+    keys_values = 2 * 2 * config.encoder_d_model * inner * keys / config.chunk_length
     query = 2 * 2 * config.d_model * inner + 4 * keys * inner
     if config.cca_positions:
         per_distance = positions_of(config.positions).flops_per_distance
         query += per_distance * config.neighbour_length * inner
     reads = (sequence_length - config.chunk_length + 1) / sequence_length
-    return len(config.cca_layers) * (made + reads * query)
+    return len(config.cca_layers) * (keys_values + reads * query)
 
 
 def _encoder(config: RetroConfig, neighbours: int) -> float:

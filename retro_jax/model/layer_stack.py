@@ -78,12 +78,12 @@ def run_layers(
     Args:
       run: runs one layer; its extra module is None for a layer without. The layer's number is a
         Python int unrolled and an int32 scalar in a scan.
-      carry: what goes from layer to layer: the residual stream, or any tree with it. A cache of all
+      carry: passed from layer to layer: the residual stream, or any tree with it. A cache of all
         layers' keys and values is an array with an axis of layers in it, updated in place at p - 1.
       stacks: all layers, from layer 1, and the extra modules of some of them. Layers that are a
         list and no stack are never scanned.
       first, last: layer numbers from 1; none runs where last < first.
-      shared: what all layers read: a tree of arrays, which rematerialisation keeps.
+      shared: read by all layers: a tree of arrays, which rematerialisation keeps.
       execution: its scan_layers and remat.
 
     Returns:
@@ -108,7 +108,7 @@ def run_layers(
 def rematerialised(
     run: Callable[..., Any], execution: ExecutionConfig, *, scanned: bool = False
 ) -> Callable[..., Any]:
-    """Wraps a part of the model so that the backward pass recomputes what the policy does not keep.
+    """Wraps a part of the model so that the backward pass recomputes all but the policy's arrays.
 
     Args:
       run: a function of arrays. execution: its remat names the policy.

@@ -1,4 +1,4 @@
-"""Embedding, norms, feed-forward, dropout: what every part of the model is made of.
+"""Embedding, norms, feed-forward, dropout: the parts of the whole model.
 
 Shape letter beside those of the model: I any leading axes, of which the batch is the first.
 """
@@ -43,7 +43,7 @@ def normal(
 
 
 class Layout:
-    """What a module needs to know of how it is computed: dtype and shardings. Static, hashable."""
+    """Settings of a module's computation: dtype and shardings. Static, hashable."""
 
     def __init__(self, execution: ExecutionConfig, shardings: Shardings):
         self.execution = execution
@@ -201,7 +201,7 @@ def affine(
 
 
 def residual_gain(config: RetroConfig, width: int) -> float:
-    """Scales what the layers write to a residual stream of a width, at first, to an embedding's norm.
+    """Scales the layers' initial output to a residual stream of a width to an embedding's norm.
 
     A token's embedding has norm 1, and so has the sum of all that 2 * num_layers branches add to it.
     With sums of norm sqrt(width) a token is lost in its own stream: docs/results.md has the loss.

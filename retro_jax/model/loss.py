@@ -1,4 +1,4 @@
-"""The loss of every token, made in blocks so that [B, N, V] never exists at once."""
+"""The loss of every token, computed in blocks so that [B, N, V] never exists at once."""
 
 import jax
 import jax.numpy as jnp

@@ -2,7 +2,7 @@
 
 An attention asks its positions, an object of one of these kinds; a further kind is a further class.
 
-    Relative       the paper's: four terms in the logits, made for every distance and then shifted
+    Relative       the paper's: four terms in the logits, computed for every distance and then shifted
     Rotary         queries and keys turned by their positions; logits stay plain products
     NoPositions    nothing
 
@@ -10,8 +10,8 @@ Relative positions (Transformer-XL; paper, appendix B.1.1):
 
     logits_ij = (q_i.k_j + u.k_j + q_i.R(d_ij) + v.R(d_ij)) / sqrt(head_dim)
 
-The distance d_ij = i - j + offset takes only T + S - 1 values, so q.R is computed once per distance
-and each query's row is then shifted into place. With T = 3, S = 4, offset 0 and columns from the
+The distance d_ij = i - j + offset takes only T + S - 1 values: q.R is computed once per distance.
+Each query's row is then shifted into place. With T = 3, S = 4, offset 0 and columns from the
 largest distance down, row i must begin at column T - 1 - i:
 
     columns d:    2  1  0 -1 -2 -3          row 0 reads  0 -1 -2 -3   (from column 2)
@@ -72,7 +72,7 @@ class Positions:
         return x_IxTxHxW
 
     def distance_table(self, weight: Weight, distances_Q: jax.Array) -> jax.Array | None:
-        """What logits need of every distance, [Q, ...], or None where they need nothing."""
+        """The logits' values for every distance, [Q, ...], or None where they need none."""
         return None
 
     def logits(
@@ -82,7 +82,7 @@ class Positions:
         table: jax.Array,
         num_keys: int,
     ) -> tuple[jax.Array, jax.Array]:
-        """The queries for the products with keys, and what is added to these products.
+        """The queries for the products with keys, and the terms added to these products.
 
         Args:
           weight: reads a parameter by name.
@@ -195,10 +195,10 @@ def kinds_with_kernel() -> list[str]:
 
 
 def frequencies(width: int, base: float = 10_000.0, divisors: tuple[float, ...] = ()) -> np.ndarray:
-    """[width / 2] float32: radians a token, base^(-2t / width), the fastest first.
+    """[width / 2] float32: radians per token, base^(-2t / width), the fastest first.
 
     Args:
-      width: of what turns. base: theta. divisors: one for each pair, or ().
+      width: of the part that turns. base: theta. divisors: one for each pair, or ().
     """
     plain = base ** (-2.0 * np.arange(width // 2) / width)
     return (plain / np.array(divisors) if divisors else plain).astype(np.float32)
@@ -232,7 +232,7 @@ def shift_by_slices(logits_IxTxQ: jax.Array, num_keys: int) -> jax.Array:
     *leading, rows, columns = logits_IxTxQ.shape
     size = largest_divisor(rows, math.isqrt(rows))
     groups = logits_IxTxQ.reshape(*leading, rows // size, size, columns)
-    # A group keeps what any of its rows reads, from where its last row begins.
+    # A group keeps the columns that any of its rows reads, from where its last row begins.
     slices = [
         jax.lax.slice_in_dim(groups[..., group, :, :], start, start + num_keys + size - 1, axis=-1)
         for group, start in enumerate(range(rows - size, -1, -size))

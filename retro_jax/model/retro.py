@@ -11,14 +11,14 @@
 Every operator adds to the residual stream H and normalises its own input. Parameters of equal
 layers are stacked: `layers` has a leading axis of L, `cca` of len(P).
 
-The loop is written once, in two parts that meet at the first CCA, since E is made there:
+The loop is written once, in two parts that meet at the first CCA, since E is computed there:
 
     before_retrieval        layers 1 .. min(P) - 1, and ATTN of layer min(P)
     encode                  E = ENCODER(RET, H)
     after_retrieval         CCA and FFW of layer min(P), layers min(P) + 1 .. L
 
-With DecoderForm.gated_cca E is what the decoder itself makes of a neighbour alone, before H reads any:
-before_retrieval ends before ATTN of layer min(P), and CCA stands beside ATTN.
+With DecoderForm.gated_cca E is the decoder's own states of a neighbour alone, before H reads any:
+before_retrieval ends before ATTN of layer min(P), and CCA is beside ATTN.
 
 Training runs them once. The k sweep of evaluation runs the last part for each number of neighbours.
 """
@@ -57,7 +57,7 @@ class Retro(nnx.Module):
     Args:
       config: the architecture.
       execution: how it is computed.
-      shardings: where arrays lie on a mesh; the default needs no mesh.
+      shardings: the layout of arrays on a mesh; the default needs no mesh.
       rngs: the parameters' random stream.
     """
 
@@ -105,7 +105,7 @@ class Retro(nnx.Module):
         Args:
           tokens: [B, N] int32, N a multiple of the chunk length.
           neighbours: [B, C, K, R] int32, or None for RETRO[OFF].
-          documents: [B, C] int32, or None for one document a row.
+          documents: [B, C] int32, or None for one document per row.
 
         Returns:
           [B, N, V] float32.
@@ -213,9 +213,9 @@ class Retro(nnx.Module):
         return jnp.concatenate([present_BxCxKxR[..., :1], present_BxCxKxR], axis=-1)
 
     def _decoder_states(self, neighbours_BxCxKxR: jax.Array) -> jax.Array:
-        """What the decoder makes of each neighbour alone, without gradients: Retrieved.encoded.
+        """The decoder's states of each neighbour alone, without gradients: Retrieved.encoded.
 
-        The padding at a neighbour's end is not read by what stands before it.
+        The tokens of a neighbour do not read the padding after them.
         """
         config, shardings = self.config, self.layout.shardings
         leading, length = neighbours_BxCxKxR.shape[:3], neighbours_BxCxKxR.shape[3] + 1

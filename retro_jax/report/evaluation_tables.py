@@ -53,18 +53,18 @@ def score_table(
 
 
 def format_table(results: Mapping[str, Any]) -> str:
-    """Bits per byte as text, one row a corpus; what varies RETRO[ON] in tables of its own."""
+    """Bits per byte as text, one row per corpus; variations of RETRO[ON] in separate tables."""
     main = {name: results[name] for name in swept(results)}
     tables = [_aligned(main)]
     for kind in SWEPT_NAMES:
         names = swept(results, kind)
         tables += [_aligned({name: results[name] for name in names})] if names else []
     steps = {condition_name(name): result["model"]["step"] for name, result in main.items()}
-    told = ", ".join(f"{name} at step {step:,}" for name, step in steps.items())
+    checkpoints = ", ".join(f"{name} at step {step:,}" for name, step in steps.items())
     count = next(iter(main.values()))["all"]
     size = f"{count['documents']:,} documents, {count['tokens']:,} tokens, {count['bytes']:,} bytes"
     split = next(iter(main.values()))["settings"]["split"]
-    return "\n".join([*tables, f"({split}: {size}; {told})"])
+    return "\n".join([*tables, f"({split}: {size}; {checkpoints})"])
 
 
 def _aligned(results: Mapping[str, Any]) -> str:
@@ -147,8 +147,8 @@ def markdown(
     """The whole file.
 
     Args:
-      results: by condition, of launch.evaluate. overlap: what write_overlap found, if anything.
-      several: what `compared` found, where windows of several overlaps were scored.
+      results: by condition, of launch.evaluate. overlap: the result of write_overlap, if any.
+      several: the result of `compared`, where windows of several overlaps were scored.
       published: the paper's figures of the text.
     """
     split = next(iter(results.values()))["settings"]["split"]
@@ -165,7 +165,7 @@ def markdown(
 
 
 def _figures(results: Mapping[str, Any]) -> Iterator[str]:
-    """Bits per byte and perplexity by word, and the tables of what varies RETRO[ON]."""
+    """Bits per byte and perplexity by word, and the tables of variations of RETRO[ON]."""
     main = table_scores({name: results[name] for name in swept(results)})
     for figure, title, digits in (
         ("bits_per_byte", "Bits per byte", 4),
@@ -231,13 +231,13 @@ def _settings(results: Mapping[str, Any]) -> Iterator[str]:
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[OverlapPoint]]:
     """The rows as the report takes them, by corpus; thresholds without any text are left out."""
-    found: dict[str, list[OverlapPoint]] = {}
+    by_corpus: dict[str, list[OverlapPoint]] = {}
     for row in rows:
         if row["bytes"]:
             figures = {name: figure["value"] for name, figure in row["bits_per_byte"].items()}
             point = OverlapPoint(row["at_most"], row["chunks"], figures)
-            found.setdefault(row["corpus"], []).append(point)
-    return found
+            by_corpus.setdefault(row["corpus"], []).append(point)
+    return by_corpus
 
 
 def format_overlap(found: Mapping[str, Any]) -> str:
@@ -247,10 +247,10 @@ def format_overlap(found: Mapping[str, Any]) -> str:
     lines = []
     corpora = sorted({row["corpus"] for row in rows} - {""})
     for corpus in [*corpora, ""] if len(corpora) > 1 else corpora:
-        everything, few = by_place[corpus, 1.0], by_place[corpus, SHOWN_OVERLAP]
-        for row, what in ((everything, "all chunks"), (few, f"r(C) <= {SHOWN_OVERLAP:.0%}")):
+        everything, subset = by_place[corpus, 1.0], by_place[corpus, SHOWN_OVERLAP]
+        for row, label in ((everything, "all chunks"), (subset, f"r(C) <= {SHOWN_OVERLAP:.0%}")):
             share = row["chunks"] / max(1, everything["chunks"])
-            head = f"{corpus or 'all'}, {what}: {row['chunks']:,} chunks ({share:.0%})"
+            head = f"{corpus or 'all'}, {label}: {row['chunks']:,} chunks ({share:.0%})"
             found_here = row["bits_per_byte"]
             figures = [f"{_label(n)} {_number(found_here[n])}" for n in swept(found_here)]
             lines.append(f"{head}: {', '.join(figures)}")
@@ -273,7 +273,7 @@ def _number(interval: Mapping[str, float | None]) -> str:
 
 
 def compared(by_overlap: Mapping[float, Mapping[str, Any]]) -> dict[str, Any]:
-    """What the file of several overlaps holds.
+    """The contents of the file of several overlaps.
 
     Args:
       by_overlap: results by condition, by overlap.
@@ -300,7 +300,7 @@ def last_window(results: Mapping[str, Any]) -> int:
 
 
 def window_tables(found: Mapping[str, Any]) -> Iterator[Table]:
-    """A table of each figure by overlap of windows, of what `compared` found."""
+    """A table of each figure by overlap of windows, from the result of `compared`."""
     conditions = sorted(found["rows"][0]["figures"], key=condition_order)
     for figure, (title, digits) in FIGURES.items():
         rows = [

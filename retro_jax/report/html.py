@@ -102,7 +102,7 @@ dt { color: var(--dim); } dd { margin: 0; overflow-wrap: anywhere; }
 
 _CHARTED = ("on", "off", "baseline", "knn", "random", "oracle", "tokens", "baseline+tokens")
 _STYLES = dict(zip(_CHARTED, STYLES, strict=True))
-_FULL_COLOUR_RANGE = (0.25, 4.0)  # bits a token
+_FULL_COLOUR_RANGE = (0.25, 4.0)  # bits per token
 
 
 def render(report: Report) -> str:
@@ -159,7 +159,7 @@ def _overlap_section(overlap: Mapping[str, Sequence[OverlapPoint]]) -> str:
     chart = overlap_chart(overlap.get("", []))
     if not chart:
         return ""
-    few = {c: p for c, curve in overlap.items() for p in curve if p.at_most == SHOWN_OVERLAP}
+    subset = {c: p for c, curve in overlap.items() for p in curve if p.at_most == SHOWN_OVERLAP}
     parts = [
         "<h2>Without what stands in the training data</h2>",
         "<p>r(C) of a chunk is the longest run of tokens that it shares with one of its nearest "
@@ -167,14 +167,14 @@ def _overlap_section(overlap: Mapping[str, Sequence[OverlapPoint]]) -> str:
         "much.</p>",
         f'<figure><div class="card">{chart}</div></figure>',
     ]
-    if "" in few:
-        conditions = swept(few[""].bits_per_byte)
+    if "" in subset:
+        conditions = swept(subset[""].bits_per_byte)
         figures = {
-            name: {c: {"bits_per_byte": point.bits_per_byte[name]} for c, point in few.items()}
+            name: {c: {"bits_per_byte": point.bits_per_byte[name]} for c, point in subset.items()}
             for name in conditions
         }
         table = as_html(score_table(figures, "bits_per_byte", 4))
-        count = f"{few[''].chunks:,} chunks with r(C) at most {SHOWN_OVERLAP:.0%}"
+        count = f"{subset[''].chunks:,} chunks with r(C) at most {SHOWN_OVERLAP:.0%}"
         parts.append(f"<p class='dim small'>{count}:</p>{table}")
     return "".join(parts)
 
@@ -212,7 +212,7 @@ def _curves_section(curves: Sequence[Curve]) -> str:
 
 
 def _chunks_section(chunks: Sequence[ChunkView]) -> str:
-    """Test chunks coloured by what retrieval did to each token."""
+    """Test chunks coloured by the gain from retrieval on each token."""
     if not chunks:
         return ""
     full = full_colour([span.gain or 0.0 for chunk in chunks for span in chunk.spans])
@@ -232,7 +232,7 @@ def _chunks_section(chunks: Sequence[ChunkView]) -> str:
 
 
 def full_colour(gains: Sequence[float]) -> float:
-    """The bits a token that get the full colour: few of the tokens shown have more."""
+    """The bits per token that get the full colour: few of the tokens shown have more."""
     low, high = _FULL_COLOUR_RANGE
     sizes = sorted(map(abs, gains))
     return min(high, max(low, sizes[int(0.98 * (len(sizes) - 1))])) if sizes else high
@@ -255,7 +255,7 @@ def _chunk_card(chunk: ChunkView, full: float) -> str:
 
 
 def _samples_section(samples: Sequence[SampleView]) -> str:
-    """Generated texts, chunk by chunk with what was retrieved."""
+    """Generated texts, chunk by chunk with the neighbours retrieved."""
     if not samples:
         return ""
     cards = []

@@ -1,7 +1,7 @@
 """A line chart as inline SVG, coloured by the page's style sheet.
 
 Written here rather than drawn by a plotting library: the page must follow the reader's light or
-dark theme and load nothing, and the colours of a picture made elsewhere are fixed.
+dark theme and load nothing, and the colours of a picture from elsewhere are fixed.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class _Axes:
-    """Where data coordinates lie in the picture."""
+    """Maps data coordinates to the picture."""
 
     x_range: tuple[float, float]
     y_range: tuple[float, float]
@@ -162,9 +162,9 @@ def _end_labels(axes: _Axes, lines: Sequence[Line]) -> list[str]:
         places.append(max(y, places[-1] + 16) if places else y)
     too_low = max(0.0, places[-1] - (_HEIGHT - _BOTTOM)) if places else 0.0
     parts = []
-    for (_, i), place in zip(ends, places, strict=True):
+    for (_, i), height in zip(ends, places, strict=True):
         x, style = axes.x(lines[i].x[-1]) + 8, f"name {lines[i].style}"
-        parts.append(_text(x, place - too_low + 4, lines[i].label, style, anchor="start"))
+        parts.append(_text(x, height - too_low + 4, lines[i].label, style, anchor="start"))
     return parts
 
 

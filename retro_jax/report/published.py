@@ -44,30 +44,30 @@ def _view(published: PublishedFigures, caption: str, header: Any, rows: Any) -> 
 
 
 def _by_set(results: Mapping[str, Any], published: PublishedFigures) -> Table:
-    """Columns are whole sets; ours stand in that of their number of words."""
+    """Columns are whole sets; our figures are in the column of their number of words."""
     count = next(iter(results.values()))["all"]
     words = count["words"] + count["lines"]
     whole = [name for name, size in published.words.items() if size == words]
     rows = [[name, *(f"{value:.2f}" for value in row)] for name, row in published.rows.items()]
-    here = whole[0] if whole else "a part"
+    heading = whole[0] if whole else "a part"
     header = [published.label, *published.columns]
     if not whole:
-        header, rows = [*header, here], [[*row, ""] for row in rows]
+        header, rows = [*header, heading], [[*row, ""] for row in rows]
     for name in sorted(results, key=condition_order):
         value = results[name]["all"][published.figure]
-        cells = [f"{value:.2f}" if column == here else "" for column in header[1:]]
+        cells = [f"{value:.2f}" if column == heading else "" for column in header[1:]]
         rows.append([f"ours: {condition_name(name)}", *cells])
-    said = f"Words, line ends counted: {words:,}, " + (
+    caption = f"Words, line ends counted: {words:,}, " + (
         f"the whole {whole[0]} set. " if whole else "a part of a set. "
     )
-    return _view(published, said + _OTHERS, header, rows)
+    return _view(published, caption + _OTHERS, header, rows)
 
 
 def _by_corpus(results: Mapping[str, Any], published: PublishedFigures) -> Table | None:
     """Rows are corpora; ours are further columns."""
     names = sorted(results, key=condition_order)
-    known = {corpus for result in results.values() for corpus in result["corpora"]}
-    corpora = sorted(known & set(published.rows))
+    scored_corpora = {corpus for result in results.values() for corpus in result["corpora"]}
+    corpora = sorted(scored_corpora & set(published.rows))
     if not corpora:
         return None
     rows = [

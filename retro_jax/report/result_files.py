@@ -38,15 +38,15 @@ def windows_file(folder: pathlib.Path, split: str) -> pathlib.Path:
 
 
 def read_comparisons(folder: pathlib.Path, split: str, results: Mapping[str, Any]) -> list[Any]:
-    """What launch.compare left in W/evaluation of a split's results, and not of older ones."""
-    found = []
+    """The files of launch.compare in W/evaluation of a split's results, and not of older ones."""
+    comparisons = []
     for path in sorted(folder.glob(f"{split}-*-against-*.json")):
         each = files.read_json(path)
         condition = each["conditions"][0]
-        own = path.name.startswith(f"{split}-{condition}-against-") and "other" in each
-        if own and results.get(condition, {}).get("model") == each["models"][0]:
-            found.append(each)
-    return found
+        is_comparison = path.name.startswith(f"{split}-{condition}-against-") and "other" in each
+        if is_comparison and results.get(condition, {}).get("model") == each["models"][0]:
+            comparisons.append(each)
+    return comparisons
 
 
 def write_overlap(
@@ -58,14 +58,14 @@ def write_overlap(
       folder: W/evaluation. scored: the sums. models: identity of the model of each condition.
 
     Returns:
-      What the JSON file holds: how it was made, and under "rows" one for each corpus ("" for all)
+      The contents of the JSON file: its origin, and under "rows" one for each corpus ("" for all)
       and threshold.
     """
     assert scored.overlap is not None
     pairs = [pair for pair in PAIRS if set(pair) <= set(scored.conditions)]
     rows = [_row(point) for point in overlap.overlap_curve(scored.overlap, pairs)]
     paths = overlap_files(folder, scored.source["split"])
-    found = {
+    contents = {
         "neighbours": scored.overlap.neighbours,
         "chunk_length": scored.overlap.chunk_length,
         "interval": "95%, percentiles of 1,000 bootstrap resamples of the documents",
@@ -73,10 +73,10 @@ def write_overlap(
         "models": dict(models),
         "rows": rows,
     }
-    files.write_atomically(paths.json, files.to_json(found))
+    files.write_atomically(paths.json, files.to_json(contents))
     files.write_atomically(paths.csv, _csv(rows).encode())
     files.write_atomically(paths.svg, as_file(overlap_chart(curves(rows).get("", []))).encode())
-    return found
+    return contents
 
 
 def _row(point: overlap.Point) -> dict[str, Any]:

@@ -11,7 +11,7 @@ _TAB = 4
 
 
 def side_by_side(chunks: Sequence[SampleChunk], width: int) -> str:
-    """Lines of two columns, `width` cells in all; a rule stands between chunks."""
+    """Lines of two columns, `width` cells in all; a rule separates chunks."""
     left = (width - len(_GAP)) // 2
     right = width - len(_GAP) - left
     blocks = []
@@ -28,16 +28,16 @@ def side_by_side(chunks: Sequence[SampleChunk], width: int) -> str:
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """Lines of at most `width` cells; white space is kept, what is not printable is shown as U+FFFD."""
+    """Lines of at most `width` cells; white space is kept, unprintable characters become U+FFFD."""
     lines = []
     for line in text.split("\n"):
         shown = "".join(c if c.isprintable() else "\ufffd" for c in line.expandtabs(_TAB))
-        row, used = "", 0
+        row, row_width = "", 0
         for character in shown:
-            if used + cells(character) > width:
+            if row_width + cells(character) > width:
                 lines.append(row)
-                row, used = "", 0
-            row, used = row + character, used + cells(character)
+                row, row_width = "", 0
+            row, row_width = row + character, row_width + cells(character)
         lines.append(row)
     return lines
 
@@ -49,7 +49,7 @@ def cells(text: str) -> int:
 
 
 def _neighbour(view: NeighbourView, width: int) -> list[str]:
-    """A neighbour: where it is from, the beginning of its chunk, and that of what follows it."""
+    """A neighbour: its origin, the beginning of its chunk, and that of its continuation."""
     lines = wrap(f"● {view.document} ({view.corpus}), {view.score} {view.distance:.3f}", width)
     for mark, spans in (("  ", view.chunk), ("→ ", view.continuation)):
         text = _beginning(spans, width - 2)

@@ -1,4 +1,4 @@
-"""What a report shows, as values: chunks with spans, samples, curves, tables, charts."""
+"""The contents of a report, as values: chunks with spans, samples, curves, tables, charts."""
 
 import codecs
 import dataclasses
@@ -10,11 +10,11 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """A piece of text: one token, or several that make up one character.
+    """A piece of text: one token, or several that form one character.
 
     Attributes:
       gain: bits that retrieval saved on it (negative: that it cost); None where it is not known.
-      shared: whether it stands in a run of tokens that another text has too.
+      shared: whether it is in a run of tokens that another text has too.
     """
 
     text: str
@@ -27,7 +27,7 @@ class NeighbourView:
     """A retrieved neighbour: its document, its corpus, its distance to the query, and its text.
 
     Attributes:
-      score: what the distance is, where it is a score: "BM25".
+      score: the name of the distance, where it is a score: "BM25".
     """
 
     document: str
@@ -40,7 +40,7 @@ class NeighbourView:
 
 @dataclasses.dataclass(frozen=True)
 class ChunkView:
-    """A test chunk: what retrieval did to each of its tokens, and from which neighbours.
+    """A test chunk: the gain from retrieval on each of its tokens, and the neighbours.
 
     Attributes:
       heading: why it is shown. source: its document and place.
@@ -69,7 +69,7 @@ class SampleChunk:
 
 @dataclasses.dataclass(frozen=True)
 class SampleView:
-    """A sample: a heading, how it was made, and its chunks."""
+    """A sample: a heading, its origin, and its chunks."""
 
     heading: str
     settings: str
@@ -78,7 +78,7 @@ class SampleView:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """A run's training loss in nats a token, by tokens seen."""
+    """A run's training loss in nats per token, by tokens seen."""
 
     name: str
     tokens: Sequence[float]
@@ -96,7 +96,7 @@ class OverlapPoint:
 
 @dataclasses.dataclass(frozen=True)
 class ChartView:
-    """A chart: its heading, what is to be said of it, and the SVG of line_chart."""
+    """A chart: its heading, its caption, and the SVG of line_chart."""
 
     title: str
     caption: str
@@ -108,8 +108,8 @@ class Table:
     """A table of plain texts (report/tables.py has its forms).
 
     Attributes:
-      header, rows: its cells. title, caption: its heading, and what is to be said of it.
-      best: the column to emphasise in each row, if any. total: whether the last row is of all rows.
+      header, rows: its cells. title, caption: its heading, and the text below.
+      best: the column to emphasise in each row, if any. total: whether the last row sums all rows.
     """
 
     header: Sequence[str]
@@ -150,8 +150,8 @@ class Report:
       facts: (name, value) pairs about the run.
       scores: condition -> corpus -> Score.to_dict(), where the corpus "" is all of them.
       curves: training losses.
-      chunks, samples: what retrieval did, and generated text.
-      charts: further ones, of what retrieval depends on. tables: further ones, behind the scores.
+      chunks, samples: the gain from retrieval, and generated text.
+      charts: further ones, of the factors behind retrieval. tables: further ones, behind the scores.
       overlap: corpus ("" for all) -> the figures by overlap with the training data.
     """
 
@@ -199,7 +199,7 @@ def merged(parts: Sequence[Span]) -> list[Span]:
 
 
 def shared_runs(tokens: np.ndarray, other: np.ndarray, length: int = 4) -> np.ndarray:
-    """[n] bool: which `tokens` [n] stand in a run of at least `length` that `other` [m] has too."""
+    """[n] bool: which `tokens` [n] are in a run of at least `length` that `other` [m] has too."""
     runs = {tuple(other[i : i + length].tolist()) for i in range(len(other) - length + 1)}
     mask = np.zeros(len(tokens), bool)
     for i in range(len(tokens) - length + 1):

@@ -1,4 +1,4 @@
-"""What fitting adds to a base model, as files to share: a folder of two.
+"""The parameters that fitting adds to a base model, as files to share: a folder of two.
 
     adapter.safetensors    gates, CCA and encoder: the tensors that are not copies of the base's
     adapter.json           format, the base's fingerprint, and the settings that no base decides
@@ -37,7 +37,7 @@ _ADDED = ("cca.", "encoder.")
 
 
 def export_adapter(directory: Path, base: BaseModel, model: Retro) -> int:
-    """Writes what a model adds to its base.
+    """Writes the parameters that a model adds to its base.
 
     Args:
       directory: where the two files go; an adapter that is there is replaced.
@@ -90,7 +90,7 @@ def load_adapter(
       mesh: where it goes; None for the first device.
 
     Raises:
-      UserError: a file is missing, damaged or of another format, or the adapter is of another base.
+      UserError: a file is missing, damaged or of another format, or the adapter has another base.
     """
     folder = pathlib.Path(directory)
     for name in (SETTINGS_FILE, TENSORS_FILE):
@@ -113,13 +113,13 @@ def load_adapter(
     params = nnx.state(model)
     leaves = named_leaves(params)
     for name, stored in tensors.items():
-        found = leaves.get(name)
-        if found is None or found.shape != stored.shape or not name.startswith(_ADDED):
-            expected = "no such tensor" if found is None else str(found.shape)
+        leaf = leaves.get(name)
+        if leaf is None or leaf.shape != stored.shape or not name.startswith(_ADDED):
+            expected = "no such tensor" if leaf is None else str(leaf.shape)
             raise UserError(
                 f"{folder / TENSORS_FILE}: {name} has shape {stored.shape}: expected {expected}"
             )
-        leaves[name] = jax.device_put(np.array(stored.map()), found.sharding)
+        leaves[name] = jax.device_put(np.array(stored.map()), leaf.sharding)
     nnx.update(model, jax.tree.unflatten(jax.tree.structure(params), list(leaves.values())))
     return model
 
@@ -128,8 +128,8 @@ def _own_settings(base: BaseModel, config: RetroConfig) -> dict[str, Any]:
     """The settings that no base decides."""
     decided = decoder_settings(base.config).keys() | {"form"}
     names = [f.name for f in dataclasses.fields(config) if f.name not in decided]
-    own = {name: getattr(config, name) for name in names}
-    return own | {"form": {name: getattr(config.form, name) for name in FITTED_FIELDS}}
+    settings = {name: getattr(config, name) for name in names}
+    return settings | {"form": {name: getattr(config.form, name) for name in FITTED_FIELDS}}
 
 
 def _config(base: BaseModel, stored: Any, path: pathlib.Path) -> RetroConfig:

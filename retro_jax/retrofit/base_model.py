@@ -2,7 +2,7 @@
 
     base = open_base("SmolLM2-135M")           a Hugging Face folder, or a .gguf file
     base.config                                BaseConfig
-    parameters = base.load(place)              place(name, array) -> anything; {name: what it gave}
+    parameters = base.load(place)              place(name, array) -> anything; {name: its result}
 
 Opening checks the names and shapes of all tensors, and reads none. See canonical.py for the names.
 """
@@ -34,7 +34,7 @@ Placed = TypeVar("Placed")
 
 
 class Stored(Protocol):
-    """What a file gives for one tensor."""
+    """One tensor as a file stores it."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -91,9 +91,9 @@ class BaseModel:
         place: Callable[[str, np.ndarray], Placed],
         dtype: np.typing.DTypeLike = np.float32,
     ) -> dict[str, Placed]:
-        """Gives every tensor to `place`, one at a time, and collects what it returns.
+        """Gives every tensor to `place`, one at a time, and collects the results.
 
-        The host's memory has one tensor, besides what `place` keeps.
+        The host's memory has one tensor, besides those that `place` keeps.
 
         Args:
           place: (canonical name, array of its shape) -> anything, a jax.Array on a mesh say. The array
@@ -103,7 +103,7 @@ class BaseModel:
         return {name: place(name, self.read(name, dtype)) for name in parameter_shapes(self.config)}
 
     def fingerprint(self) -> str:
-        """SHA-256 of all weights: names, shapes and bytes; equal for a folder that was sharded anew."""
+        """SHA-256 of all weights: names, shapes and bytes; equal for a folder that was sharded again."""
         digest = hashlib.sha256()
         for tensor in self.tensors:
             digest.update(f"{tensor.name} {tensor.shape}\n".encode())
@@ -120,20 +120,22 @@ def open_base(path: Path) -> BaseModel:
       UserError: nothing there, no JSON, an unknown architecture, setting or tensor, a missing tensor,
         a wrong shape, a truncated file. It names the file and the thing.
     """
-    place = pathlib.Path(path)
-    if place.is_dir():
-        return _open_folder(place)
-    if place.suffix != ".gguf":
-        raise UserError(f"{place} is no base model: expected a Hugging Face folder or a .gguf file")
-    file = open_gguf(place)
-    with naming(place):
+    location = pathlib.Path(path)
+    if location.is_dir():
+        return _open_folder(location)
+    if location.suffix != ".gguf":
+        raise UserError(
+            f"{location} is no base model: expected a Hugging Face folder or a .gguf file"
+        )
+    file = open_gguf(location)
+    with naming(location):
         config, names = gguf_config(file)
     tensors = gguf_tensors(config, names)
-    _check(place, tensors, file.tensors, re.escape(ROPE_FACTORS))
-    with naming(place):
+    _check(location, tensors, file.tensors, re.escape(ROPE_FACTORS))
+    with naming(location):
         for tensor in tensors:
             file.tensors[tensor.name].rows(0, 1)  # refuses types that cannot be dequantised
-    return BaseModel(place, config, tensors, file.tensors)
+    return BaseModel(location, config, tensors, file.tensors)
 
 
 def read_config(folder: Path) -> BaseConfig:
@@ -158,22 +160,23 @@ def _open_folder(folder: pathlib.Path) -> BaseModel:
     """A Hugging Face folder."""
     config = read_config(folder)
     architecture = ARCHITECTURES[config.architecture]
-    found: dict[str, StoredTensor] = {}
+    file_tensors: dict[str, StoredTensor] = {}
     for path in weight_files(folder):
-        found |= read_header(path)[1]
+        file_tensors |= read_header(path)[1]
     prefix = architecture.prefix
-    if not any(name.startswith(prefix) for name in found):
-        found = {
-            name if name.startswith("lm_head") else prefix + name: t for name, t in found.items()
+    if not any(name.startswith(prefix) for name in file_tensors):
+        file_tensors = {
+            name if name.startswith("lm_head") else prefix + name: t
+            for name, t in file_tensors.items()
         }
     tensors = architecture.tensors(config)
     ignored = architecture.ignored
     if config.tie_embeddings:
         ignored += r"|lm_head\.weight|embed_out\.weight"
-    _check(folder, tensors, found, ignored)
+    _check(folder, tensors, file_tensors, ignored)
     for tensor in tensors:
-        found[tensor.name].check_dtype(tensor.name)
-    return BaseModel(folder, config, tensors, found)
+        file_tensors[tensor.name].check_dtype(tensor.name)
+    return BaseModel(folder, config, tensors, file_tensors)
 
 
 def _check(

@@ -17,7 +17,7 @@ V vocabulary, D d_model, L layers, H heads, G heads of keys and values, K head_d
     read_out                        [V, D]          unless tied
 
 Layers count from 0 here, as in the files. A kernel's input axes come first: `x @ kernel`. Rotary
-pairs are (i, i + rotary_dim / 2) of a head, whatever the file does. A stacked name has no number, and
+pairs are (i, i + rotary_dim / 2) of a head in any file format. A stacked name has no number, and
 its array a leading axis of L: layers.query [L, D, H, K].
 """
 

@@ -1,4 +1,4 @@
-"""What the numbers of an existing language model depend on (BaseConfig)."""
+"""The settings behind the numbers of an existing language model (BaseConfig)."""
 
 import dataclasses
 
@@ -119,13 +119,13 @@ class BaseConfig:
             require(whole and value > 0, self, field, "a positive integer")
         heads = self.num_heads
         require(heads % self.num_kv_heads == 0, self, "num_kv_heads", f"a divisor of {heads} heads")
-        for field, known in (
+        for field, choices in (
             ("norm", NORMS),
             ("positions", POSITIONS),
             ("feed_forward", FEED_FORWARDS),
             ("activation", ACTIVATIONS),
         ):
-            require(getattr(self, field) in known, self, field, f"one of {known}")
+            require(getattr(self, field) in choices, self, field, f"one of {choices}")
         require(self.norm_epsilon > 0, self, "norm_epsilon", "a positive number")
         require(self.rotary_base > 0, self, "rotary_base", "a positive number")
         if self.positions == "rotary":

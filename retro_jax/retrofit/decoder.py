@@ -174,7 +174,7 @@ def base_parameters(base: BaseModel, params: Mapping[str, Struct]) -> dict[str, 
 def fitted_parameters(
     base: BaseModel, config: RetroConfig, params: Mapping[str, Struct]
 ) -> dict[str, jax.Array]:
-    """What fitting begins with: the decoder's parameters, and gated CCA's, copies of its layers'.
+    """The first parameters of fitting: the decoder's, and gated CCA's, copies of its layers'.
 
     Gates are 0, so that nothing is read at first; they have gradients.
 
@@ -188,22 +188,22 @@ def fitted_parameters(
       UserError: the configuration's decoder is another one.
     """
     check_decoder(config, base)
-    found = base_parameters(base, params)
+    parameters = base_parameters(base, params)
     if not (config.has_retrieval and config.form.gated_cca):
-        return found
+        return parameters
     structs = {name: leaf for name, leaf in params.items() if name.startswith("cca.")}
-    sources = {name: _source(name, found) for name in structs}
+    sources = {name: _source(name, parameters) for name in structs}
 
     def copy(layers: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        made = {}
+        stacks = {}
         for name, (source, part) in sources.items():
             rows = [layers[source][p - 1][part] for p in config.cca_layers] if source else []
-            made[name] = jnp.stack(rows) if rows else jnp.zeros(structs[name].shape)
-        return made
+            stacks[name] = jnp.stack(rows) if rows else jnp.zeros(structs[name].shape)
+        return stacks
 
     shardings = {name: leaf.sharding for name, leaf in structs.items()}
-    used = {name: found[name] for name, _ in sources.values() if name}
-    return found | jax.jit(copy, out_shardings=shardings)(used)
+    inputs = {name: parameters[name] for name, _ in sources.values() if name}
+    return parameters | jax.jit(copy, out_shardings=shardings)(inputs)
 
 
 def load_decoder(
@@ -216,7 +216,7 @@ def load_decoder(
     """A Retro with a base model's decoder; its encoder and CCA as fitting begins with them.
 
     Args:
-      base: the model. config: as decoder_config makes it. execution: how it is computed.
+      base: the model. config: as decoder_config builds it. execution: how it is computed.
       mesh: where it goes; None for the first device.
 
     Raises:
@@ -240,16 +240,18 @@ def load_decoder(
         shardings,
     )
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        found = fitted_parameters(base, config, named_leaves(structs))
-        others = {n: leaf.sharding for n, leaf in named_leaves(structs).items() if n not in found}
+        parameters = fitted_parameters(base, config, named_leaves(structs))
+        others = {
+            n: leaf.sharding for n, leaf in named_leaves(structs).items() if n not in parameters
+        }
 
         def first() -> dict[str, jax.Array]:
-            made = named_leaves(nnx.split(make())[1])
-            return {name: made[name] for name in others}
+            leaves = named_leaves(nnx.split(make())[1])
+            return {name: leaves[name] for name in others}
 
         if others:
-            found |= jax.jit(first, out_shardings=others)()
-    return nnx.merge(graph, map_named(lambda name, _: found[name], params))
+            parameters |= jax.jit(first, out_shardings=others)()
+    return nnx.merge(graph, map_named(lambda name, _: parameters[name], params))
 
 
 def _source(name: str, decoder: Mapping[str, Any]) -> tuple[str, Any]:

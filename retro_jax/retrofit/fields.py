@@ -10,7 +10,7 @@ _REQUIRED = object()
 
 
 class Fields:
-    """A mapping with types; every error names the file, the field, its value and what was expected."""
+    """A mapping with types; every error names the file, the field, its value and the expected one."""
 
     def __init__(self, values: Mapping[str, Any], path: str):
         self.values, self.path = values, path
@@ -34,14 +34,14 @@ class Fields:
         return self._typed(name, default, "a string", lambda v: isinstance(v, str), str)
 
     def one_of(self, name: str, known: Mapping[str, Any], default: Any = _REQUIRED) -> Any:
-        """What `known` has for the string of a field."""
+        """The value in `known` for the string of a field."""
         value = self.text(name, default)
         if value not in known:
             raise self.error(name, f"one of {sorted(known)}")
         return known[value]
 
     def only(self, name: str, value: Any) -> None:
-        """Refuses another value than this one, which is what an absent field means."""
+        """Refuses another value than this one, which is also the meaning of an absent field."""
         if self.values.get(name, value) not in (value, None):
             raise self.error(name, f"{value!r}; other models of this architecture are not read")
 

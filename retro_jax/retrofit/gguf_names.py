@@ -46,8 +46,8 @@ def gguf_config(file: GgufFile) -> tuple[BaseConfig, GgufNames]:
       UserError: an architecture, scaling or value that is not read; it names the file.
     """
     fields = Fields(file.metadata, str(file.path))
-    known = {each.gguf.architecture: each for each in ARCHITECTURES.values()}
-    architecture = fields.one_of("general.architecture", known)
+    architectures = {each.gguf.architecture: each for each in ARCHITECTURES.values()}
+    architecture = fields.one_of("general.architecture", architectures)
     names, tensors = architecture.gguf, file.tensors
     if "token_embd.weight" not in tensors:
         raise UserError(f"{file.path} has no tensor token_embd.weight: expected the embedding")

@@ -89,7 +89,7 @@ def read_part(rows: Rows, count: int, part: Part, dtype: np.typing.DTypeLike) ->
     Args:
       rows: gives rows [a, b) of the file's tensor; a map of the file, or dequantised then.
       count: how many rows there are.
-      part: what to read.
+      part: the part to read.
       dtype: of the result.
 
     Returns:
@@ -115,8 +115,8 @@ def read_part(rows: Rows, count: int, part: Part, dtype: np.typing.DTypeLike) ->
 
 def write_part(part: Part, value: np.ndarray, array: np.ndarray) -> None:
     """Writes a canonical tensor into a file's C-ordered array, in that array's dtype."""
-    place = view(part, array)
-    place[...] = value.reshape(place.shape)
+    target = view(part, array)
+    target[...] = value.reshape(target.shape)
 
 
 def parts_of(tensors: Sequence[FileTensor]) -> dict[str, tuple[FileTensor, Part]]:

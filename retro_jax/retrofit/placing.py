@@ -59,7 +59,7 @@ def _of_row(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
 
 
 def _zeros(shape: Shape, dtype: jnp.dtype, sharding: jax.sharding.Sharding) -> jax.Array:
-    """An array of zeros, made where it belongs."""
+    """An array of zeros, allocated on its devices."""
     return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
 
 

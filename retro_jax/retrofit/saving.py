@@ -39,7 +39,7 @@ def save_hugging_face(base: BaseModel, directory: Path, changed: Changed | None 
     """Writes a folder that transformers opens; one tensor is in memory at a time.
 
     Args:
-      base: what was opened, from a folder or a GGUF file.
+      base: a model opened from a folder or a GGUF file.
       directory: where it goes: not there yet, or empty. It appears when it is whole.
       changed: canonical name (with the layer's number) -> array of its shape, NumPy's or JAX's.
         Rounded to the file's dtype.

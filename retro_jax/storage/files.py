@@ -33,7 +33,7 @@ def _plain(value: Any) -> Any:
 
 
 def absolute(path: str | os.PathLike[str]) -> str:
-    """The path as worker processes, which stand elsewhere, find it."""
+    """The path as worker processes, which run in other directories, find it."""
     return str(pathlib.Path(path).absolute())
 
 
@@ -71,7 +71,7 @@ def measure(path: pathlib.Path) -> tuple[int, str]:
 
 
 class _Hashing:
-    """A file open for writing that hashes what passes."""
+    """A file open for writing that hashes the bytes written."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
@@ -154,8 +154,8 @@ def writing(path: pathlib.Path, temporary: pathlib.Path | None = None) -> Iterat
         yield
     except OSError as error:
         # An error of reading something else inside a writer carries that file's own name.
-        own = (str(path), str(temporary))
-        if error.filename is not None and not str(error.filename).startswith(own):
+        prefixes = (str(path), str(temporary))
+        if error.filename is not None and not str(error.filename).startswith(prefixes):
             raise
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
@@ -178,7 +178,7 @@ def read_array(path: pathlib.Path) -> np.ndarray:
 
 
 def write_array(path: pathlib.Path, values: np.ndarray) -> None:
-    """A .npy file, whole or not at all; its folder is made. Of several processes the first writes."""
+    """A .npy file, whole or not at all; its folder is created. Of several processes the first writes."""
     if not processes.is_first():
         return
     with writing(path.parent):

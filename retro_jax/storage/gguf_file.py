@@ -21,7 +21,7 @@ from retro_jax.errors import UserError
 INSTALL = "expected `pip install retro-jax[fit]`"
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _ALIGNMENT = 32
-# By the type's number: struct's letter of what has a fixed size.
+# By the type's number: struct's letter, for types of a fixed size.
 _NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
 
@@ -51,8 +51,8 @@ class GgufTensor:
         try:
             return gguf.dequantize(block, self.type)
         except NotImplementedError as error:
-            known = "one of those that the package gguf dequantises"
-            raise UserError(f"GGUF tensor type {self.type.name}: expected {known}") from error
+            types = "one of those that the package gguf dequantises"
+            raise UserError(f"GGUF tensor type {self.type.name}: expected {types}") from error
 
     def data(self) -> np.ndarray:
         """Its bytes as they are in the file."""
@@ -74,18 +74,20 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
     Raises:
       UserError: no such file, the package gguf is not installed, or the file is no GGUF or truncated.
     """
-    place = pathlib.Path(path)
-    if not place.is_file():
-        raise UserError(f"{place} is missing: expected a GGUF file")
+    location = pathlib.Path(path)
+    if not location.is_file():
+        raise UserError(f"{location} is missing: expected a GGUF file")
     try:
         import gguf  # noqa: F401  # asked for here, before anything is read
     except ImportError as error:
-        raise UserError(f"{place}: the package gguf is not installed: {INSTALL}") from error
-    with open(place, "rb") as file:
+        raise UserError(f"{location}: the package gguf is not installed: {INSTALL}") from error
+    with open(location, "rb") as file:
         if file.read(4) != _MAGIC:
-            raise UserError(f"{place} does not begin with {_MAGIC.decode()}: expected a GGUF file")
+            raise UserError(
+                f"{location} does not begin with {_MAGIC.decode()}: expected a GGUF file"
+            )
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _parse(_Reader(place, data))
+            return _parse(_Reader(location, data))
 
 
 class _Reader:
@@ -125,13 +127,13 @@ class _Reader:
         end = self.position + count
         if end > len(self.data):
             raise self.damaged(f"{len(self.data)} bytes, and needs {end} or more")
-        taken = self.data[self.position : end]
+        content = self.data[self.position : end]
         self.position = end
-        return taken
+        return content
 
-    def damaged(self, found: str) -> UserError:
-        """The error of a file that is not as it says."""
-        return UserError(f"{self.path} has {found}: expected a whole GGUF file, not truncated")
+    def damaged(self, defect: str) -> UserError:
+        """The error of a file that contradicts its header."""
+        return UserError(f"{self.path} has {defect}: expected a whole GGUF file, not truncated")
 
 
 def _parse(reader: _Reader) -> GgufFile:
@@ -156,11 +158,11 @@ def _parse(reader: _Reader) -> GgufFile:
         )
     start = -(-reader.position // alignment) * alignment
     mapped = np.memmap(reader.path, np.uint8, "r")
-    found = {
+    tensors_by_name = {
         name: _tensor(reader, mapped[start + offset :], name, shape, kind)
         for name, shape, kind, offset in entries
     }
-    return GgufFile(reader.path, metadata, found)
+    return GgufFile(reader.path, metadata, tensors_by_name)
 
 
 def _tensor(
@@ -179,9 +181,9 @@ def _tensor(
         raise reader.damaged(f"tensor {name} of shape {shape} in blocks of {block}")
     if len(data) < count // block * size:
         raise reader.damaged(f"{len(reader.data)} bytes, too few for tensor {name}")
-    taken = data[: count // block * size]
+    content = data[: count // block * size]
     plain = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
     if tensor_type.name in plain:
-        return GgufTensor(shape, tensor_type, taken.view(plain[tensor_type.name]).reshape(shape))
+        return GgufTensor(shape, tensor_type, content.view(plain[tensor_type.name]).reshape(shape))
     rows = (*shape[:-1], shape[-1] // block * size)
-    return GgufTensor(shape, tensor_type, taken.reshape(rows))
+    return GgufTensor(shape, tensor_type, content.reshape(rows))

@@ -30,10 +30,10 @@ def file_system(url: str, **options: Any) -> tuple[Any, str]:
     except (ImportError, ValueError) as error:
         protocol = url.partition("://")[0]
         extra = _EXTRAS.get(protocol)
-        wanted = (
+        expected = (
             f"pip install 'retro-jax[{extra}]'"
             if extra
             else "a protocol that fsspec knows, and its package"
         )
         reason = str(error).split("\n")[0]
-        raise UserError(f"{url} cannot be opened ({reason}): expected {wanted}") from error
+        raise UserError(f"{url} cannot be opened ({reason}): expected {expected}") from error

@@ -1,4 +1,4 @@
-"""Batches whose loss is not finite or jumps: whether the run continues, and what they consist of."""
+"""Batches whose loss is not finite or jumps: whether the run continues, and their documents."""
 
 import dataclasses
 import json
@@ -18,8 +18,8 @@ class BadBatches:
     """The response to a bad batch.
 
     Attributes:
-      skip: whether the run continues. describe: says of a step's batch, counted from 1, which
-        documents it consists of, and what is saved.
+      skip: whether the run continues. describe: reports the documents of a step's
+        batch (steps count from 1) and the last good checkpoint.
     """
 
     skip: bool = False

@@ -3,11 +3,11 @@
     checkpoints/
       1000/default/...   the arrays of a TrainState, flat, by name ("params.layers.attention.query")
       1000/sealed.json   shape and dtype of every array; size and sha256 of every file of default/
-      2000.damaged/      a checkpoint whose files are not what its seal says
+      2000.damaged/      a checkpoint whose files differ from its seal
 
 Orbax writes into a temporary directory, the seal is added when all arrays are there, and a rename
-makes the checkpoint appear: a killed run leaves whole checkpoints only. What damages one later (a
-disk, a copy cut short) is found by the seal before anything is read; the one before is used then.
+makes the checkpoint appear: a killed run leaves whole checkpoints only. Later damage (a disk,
+a copy cut short) is found by the seal before anything is read; the one before is used then.
 """
 
 import concurrent.futures
@@ -35,7 +35,7 @@ CHECKPOINTS = "checkpoints"
 FORMAT_VERSION = 1
 SEAL, _ITEM = "sealed.json", "default"
 _COMMITTED = "commit_success.txt"  # Orbax writes it after the seal
-_RECENT_LOSS = "recent_loss"  # the one array that a checkpoint may lack or hold too much
+_RECENT_LOSS = "recent_loss"  # the one array that a checkpoint may lack or have too much
 
 _logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | os.PathLike, *, keep: int = 3, keep_every: int = 0):
-        """Opens the directory, making it when it is not there.
+        """Opens the directory, and creates it when it is not there.
 
         Args:
           directory: of the checkpoints.
@@ -84,7 +84,7 @@ class Checkpoints:
 
     @property
     def writing(self) -> bool:
-        """Whether what was saved last is not on disk yet."""
+        """Whether the last save is not on disk yet."""
         return self._manager.is_saving_in_progress()
 
     def must_stop(self, step: int, signalled: bool) -> bool:
@@ -99,7 +99,7 @@ class Checkpoints:
         return self._manager.reached_preemption(step)
 
     def wait(self) -> None:
-        """Waits until what was saved is on disk.
+        """Waits until the last save is on disk.
 
         Raises:
           OSError: it could not be written.
@@ -112,7 +112,7 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
             if isinstance(error, OSError):
                 raise
-            # TensorStore tells a full disk as a ValueError.
+            # TensorStore reports a full disk as a ValueError.
             reason = "No space left on device" if "o space left" in str(error) else str(error)
             raise OSError(f"{self.directory / str(self._saving)}: {reason}") from error
 
@@ -132,7 +132,7 @@ class Checkpoints:
           abstract: shapes, dtypes and shardings of the state, as step.abstract_state gives them.
 
         Raises:
-          UserError: it is of another model or optimiser; names the array that differs.
+          UserError: it belongs to another model or optimiser; names the array that differs.
         """
         step = from_first(self._newest_undamaged)
         self._manager.reload()
@@ -164,8 +164,8 @@ class Checkpoints:
 
 def latest_step(directory: str | os.PathLike) -> int | None:
     """The step of the newest checkpoint in a directory, damaged or not; None without any."""
-    found = pathlib.Path(directory)
-    steps = [int(path.name) for path in found.glob("*") if path.name.isdecimal()]
+    folder = pathlib.Path(directory)
+    steps = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
     return max(steps, default=None)
 
 
@@ -190,14 +190,14 @@ def restore_params(
       The step, and a tree like `abstract_params` of arrays.
 
     Raises:
-      UserError: there is no such checkpoint, or it is of another model.
+      UserError: there is no such checkpoint, or it belongs to another model.
     """
     directory = pathlib.Path(directory).absolute()
-    found = sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal())
-    wanted = found[::-1] if step is None else [step]
-    if step is not None and step not in found:
-        raise UserError(f"{directory}: no checkpoint of step {step}, expected one of {found}")
-    for candidate in wanted:
+    steps = sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal())
+    candidates = steps[::-1] if step is None else [step]
+    if step is not None and step not in steps:
+        raise UserError(f"{directory}: no checkpoint of step {step}, expected one of {steps}")
+    for candidate in candidates:
         path = directory / str(candidate)
         problem = find_damage(path)
         if problem is None:
@@ -210,7 +210,7 @@ def restore_params(
 
 
 def find_damage(path: pathlib.Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None: they are those that were sealed.
+    """The damage to a checkpoint's files, or None: they are those that were sealed.
 
     Raises:
       UserError: it was written in another format than this code reads.
@@ -229,17 +229,17 @@ def find_damage(path: pathlib.Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes, expected {size}"
-    found = _hashes(path)
+    hashes = _hashes(path)
     for name, entry in sealed.items():
-        if found[name] != entry:
+        if hashes[name] != entry:
             return f"{name} has other content than was written"
     return None
 
 
 def _hashes(path: pathlib.Path) -> dict[str, list[Any]]:
     """{file: [size, sha256]} of a checkpoint's array files."""
-    found = sorted(file for file in (path / _ITEM).rglob("*") if file.is_file())
-    found = [file for file in found if file.name != _COMMITTED]
+    paths = sorted(file for file in (path / _ITEM).rglob("*") if file.is_file())
+    paths = [file for file in paths if file.name != _COMMITTED]
 
     def entry(file: pathlib.Path) -> list[Any]:
         with open(file, "rb") as stream:
@@ -247,12 +247,12 @@ def _hashes(path: pathlib.Path) -> dict[str, list[Any]]:
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:  # hashing releases the interpreter lock
         return {
-            str(f.relative_to(path)): e for f, e in zip(found, pool.map(entry, found), strict=True)
+            str(f.relative_to(path)): e for f, e in zip(paths, pool.map(entry, paths), strict=True)
         }
 
 
 def _restore_state(path: pathlib.Path, abstract: TrainState) -> TrainState:
-    """Reads a state; recent losses are begun anew where the checkpoint was written without."""
+    """Reads a state; recent losses begin again where the checkpoint was written without."""
     begun = abstract.recent_loss
     if begun is None or _RECENT_LOSS in _read_arrays(path):
         return _restore(path, abstract)
@@ -272,30 +272,30 @@ def _restore(path: pathlib.Path, abstract: Any, whole: str | None = "") -> Any:
 
     All those whose names begin with `whole` have to be in the tree; none has to for None.
     """
-    wanted = named_leaves(abstract)
-    together(lambda: _check_arrays(path, _describe(wanted), whole))
+    leaves = named_leaves(abstract)
+    together(lambda: _check_arrays(path, _describe(leaves), whole))
     args = ocp.args.PyTreeRestore(
-        item=wanted,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-        partial_restore=whole != "" or _RECENT_LOSS not in wanted,
+        item=leaves,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(leaves),
+        partial_restore=whole != "" or _RECENT_LOSS not in leaves,
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        found = checkpointer.restore(path / _ITEM, args=args)
-    return jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in wanted])
+        arrays = checkpointer.restore(path / _ITEM, args=args)
+    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in leaves])
 
 
 def _check_arrays(path: pathlib.Path, expected: dict[str, list[Any]], whole: str | None) -> None:
     """Refuses a checkpoint whose arrays are not those of the model and optimiser."""
-    found = _read_arrays(path)
+    arrays = _read_arrays(path)
     for name, (shape, dtype) in expected.items():
-        if name not in found:
+        if name not in arrays:
             raise UserError(f"checkpoint {path} lacks {name}: expected {dtype}{shape}")
-        if found[name] != [shape, dtype]:
-            actual = f"{found[name][1]}{found[name][0]}"
+        if arrays[name] != [shape, dtype]:
+            actual = f"{arrays[name][1]}{arrays[name][0]}"
             raise UserError(f"checkpoint {path}: {name} is {actual}, expected {dtype}{shape}")
-    for name in found:
-        wanted = whole is not None and name.startswith(whole) and name != _RECENT_LOSS
-        if wanted and name not in expected:
+    for name in arrays:
+        inside = whole is not None and name.startswith(whole) and name != _RECENT_LOSS
+        if inside and name not in expected:
             raise UserError(f"checkpoint {path} holds {name}, which this model does not have")
 
 

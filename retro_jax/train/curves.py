@@ -3,16 +3,16 @@
 A line of metrics.jsonl describes the updates since the line before it:
 
     step              updates made so far          steps             updates in this line
-    loss              nats a token, over them      loss/CORPUS       the same of one corpus
+    loss              nats per token, over them    loss/CORPUS       the same of one corpus
     tokens            targets they had             tokens_per_second, over the last 30 seconds
     grad_norm         their mean, before clipping  param_norm, learning_rate: of the last one
     skipped           bad batches among the steps; their losses count nowhere; absent without any
     seconds           of a step, by the clock      seconds/PHASE     of it, as phases.py has them
     mfu               part of the devices' peak    memory/device, memory/host: the most so far, GiB
-    validation/on, validation/off     nats a token of held-out batches, at steps that evaluate
+    validation/on, validation/off     nats per token of held-out batches, at steps that evaluate
 
 The files are opened at the step that a run resumes from: later lines are dropped, as those updates
-are made again. A curve therefore never doubles back.
+are computed again. A curve therefore never doubles back.
 """
 
 import collections
@@ -77,7 +77,7 @@ class Averager:
 
     @property
     def rate(self) -> float | None:
-        """Tokens a second over the last steps; None before there are two, as the first compiles."""
+        """Tokens per second over the last steps; None before there are two, as the first compiles."""
         if len(self._times) < 2:
             return None
         seconds = self._times[-1][0] - self._times[0][0]
@@ -165,20 +165,20 @@ def read_curve(path: str | os.PathLike) -> list[dict[str, Any]]:
 def truncate_curve(path: str | os.PathLike, step: int) -> None:
     """Drops the lines after a step, and half a last line; atomic."""
     path = pathlib.Path(path)
-    kept = [entry for entry in read_curve(path) if entry["step"] <= step]
+    entries = [entry for entry in read_curve(path) if entry["step"] <= step]
     if not path.exists():
         return
-    text = "".join(json.dumps(entry) + "\n" for entry in kept)
+    text = "".join(json.dumps(entry) + "\n" for entry in entries)
     files.write_atomically(path, text.encode())
 
 
 def without_clock(line: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of a curve without what depends on the clock, for comparing runs."""
+    """A line of a curve without the values that depend on the clock, for comparing runs."""
     return {name: value for name, value in line.items() if name.split("/")[0] not in _CLOCKED}
 
 
 class Progress:
-    """A bar on standard error with steps, loss, tokens a second and the time left."""
+    """A bar on standard error with steps, loss, tokens per second and the time left."""
 
     def __init__(self, start_step: int, steps: int, shown: bool = True):
         interval = _TERMINAL_SECONDS if sys.stderr.isatty() else _LOG_SECONDS
@@ -205,11 +205,11 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Watched:
-    """What is watched beside the losses.
+    """The settings of a loop's monitoring, beside the losses.
 
     Attributes:
-      bad_batches: what happens at one; by default the run stops.
-      machine: what speed is related to. profile: steps that are traced.
+      bad_batches: the action at one; by default the run stops.
+      machine: to relate speed to. profile: steps that are traced.
       on_metrics: called with the step and the values of each line, in every process.
     """
 
@@ -242,7 +242,7 @@ class Observer:
         Args:
           directory: of the run. corpora: names, in the order of StepMetrics.corpus_losses.
           learning_rate: the schedule. start_step: updates made already. steps: of the whole run.
-          log_every: steps a line. watched: what else is done. Only the first process writes and shows
+          log_every: steps per line. watched: further actions. Only the first process writes and shows
             anything.
         """
         self.phases = Phases()
@@ -297,7 +297,7 @@ class Observer:
             self._writer.close()
 
     def _measured(self, steps: int) -> dict[str, float]:
-        """Where the time of a line's steps went, and what of the machine they used."""
+        """The time of a line's steps by phase, and their use of the machine."""
         values, machine = self.phases.flush(steps), self._watched.machine
         if machine is not None:
             values |= machine.mfu(values["seconds"])
@@ -320,7 +320,7 @@ class Observer:
 
 
 def _problem(step: int, metrics: StepMetrics) -> str:
-    """What is wrong with a step, if anything is."""
+    """The fault of a step, if there is one."""
     for name in ("loss", "grad_norm"):
         value = float(getattr(metrics, name))
         if not math.isfinite(value):

@@ -79,7 +79,7 @@ class BatchShape:
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
-    """The rows of a global batch that this process's devices hold, ascending.
+    """The rows of a global batch on this process's devices, ascending.
 
     Args:
       mesh: as the batch is laid out on. batch_size: B, a multiple of the mesh's data x fsdp.
@@ -94,15 +94,15 @@ def global_batch(host: RetroBatch, mesh: Mesh, batch_size: int, rows: list[int])
 
     Args:
       host: NumPy arrays of B' = len(rows) rows. mesh: of the devices.
-      batch_size: B of the whole batch. rows: which rows of it `host` holds, ascending.
+      batch_size: B of the whole batch. rows: which rows of it `host` has, ascending.
     """
     sharding = batch_sharding(mesh)
-    place = {row: i for i, row in enumerate(rows)}
+    position = {row: i for i, row in enumerate(rows)}
 
     def spread(array: np.ndarray) -> jax.Array:
         def part(index: Any) -> np.ndarray:
             first, last, _ = index[0].indices(batch_size)
-            return array[place[first] : place[first] + last - first]
+            return array[position[first] : position[first] + last - first]
 
         return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, part)
 
@@ -119,7 +119,7 @@ def global_batches(
 
 @contextlib.contextmanager
 def batches_from(batches: BatchSource, mesh: Mesh, start: int) -> Iterator[Iterator[RetroBatch]]:
-    """The global batches from number `start` on, made ahead by a thread that ends with the context."""
+    """The global batches from number `start` on, built ahead by a thread that ends with the context."""
     size = batches.config.batch_size
     rows = local_rows(mesh, size)
     with contextlib.closing(batches.iterate(start, rows)) as hosts:

@@ -21,14 +21,14 @@ Evaluate = Callable[[TrainState], dict[str, float]]
 def make_evaluation(
     graphdef: nnx.GraphDef, batches: Callable[[], Iterable[RetroBatch]], pad_id: int
 ) -> Evaluate:
-    """Builds what the loop calls now and then.
+    """Builds the function that the loop calls now and then.
 
     Args:
       graphdef: of the model. batches: gives the same global batches each time.
       pad_id: RetroConfig.pad_id.
 
     Returns:
-      A function of the state: mean nats a token, by ON (where batches have neighbours) and OFF.
+      A function of the state: mean nats per token, by ON (where batches have neighbours) and OFF.
     """
 
     @jax.jit
@@ -44,8 +44,8 @@ def make_evaluation(
             if batch.neighbours is not None:
                 totals.setdefault(ON, []).append(sums(state.params, batch))
             totals.setdefault(OFF, []).append(sums(state.params, batch.without_neighbours()))
-        found = {name: sum(jax.device_get(parts)) for name, parts in totals.items()}
-        return {name: float(loss / max(tokens, 1)) for name, (loss, tokens) in found.items()}
+        loss_sums = {name: sum(jax.device_get(parts)) for name, parts in totals.items()}
+        return {name: float(loss / max(tokens, 1)) for name, (loss, tokens) in loss_sums.items()}
 
     return evaluate
 
@@ -53,7 +53,7 @@ def make_evaluation(
 def held_out_evaluation(
     graphdef: nnx.GraphDef, batches: BatchSource, mesh: Mesh, *, count: int, pad_id: int
 ) -> Evaluate:
-    """Evaluation on the first `count` batches of a split; each process makes its own rows."""
+    """Evaluation on the first `count` batches of a split; each process builds its own rows."""
     size = batches.config.batch_size
     rows = local_rows(mesh, size)
 

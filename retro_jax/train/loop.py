@@ -4,7 +4,7 @@ Resuming, in this order:
 
     1. the newest undamaged checkpoint gives the state, with it the step t (Checkpoints.restore);
     2. lines of metrics.jsonl after t are dropped (Observer), as those updates are made again;
-    3. batches are made from number t on (a batch is a function of the seed and its number);
+    3. batches are built from number t on (a batch is a function of the seed and its number);
     4. dropout draws from (seed, t): nothing else is stored, and nothing else is needed.
 
 A run that was killed and started again therefore ends with the same bits as one that was not.
@@ -86,8 +86,8 @@ class TrainConfig:
         require(self.hang_seconds >= 0, self, "hang_seconds", "a number of seconds, or 0 for ever")
         require(self.keep_every >= 0, self, "keep_every", "a number of steps, or 0 for none")
         require(0 <= self.seed < 2**32, self, "seed", "an integer from 0 to 2**32 - 1")
-        known = self.initial_retrieval in INITIAL_RETRIEVAL
-        require(known, self, "initial_retrieval", f"one of {INITIAL_RETRIEVAL}")
+        supported = self.initial_retrieval in INITIAL_RETRIEVAL
+        require(supported, self, "initial_retrieval", f"one of {INITIAL_RETRIEVAL}")
         valid = 0 <= self.neighbour_dropout <= 1
         require(valid, self, "neighbour_dropout", "a number from 0 to 1")
         whole = self.checkpoint_every % self.log_every == 0
@@ -95,7 +95,7 @@ class TrainConfig:
 
 
 # Settings that may differ when a run resumes: the parameters do not depend on them, or only where the
-# run would not go on without.
+# run would not continue without.
 FREE_SETTINGS = (
     "log_every",
     "checkpoint_every",
@@ -156,7 +156,7 @@ class Hook:
     Attributes:
       every: steps between two calls: it is called after the updates whose number is a multiple.
       call: of the number of updates and the state after them. The next step reuses the state's
-        memory: copy (jax.device_get) what is kept.
+        memory: copy (jax.device_get) any array to keep.
       phase: of phases.PHASES, that its time counts as.
     """
 

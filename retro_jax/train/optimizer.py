@@ -36,7 +36,7 @@ class OptimizerConfig:
       beta2: Adam's decay of the second moment.
       epsilon: Adam's epsilon.
       clip_norm: largest global norm of the gradient; 0 does not clip.
-      gate_factor: multiplies the learning rate of gated CCA's gates, one number a head.
+      gate_factor: multiplies the learning rate of gated CCA's gates, one number per head.
     """
 
     max_learning_rate: float = 2e-4

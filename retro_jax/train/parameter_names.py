@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-_WRAPPERS = ("value", "raw_value")  # what nnx puts between a parameter's name and its array
+_WRAPPERS = ("value", "raw_value")  # nnx's names between a parameter's name and its array
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
@@ -21,10 +21,10 @@ def named_leaves(tree: Any) -> dict[str, Any]:
       ValueError: two leaves have the same name.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    named = {leaf_name(path): leaf for path, leaf in leaves}
-    if len(named) != len(leaves):
+    by_name = {leaf_name(path): leaf for path, leaf in leaves}
+    if len(by_name) != len(leaves):
         raise ValueError("two leaves of the tree have the same name")
-    return named
+    return by_name
 
 
 def map_named(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:

@@ -4,10 +4,10 @@
     checkpoint   handing a state to the writer, and    evaluation   scoring held-out batches
                  waiting for the write before it       hooks        functions of the caller
 
-Steps are dispatched ahead of the device, so that what is waited for is whatever binds: a run that
+Steps are dispatched ahead of the device, so that the run waits for its slowest part: a run that
 waits for its input does not wait for the device. Where several processes train together, each of
-them says now and then what it is at; when one waits for too long, it asks who is behind, says so and
-ends, as a collective that lacks one process would otherwise wait for ever.
+them reports its phase now and then. One that waits for too long asks who is behind, says so and
+ends: a collective that lacks one process would otherwise wait for ever.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ PHASES = ("input", "device", "checkpoint", "evaluation", "hooks")
 
 
 class Phases:
-    """The seconds spent in each phase, and what the process is at."""
+    """The seconds spent in each phase, and the phase of the process."""
 
     def __init__(self) -> None:
         self._seconds = dict.fromkeys(PHASES, 0.0)
@@ -26,7 +26,7 @@ class Phases:
         self.touch("start", 0)
 
     def touch(self, name: str, step: int) -> None:
-        """Notes what the process is at from now on."""
+        """Notes the phase of the process from now on."""
         self.now = (name, step)
         self.since = time.perf_counter()
 
@@ -42,7 +42,7 @@ class Phases:
             self._seconds[name] += self.since - begin
 
     def flush(self, steps: int) -> dict[str, float]:
-        """Mean seconds a step since the last flush: in all, and in each phase that took any."""
+        """Mean seconds per step since the last flush: in all, and in each phase that took any."""
         now = time.perf_counter()
         means = {"seconds": (now - self._began) / max(steps, 1)}
         for name, seconds in self._seconds.items():

@@ -1,4 +1,4 @@
-"""What a run leaves in its directory about itself, and the refusal to mix two runs in one.
+"""The record of a run in its directory, and the refusal to mix two runs in one.
 
 config.gin      every setting in force, defaults included, sorted: Class.field = value
 parents.json    hashes of the artefacts that the run reads
@@ -23,7 +23,7 @@ from retro_jax.storage import files
 from retro_jax.train.checkpoint import CHECKPOINTS, latest_step
 
 CONFIG_FILE, PARENTS_FILE, VERSIONS_FILE = "config.gin", "parents.json", "versions.json"
-# Variables that change what is computed, or how.
+# Variables that change the results, or how they are computed.
 _ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE", "JAX_ENABLE_X64")
 _SHOWN = 5  # differences in an error
 _HASH_DIGITS = 12
@@ -87,13 +87,13 @@ def claim(
     """Records a run's settings in its directory, or checks them against those recorded.
 
     Args:
-      directory: the run's; made when it does not exist.
+      directory: the run's; created when it does not exist.
       settings: as `settings_text` writes them.
       parents: hash of each artefact that the run reads, by name.
       free: settings ("Class.field", or "Class" for all of it) that may differ from those recorded;
         the new values are then recorded.
       defaults: of the settings; one that was not recorded had its default.
-      begun: whether the directory holds results; where not, what is recorded is replaced.
+      begun: whether the directory has results; where not, the record is replaced.
       data: where the artefacts are.
 
     Raises:
@@ -149,7 +149,7 @@ def versions() -> dict[str, Any]:
 
 
 def git_revision() -> dict[str, Any] | None:
-    """The commit this code is of and whether tracked files differ from it; None outside of git."""
+    """The commit of this code and whether tracked files differ from it; None outside of git."""
     folder = pathlib.Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -166,7 +166,7 @@ def git_revision() -> dict[str, Any] | None:
 
 
 def _refuse(
-    directory: pathlib.Path, what: str, old: Mapping[str, str], new: Mapping[str, str]
+    directory: pathlib.Path, subject: str, old: Mapping[str, str], new: Mapping[str, str]
 ) -> None:
     """Raises when old and new differ."""
     names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
@@ -175,7 +175,7 @@ def _refuse(
     shown = [f"{n} {old.get(n, '(absent)')} -> {new.get(n, '(absent)')}" for n in names[:_SHOWN]]
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     raise UserError(
-        f"{directory} belongs to a run of other {what}: {'; '.join(shown)}{more}; expected "
+        f"{directory} belongs to a run of other {subject}: {'; '.join(shown)}{more}; expected "
         "the same, or another --workdir"
     )
 

@@ -6,7 +6,7 @@
     run.every(100, lambda step, state: ...)
     run.train()
 
-`make_plan` and `Run` refuse what does not fit before anything is written or allocated. The run's
+`make_plan` and `Run` refuse unfit settings and data before anything is written or allocated. The run's
 directory is that of launch.train: checkpoints/, metrics.jsonl, TensorBoard's events.*, config.gin,
 parents.json and versions.json. `train` resumes from the newest checkpoint, and ends with the same bits
 as an uninterrupted run; loop.py describes the order.
@@ -85,7 +85,7 @@ class Plan:
       settings: its configurations. shape: of its batches. mesh: of its devices.
       optimizer: of all its steps. graphdef: of its model.
       abstract: its state's shapes and shardings.
-      first_state: makes the state before the first step, under jax.jit.
+      first_state: builds the state before the first step, under jax.jit.
       step: the train step, under jax.jit.
     """
 
@@ -219,7 +219,7 @@ class Run:
         """Opens the data that is still closed; writes nothing.
 
         Args:
-          directory: of the run; made when it begins.
+          directory: of the run; created when it begins.
           plan: of the run. data: that it trains on.
           profile: first and last step that are traced, into the run's folder `profile`.
           on_hang: called with the reason, by another thread, when this process has waited longer than
@@ -261,7 +261,7 @@ class Run:
         """Calls call(step, state) after each update whose number is a multiple of `steps`.
 
         It is called in every process. The next step reuses the state's memory: copy (with
-        jax.device_get) what is kept.
+        jax.device_get) any array to keep.
 
         Raises:
           UserError: steps is not positive.
@@ -293,7 +293,7 @@ class Run:
           The step that was reached and saved.
 
         Raises:
-          UserError: the directory belongs to another run, a checkpoint is of another model, or a batch
+          UserError: the directory belongs to another run, a checkpoint to another model, or a batch
             is bad; nothing after it is saved.
           LostPeerError: another process of the run was lost.
           OSError: a checkpoint cannot be written.
@@ -431,7 +431,7 @@ class Run:
 
 
 def _machine(plan: Plan) -> Machine:
-    """What a step costs, and what the devices can do."""
+    """The costs of a step, and the peak of the devices."""
     shape, devices = plan.shape, jax.devices()
     flops = training_flops(plan.settings.retro, shape.sequence_length, shape.neighbours)
     return Machine(flops * shape.batch_size, len(devices), peak_flops(devices[0].device_kind))

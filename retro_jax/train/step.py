@@ -23,7 +23,7 @@ _WEIGHT_TO_JUDGE = 1 - _RECENT**20  # none is compared before 20 good ones
 
 
 class Model(Protocol):
-    """What training needs of a model."""
+    """The methods that training needs of a model."""
 
     def token_losses(self, batch: RetroBatch, dropout_key: jax.Array | None = None) -> jax.Array:
         """[B, N] float32 nats, 0 where the target is padding."""
@@ -37,8 +37,8 @@ class TrainState:
     Attributes:
       step: int32 scalar, updates made so far; step t makes update number t, from 0.
       params: the model's parameters, an nnx.State. opt_state: the optimiser's state.
-      recent_loss: [2] float32, what `recent_mean` makes the mean of the last good losses from; None
-        unless StepConfig.loss_jump asks for it.
+      recent_loss: [2] float32, from which `recent_mean` computes the mean of the last good
+        losses; None unless StepConfig.loss_jump asks for it.
       average: the moving average of the parameters; None unless StepConfig.average_decay asks for it.
     """
 
@@ -52,10 +52,10 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepMetrics:
-    """What one step measured, before its update; scalars float32 unless stated.
+    """The measurements of one step, before its update; scalars float32 unless stated.
 
     Attributes:
-      loss: mean nats a token over the targets of the whole batch that are not padding.
+      loss: mean nats per token over the targets of the whole batch that are not padding.
       tokens: int32, how many those are. grad_norm: before clipping. param_norm: global norms.
       corpus_losses: [G] summed nats of each corpus. corpus_tokens: [G] int32.
       bad: bool, whether loss or gradient is not finite, or the loss jumps by more than
@@ -74,7 +74,7 @@ class StepMetrics:
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """What a step needs to know besides model and optimiser.
+    """The settings of a step besides model and optimiser.
 
     Attributes:
       pad_id: RetroConfig.pad_id. num_corpora: G, corpora in the mixture.
@@ -122,12 +122,12 @@ def train_step(
     Args:
       state: before the update. batch: the global batch.
       graphdef: of a module with `token_losses`, as nnx.split gives it.
-      optimizer: made with the same `trainable`.
+      optimizer: built with the same `trainable`.
       config: padding, corpora, seed.
       trainable: which parameters have gradients; None for all.
 
     Returns:
-      The state after the update, and what was measured before it.
+      The state after the update, and the metrics before it.
     """
     step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     dropout_key, neighbour_key = (jax.random.fold_in(step_key, i) for i in range(2))
@@ -184,7 +184,7 @@ def _gradients(
     model: Callable[[Any], Model],
     config: StepConfig,
 ) -> tuple["_Sums", Any]:
-    """The sums of a batch, and the gradients of its mean loss, made in config.accumulate parts."""
+    """The sums of a batch, and the gradients of its mean loss, computed in config.accumulate parts."""
     tokens = _count(batch, config)
 
     def part(batch: RetroBatch, key: jax.Array) -> tuple[_Sums, Any]:
@@ -261,14 +261,14 @@ def _accumulated(
 def _judge(
     loss: jax.Array, grad_norm: jax.Array, recent_loss: Any, config: StepConfig
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """Whether a step is bad, the mean of the good losses before it, and what to keep of this one."""
+    """Whether a step is bad, the mean of the good losses before it, and the recent losses after it."""
     bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
     if recent_loss is None:
         return bad, jnp.zeros(()), None
     mean = recent_loss[0] / jnp.maximum(recent_loss[1], 1e-9)
     bad = bad | ((recent_loss[1] > _WEIGHT_TO_JUDGE) & (loss > mean + config.loss_jump))
-    kept = recent_loss + (1 - _RECENT) * (jnp.stack([loss, jnp.ones(())]) - recent_loss)
-    return bad, mean, jnp.where(bad, recent_loss, kept)
+    new_loss = recent_loss + (1 - _RECENT) * (jnp.stack([loss, jnp.ones(())]) - recent_loss)
+    return bad, mean, jnp.where(bad, recent_loss, new_loss)
 
 
 def _averaged(state: TrainState, params: Any, decay: float) -> Any:
@@ -308,7 +308,7 @@ def drop_neighbours(batch: RetroBatch, key: jax.Array, *, rate: float, pad_id: i
 
     Args:
       batch: with or without neighbours. key: of this step.
-      rate: the part. pad_id: what an empty slot holds.
+      rate: the part. pad_id: the content of an empty slot.
     """
     if batch.neighbours is None:
         return batch
@@ -332,8 +332,8 @@ def abstract_state(
     """The shapes, dtypes and shardings of a run's state; nothing is allocated.
 
     Args:
-      make_model: builds the module. optimizer: of the run. mesh: where the state will lie.
-      config: of the step: whether the state holds recent losses and averaged parameters.
+      make_model: builds the module. optimizer: of the run. mesh: for the state.
+      config: of the step: whether the state has recent losses and averaged parameters.
 
     Returns:
       The module's graph definition and a TrainState of jax.ShapeDtypeStruct.
@@ -360,7 +360,7 @@ def abstract_state(
 def compile_first_state(
     make_model: Callable[[], Any], optimizer: optax.GradientTransformation, abstract: TrainState
 ) -> Callable[[], TrainState]:
-    """A function under jax.jit that makes the state before the first step, each array in its place.
+    """A function under jax.jit that builds the state before the first step, each array in its place.
 
     Args:
       make_model: builds the module. optimizer: of the run.

@@ -32,7 +32,7 @@ def load_model(
       The checkpoint's step, the model's graph definition and its parameters, for nnx.merge.
 
     Raises:
-      UserError: there is no such checkpoint, or it is of another model.
+      UserError: there is no such checkpoint, or it belongs to another model.
     """
     layout = Shardings() if mesh is None else MESH_SHARDINGS
     graphdef, params = nnx.split(

@@ -10,7 +10,7 @@ import jax
 from retro_jax.chips import CHIPS
 
 _GIB = 2**30
-# As JAX calls the devices -> dense bfloat16 operations a second, as their makers publish them.
+# As JAX calls the devices -> dense bfloat16 operations per second, as their makers publish them.
 _TPU_KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -24,29 +24,29 @@ _GPU_PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Operations a second that a device can do at most; None for a kind that is not known."""
+    """Operations per second that a device can do at most; None for a kind that is not known."""
     if device_kind in _TPU_KINDS:
         return CHIPS[_TPU_KINDS[device_kind]].peak
     return next((peak for name, peak in _GPU_PEAKS.items() if name in device_kind), None)
 
 
 def memory() -> dict[str, float]:
-    """GiB: the most that any device of this process has held, where it says so, and this process."""
+    """GiB: peak memory of any device of this process, where it is reported, and of this process."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [entry["peak_bytes_in_use"] for entry in stats if "peak_bytes_in_use" in entry]
     unit = 1 if sys.platform == "darwin" else 1024
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    found = {"memory/host": resident / _GIB}
-    return found | ({"memory/device": max(peaks) / _GIB} if peaks else {})
+    figures = {"memory/host": resident / _GIB}
+    return figures | ({"memory/device": max(peaks) / _GIB} if peaks else {})
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What is needed to relate speed to the machine.
+    """The figures that relate speed to the machine.
 
     Attributes:
       step_flops: of the model, forward and backward, for a global batch. devices: of all processes.
-      peak: operations a second of one of them; None where it is not known.
+      peak: operations per second of one of them; None where it is not known.
     """
 
     step_flops: float
@@ -54,7 +54,7 @@ class Machine:
     peak: float | None
 
     def mfu(self, seconds: float) -> dict[str, float]:
-        """{"mfu": part of the devices' operations that were the model's}, for seconds a step."""
+        """{"mfu": part of the devices' operations that were the model's}, for seconds per step."""
         if self.peak is None or seconds <= 0:
             return {}
         return {"mfu": self.step_flops / (seconds * self.devices * self.peak)}
@@ -69,7 +69,7 @@ class Profile:
         self._running = False
 
     def begin_step(self, number: int) -> None:
-        """Starts or ends the trace; steps run one ahead of what is known of them."""
+        """Starts or ends the trace; steps run one ahead of their results."""
         if number == self._first:
             jax.profiler.start_trace(self._directory)
             self._running = True
@@ -77,7 +77,7 @@ class Profile:
             self.close()
 
     def close(self) -> None:
-        """Writes the trace, if one is being made."""
+        """Writes the trace, if one is under way."""
         if self._running:
             self._running = False
             jax.profiler.stop_trace()

@@ -1,4 +1,4 @@
-"""What a run begins with, and which of its parameters it trains.
+"""The first parameters of a run, and those that it trains.
 
 Fine-tuning begins with the parameters of a trained run, on other data or with another database, and
 with a schedule and moments of its own. RETRO-fitting (paper, section 4.3) begins with a transformer
@@ -8,7 +8,7 @@ without retrieval, adds encoder and CCA, and trains nothing else. The transforme
     StartConfig.fresh = ('encoder.*', 'cca.*')
     StartConfig.trained = ('encoder.*', 'cca.*')
 
-or an existing language model, with gated CCA (DecoderForm.gated_cca) made of its own weights:
+or an existing language model, with gated CCA (DecoderForm.gated_cca) copied from its own weights:
 
     StartConfig.base = 'SmolLM2-135M'
     StartConfig.trained = ('cca.gate',)
@@ -43,7 +43,7 @@ class StartConfig:
     Attributes:
       run: directory of a trained run (W/retro) with whose parameters it begins; "" for the seed's.
       base: an existing model, a Hugging Face folder or a GGUF file, whose weights the decoder begins
-        with; "" for none. What it lacks begins with the seed's values, and gated CCA as copies of it.
+        with; "" for none. Those that it lacks begin with the seed's values, and gated CCA as copies of it.
       step: which of its checkpoints; 0 for the newest.
       averaged: whether it begins with their moving average.
       fresh: patterns of parameters that begin with the seed's values even so.
@@ -94,10 +94,12 @@ def begin(config: StartConfig, state: TrainState, checkpoints: str | os.PathLike
     Raises:
       UserError: the other run lacks a parameter that is not `fresh`, or has another shape of it.
     """
-    wanted = wanted_parameters(config, state.params)
+    parameters = wanted_parameters(config, state.params)
     part = "average" if config.averaged else "params"
-    _, found = restore_params(checkpoints, wanted, config.step or None, part=part, all_of_it=False)
-    params = map_named(lambda name, leaf: found.get(name, leaf), state.params)
+    _, arrays = restore_params(
+        checkpoints, parameters, config.step or None, part=part, all_of_it=False
+    )
+    params = map_named(lambda name, leaf: arrays.get(name, leaf), state.params)
     average = None if state.average is None else jax.tree.map(jnp.copy, params)
     return dataclasses.replace(state, params=params, average=average)
 
@@ -111,8 +113,8 @@ def begin_with_base(config: StartConfig, state: TrainState, retro: RetroConfig) 
     Raises:
       UserError: there is no such model, or it is another decoder.
     """
-    found = fitted_parameters(open_base(config.base), retro, named_leaves(state.params))
-    params = map_named(lambda name, leaf: found.get(name, leaf), state.params)
+    parameters = fitted_parameters(open_base(config.base), retro, named_leaves(state.params))
+    params = map_named(lambda name, leaf: parameters.get(name, leaf), state.params)
     average = None if state.average is None else jax.tree.map(jnp.copy, params)
     return dataclasses.replace(state, params=params, average=average)
 

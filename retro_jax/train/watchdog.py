@@ -15,16 +15,16 @@ from retro_jax.distributed.processes import client, meet
 from retro_jax.train.phases import Phases
 
 _KEY, _VERDICT = "retro/progress/", "retro/verdict"
-_ASK_SECONDS = 10.0  # for what the others are at
+_ASK_SECONDS = 10.0  # for the phases of the others
 _MOST_BETWEEN_REPORTS, _REPORTS_BEFORE_END = 15.0, 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a process says of itself.
+    """A process's report of itself.
 
     Attributes:
-      phase, step: what it is at. alive: seconds it had lived when it said so.
+      phase, step: its current ones. alive: seconds it had lived when it said so.
     """
 
     phase: str
@@ -36,7 +36,7 @@ def blame(reports: Mapping[int, Report], count: int, silence: float) -> str:
     """Names the processes that the others wait for, in words.
 
     Args:
-      reports: of each process that has said something. count: of processes.
+      reports: of each process that has sent one. count: of processes.
       silence: seconds by which a report may lag behind the latest.
     """
     missing = [i for i in range(count) if i not in reports]
@@ -51,12 +51,12 @@ def blame(reports: Mapping[int, Report], count: int, silence: float) -> str:
     behind = [i for i, report in reports.items() if report.step == least]
     # In a step, or waiting for its end, a process waits for the others: the cause is elsewhere.
     elsewhere = [i for i in behind if reports[i].phase not in ("step", "device")]
-    named = elsewhere or behind
-    phase = reports[named[0]].phase
-    if len(named) == count:
+    culprits = elsewhere or behind
+    phase = reports[culprits[0]].phase
+    if len(culprits) == count:
         return f"all are at step {least} ({phase}): a device or the network between them hangs"
-    verb = "is" if len(named) == 1 else "are"
-    return f"{_listed(named)} {verb} behind, at step {least} ({phase})"
+    verb = "is" if len(culprits) == 1 else "are"
+    return f"{_listed(culprits)} {verb} behind, at step {least} ({phase})"
 
 
 class Watchdog:
@@ -100,7 +100,7 @@ class Watchdog:
             )
 
     def _report(self, phase: str, step: int) -> None:
-        """Says what this process is at, as far as process 0 listens."""
+        """Reports this process's phase, as far as process 0 listens."""
         alive = time.perf_counter() - self._began
         text = json.dumps([phase, step, alive])
         key = f"{_KEY}{jax.process_index()}"
@@ -112,25 +112,25 @@ class Watchdog:
         entries = client().key_value_dir_get(_KEY)
         reports = {int(key.rsplit("/", 1)[1]): Report(*json.loads(text)) for key, text in entries}
         silence = _REPORTS_BEFORE_END / 2 * self._interval + 1
-        found = blame(reports, jax.process_count(), silence)
+        verdict = blame(reports, jax.process_count(), silence)
         # The first to ask speaks for all: once it has ended, it would itself seem to be the cause.
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            client().key_value_set(_VERDICT, found)
+            client().key_value_set(_VERDICT, verdict)
         return client().key_value_try_get(_VERDICT)
 
 
 def _within(seconds: float, action: Callable[[], Any]) -> Any:
-    """What an action returns; None where it fails or takes longer."""
-    found: list[Any] = []
+    """The result of an action; None where it fails or takes longer."""
+    results: list[Any] = []
 
     def run() -> None:
         with contextlib.suppress(Exception):
-            found.append(action())
+            results.append(action())
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
-    return found[0] if found else None
+    return results[0] if results else None
 
 
 def _listed(numbers: list[int]) -> str:

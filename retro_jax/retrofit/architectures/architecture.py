@@ -1,4 +1,4 @@
-"""What is stated of one architecture."""
+"""The description of one architecture."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""Llama (also SmolLM2, Mistral without a window) and what differs from it by a few fields: Qwen 2, Qwen 3."""
+"""Llama (also SmolLM2, Mistral without a window) and models with a few other fields: Qwen 2, Qwen 3."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ from retro_jax.retrofit.rope import read_rope, write_rope
 
 
 def _read_config(fields: Fields) -> dict[str, Any]:
-    """What all three state in the same fields."""
+    """The settings that all three state in the same fields."""
     d_model, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     if heads < 1:
         raise fields.error("num_attention_heads", "a positive integer")
@@ -102,9 +102,16 @@ def _tensors(config: BaseConfig) -> list[FileTensor]:
 def _layer_tensors(config: BaseConfig, theirs: str, ours: str) -> list[FileTensor]:
     """One layer; `theirs` and `ours` are the prefixes of its names."""
     width, wide = (config.d_model,), (config.d_ff,)
-    many, few = (config.num_heads, config.head_dim), (config.num_kv_heads, config.head_dim)
+    query_shape, key_shape = (
+        (config.num_heads, config.head_dim),
+        (config.num_kv_heads, config.head_dim),
+    )
     attention, mlp = f"{theirs}self_attn.", f"{theirs}mlp."
-    projections = {"q_proj": ("query", many), "k_proj": ("key", few), "v_proj": ("value", few)}
+    projections = {
+        "q_proj": ("query", query_shape),
+        "k_proj": ("key", key_shape),
+        "v_proj": ("value", key_shape),
+    }
     tensors = [same(f"{theirs}input_layernorm.weight", f"{ours}attention_norm.scale", width)]
     for file_name, (name, heads) in projections.items():
         tensors.append(linear(f"{attention}{file_name}.weight", f"{ours}{name}", width, heads))
@@ -114,7 +121,7 @@ def _layer_tensors(config: BaseConfig, theirs: str, ours: str) -> list[FileTenso
         for file_name, name in (("q_norm", "query_norm"), ("k_norm", "key_norm")):
             head = (config.head_dim,)
             tensors.append(same(f"{attention}{file_name}.weight", f"{ours}{name}", head))
-    tensors.append(linear(f"{attention}o_proj.weight", f"{ours}output", many, width))
+    tensors.append(linear(f"{attention}o_proj.weight", f"{ours}output", query_shape, width))
     if config.out_bias:
         tensors.append(same(f"{attention}o_proj.bias", f"{ours}output_bias", width))
     tensors.append(same(f"{theirs}post_attention_layernorm.weight", f"{ours}mlp_norm.scale", width))
