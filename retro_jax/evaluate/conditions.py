@@ -9,8 +9,8 @@ CONDITION_NAMES = {
     "on": "RETRO[ON]",
     "random": "random neighbours",
     "oracle": "oracle",
-    "tokens": "RETRO[ON] + token memory",
-    "baseline+tokens": "baseline + token memory",
+    "tokens": "RETRO[ON] + tokens",
+    "baseline+tokens": "baseline + tokens",
 }
 # The condition whose model is mixed with the token memory.
 MIXED_WITH_TOKENS = {"tokens": "on", "baseline+tokens": "baseline"}

@@ -70,7 +70,7 @@ def test_the_mixture_of_a_token_is_that_of_its_parts(mixed: dict, places: list[s
 def test_it_is_read_again_and_shown(mixed: dict, places: list[str], monkeypatch, capsys):
     monkeypatch.setattr("launch.evaluation.tokens.votes_on", lambda *_, **__: pytest.fail("again"))
     assert call(evaluate.main, *places, "--retrieval=on,tokens") == 0
-    assert "RETRO[ON] + token memory" in capsys.readouterr().out
+    assert "RETRO[ON] + tokens" in capsys.readouterr().out
     assert call(report.main, *places) == 0
 
 
