@@ -1,7 +1,7 @@
 """Time per token of cached generation, beside one reading of all weights in the same run.
 
     python -m benchmarks.generate
-    python -m benchmarks.generate --preset=tiny --batches=1 --turns=3
+    python -m benchmarks.generate --preset=tiny --at_once=1 --turns=3
     python -m benchmarks.generate --positions=relative --output=generate.json
 
 A token at batch 1 has to read the decoder's weights once, so the time of one reading is its limit.
@@ -49,7 +49,7 @@ from retro_jax.generate.sampling import SamplingConfig
 from retro_jax.host_memory import keep_freed_memory
 from retro_jax.model import Retro
 
-BATCHES = flags.DEFINE_list("batches", ["1", "8", "32"], "Texts at once.")
+BATCHES = flags.DEFINE_list("at_once", ["1", "8", "32"], "Texts at once.")
 AT = flags.DEFINE_list("at", ["64", "256", "500"], "Positions in a window of 512 tokens.")
 UNCACHED = flags.DEFINE_bool("uncached", True, "Also one forward pass a token, at batch 1.")
 CHUNKS = flags.DEFINE_integer("database", 200_000, "Keys of the random database.", lower_bound=10)
@@ -224,7 +224,7 @@ def numbers(name: str, values: list[str], limit: int) -> list[int]:
 
 def main() -> None:
     """Times, and prints the table."""
-    batches, positions = numbers("batches", BATCHES.value, 1024), numbers("at", AT.value, 511)
+    batches, positions = numbers("at_once", BATCHES.value, 1024), numbers("at", AT.value, 511)
     work = work_from_flags(scan_layers=False)
     model = Retro(work.retro, work.execution, rngs=nnx.Rngs(0))
     decoder = Decoder(model, chunks=_WINDOW // work.retro.chunk_length)

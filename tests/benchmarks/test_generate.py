@@ -10,7 +10,7 @@ from launch.common import app
 
 def test_its_table_has_every_batch_and_position(capsys, tmp_path):
     output = tmp_path / "generate.json"
-    arguments = ["--preset=tiny", "--turns=1", "--batches=1,2", "--at=70", "--database=100"]
+    arguments = ["--preset=tiny", "--turns=1", "--at_once=1,2", "--at=70", "--database=100"]
     assert app.execute(generate.main, ["benchmark", *arguments, f"--output={output}"]) == 0
     rows = json.loads(output.read_text())["table"]
     assert [(row["texts"], row["position"]) for row in rows] == [(1, 70), (2, 70)]
@@ -23,7 +23,7 @@ def test_its_table_has_every_batch_and_position(capsys, tmp_path):
     ("flag", "message"),
     [
         ("--at=512", "--at=512: expected numbers from 1 to 511"),
-        ("--batches=two", "--batches=two: expected numbers from 1 to 1024"),
+        ("--at_once=two", "--at_once=two: expected numbers from 1 to 1024"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(capsys, flag: str, message: str):

@@ -10,7 +10,7 @@ import pytest
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.evaluation.database_share import kept_chunks
 from data_pipelines.evaluation.splits import open_split
-from data_pipelines.retriever import index, revisions
+from data_pipelines.retriever import index_config, revisions
 from data_pipelines.retriever.neighbours import NeighbourTable
 from data_pipelines.retriever.retriever import Retriever
 from launch import evaluate, report
@@ -114,7 +114,7 @@ def test_knn_lm_of_an_updated_database_has_no_removed_document(
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_a_large_datastore_is_searched_by_scann_unless_every_key_is_asked_for(exact, monkeypatch):
-    monkeypatch.setattr(index, "_HASHING_FROM", 1000)
+    monkeypatch.setattr(index_config, "_HASHING_FROM", 1000)
 
     rng = np.random.default_rng(0)
     keys = rng.normal(size=(2000, 32)).astype(np.float16)
