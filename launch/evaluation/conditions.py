@@ -24,12 +24,14 @@ from data_pipelines.batches.batches import keep_part
 from data_pipelines.corpora import SPLITS
 from data_pipelines.evaluation import database_share
 from data_pipelines.evaluation.splits import Split
+from data_pipelines.token_memory.memory import LONGEST, MOST_VOTES
 from launch.runs import trained_run
 from retro_jax.errors import UserError
 from retro_jax.evaluate import overlap
 from retro_jax.evaluate.scorer import ScoredModel
 
 TOKENS = "tokens"
+TUNING_CHUNKS = 1024  # of the validation split, by which a token mixture is tuned
 KINDS = ("on", "off", "random", "oracle", TOKENS)  # of --retrieval
 
 NeighbourTokens = Callable[[np.ndarray], np.ndarray]
@@ -122,6 +124,8 @@ def condition_settings(condition: Condition) -> dict[str, Any]:
         return {"database_share": condition.value}
     if condition.kind == "ngrams":
         return {"ngram_limit": condition.value, "ngram": _GRAM}
+    if condition.kind == TOKENS:
+        return {"longest_ending": LONGEST, "most_votes": MOST_VOTES, "tuning_chunks": TUNING_CHUNKS}
     if condition.kind in ("random", "oracle"):
         return {"neighbours_are": condition.kind}
     return {}

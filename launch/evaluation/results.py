@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.evaluation.splits import Split
+from data_pipelines.evaluation.splits import Split, open_split
 from data_pipelines.evaluation.texts import evaluation_text
 from data_pipelines.retriever.revisions import open_database
 from launch.evaluation.conditions import (
@@ -115,10 +115,15 @@ def _head(work: Work, settings: EvaluationSettings, condition: Condition) -> dic
 
 
 def _memory_hash(work: Work, condition: Condition) -> dict[str, str]:
-    """The database whose tokens vote, where a condition has a token memory."""
+    """The database whose tokens vote and the text that tunes, where a condition has a token memory."""
     if condition.kind != TOKENS:
         return {}
-    return {"token_memory": open_database(work.data).manifest.hash}
+    tuning = open_split(work.data, "validation", neighbours=condition.neighbours)
+    hashes = tuning.hashes(bool(condition.neighbours))
+    return {
+        "token_memory": open_database(work.data).manifest.hash,
+        **{f"tuning_{name}": digest for name, digest in hashes.items()},
+    }
 
 
 def _knn_settings(settings: KnnSettings) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from data_pipelines.retriever.revisions import open_database
 from data_pipelines.token_memory.memory import LONGEST, MOST_VOTES, TokenMemory
 from data_pipelines.token_memory.text_votes import TextVotes, votes_on
 from data_pipelines.token_memory.workdir_memory import prepare_and_open
-from launch.evaluation.conditions import Condition, neighbour_tokens, scored_model
+from launch.evaluation.conditions import TUNING_CHUNKS, Condition, neighbour_tokens, scored_model
 from retro_jax.batch import text_mask
 from retro_jax.distributed import processes
 from retro_jax.distributed.progress import progress_bar
@@ -29,7 +29,6 @@ from retro_jax.evaluate.token_mixture import Votes, mixed_nll, summary, tune_wei
 from retro_jax.model import Retro
 from retro_jax.storage import files
 
-_TUNING_CHUNKS = 1024  # of the validation split
 _COLUMNS = tuple(field.name for field in dataclasses.fields(Votes))
 
 
@@ -57,10 +56,15 @@ class TokenMixture:
           split: the text. text: [n, 64] bool, the tokens that count. nll: [n, 64] of the model.
 
         Raises:
-          UserError: the database has another tokeniser than the text, or no validation split to
-            tune on.
+          UserError: the text is the database itself, the database has another tokeniser than the text,
+            or there is no validation split to tune on.
         """
         database = open_database(self.data)
+        if split.database.manifest.hash == database.manifest.hash:
+            raise UserError(
+                "--retrieval=tokens of the training split itself, whose own documents would vote:"
+                " expected another split"
+            )
         memory = self._memory(database)
         tuning = self._tuning_split()
         mask = text_mask(
@@ -97,14 +101,20 @@ class TokenMixture:
         """The first documents of the validation split, with the condition's neighbours."""
         split = open_split(self.data, "validation", neighbours=self.condition.neighbours)
         owners = split.database.documents(split.ids)
-        last = owners[min(_TUNING_CHUNKS, len(owners)) - 1]
+        last = owners[min(TUNING_CHUNKS, len(owners)) - 1]
         return dataclasses.replace(split, ids=split.ids[owners <= last])
 
     def _model_nll(self, split: Split) -> np.ndarray:
         """[n, 64] nats of the model alone on a split."""
         tokens = neighbour_tokens(split, self.condition, self.folder, self.data)
         source = dataclasses.replace(split.text(0), neighbours=tokens)
-        partial = self.folder / f".partial-tokens-{_digest(self.condition.name, split.ids)}"
+        model_of = [
+            self.condition.name,
+            self.condition.run.identity(),
+            dataclasses.asdict(self.windows),
+        ]
+        digest = _digest(model_of, split.hashes(bool(self.condition.neighbours)), split.ids)
+        partial = self.folder / f".partial-tokens-{digest}"
         what = "token memory: tuning"
         model = scored_model(self.condition.run)
         one = Pass(model, Retro.token_losses, self.windows, what, partial)

@@ -85,3 +85,9 @@ def test_a_removed_document_does_not_vote(mixed: dict, places: list[str], tmp_pa
     split = open_split(data, "test", neighbours=0)
     for chunk in split.database.chunks(split.ids[:20]):
         assert not database.is_removed(memory.match(chunk[:6], most_votes=0).documents).any()
+
+
+def test_the_database_itself_is_refused(mixed: dict, places: list[str], capsys):
+    flags = ["--split=train", "--retrieval=tokens", "--max_documents=1"]
+    assert call(evaluate.main, *places, *flags) == 1
+    assert "of the training split itself, whose own documents would vote" in capsys.readouterr().err
