@@ -60,7 +60,7 @@ def _of_row(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
 
 def _zeros(shape: Shape, dtype: jnp.dtype, sharding: jax.sharding.Sharding) -> jax.Array:
     """An array of zeros, allocated on its devices."""
-    return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
+    return jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)(shape, dtype)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

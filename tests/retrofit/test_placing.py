@@ -43,14 +43,16 @@ def test_the_host_has_one_tensor_at_a_time(tmp_path):
     many_layers(tmp_path)
     base = open_base(tmp_path)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    load_stacked(base, lambda name, shape: device)  # compiles, which leaves memory behind
     tracemalloc.start()
     try:
         placed = load_stacked(base, lambda name, shape: device)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    # On a CPU the embedding's device array is the host's; the others are copies that JAX allocates.
     largest, total = placed["embedding"].nbytes, sum(array.nbytes for array in placed.values())
-    assert 10 * largest < total
-    assert largest < peak < 1.2 * largest + (1 << 20), "1 MB for what compiling leaves"
+    row = max(array.nbytes // 40 for name, array in placed.items() if name.startswith("layers."))
+    assert 10 * (largest + 2 * row) < total
+    # On a CPU the embedding's device array may be the host's own, and stay beside the rows after it.
+    assert largest < peak < 1.2 * largest + 2 * row
     np.testing.assert_array_equal(placed["layers.output"][:, 1, 1, 1], np.arange(1, 41))
