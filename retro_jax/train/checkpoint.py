@@ -34,7 +34,9 @@ CHECKPOINTS = "checkpoints"
 
 FORMAT_VERSION = 1
 SEAL, _ITEM = "sealed.json", "default"
+_COMMIT_SECONDS = 2 * 3600  # for the others' arrays and the seal's hashes, of terabytes too
 _COMMITTED = "commit_success.txt"  # Orbax writes it after the seal
+_MERGED = "manifest.ocdbt"  # of the arrays of all processes
 _RECENT_LOSS = "recent_loss"  # the one array that a checkpoint may lack or have too much
 
 _logger = logging.getLogger(__name__)
@@ -54,15 +56,21 @@ class Checkpoints:
           directory: of the checkpoints.
           keep: how many of the newest stay. keep_every: those at multiples of it stay for ever; 0
             for none.
+
+        Raises:
+          UserError: Orbax cannot save under this path.
         """
         self.directory = pathlib.Path(directory).absolute()
+        check_path(self.directory)
         self._arrays: dict[str, list[Any]] = {}
         self._saving = -1
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=keep_every or None,
             cleanup_tmp_directories=True,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            async_options=ocp.AsyncOptions(
+                timeout_secs=_COMMIT_SECONDS, post_finalization_callback=self._seal
+            ),
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -108,7 +116,8 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except Exception as error:
-            for path in self._temporary():
+            # With several processes the others may still be writing: the next start removes it then.
+            for path in self._temporary() if jax.process_count() == 1 else ():
                 shutil.rmtree(path, ignore_errors=True)
             if isinstance(error, OSError):
                 raise
@@ -145,8 +154,7 @@ class Checkpoints:
             problem = find_damage(path)
             if problem is None:
                 return str(step)
-            _warn_damaged(path, problem)
-            _set_aside(path)
+            set_aside(path, problem)
         return ""
 
     def _temporary(self) -> list[pathlib.Path]:
@@ -158,8 +166,21 @@ class Checkpoints:
         if jax.process_index() != 0:
             return
         (path,) = self._temporary()
+        if not (path / _ITEM / _MERGED).is_file():  # nothing could be restored
+            raise OSError(f"Orbax did not merge the arrays of {path / _ITEM}: expected {_MERGED}")
         seal = {"format_version": FORMAT_VERSION, "arrays": self._arrays, "files": _hashes(path)}
         files.write_atomically(path / SEAL, json.dumps(seal, indent=1).encode())
+
+
+def check_path(path: pathlib.Path) -> None:
+    """Refuses a path that Orbax takes for a pattern: it would save there, but not find its files.
+
+    Raises:
+      UserError: the path contains one of * ? [ and the backslash.
+    """
+    for character in "*?[\\":
+        if character in str(path):
+            raise UserError(f"{path}: Orbax cannot save there, expected a path without {character}")
 
 
 def latest_step(directory: str | os.PathLike) -> int | None:
@@ -309,8 +330,9 @@ def _warn_damaged(path: pathlib.Path, problem: str) -> None:
     _logger.warning("checkpoint %s is damaged (%s): using the one before it", path, problem)
 
 
-def _set_aside(path: pathlib.Path) -> None:
-    """Renames a damaged checkpoint, so that its step can be written again."""
+def set_aside(path: pathlib.Path, problem: str) -> None:
+    """Renames a damaged checkpoint, with a warning, so that its step can be written again."""
+    _warn_damaged(path, problem)
     target = path.with_name(f"{path.name}.damaged")
     number = 1
     while target.exists():

@@ -44,7 +44,13 @@ from retro_jax.sharding import (
 )
 from retro_jax.train import loop, record, step, trained_model
 from retro_jax.train.bad_batches import BadBatches, describe_documents
-from retro_jax.train.checkpoint import CHECKPOINTS, Checkpoints, find_damage, latest_step
+from retro_jax.train.checkpoint import (
+    CHECKPOINTS,
+    Checkpoints,
+    check_path,
+    find_damage,
+    latest_step,
+)
 from retro_jax.train.curves import Observer, Watched
 from retro_jax.train.global_batches import BatchShape, BatchSource, batches_from
 from retro_jax.train.held_out import evaluation_hook, held_out_evaluation
@@ -327,6 +333,7 @@ class Run:
     def _claim(self) -> str:
         """`claim` in the first process; not empty where the run is trained to its end."""
         checkpoints, settings = self.directory / CHECKPOINTS, self.plan.settings
+        check_path(checkpoints.absolute())
         reached, steps = latest_step(checkpoints), settings.training.steps
         configs = [getattr(settings, field.name) for field in dataclasses.fields(settings)]
         configs.append(self.data.batches.config)

@@ -5,6 +5,7 @@ import errno
 import logging
 import os
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 
 from retro_jax.errors import UserError
 from retro_jax.sharding import MeshConfig, make_mesh
+from retro_jax.train import checkpoint
 from retro_jax.train.checkpoint import Checkpoints, find_damage, latest_step, restore_params
 from retro_jax.train.parameter_names import map_named, named_leaves
 from tests.train.small import Trainer
@@ -60,6 +62,26 @@ def test_training_on_while_writing_does_not_change_what_is_written(trainer, tmp_
     trainer.run(range(5))  # donates the arrays that are being written
     checkpoints.wait()
     _assert_equal(checkpoints.restore(trainer.abstract), before)
+
+
+def test_a_path_may_have_any_characters_or_is_refused(trainer, tmp_path, monkeypatch):
+    name = "".join(sorted(set(map(chr, [*range(1, 127), 0xFC, 0x4E2D, 0x202E])) - set("/*?[\\")))
+    checkpoints = Checkpoints(tmp_path / name)
+    checkpoints.save(trainer.state)
+    checkpoints.close()
+    state = Checkpoints(tmp_path / name).restore(trainer.abstract)
+    _assert_equal(state, named_leaves(trainer.state))
+    for character in "*?[\\":
+        with pytest.raises(UserError, match="expected a path without " + re.escape(character)):
+            Checkpoints(tmp_path / f"a{character}1]")
+    assert not list(tmp_path.glob("a*"))
+    # Whatever the cause: what could not be restored is not a checkpoint.
+    monkeypatch.setattr(checkpoint, "check_path", lambda path: None)
+    checkpoints = Checkpoints(tmp_path / "a[1]")
+    checkpoints.save(trainer.state)
+    with pytest.raises(OSError, match=r"expected manifest\.ocdbt"):
+        checkpoints.wait()
+    assert not list((tmp_path / "a[1]").iterdir())
 
 
 def test_no_checkpoint_is_none(trainer, tmp_path):
