@@ -19,7 +19,7 @@ from data_pipelines.artefacts.bucket_copy import Bucket
 from retro_jax.distributed import processes
 from retro_jax.errors import UserError
 from retro_jax.storage import files
-from retro_jax.train.checkpoint import CHECKPOINTS, SEAL, find_damage, latest_step
+from retro_jax.train.checkpoint import CHECKPOINTS, SEAL, find_damage, latest_step, set_aside
 
 _SECONDS = 10.0  # between looks for new files
 _FETCHED = "orbax-checkpoint-tmp-fetched"  # a name that Orbax removes when a copy was cut short
@@ -28,7 +28,7 @@ _logger = logging.getLogger(__name__)
 
 
 def fetch(run: pathlib.Path, url: str | None) -> str:
-    """Brings the newest complete checkpoint of a run back, if it is newer than those here.
+    """Brings the newest complete checkpoint of a run back, if none here is as new and undamaged.
 
     Args:
       run: the run's directory, whose name it has in the bucket too.
@@ -44,9 +44,8 @@ def fetch(run: pathlib.Path, url: str | None) -> str:
         return ""
     bucket = Bucket(url)
     names = bucket.list(run.name)
-    here = latest_step(run / CHECKPOINTS)
     for step in sorted(_sealed(names), reverse=True):
-        if here is not None and step <= here:
+        if _has_undamaged(run / CHECKPOINTS, step):
             break
         inside = f"{CHECKPOINTS}/{step}/"
         temporary = run / CHECKPOINTS / f"{step}.{_FETCHED}"
@@ -64,6 +63,16 @@ def fetch(run: pathlib.Path, url: str | None) -> str:
         temporary.rename(run / CHECKPOINTS / str(step))
         return f"{run}: brought step {step} back from {bucket.url}"
     return ""
+
+
+def _has_undamaged(checkpoints: pathlib.Path, step: int) -> bool:
+    """Whether there is an undamaged checkpoint of a step or a later one; sets damaged ones aside."""
+    while (here := latest_step(checkpoints)) is not None and here >= step:
+        problem = find_damage(checkpoints / str(here))
+        if problem is None:
+            return True
+        set_aside(checkpoints / str(here), problem)
+    return False
 
 
 @contextlib.contextmanager
