@@ -45,6 +45,8 @@ IMAGE = flags.DEFINE_string("image", "", "gke: image made of the Dockerfile, pus
 TOPOLOGY = flags.DEFINE_string("tpu_topology", "", "gke: of a TPU slice, as in 4x4x8.")
 NAMESPACE = flags.DEFINE_string("namespace", "default", "gke: Kubernetes' namespace.")
 CLAIM = flags.DEFINE_string("claim", "", "gke: PersistentVolumeClaim to mount at /mnt/shared.")
+CPU = flags.DEFINE_string("pod_cpu", "", "gke: cores of a pod, as in 32; empty for any.")
+MEMORY = flags.DEFINE_string("pod_memory", "", "gke: memory of a pod, as in 200Gi; empty for any.")
 HOSTS = flags.DEFINE_integer("hosts", 0, "gke with GPUs, slurm: hosts a slice.", lower_bound=0)
 GPUS = flags.DEFINE_integer("gpus", 0, "gke, slurm: GPUs a host.", lower_bound=0)
 PYTHON = flags.DEFINE_string("python", "", "slurm: Python of an environment with this project.")
@@ -88,6 +90,8 @@ def make_plan() -> list[Command]:
             namespace=NAMESPACE.value,
             spot=SPOT.value,
             claim=CLAIM.value,
+            cpu=CPU.value,
+            memory=MEMORY.value,
         )
     else:
         where = {"partition": PARTITION.value, "account": ACCOUNT.value, "time": TIME.value}

@@ -190,7 +190,7 @@ class Gke:
       image: made of the Dockerfile. accelerator: v5p and the like, or GKE's name of a GPU.
       topology: of a TPU slice, as in 4x4x8. hosts: GPU hosts a slice. gpus: a host; 0 for TPUs.
       namespace, spot: as kubectl has them. claim: a PersistentVolumeClaim that all hosts see, at
-        /mnt/shared.
+        /mnt/shared. cpu, memory: of a pod, as Kubernetes writes them (32, 200Gi); empty for any.
     """
 
     image: str
@@ -201,9 +201,17 @@ class Gke:
     namespace: str = "default"
     spot: bool = False
     claim: str = ""
+    cpu: str = ""
+    memory: str = ""
 
     def __post_init__(self) -> None:
         require(bool(self.image), self, "image", "an image that has been pushed")
+        for name, pattern, rule in (
+            ("cpu", r"(\d+(\.\d+)?|\d+m)?", "cores, as in 32 or 500m"),
+            ("memory", r"(\d+[KMGT]i?)?", "bytes with a unit, as in 200Gi"),
+        ):
+            fits = re.fullmatch(pattern, getattr(self, name)) is not None
+            require(fits, self, name, rule)
         require(self.gpus >= 0, self, "gpus", "GPUs a host, or 0 for TPUs")
         if self.gpus:
             require(bool(self.accelerator), self, "accelerator", "GKE's name of a GPU")
@@ -244,6 +252,9 @@ def gke_manifest(job: Job, machine: Gke) -> dict[str, Any]:
             "cloud.google.com/gke-tpu-topology": machine.topology,
         }
         limits = {"google.com/tpu": chips}
+    for resource in ("cpu", "memory"):
+        if getattr(machine, resource):
+            limits[resource] = getattr(machine, resource)
     if machine.spot:
         selector["cloud.google.com/gke-spot"] = "true"
     container: dict[str, Any] = {
@@ -251,18 +262,21 @@ def gke_manifest(job: Job, machine: Gke) -> dict[str, Any]:
         "image": machine.image,
         "command": ["python", *job.arguments],
         "env": environment,
-        "resources": {"limits": limits},
+        "resources": {"requests": limits, "limits": limits},
+        "volumeMounts": [{"name": "memory", "mountPath": "/dev/shm"}],
     }
     pod: dict[str, Any] = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": _GRACE_SECONDS,
         "nodeSelector": selector,
         "containers": [container],
+        # A pod's own /dev/shm has 64 MB: NCCL and the processes that make batches need more.
+        "volumes": [{"name": "memory", "emptyDir": {"medium": "Memory"}}],
     }
     if machine.claim:
-        container["volumeMounts"] = [{"name": "shared", "mountPath": "/mnt/shared"}]
+        container["volumeMounts"].append({"name": "shared", "mountPath": "/mnt/shared"})
         claim = {"claimName": machine.claim}
-        pod["volumes"] = [{"name": "shared", "persistentVolumeClaim": claim}]
+        pod["volumes"].append({"name": "shared", "persistentVolumeClaim": claim})
     work = {
         "parallelism": hosts,
         "completions": hosts,

@@ -160,7 +160,7 @@ def _several(folder: pathlib.Path, results: Mapping[str, Any], split: str) -> di
 def _curves(workdir: pathlib.Path) -> Iterator[Curve]:
     """The training loss of the runs that are there."""
     for folder, name in _RUNS.items():
-        lines = read_curve(workdir / folder / METRICS_FILE)
+        lines = [line for line in read_curve(workdir / folder / METRICS_FILE) if "loss" in line]
         if lines:
             seen = np.cumsum([line["tokens"] for line in lines])
             yield Curve(name, seen.tolist(), [line["loss"] for line in lines])

@@ -325,8 +325,8 @@ class ExecutionConfig:
         queries; plain if the sequence is one block), "fused" (the backend's kernel, for rotary
         positions on GPU and TPU), or "auto": fused where it exists, else chunked.
       attention_block: queries per block of chunked attention.
-      loss_block: tokens per block of the loss, so that [B, N, V] never exists at once; 0 for one
-        block.
+      loss_block: positions of every row per block of the loss, so that [B, N, V] never exists at
+        once; 0 for one block.
     """
 
     activation_dtype: str = "float32"

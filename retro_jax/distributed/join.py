@@ -156,11 +156,11 @@ def _on_kubernetes(environment: Mapping[str, str]) -> Place | None:
 
 
 def first_host(nodes: str) -> str:
-    """The first host of a Slurm node list, as in "node[003-007,12],login1"."""
-    match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\]([^,\[]*))?", nodes)
+    """The first host of a Slurm node list, as in "node[003-007,12],login1" or "rack[1-2]n[3-4]"."""
+    match = re.match(r"[^,\[\]](?:[^,\[\]]|\[[^,\-\]]+[^\]]*\])*(?=,|$)", nodes)
     if match is None:
         raise UserError(f"SLURM_STEP_NODELIST is {nodes!r}: expected names of hosts")
-    return "".join(part or "" for part in match.groups())
+    return re.sub(r"\[([^,\-\]]+)[^\]]*\]", r"\1", match.group())
 
 
 def _number(

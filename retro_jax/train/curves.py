@@ -6,7 +6,8 @@ A line of metrics.jsonl describes the updates since the line before it:
     loss              nats per token, over them    loss/CORPUS       the same of one corpus
     tokens            targets they had             tokens_per_second, over the last 30 seconds
     grad_norm         their mean, before clipping  param_norm, learning_rate: of the last one
-    skipped           bad batches among the steps; their losses count nowhere; absent without any
+    skipped           bad batches among the steps; their losses count nowhere; absent without any.
+                      A line of bad batches alone has neither losses nor norms.
     seconds           of a step, by the clock      seconds/PHASE     of it, as phases.py has them
     mfu               part of the devices' peak    memory/device, memory/host: the most so far, GiB
     validation/on, validation/off     nats per token of held-out batches, at steps that evaluate
@@ -85,16 +86,15 @@ class Averager:
 
     def flush(self) -> dict[str, float]:
         """The window's means, as the module's docstring names them; begins another window."""
-        means = {"loss": self._loss / max(self._tokens, 1)}
+        means = {"loss": self._loss / self._tokens} if self._tokens else {}
         for name, loss, tokens in zip(
             self._corpora, self._corpus_losses, self._corpus_tokens, strict=True
         ):
             if tokens:
                 means[f"loss/{name}"] = float(loss) / float(tokens)
-        means |= {
-            "grad_norm": self._grad_norm / max(self._steps - self._skipped, 1),
-            "param_norm": self._param_norm,
-        }
+        updates = self._steps - self._skipped
+        if updates:
+            means |= {"grad_norm": self._grad_norm / updates, "param_norm": self._param_norm}
         means |= {"steps": self._steps, "tokens": self._tokens}
         if self._skipped:
             means["skipped"] = self._skipped

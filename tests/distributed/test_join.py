@@ -72,6 +72,8 @@ def test_the_environment_says_where_a_process_stands(environment, expected):
         ("node[001-004]", "node001"),
         ("node[9,12-14],other", "node9"),
         ("rack[1-2]-n,b", "rack1-n"),
+        ("rack[1-2]n[3-4]", "rack1n3"),
+        ("r[01,04]n[3]-[7-9]x,b[1-2]", "r01n3-7x"),
     ],
 )
 def test_the_first_host_of_a_node_list(nodes, host):

@@ -43,6 +43,7 @@ CASES = {
     ],
     "gke_gpu_start": [
         *(*_GKE, "--accelerator=nvidia-h100-80gb", "--gpus=8", "--hosts=4", "--namespace=ml"),
+        *("--pod_cpu=32", "--pod_memory=200Gi"),
         *_TRAIN,
     ],
     "gke_logs": [*_GKE, "--accelerator=v6e", "--tpu_topology=4x8", "--action=logs"],
@@ -181,6 +182,7 @@ def test_the_loop_on_a_tpu_host_starts_again_what_can_go_on(tmp_path):
         ([*_GKE, "--accelerator=x", *_TRAIN], "Gke.accelerator is 'x'"),
         ([*_GKE, "--gpus=8", "--accelerator=x", *_TRAIN], "Gke.hosts is 0"),
         ([*_GKE, "--image=", *_TRAIN], "Gke.image is ''"),
+        ([*_GKE, "--pod_memory=200 GB", *_TRAIN], "Gke.memory is '200 GB'"),
         ([*_SLURM, "--hosts=0", *_TRAIN], "Slurm.hosts is 0"),
         ([*_SLURM, "--python=", *_TRAIN], "Slurm.python is ''"),
         ([*_SLURM, *_TRAIN, "--train_flag=baseline"], "--train_flag=baseline: expected a flag"),

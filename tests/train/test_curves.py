@@ -37,6 +37,11 @@ def test_means_weigh_tokens_not_steps():
     assert (means["steps"], means["tokens"]) == (2, 40)
     averager.add(_step(1.0, [0, 3]))
     assert "loss/code" not in averager.flush()  # no token of it: nothing to say
+    averager.skip()
+    averager.skip()
+    means = averager.flush()
+    assert (means["steps"], means["tokens"], means["skipped"]) == (2, 0, 2)
+    assert not {"loss", "grad_norm", "param_norm"} & set(means)  # not a loss of 0
 
 
 def test_the_rate_is_of_the_last_seconds_and_not_of_compilation(monkeypatch):

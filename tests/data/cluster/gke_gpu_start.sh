@@ -73,9 +73,30 @@ kubectl apply --filename=- <<'END'
                       }
                     ],
                     "resources": {
+                      "requests": {
+                        "nvidia.com/gpu": 8,
+                        "cpu": "32",
+                        "memory": "200Gi"
+                      },
                       "limits": {
-                        "nvidia.com/gpu": 8
+                        "nvidia.com/gpu": 8,
+                        "cpu": "32",
+                        "memory": "200Gi"
                       }
+                    },
+                    "volumeMounts": [
+                      {
+                        "name": "memory",
+                        "mountPath": "/dev/shm"
+                      }
+                    ]
+                  }
+                ],
+                "volumes": [
+                  {
+                    "name": "memory",
+                    "emptyDir": {
+                      "medium": "Memory"
                     }
                   }
                 ]

@@ -55,11 +55,18 @@ kubectl apply --filename=- <<'END'
                       }
                     ],
                     "resources": {
+                      "requests": {
+                        "google.com/tpu": 4
+                      },
                       "limits": {
                         "google.com/tpu": 4
                       }
                     },
                     "volumeMounts": [
+                      {
+                        "name": "memory",
+                        "mountPath": "/dev/shm"
+                      },
                       {
                         "name": "shared",
                         "mountPath": "/mnt/shared"
@@ -68,6 +75,12 @@ kubectl apply --filename=- <<'END'
                   }
                 ],
                 "volumes": [
+                  {
+                    "name": "memory",
+                    "emptyDir": {
+                      "medium": "Memory"
+                    }
+                  },
                   {
                     "name": "shared",
                     "persistentVolumeClaim": {
