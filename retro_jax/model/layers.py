@@ -116,10 +116,14 @@ class Embedding(nnx.Module):
         self.layout = layout
 
     def __call__(self, tokens_I: jax.Array) -> jax.Array:
-        """Embeds [*I] ids as [*I, D]."""
-        table_VxD = self.layout.weight(self.table)
-        spec = self.layout.shardings.rows(tokens_I.ndim + 1)
-        return table_VxD.at[tokens_I].get(mode="clip", out_sharding=spec)
+        """Embeds [*I] ids as [*I, D].
+
+        Rows are looked up in float32, so that the gradient of a frequent token is summed in float32.
+        """
+        shardings = self.layout.shardings
+        table_VxD = lay_out(self.table[...], shardings.gathered(self.table))
+        spec = shardings.rows(tokens_I.ndim + 1)
+        return table_VxD.at[tokens_I].get(mode="clip", out_sharding=spec).astype(self.layout.dtype)
 
 
 class LearnedPositions(nnx.Module):
@@ -131,7 +135,8 @@ class LearnedPositions(nnx.Module):
 
     def __call__(self, positions_T: jax.Array) -> jax.Array:
         """Rows [*T, D] of positions [*T]; one past the table reads the last row."""
-        return self.layout.weight(self.table).at[positions_T].get(mode="clip")
+        table = lay_out(self.table[...], self.layout.shardings.gathered(self.table))
+        return table.at[positions_T].get(mode="clip").astype(self.layout.dtype)
 
 
 class FeedForward(nnx.Module):
@@ -214,8 +219,8 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     if key is None or rate == 0.0:
         return x
     sharding = jax.typeof(x).sharding
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    keep = lay_out(keep, None if sharding.mesh.empty else sharding.spec)
+    spec = None if sharding.mesh.empty else sharding.spec  # each device draws its part of the mask
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape, out_sharding=spec)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
 

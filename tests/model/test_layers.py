@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from retro_jax.config import ExecutionConfig
 from retro_jax.model import Retro
+from retro_jax.model.layers import Embedding, Layout
+from retro_jax.sharding import Shardings
 from tests.model.tiny import TINY
 
 
@@ -66,3 +69,17 @@ def test_the_seed_decides(fresh):
     for path, value in fresh.items():
         np.testing.assert_array_equal(again[path], value)
     assert any(np.abs(other[path] - value).max() > 0.01 for path, value in fresh.items())
+
+
+def test_the_gradient_of_a_frequent_token_is_summed_in_float32():
+    layout = Layout(ExecutionConfig(activation_dtype="bfloat16"), Shardings())
+    embedding = Embedding(3, 2, layout=layout, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(embedding)
+
+    def total(params, tokens):
+        rows = nnx.merge(graph, params)(tokens)
+        assert rows.dtype == jax.numpy.bfloat16
+        return rows.astype(np.float32).sum()
+
+    gradient = jax.grad(total)(params, np.ones(4096, np.int32))["table"][...]
+    np.testing.assert_array_equal(gradient, [[0, 0], [4096, 4096], [0, 0]])

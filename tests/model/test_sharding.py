@@ -199,13 +199,18 @@ def test_each_device_draws_its_part_of_parameters(monkeypatch):
     wanted = Retro(config, rngs=nnx.Rngs(5))
     wanted_losses, _ = losses_and_gradient(wanted, example(), key)
 
-    split: list[bool] = []
-    draw = jax.random.normal
+    split: dict[str, list[bool]] = {"normal": [], "bernoulli": []}
 
-    def record(*args: Any, **kwargs: Any) -> jax.Array:
-        value = draw(*args, **kwargs)
-        split.append(any(axis is not None for axis in jax.typeof(value).sharding.spec))
-        return value
+    def recorded(name: str) -> Any:
+        draw = getattr(jax.random, name)
+
+        def record(*args: Any, **kwargs: Any) -> jax.Array:
+            # Not a whole mask that is cut afterwards: the draw itself has to know its sharding.
+            value = draw(*args, **kwargs)
+            split[name].append(any(axis is not None for axis in jax.typeof(value).sharding.spec))
+            return value
+
+        return record
 
     @jax.jit
     def make() -> Any:
@@ -214,12 +219,13 @@ def test_each_device_draws_its_part_of_parameters(monkeypatch):
     graph, _ = abstract_parameters(
         lambda: Retro(config, shardings=MESH_SHARDINGS, rngs=nnx.Rngs(5))
     )
-    monkeypatch.setattr(jax.random, "normal", record)
+    for name in split:
+        monkeypatch.setattr(jax.random, name, recorded(name))
     with jax.set_mesh(mesh):
         params = make()
         batch = jax.device_put(example(), batch_sharding(mesh))
         losses, _ = losses_and_gradient(nnx.merge(graph, params), batch, key)
-    assert split and all(split)
+    assert all(draws and all(draws) for draws in split.values())
     values = named_leaves(nnx.state(wanted))
     for name, value in named_leaves(params).items():
         np.testing.assert_allclose(value, values[name], rtol=1e-6, err_msg=name)
