@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up and cosine decay (paper, section 3 and appendix C).
+"""AdamW with linear warm-up and cosine decay (paper, section 3 and appendix C), and other choices.
 
 Betas and clipping are not in the paper; the defaults are Gopher's. Weight decay acts on matrices
 and embeddings, not on norms' scales nor on any bias, relative positions' u and v included: each
@@ -6,6 +6,7 @@ parameter says so where it is defined (retro_jax/parameters.py).
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from retro_jax.config import require
+from retro_jax.config import DTYPES, require
 from retro_jax.errors import UserError
 from retro_jax.parameters import decays, map_parameters
 from retro_jax.train.parameter_names import map_named
@@ -22,11 +23,19 @@ from retro_jax.train.parameter_names import map_named
 Trainable = Callable[[str], bool]
 
 
+ALGORITHMS, SCHEDULES = ("adamw", "adafactor"), ("cosine", "constant")
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule.
+    """An optimiser and its schedule.
 
     Attributes:
+      algorithm: "adamw", or "adafactor": second moments by rows and columns (arXiv 1804.04235), and
+        no first moment.
+      schedule: "cosine" from the maximum to the last learning rate, or "constant" at the maximum.
+      restarts: updates after which the schedule begins anew, with its warm-up, as a run that goes on
+        after its end does.
       max_learning_rate: learning rate after the warm-up.
       initial_learning_rate: learning rate of the first update.
       warmup_steps: updates of linear warm-up; less than the run's steps.
@@ -35,6 +44,7 @@ class OptimizerConfig:
       beta1: Adam's decay of the first moment.
       beta2: Adam's decay of the second moment.
       epsilon: Adam's epsilon.
+      moment_dtype: of Adam's first moment, "float32" or "bfloat16".
       clip_norm: largest global norm of the gradient; 0 does not clip.
       gate_factor: multiplies the learning rate of gated CCA's gates, one number per head.
     """
@@ -49,8 +59,20 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     clip_norm: float = 1.0
     gate_factor: float = 1.0
+    algorithm: str = "adamw"
+    moment_dtype: str = "float32"
+    schedule: str = "cosine"
+    restarts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        for field, choices in (
+            ("algorithm", ALGORITHMS),
+            ("moment_dtype", DTYPES),
+            ("schedule", SCHEDULES),
+        ):
+            require(getattr(self, field) in choices, self, field, f"one of {choices}")
+        rising = all(a < b for a, b in itertools.pairwise((0, *self.restarts)))
+        require(rising, self, "restarts", "numbers of updates above 0, in order")
         require(self.max_learning_rate > 0, self, "max_learning_rate", "a positive number")
         initial = 0 <= self.initial_learning_rate <= self.max_learning_rate
         require(initial, self, "initial_learning_rate", "a number from 0 to max_learning_rate")
@@ -73,25 +95,34 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 
     Returns:
       A function from t, a number or an array, to a float32 scalar: initial at 0, max at
-      warmup_steps, final_fraction * max at total_steps.
+      warmup_steps, final_fraction * max at total_steps. With restarts the same from each to the next.
 
     Raises:
       UserError: the warm-up is not shorter than the run.
     """
-    if config.warmup_steps >= total_steps:
-        raise UserError(
-            f"OptimizerConfig.warmup_steps is {config.warmup_steps}: expected fewer than the run's "
-            f"{total_steps} steps"
-        )
+    bounds = (0, *(step for step in config.restarts if step < total_steps), total_steps)
+    for begin, end in itertools.pairwise(bounds):
+        if config.warmup_steps >= end - begin:
+            part = f" from {begin} to {end}" if len(bounds) > 2 else ""
+            raise UserError(
+                f"OptimizerConfig.warmup_steps is {config.warmup_steps}: expected fewer than the run's "
+                f"{end - begin} steps{part}"
+            )
     first, highest = config.initial_learning_rate, config.max_learning_rate
     last, warmup = config.final_fraction * highest, config.warmup_steps
 
     def schedule(step: Any) -> Any:
         # A number is answered by NumPy: JAX would queue it behind the step that runs.
         of = np if isinstance(step, int) else jnp
-        step = of.asarray(step, np.float32)
+        step, length = of.asarray(step, np.float32), total_steps
+        if len(bounds) > 2:
+            part = of.searchsorted(of.asarray(bounds[1:-1], np.float32), step, side="right")
+            begin = of.asarray(bounds[:-1], np.float32)[part]
+            step, length = step - begin, of.asarray(bounds[1:], np.float32)[part] - begin
         rising = first + (highest - first) * step / max(warmup, 1)
-        progress = of.clip((step - warmup) / (total_steps - warmup), 0.0, 1.0)
+        if config.schedule == "constant":
+            return of.where(step < warmup, rising, of.asarray(highest, np.float32))
+        progress = of.clip((step - warmup) / (length - warmup), 0.0, 1.0)
         falling = last + (highest - last) * 0.5 * (1.0 + of.cos(np.pi * progress))
         return of.where(step < warmup, rising, falling)
 
@@ -112,8 +143,13 @@ def make_optimizer(
     Raises:
       UserError: the warm-up is not shorter than the run.
     """
+    if config.algorithm == "adafactor":
+        scale = optax.scale_by_factored_rms()
+    else:
+        dtype = None if config.moment_dtype == "float32" else config.moment_dtype
+        scale = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon, mu_dtype=dtype)
     steps = [
-        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+        scale,
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(learning_rate(config, total_steps)),
     ]

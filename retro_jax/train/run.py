@@ -51,6 +51,7 @@ from retro_jax.train.checkpoint import (
     find_damage,
     latest_step,
 )
+from retro_jax.train.continuation import longer
 from retro_jax.train.curves import Observer, Watched
 from retro_jax.train.global_batches import BatchShape, BatchSource, batches_from
 from retro_jax.train.held_out import evaluation_hook, held_out_evaluation
@@ -341,7 +342,7 @@ class Run:
             self.directory,
             record.settings_text(configs),
             parents=run_parents(settings, self.data.parents),
-            free=FREE,
+            free=(*FREE, *longer(self.directory, settings.optimizer, steps)),
             defaults=record.default_settings(configs),
             begun=reached is not None,
             data=self.data.source,

@@ -1,6 +1,8 @@
 """The schedule and what weight decay and freezing act on."""
 
+import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +15,10 @@ from retro_jax.config import RetroConfig
 from retro_jax.errors import UserError
 from retro_jax.model import Retro
 from retro_jax.parameters import parameter
+from retro_jax.sharding import MeshConfig, make_mesh
 from retro_jax.train.optimizer import OptimizerConfig, decay_mask, learning_rate, make_optimizer
 from retro_jax.train.parameter_names import map_named, named_leaves
+from tests.train.small import Trainer
 
 _CONFIG = OptimizerConfig(max_learning_rate=2e-4, warmup_steps=750)
 
@@ -44,6 +48,42 @@ def test_no_warmup_starts_at_the_maximum():
     assert float(schedule(0)) == pytest.approx(2e-4)
 
 
+def test_a_constant_schedule_stays_and_a_restart_begins_anew():
+    constant = learning_rate(dataclasses.replace(_CONFIG, schedule="constant"), 10_000)
+    once = learning_rate(_CONFIG, 2000)
+    twice = learning_rate(dataclasses.replace(_CONFIG, restarts=(2000, 9999)), 5000)
+    whole = learning_rate(_CONFIG, 3000)
+    for step in (0, 375, 749, 750, 1999):
+        assert twice(step) == once(step) == pytest.approx(float(twice(jnp.int32(step))), rel=1e-5)
+        assert constant(step) == (once(step) if step < 750 else np.float32(2e-4))
+    for step in (2000, 2100, 2750, 4999, 6000):
+        assert (
+            twice(step)
+            == whole(step - 2000)
+            == pytest.approx(float(twice(jnp.int32(step))), rel=1e-5)
+        )
+    with pytest.raises(UserError, match="fewer than the run's 500 steps from 2000 to 2500"):
+        learning_rate(dataclasses.replace(_CONFIG, restarts=(2000,)), 2500)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [OptimizerConfig(algorithm="adafactor"), OptimizerConfig(moment_dtype="bfloat16")],
+    ids=["adafactor", "moments in bfloat16"],
+)
+def test_other_optimisers_learn_with_less_state(config):
+    config = dataclasses.replace(config, max_learning_rate=0.01, warmup_steps=2)
+    mesh = make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
+    trainer, usual = Trainer(mesh, optimizer=config), Trainer(mesh)
+    losses = [float(metrics.loss) for metrics in trainer.run(range(12))]
+    assert np.mean(losses[-3:]) < losses[0] - 0.1
+    sizes = [
+        sum(leaf.nbytes for leaf in jax.tree.leaves(one.state.opt_state))
+        for one in (trainer, usual)
+    ]
+    assert sizes[0] < 0.8 * sizes[1]
+
+
 def test_a_warmup_as_long_as_the_run_is_refused():
     with pytest.raises(UserError, match="warmup_steps is 750: expected fewer than the run's 750"):
         learning_rate(_CONFIG, 750)
@@ -62,10 +102,17 @@ def test_a_warmup_as_long_as_the_run_is_refused():
         ("epsilon", 0.0),
         ("clip_norm", -1.0),
         ("gate_factor", 0.0),
+        ("algorithm", "sgd"),
+        ("moment_dtype", "float8"),
+        ("schedule", "linear"),
+        ("restarts", (0,)),
+        ("restarts", (4, 4)),
     ],
 )
 def test_every_validation(field, value):
-    with pytest.raises(UserError, match=rf"OptimizerConfig\.{field} is {value}: expected"):
+    with pytest.raises(
+        UserError, match=rf"OptimizerConfig\.{field} is {re.escape(repr(value))}: expected"
+    ):
         OptimizerConfig(**{field: value})
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import shutil
 from collections.abc import Generator, Sequence
 
 import jax
@@ -155,6 +156,28 @@ def test_a_hook_may_stop_a_run_which_resumes_to_the_same_bits(plan, whole, tmp_p
     assert ends == [_bits(whole[2][6])]
     curves = [read_curve(r.directory / "metrics.jsonl") for r in (whole[0], again)]
     assert list(map(without_clock, curves[0])) == list(map(without_clock, curves[1]))
+
+
+def test_a_finished_run_becomes_longer_where_its_learning_rates_stay(plan, whole, tmp_path):
+    directory = tmp_path / "retro"
+    shutil.copytree(whole[0].directory, directory)
+    training = dataclasses.replace(SETTINGS.training, steps=10)
+    settings = dataclasses.replace(SETTINGS, training=training)
+    with pytest.raises(
+        UserError, match=r"was begun with 6: expected OptimizerConfig.restarts = \(6,\)"
+    ):
+        Run(directory, dataclasses.replace(plan, settings=settings), DATA).train()
+    optimizer = dataclasses.replace(SETTINGS.optimizer, restarts=(6,))
+    settings = dataclasses.replace(settings, optimizer=optimizer)
+    assert Run(directory, make_plan(settings, BatchShape.of(DATA.batches)), DATA).train() == 10
+    lines, before = read_curve(directory / "metrics.jsonl"), whole[1]
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert lines[:6] == before
+    rates = [line["learning_rate"] for line in lines]
+    assert rates[6:9] == rates[:3]
+    recorded = (directory / "config.gin").read_text()
+    assert "TrainConfig.steps = 10\n" in recorded
+    assert "OptimizerConfig.restarts = (6,)\n" in recorded
 
 
 def test_a_run_records_its_settings_and_refuses_others(plan, whole):
