@@ -42,6 +42,7 @@ from launch.common.flags import (
 from launch.runs import mirror, replay
 from launch.runs.settings import make_settings
 from launch.runs.training_data import find_data
+from retro_jax.compiler import be_deterministic
 from retro_jax.distributed import processes
 from retro_jax.errors import UserError
 from retro_jax.host_memory import keep_freed_memory
@@ -56,6 +57,9 @@ BASELINE = flags.DEFINE_bool(
 )
 MIRROR = flags.DEFINE_string(
     "mirror", None, "Place in a bucket that the run's directory is copied to, as in gs://B/runs/W."
+)
+DETERMINISTIC = flags.DEFINE_bool(
+    "deterministic", False, "On GPUs: kernels that give the same bits at every run."
 )
 REPLAY = flags.DEFINE_string(
     "replay", None, "A workdir, or a run in it, to make again from what it recorded."
@@ -86,6 +90,8 @@ def train(name: str, settings_of: SettingsOf) -> None:
       settings_of: gives the run's settings, once gin and the data are there.
     """
     directory = pathlib.Path(app.required(app.WORKDIR, "the directory of the run"))
+    if DETERMINISTIC.value:
+        be_deterministic()
     join_processes(
         COORDINATOR_ADDRESS.value,
         NUM_PROCESSES.value,

@@ -3,9 +3,11 @@
 import pathlib
 import re
 
+import jax
 from absl import flags
 
 from launch.common import app
+from retro_jax.compiler import keep_programs
 from retro_jax.distributed import join, processes
 
 DATA = flags.DEFINE_string("data", None, "Directory of the prepared data. Default: --workdir.")
@@ -60,6 +62,7 @@ def join_processes(
     """
     join.join(_place(address, count, index), peer_timeout=peer_timeout)
     app.name_process(processes.name())
+    keep_programs(jax.default_backend())
 
 
 def _place(address: str | None, count: int | None, index: int | None) -> join.Place | None:
