@@ -163,6 +163,8 @@ def _curves(workdir: pathlib.Path) -> Iterator[Curve]:
         lines = [line for line in read_curve(workdir / folder / METRICS_FILE) if "loss" in line]
         if lines:
             seen = np.cumsum([line["tokens"] for line in lines])
+            if "goodput" in lines[-1]:
+                name = f"{name} (goodput {lines[-1]['goodput']:.0%})"
             yield Curve(name, seen.tolist(), [line["loss"] for line in lines])
 
 

@@ -10,6 +10,9 @@ A line of metrics.jsonl describes the updates since the line before it:
                       A line of bad batches alone has neither losses nor norms.
     seconds           of a step, by the clock      seconds/PHASE     of it, as phases.py has them
     mfu               part of the devices' peak    memory/device, memory/host: the most so far, GiB
+    goodput           share of the time since the run began that its steps took, at their median:
+                      compiling, starting again, lost and skipped steps are the rest
+    began             in the first line: when that was, in seconds since 1970
     validation/on, validation/off     nats per token of held-out batches, at steps that evaluate
 
 The files are opened at the step that a run resumes from: later lines are dropped, as those updates
@@ -44,7 +47,7 @@ METRICS_FILE = "metrics.jsonl"
 _TERMINAL_SECONDS, _LOG_SECONDS = 0.2, 10.0  # between refreshes of the progress bar
 _RATE_SECONDS = 30.0  # that tokens_per_second is a mean over
 _MOST_SKIPPED = 10  # bad batches one after the other that end a run even where they are skipped
-_CLOCKED = ("tokens_per_second", "seconds", "mfu", "memory")
+_CLOCKED = ("tokens_per_second", "seconds", "mfu", "memory", "goodput", "began")
 
 _logger = logging.getLogger(__name__)
 
@@ -111,6 +114,41 @@ class Averager:
         self._corpus_tokens: np.ndarray = np.zeros(len(self._corpora), np.int64)
 
 
+class Goodput:
+    """The share of a run's time that made progress, over all its starts."""
+
+    def __init__(self, lines: Sequence[Mapping[str, Any]], now: float):
+        """Begins, or goes on after the lines of a curve.
+
+        Args:
+          lines: of the starts before. now: seconds since 1970, when a new run begins.
+        """
+        self._began = lines[0].get("began") if lines else now
+        self._written = bool(lines)
+        self._seconds: list[float] = []
+        self._updates = 0
+        for line in lines:
+            self._count(line)
+
+    def after(self, line: Mapping[str, Any], now: float) -> dict[str, float]:
+        """What a new line has of it; nothing in a curve that began without."""
+        self._count(line)
+        if self._began is None or not self._seconds:
+            return {}
+        share = self._updates * float(np.median(self._seconds)) / max(now - self._began, 1e-9)
+        values = {"goodput": min(share, 1.0)}
+        if not self._written:
+            values["began"] = self._began
+            self._written = True
+        return values
+
+    def _count(self, line: Mapping[str, Any]) -> None:
+        """Adds a line's steps."""
+        if "seconds" in line and "steps" in line:
+            self._seconds.append(line["seconds"])
+            self._updates += int(line["steps"]) - int(line.get("skipped", 0))
+
+
 class CurveWriter:
     """Appends to metrics.jsonl and to TensorBoard's event files."""
 
@@ -122,13 +160,15 @@ class CurveWriter:
         """
         self._path = pathlib.Path(directory) / METRICS_FILE
         truncate_curve(self._path, start_step)
+        self._goodput = Goodput(read_curve(self._path), time.time())
         # A file's name has its second only: a start within the same one would replace the other's.
         self._events = tensorboardX.SummaryWriter(
             str(directory), purge_step=start_step + 1, filename_suffix=f".{start_step}"
         )
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Adds one line: `values` after `step` updates."""
+        """Adds one line: `values` after `step` updates, and the goodput if they have `seconds`."""
+        values = values | self._goodput.after(values, time.time())
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():

@@ -79,6 +79,25 @@ def test_a_resumed_curve_goes_on_where_the_checkpoint_was(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_goodput_is_the_share_of_all_starts(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("time.time", lambda: now[0])
+
+    def start(after: int, lines: list[tuple[int, float, float, int]]) -> None:
+        writer = CurveWriter(tmp_path, after)
+        for step, waited, seconds, skipped in lines:
+            now[0] += waited
+            writer.write(step, {"steps": 10, "seconds": seconds, "skipped": skipped})
+        writer.close()
+
+    start(0, [(10, 60.0, 6.0, 0), (20, 20.0, 2.0, 0), (30, 20.0, 2.0, 0)])  # it compiled for 40 s
+    now[0] += 50.0  # and was away; the step of 30 was lost
+    start(20, [(30, 50.0, 2.0, 4)])
+    lines = read_curve(tmp_path / "metrics.jsonl")
+    assert [line.get("began") for line in lines] == [1000.0, None, None]
+    assert [line["goodput"] for line in lines] == pytest.approx([1.0, 20 * 4 / 80, 26 * 2 / 200])
+
+
 def _shown(directory):
     """What TensorBoard shows of a run: {(name, step): value}, later starts in place of earlier ones."""
     shown = {}
