@@ -49,7 +49,13 @@ _FREE = {
     "add-dependency",
     "domain",
 }
-_KERNEL_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}  # of queries, keys and head_dim
+# Products of queries, keys and head_dim; the longer name first. Two are with a block's 2T distances.
+_KERNEL_PRODUCTS = {
+    "splash_mha_fwd": 2,
+    "splash_mha_dkv": 5,
+    "relative_attention_gradients": 11,
+    "relative_attention": 4,
+}
 _SLICES = ("dynamic-slice", "slice", "gather")
 _PAIRS = re.compile(r"\{(\d+),(\d+)\}")
 _IOTA = re.compile(r"^\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
@@ -141,13 +147,17 @@ def product_flops(computation: Computation, instruction: Instruction) -> float:
 
 
 def _kernel_flops(computation: Computation, instruction: Instruction) -> float:
-    """Operations of splash attention, which computes the blocks on and below the diagonal."""
+    """Operations of an attention kernel, which computes the blocks on and below the diagonal."""
     products = [n for name, n in _KERNEL_PRODUCTS.items() if instruction.name.startswith(name)]
     if not products:
         return 0.0
     operands = [_array(computation, instruction, i) for i in range(len(instruction.operands))]
-    blocks = operands[0].extents[-1]  # a block of the mask for each of queries and keys
     batch, heads, length, head_dim = next(a.extents for a in operands if len(a.extents) == 4)
+    if instruction.name.startswith("relative"):  # its table has a block more than the sequence
+        rows = max(a.extents[1] for a in operands if len(a.extents) == 3)
+        blocks = length // (rows - length)
+    else:
+        blocks = operands[0].extents[-1]  # a block of the mask for each of queries and keys
     square = 2.0 * batch * heads * length**2 * head_dim
     return products[0] * square * (blocks + 1) / (2 * blocks)
 

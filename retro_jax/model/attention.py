@@ -130,6 +130,24 @@ class Attention(nnx.Module):
         """The positions' values for every distance, the largest first: [T + S - 1, ...] or None."""
         return self.positions.distance_table(self._weight, distances(num_queries, num_keys, offset))
 
+    def for_kernel(
+        self, query_IxTxHxW: jax.Array, beyond: int
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """The queries for a fused kernel of T queries and T keys, and its terms of positions.
+
+        Args:
+          query_IxTxHxW: turned queries. beyond: how many distances below 0 the kernel's table has.
+
+        Returns:
+          The queries for the products with keys; the queries [*I, T, H, W] for the products with a
+          table [T + beyond, H, W] of distances from T - 1 down, and this table, or None.
+        """
+        table = self.distance_table(query_IxTxHxW.shape[-3], beyond + 1)
+        if table is None:
+            return query_IxTxHxW, None
+        content_IxTxHxW, position_IxTxHxW = self.positions.biased(self._weight, query_IxTxHxW)
+        return content_IxTxHxW, (position_IxTxHxW, table)
+
     def by_distance(
         self, query_IxTxHxW: jax.Array, table: jax.Array
     ) -> tuple[jax.Array, jax.Array]:

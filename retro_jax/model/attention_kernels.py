@@ -2,10 +2,11 @@
 
     gpu    cuDNN's flash attention (jax.nn.dot_product_attention): bfloat16, heads of at most 128
     tpu    JAX's splash attention (Pallas): causal blocks that nobody reads are never visited
+           relative_kernel.py, where positions are relative: up to 4,096 tokens
     else   none: causal_attention.py computes blocks of queries
 
-Neither kernel has relative positions: cuDNN takes a bias, but that would need an entry for all
-[B, H, N, N] pairs. Documents cost cuDNN a bias of [B, 1, N, N]; in jax 0.10 the backward pass
+cuDNN has no relative positions: it takes a bias, but that would need an entry for all [B, H, N, N]
+pairs. Documents cost cuDNN a bias of [B, 1, N, N]; in jax 0.10 the backward pass
 computes its gradient too, of [B, H, N, N] bfloat16, one layer at a time (jax-ml/jax pull request
 39512 ends that). Kernels know nothing of meshes: they run inside shard_map, each device on its own
 rows and heads.
@@ -16,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from retro_jax.config import ExecutionConfig, RetroConfig
 from retro_jax.errors import UserError
@@ -24,6 +26,7 @@ from retro_jax.model.positions import Positions, decoder_positions, kinds_with_k
 from retro_jax.sharding import Shardings
 
 PLATFORMS = ("gpu", "tpu")
+_MOST_RELATIVE = 4096  # tokens whose gradients by keys, values and R fit into a chip's memory
 _LANES = 128  # a TPU's vector: splash attention's blocks are multiples of it
 
 
@@ -75,6 +78,7 @@ def fused_attention(
     segments_BxN: jax.Array | None,
     *,
     platform: str,
+    relative: tuple[jax.Array, jax.Array] | None = None,
     shardings: Shardings = Shardings(),
 ) -> jax.Array:
     """Causal attention inside segments.
@@ -83,6 +87,7 @@ def fused_attention(
       query_BxNxHxW, key_BxNxHxW, value_BxNxHxW: turned by their positions; keys and values may have
         fewer heads.
       segments_BxN: int32, the document of each token, or None for one a row.
+      relative: queries and table of `Attention.for_kernel`, of relative positions; None for others.
       platform: one of PLATFORMS. shardings: how batch and heads are split on a mesh.
 
     Returns:
@@ -92,11 +97,20 @@ def fused_attention(
     key_BxNxHxW, value_BxNxHxW = (
         repeat_heads(x, query_BxNxHxW.shape[-2]) for x in (key_BxNxHxW, value_BxNxHxW)
     )
-    arrays = (query_BxNxHxW, key_BxNxHxW, value_BxNxHxW, segments_BxN)
+    arrays: tuple[jax.Array | None, ...] = (
+        query_BxNxHxW,
+        key_BxNxHxW,
+        value_BxNxHxW,
+        segments_BxN,
+    )
+    if relative is not None:
+        kernel, arrays = relative_kernel_attention, (*arrays, *relative)
     if not shardings.active:
         return kernel(*arrays)
     heads, rows = shardings.heads(4), shardings.rows(2)
     in_specs = (heads, heads, heads, None if segments_BxN is None else rows)
+    if relative is not None:
+        in_specs = (*in_specs, heads, PartitionSpec(None, heads[2], None))
     local = jax.shard_map(kernel, in_specs=in_specs, out_specs=heads, check_vma=False)
     return local(*arrays)
 
@@ -166,19 +180,62 @@ def splash_attention(
     return jnp.swapaxes(heads_BxHxNxW, 1, 2)
 
 
+def relative_kernel_attention(
+    query_BxNxHxW: jax.Array,
+    key_BxNxHxW: jax.Array,
+    value_BxNxHxW: jax.Array,
+    segments_BxN: jax.Array | None,
+    position_BxNxHxW: jax.Array,
+    table_QxHxW: jax.Array,
+    interpret: bool = False,
+) -> jax.Array:
+    """`fused_attention` with relative positions of one TPU core; interpret=True runs anywhere, slowly.
+
+    Args:
+      position_BxNxHxW, table_QxHxW: queries and table of `Attention.for_kernel`.
+    """
+    from retro_jax.model.relative_kernel import relative_attention  # Pallas, as above
+
+    batch, length, _, head_dim = query_BxNxHxW.shape
+    if segments_BxN is None:
+        segments_BxN = jnp.zeros((batch, length), jnp.int32)
+    content_BxNxHxW, scaled_BxNxHxW = (
+        (x / math.sqrt(head_dim)).astype(x.dtype) for x in (query_BxNxHxW, position_BxNxHxW)
+    )
+    content, position, key, value = (
+        jnp.swapaxes(x, 1, 2) for x in (content_BxNxHxW, scaled_BxNxHxW, key_BxNxHxW, value_BxNxHxW)
+    )
+    block = table_QxHxW.shape[0] - length
+    table_HxQxW = jnp.swapaxes(table_QxHxW, 0, 1)
+    heads_BxHxNxW = relative_attention(
+        content, position, key, value, table_HxQxW, segments_BxN, block, interpret
+    )
+    return jnp.swapaxes(heads_BxHxNxW, 1, 2)
+
+
+def relative_block(length: int) -> int:
+    """Queries and keys in a block of the kernel for relative positions."""
+    return next(size for size in (256, _LANES, 1) if length % size == 0)
+
+
 def _obstacle(
     platform: str, dtype: str, positions: Positions, head_dim: int, length: int
 ) -> str | None:
     """Why there is no kernel, in words; None if there is one."""
     if platform not in PLATFORMS:
         return f"{platform} has no fused kernel ({' and '.join(PLATFORMS)} have)"
-    if not positions.has_kernel:
-        kinds = " and ".join(map(repr, kinds_with_kernel()))
-        return f"no fused kernel has {positions.name} positions ({kinds} has one)"
+    if platform not in positions.kernels:
+        kinds = " and ".join(map(repr, kinds_with_kernel(platform)))
+        return f"no fused kernel of a {platform} has {positions.name} positions ({kinds} has one)"
     if platform == "gpu" and dtype != "bfloat16":
         return f"cuDNN's kernel computes in bfloat16 and activation_dtype is {dtype!r}"
     if platform == "gpu" and (head_dim > 128 or head_dim % 8):
         return f"cuDNN's kernel has heads of a multiple of 8 up to 128 and head_dim is {head_dim}"
     if platform == "tpu" and length % _LANES:
         return f"splash attention has sequences of a multiple of {_LANES} and this one has {length}"
+    if positions.name == "relative" and (length > _MOST_RELATIVE or head_dim > _LANES):
+        return (
+            f"the kernel for relative positions has up to {_MOST_RELATIVE} tokens and heads of up to "
+            f"{_LANES}, and here they are {length} and {head_dim}"
+        )
     return None

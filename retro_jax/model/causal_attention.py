@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retro_jax.model.attention import Attention
-from retro_jax.model.attention_kernels import attention_kind, fused_attention
+from retro_jax.model.attention_kernels import attention_kind, fused_attention, relative_block
 from retro_jax.model.layers import largest_divisor
 from retro_jax.sharding import target_platform
 
@@ -59,11 +59,13 @@ def causal_attention(
         segments_BxN = jnp.repeat(documents_BxC, chunk_length, axis=1)
     query_BxNxHxW, key_BxNxHxW = (positions.turn(x, np.arange(length)) for x in (query, key))
     if kind == "fused":
+        query_BxNxHxW, relative = attention.for_kernel(query_BxNxHxW, relative_block(length))
         heads_BxNxHxW = fused_attention(
             query_BxNxHxW,
             key_BxNxHxW,
             value_BxNxHxW,
             segments_BxN,
+            relative=relative,
             platform=target_platform(),
             shardings=attention.layout.shardings,
         )

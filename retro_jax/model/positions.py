@@ -30,6 +30,7 @@ Shape letters beside those of the model: I any leading axes, T queries, S keys, 
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -53,12 +54,12 @@ class Positions:
 
     Attributes:
       name: in RetroConfig.positions and in messages.
-      has_kernel: whether fused kernels compute this kind.
+      kernels: platforms with a fused kernel for this kind.
       flops_per_distance: operations for each query, distance and unit of heads x head width.
     """
 
     name = "no"
-    has_kernel = True
+    kernels: ClassVar[tuple[str, ...]] = ("gpu", "tpu")
     flops_per_distance = 0
 
     def parameters(
@@ -74,6 +75,10 @@ class Positions:
     def distance_table(self, weight: Weight, distances_Q: jax.Array) -> jax.Array | None:
         """The logits' values for every distance, [Q, ...], or None where they need none."""
         return None
+
+    def biased(self, weight: Weight, query_IxTxHxW: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The queries for the products with keys, and those for the products with the table."""
+        raise TypeError(f"{type(self).__name__} has no table of distances")
 
     def logits(
         self,
@@ -130,7 +135,7 @@ class Relative(Positions):
     """Transformer-XL's relative positions (this file's head)."""
 
     name = "relative"
-    has_kernel = False
+    kernels = ("tpu",)
     flops_per_distance = 2
 
     def parameters(
@@ -154,6 +159,10 @@ class Relative(Positions):
         table_QxD = sinusoids(distances_Q, weight_DxHxW.shape[0]).astype(weight_DxHxW.dtype)
         return jnp.einsum("nd,dhk->nhk", table_QxD, weight_DxHxW)
 
+    def biased(self, weight: Weight, query_IxTxHxW: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """q + u and q + v."""
+        return query_IxTxHxW + weight("content_bias"), query_IxTxHxW + weight("position_bias")
+
     def logits(
         self,
         weight: Weight,
@@ -162,13 +171,11 @@ class Relative(Positions):
         num_keys: int,
     ) -> tuple[jax.Array, jax.Array]:
         """q + u, and (q + v).R(d) shifted from distances to keys."""
+        content_IxTxHxW, position_IxTxHxW = self.biased(weight, query_IxTxHxW)
         by_distance_IxHxTxQ = jnp.einsum(
-            "...thk,nhk->...htn",
-            query_IxTxHxW + weight("position_bias"),
-            table,
-            preferred_element_type=jnp.float32,
+            "...thk,nhk->...htn", position_IxTxHxW, table, preferred_element_type=jnp.float32
         )
-        return query_IxTxHxW + weight("content_bias"), shift(by_distance_IxHxTxQ, num_keys)
+        return content_IxTxHxW, shift(by_distance_IxHxTxQ, num_keys)
 
 
 _KINDS: dict[str, Positions] = {kind.name: kind for kind in (Relative(), Rotary())}
@@ -189,9 +196,9 @@ def decoder_positions(config: RetroConfig) -> Positions:
     return positions_of(config.positions)
 
 
-def kinds_with_kernel() -> list[str]:
-    """Names of the kinds that fused kernels compute."""
-    return [name for name, kind in _KINDS.items() if kind.has_kernel]
+def kinds_with_kernel(platform: str) -> list[str]:
+    """Names of the kinds that a platform's fused kernels compute."""
+    return [name for name, kind in _KINDS.items() if platform in kind.kernels]
 
 
 def frequencies(width: int, base: float = 10_000.0, divisors: tuple[float, ...] = ()) -> np.ndarray:

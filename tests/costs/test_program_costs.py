@@ -178,6 +178,19 @@ def test_attention_kernels_make_the_blocks_below_the_diagonal(kernel, products):
     assert found.flops == products * 10 * 2 * 2 * 3 * 16 * 16 * 8
 
 
+@pytest.mark.parametrize(
+    ("kernel", "products"), [("relative_attention", 4), ("relative_attention_gradients", 11)]
+)
+def test_the_kernel_for_relative_positions_is_counted_by_its_table(kernel, products):
+    found = costs(f"""
+  %q = bf16[2,3,64,8]{{3,2,1,0}} parameter(0)
+  %r = bf16[3,80,8]{{2,1,0}} parameter(1)
+  %s = f32[2,1,64]{{2,1,0}} parameter(2)
+  ROOT %{kernel}.1 = bf16[2,3,64,8]{{3,2,1,0}} custom-call(%q, %q, %q, %r, %r, %s, %s, %q), custom_call_target="tpu_custom_call"
+""")
+    assert found.flops == products * 10 * 2 * 2 * 3 * 16 * 16 * 8
+
+
 LOOP = """
 %body (q: (s32[], f32[8])) -> (s32[], f32[8]) {
   %q = (s32[], f32[8]{0}) parameter(0)

@@ -1,0 +1,278 @@
+"""Causal attention with Transformer-XL's relative positions as one Pallas kernel for TPUs.
+
+    logits[i, j] = (q_i + u).k_j + (q_i + v).R(i - j)        both queries scaled by 1 / sqrt(W)
+
+A block of T queries and T keys has 2T - 1 distances. Its kernel multiplies the queries with the 2T rows
+of R for these distances, and shifts row a of the product to the left by T - 1 - a, so that columns
+become keys:
+
+    distances, the largest first       keys
+    a = 0    3  2  1  0 -1 -2 -3  .    0 -1 -2 -3     T = 4, queries and keys from the same place
+    a = 1    3  2  1  0 -1 -2 -3  .    1  0 -1 -2
+    a = 3    3  2  1  0 -1 -2 -3  .    3  2  1  0
+
+A shift of each row by its own amount is log2(T) rotations by a power of two, each for the rows whose
+amount has that bit. Logits never leave the chip, nor does the shift: in HBM both are [N, N] for each head.
+
+The forward pass is flash attention's (Dao et al. 2022, arXiv 2205.14135). The backward pass is one kernel
+too: it computes a block's logits once, and adds to the gradients of queries (a block), of keys and values
+(of a row and head) and of R (of a head), which stay in the chip's memory meanwhile.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+_MASKED = -1e30
+_VMEM_BYTES = 64 * 2**20
+
+Array = jax.Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def relative_attention(
+    content_BxHxNxW: Array,
+    position_BxHxNxW: Array,
+    key_BxHxNxW: Array,
+    value_BxHxNxW: Array,
+    table_HxQxW: Array,
+    segments_BxN: Array,
+    block: int,
+    interpret: bool,
+) -> Array:
+    """Causal attention inside segments, with relative positions.
+
+    Args:
+      content_BxHxNxW: (q + u) / sqrt(W). position_BxHxNxW: (q + v) / sqrt(W). key_BxHxNxW,
+        value_BxHxNxW: of the same length N, a multiple of `block`.
+      table_HxQxW: R of the distances N - 1, N - 2, ..., -block: Q = N + block.
+      segments_BxN: the document of each token, a number below 2^24.
+      block: T, queries and keys of a block; a power of two.
+      interpret: compute the same anywhere, slowly.
+
+    Returns:
+      [B, H, N, W] in the values' dtype.
+    """
+    return _forward(
+        content_BxHxNxW,
+        position_BxHxNxW,
+        key_BxHxNxW,
+        value_BxHxNxW,
+        table_HxQxW,
+        segments_BxN,
+        block,
+        interpret,
+    )[0]
+
+
+def _shifted(t_TxS: Array, *, left: bool) -> Array:
+    """Row a of [T, 2T] rotated by T - 1 - a, to the left or back to the right."""
+    rows, columns = t_TxS.shape
+    amount = rows - 1 - jax.lax.broadcasted_iota(jnp.int32, t_TxS.shape, 0)
+    bit = 1
+    while bit < rows:
+        turned = pltpu.roll(t_TxS, columns - bit if left else bit, 1)
+        t_TxS = jnp.where((amount & bit) != 0, turned, t_TxS)
+        bit *= 2
+    return t_TxS
+
+
+def _product(a: Array, b: Array, axes: tuple[int, int]) -> Array:
+    """A product of two matrices over an axis of each, in float32."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        a, b, (((axes[0],), (axes[1],)), ((), ())), precision, preferred_element_type=jnp.float32
+    )
+
+
+def _column(row_1xT: Array) -> Array:
+    """[1, T] -> [T, 1]."""
+    return jnp.broadcast_to(row_1xT, (8, row_1xT.shape[1])).T[:, :1]
+
+
+def _row(column_Tx1: Array) -> Array:
+    """[T, 1] -> [1, T]."""
+    return jnp.broadcast_to(column_Tx1, (column_Tx1.shape[0], 8)).T[:1]
+
+
+def _logits(refs: Any, i: Array, j: Array) -> Array:
+    """The masked logits [T, T] of query block i and key block j, float32."""
+    content, position, key, near, far, query_segments, key_segments = (ref[...] for ref in refs)
+    by_distance = jnp.concatenate(
+        [_product(position, near, (1, 1)), _product(position, far, (1, 1))], axis=1
+    )
+    block = content.shape[0]
+    logits = _product(content, key, (1, 1)) + _shifted(by_distance, left=True)[:, :block]
+    query = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0) + i * block
+    past = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) + j * block <= query
+    return jnp.where(past & (_column(query_segments) == key_segments), logits, _MASKED)
+
+
+def _forward_kernel(*refs: Any) -> None:
+    """One block of queries over its blocks of keys, the last grid axis."""
+    *inputs, value, out, log_sum, most, total, mean = refs
+    i, j = pl.program_id(2), pl.program_id(3)
+
+    @pl.when(j == 0)
+    def _() -> None:
+        most[...] = jnp.full_like(most, _MASKED)
+        total[...] = jnp.zeros_like(total)
+        mean[...] = jnp.zeros_like(mean)
+
+    @pl.when(j <= i)
+    def _() -> None:
+        logits = _logits(inputs, i, j)
+        before = most[...]
+        now = jnp.maximum(before, jnp.max(logits, axis=1, keepdims=True))
+        weights = jnp.exp(logits - now)
+        kept = jnp.exp(before - now)
+        total[...] = kept * total[...] + jnp.sum(weights, axis=1, keepdims=True)
+        values = value[...]
+        mean[...] = kept * mean[...] + _product(weights.astype(values.dtype), values, (1, 0))
+        most[...] = now
+
+    @pl.when(j == i)
+    def _() -> None:
+        out[...] = (mean[...] / total[...]).astype(out.dtype)
+        log_sum[...] = _row(most[...] + jnp.log(total[...]))
+
+
+def _backward_kernel(*refs: Any) -> None:
+    """The gradients from one block of queries and one of keys, added to those that stay on the chip."""
+    *inputs, value, cotangent, log_sum, inner = refs[:11]
+    d_content, d_position, d_key, d_value, d_table = refs[11:]
+    row, i, j = (pl.program_id(axis) for axis in (1, 2, 3))
+    block, blocks = d_content.shape[0], pl.num_programs(2)
+
+    @pl.when((row == 0) & (i == 0) & (j == 0))
+    def _() -> None:
+        d_table[...] = jnp.zeros_like(d_table)
+
+    @pl.when((i == 0) & (j == 0))
+    def _() -> None:
+        d_key[...] = jnp.zeros_like(d_key)
+        d_value[...] = jnp.zeros_like(d_value)
+
+    @pl.when(j == 0)
+    def _() -> None:
+        d_content[...] = jnp.zeros_like(d_content)
+        d_position[...] = jnp.zeros_like(d_position)
+
+    @pl.when(j <= i)
+    def _() -> None:
+        content, position, key, near, far = (ref[...] for ref in inputs[:5])
+        dtype, d_out = content.dtype, cotangent[...]
+        weights = jnp.exp(_logits(inputs, i, j) - _column(log_sum[...]))
+        d_weights = _product(d_out, value[...], (1, 1))
+        d_logits = weights * (d_weights - _column(inner[...]))
+        keys = pl.ds(j * block, block)
+        d_value[keys] += _product(weights.astype(d_out.dtype), d_out, (0, 0))
+        d_key[keys] += _product(d_logits.astype(dtype), content, (0, 0))
+        d_content[...] += _product(d_logits.astype(dtype), key, (1, 0))
+        wide = jnp.concatenate([d_logits, jnp.zeros_like(d_logits)], axis=1)
+        by_distance = _shifted(wide, left=False).astype(dtype)
+        to_near, to_far = by_distance[:, :block], by_distance[:, block:]
+        d_position[...] += _product(to_near, near, (1, 0)) + _product(to_far, far, (1, 0))
+        place = (blocks - 1 - (i - j)) * block
+        d_table[pl.ds(place, block)] += _product(to_near, position, (0, 0))
+        d_table[pl.ds(place + block, block)] += _product(to_far, position, (0, 0))
+
+
+def _specs(blocks: int, block: int, width: int, *, heads_first: bool) -> dict[str, pl.BlockSpec]:
+    """Where each kind of array is read by a step (row, head, i, j) of the grid, or (head, row, i, j)."""
+
+    def spec(shape: tuple[int | None, ...], place: Any) -> pl.BlockSpec:
+        if heads_first:
+            return pl.BlockSpec(shape, lambda h, b, i, j: place(b, h, i, j))
+        return pl.BlockSpec(shape, place)
+
+    def distance(i: Any, j: Any) -> Any:
+        """The block of the table that a pair begins with; pairs in the future read the present's."""
+        return blocks - 1 - jnp.maximum(i - j, 0)
+
+    whole = blocks * block
+    return {
+        "query": spec((None, None, block, width), lambda b, h, i, j: (b, h, i, 0)),
+        "key": spec((None, None, block, width), lambda b, h, i, j: (b, h, jnp.minimum(i, j), 0)),
+        "near": spec((None, block, width), lambda b, h, i, j: (h, distance(i, j), 0)),
+        "far": spec((None, block, width), lambda b, h, i, j: (h, distance(i, j) + 1, 0)),
+        "query segments": spec((None, 1, block), lambda b, h, i, j: (b, 0, i)),
+        "key segments": spec((None, 1, block), lambda b, h, i, j: (b, 0, jnp.minimum(i, j))),
+        "query sums": spec((None, None, 1, block), lambda b, h, i, j: (b, h, 0, i)),
+        "all keys": spec((None, None, whole, width), lambda b, h, i, j: (b, h, 0, 0)),
+        "table": spec((None, whole + block, width), lambda b, h, i, j: (h, 0, 0)),
+    }
+
+
+_INPUTS = ("query", "query", "key", "near", "far", "query segments", "key segments", "key")
+
+
+def _forward(
+    content: Array,
+    position: Array,
+    key: Array,
+    value: Array,
+    table: Array,
+    segments: Array,
+    block: int,
+    interpret: bool,
+) -> tuple[Array, Any]:
+    """The output, and what the backward pass reads."""
+    batch, heads, length, width = content.shape
+    blocks = length // block
+    specs = _specs(blocks, block, width, heads_first=False)
+    rows = segments.astype(jnp.float32)[:, None]
+    out, log_sum = pl.pallas_call(
+        _forward_kernel,
+        grid=(batch, heads, blocks, blocks),
+        in_specs=[specs[name] for name in _INPUTS],
+        out_specs=[specs["query"], specs["query sums"]],
+        out_shape=[
+            jax.ShapeDtypeStruct(value.shape, value.dtype),
+            jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32),
+        ],
+        scratch_shapes=[pltpu.VMEM((block, size), jnp.float32) for size in (1, 1, width)],
+        compiler_params=_parameters(("parallel", "parallel", "parallel", "arbitrary")),
+        interpret=interpret,
+        name="relative_attention",
+    )(content, position, key, table, table, rows, rows, value)
+    return out, (content, position, key, value, table, segments, out, log_sum)
+
+
+def _backward(block: int, interpret: bool, residuals: Any, cotangent: Array) -> tuple[Any, ...]:
+    """The gradients of the six arrays."""
+    content, position, key, value, table, segments, out, log_sum = residuals
+    batch, heads, length, width = content.shape
+    blocks = length // block
+    specs = _specs(blocks, block, width, heads_first=True)
+    rows = segments.astype(jnp.float32)[:, None]
+    inner = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)[:, :, None]
+    names = (*_INPUTS, "query", "query sums", "query sums")
+    wide = jax.ShapeDtypeStruct(content.shape, jnp.float32)
+    gradients = pl.pallas_call(
+        _backward_kernel,
+        grid=(heads, batch, blocks, blocks),
+        in_specs=[specs[name] for name in names],
+        out_specs=[specs[name] for name in ("query", "query", "all keys", "all keys", "table")],
+        out_shape=[wide] * 4 + [jax.ShapeDtypeStruct(table.shape, jnp.float32)],
+        compiler_params=_parameters(("parallel", "arbitrary", "arbitrary", "arbitrary")),
+        interpret=interpret,
+        name="relative_attention_gradients",
+    )(content, position, key, table, table, rows, rows, value, cotangent, log_sum, inner)
+    arrays = (content, position, key, value, table)
+    return (
+        *(gradient.astype(x.dtype) for gradient, x in zip(gradients, arrays, strict=True)),
+        None,
+    )
+
+
+def _parameters(axes: tuple[str, ...]) -> Any:
+    """What the compiler is told: the grid's axes and how much of the chip's memory may be used."""
+    return pltpu.CompilerParams(dimension_semantics=axes, vmem_limit_bytes=_VMEM_BYTES)
+
+
+relative_attention.defvjp(_forward, _backward)
