@@ -17,7 +17,7 @@ import numpy as np
 
 from data_pipelines.artefacts.manifest import Manifest, Path, Stage, shard_name
 from data_pipelines.artefacts.runner import InProcess, Runner, run_counted, silent
-from data_pipelines.artefacts.sharded_rows import bounds_of, gather
+from data_pipelines.artefacts.sharded_rows import ShardedRows
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.leakage.near_documents import KIND as LEAKAGE
 from data_pipelines.leakage.near_documents import kept_counts, kept_documents
@@ -190,12 +190,14 @@ class ChunkDatabase:
         self.bos_id: int = settings["bos_id"]
         self.eos_id: int = settings["eos_id"]
         self.vocab_size: int = settings["vocab_size"]
-        self._chunks = [self._map(name) for name in manifest.shard_names(f"{CHUNKS}-", ".npy")]
-        self._owners = [self._map(name) for name in manifest.shard_names(f"{DOCUMENTS}-", ".npy")]
-        self._bounds = bounds_of(self._chunks)
-        held = manifest.fact("shards")
-        for rows, owners, expected in zip(self._chunks, self._owners, held, strict=True):
-            if rows.shape != (expected, CHUNK_LENGTH) or owners.shape != (expected,):
+        self._chunks, self._owners = (
+            ShardedRows([self.directory / name for name in manifest.shard_names(prefix, ".npy")])
+            for prefix in (f"{CHUNKS}-", f"{DOCUMENTS}-")
+        )
+        self._bounds = self._chunks.bounds
+        held, shapes = manifest.fact("shards"), (self._chunks.shapes, self._owners.shapes)
+        for rows, owners, expected in zip(*shapes, held, strict=True):
+            if rows != (expected, CHUNK_LENGTH) or owners != (expected,):
                 raise UserError(
                     f"{self.directory} has a shard of {rows.shape} chunks and {owners.shape} document"
                     f" numbers: expected {expected} of {CHUNK_LENGTH} tokens"
@@ -312,20 +314,20 @@ class ChunkDatabase:
                 yield DocumentRecord(**json.loads(line))
 
     @functools.cached_property
-    def _records(self) -> tuple[np.ndarray, np.ndarray]:
-        """documents.jsonl as bytes, and where each line begins and the last one ends."""
-        if not self.num_documents:
-            return np.zeros(0, np.uint8), np.zeros(1, np.int64)
-        data = np.memmap(self.directory / RECORDS_FILE, np.uint8, "r")
-        return data, np.concatenate([[0], np.flatnonzero(data == ord("\n")) + 1])
-
-    def _map(self, name: str) -> np.ndarray:
-        """A shard as a read-only memory map."""
-        return np.load(self.directory / name, mmap_mode="r")
+    def _record_starts(self) -> np.ndarray:
+        """[n] int64: where every 64th line of documents.jsonl begins, found in one pass over it."""
+        parts, first, count = [np.zeros(1, np.int64)], 0, 0
+        with open(self.directory / RECORDS_FILE, "rb") as file:
+            while block := file.read(_RECORDS_BLOCK):
+                ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + 1
+                skipped = -(count + 1) % _STRIDE
+                parts.append(ends[skipped::_STRIDE] + first)
+                first, count = first + len(block), count + len(ends)
+        return np.concatenate(parts)
 
     def _gather(
         self,
-        shards: list[np.ndarray],
+        shards: ShardedRows,
         ids: np.ndarray,
         fill: int,
         inner: tuple[int, ...],
@@ -340,7 +342,7 @@ class ChunkDatabase:
                 f"chunk {bad} of {len(self)} in {self.directory}: expected it there, or -1"
             )
         rows = np.full((flat.size, *inner), fill, dtype)
-        gather(shards, self._bounds, flat, rows)
+        shards.gather(flat, rows)
         return rows.reshape(*ids.shape, *inner)
 
 

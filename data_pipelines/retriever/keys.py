@@ -19,7 +19,7 @@ import numpy as np
 
 from data_pipelines.artefacts.manifest import Manifest, Path, Stage, shard_name
 from data_pipelines.artefacts.runner import InProcess, Runner, run_counted, silent
-from data_pipelines.artefacts.sharded_rows import bounds_of, gather
+from data_pipelines.artefacts.sharded_rows import ShardedRows, write_header
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.retriever.bert import load_bert
@@ -176,19 +176,18 @@ class Keys:
         self.database = database
         self.dimension: int = manifest.fact("dimension")
         names = manifest.shard_names(f"{KIND}-", ".npy")
-        self._shards = [np.load(self.directory / name, mmap_mode="r") for name in names]
-        self._bounds = bounds_of(self._shards)
+        self._shards = ShardedRows([self.directory / name for name in names])
         dtype = _STORED[manifest.settings["dtype"]]
-        lengths = [len(ids) for ids in database.shards]
-        for name, shard in zip(names, self._shards, strict=True):
-            if shard.dtype != dtype or shard.shape[1:] != (self.dimension,):
+        shapes = self._shards.shapes
+        for name, shape in zip(names, shapes, strict=True):
+            if self._shards.dtype != dtype or shape[1:] != (self.dimension,):
                 raise UserError(
-                    f"{self.directory / name} holds {shard.dtype} of shape {shard.shape}: expected "
+                    f"{self.directory / name} holds {self._shards.dtype} of shape {shape}: expected "
                     f"{dtype} of [n, {self.dimension}]"
                 )
-        if [len(shard) for shard in self._shards] != lengths:
+        if [shape[0] for shape in shapes] != [len(ids) for ids in database.shards]:
             raise UserError(
-                f"{self.directory} holds keys of {self._bounds[-1]} chunks: expected one "
+                f"{self.directory} holds keys of {len(self)} chunks: expected one "
                 f"for each of the {len(database)} of {database.directory}"
             )
 
@@ -208,15 +207,19 @@ class Keys:
 
     def __len__(self) -> int:
         """Chunks, with text or without."""
-        return int(self._bounds[-1])
+        return len(self._shards)
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """[n, d] float32 keys of chunks `ids` [n]; NaN for a chunk without text."""
         ids = np.asarray(ids, np.int64)
+        return as_float32(self.stored(ids))
+
+    def stored(self, ids: np.ndarray) -> np.ndarray:
+        """[n, d] keys of chunks `ids` [n] as they are on the disk: bfloat16 as the integers of its bits."""
         if len(ids) and not (ids.min() >= 0 and ids.max() < len(self)):
             raise IndexError(f"chunk {ids.min()} or {ids.max()} of {len(self)} in {self.directory}")
-        rows = np.empty((len(ids), self.dimension), np.float32)
-        gather(self._shards, self._bounds, ids, rows, convert=as_float32)
+        rows = np.empty((len(ids), self.dimension), _STORED[self.manifest.settings["dtype"]])
+        self._shards.gather(ids, rows)
         return rows
 
     def blocks(
@@ -335,7 +338,7 @@ class KeyShard:
         keys = np.concatenate([empty, *(stored for stored, _ in every)])
         stage.write_array(name, keys, facts=_sums([counts for _, counts in every]))
         parts.remove()
-        return len(keys)
+        return shape[0]
 
     def _model(self) -> BertFolder:
         """The BERT, under the name that its identity has."""

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.artefacts.manifest import MANIFEST_FILE, Manifest, Path, Stage
-from data_pipelines.artefacts.sharded_rows import bounds_of
+from data_pipelines.artefacts.manifest import MANIFEST_FILE, Manifest, Path, Stage, is_purged
+from data_pipelines.artefacts.sharded_rows import ShardedRows
 from data_pipelines.chunk_database.database import KIND as CHUNKS_KIND
 from data_pipelines.chunk_database.database import ChunkDatabase, DocumentRecord
 from data_pipelines.retriever.index import Index
@@ -120,9 +120,9 @@ class JoinedDatabase(ChunkDatabase):
         first = parts[0]
         self.pad_id, self.bos_id, self.eos_id = first.pad_id, first.bos_id, first.eos_id
         self.vocab_size = first.vocab_size
-        self._chunks = list(itertools.chain.from_iterable(part._chunks for part in parts))
-        self._owners = list(itertools.chain.from_iterable(part._owners for part in parts))
-        self._bounds = bounds_of(self._chunks)
+        self._chunks = ShardedRows.joined([part._chunks for part in parts])
+        self._owners = ShardedRows.joined([part._owners for part in parts])
+        self._bounds = self._chunks.bounds
         self._part_chunks = np.cumsum([0, *map(len, parts)])
         self._part_documents = np.cumsum([0, *(part.num_documents for part in parts)])
         bounds = self._bounds.tolist()
@@ -186,8 +186,7 @@ class JoinedKeys(Keys):
         }
         facts = sums | {"dimension": self.dimension}
         self.manifest = _joined(KEYS_KIND, database, [part.manifest for part in parts], facts)
-        self._shards = list(itertools.chain.from_iterable(part._shards for part in parts))
-        self._bounds = bounds_of(self._shards)
+        self._shards = ShardedRows.joined([part._shards for part in parts])
 
     def __reduce__(self) -> tuple[Callable[..., Keys], tuple[Any, ...]]:
         """Pickles by its places."""
