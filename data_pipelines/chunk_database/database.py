@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data_pipelines.artefacts.manifest import Manifest, Path, Stage, shard_name
+from data_pipelines.artefacts.opened_once import opened_once
 from data_pipelines.artefacts.runner import InProcess, Runner, run_counted, silent
 from data_pipelines.artefacts.sharded_rows import ShardedRows
 from data_pipelines.chunk_database.tokenizer import Tokenizer
@@ -29,6 +30,8 @@ CHUNK_LENGTH = 64
 CHUNKS, DOCUMENTS = "chunks", "documents"
 RECORDS_FILE = "documents.jsonl"
 _BATCH_CHARACTERS = 4_000_000  # of text that is tokenised at once
+_STRIDE = 64  # documents between places in documents.jsonl that are remembered
+_RECORDS_BLOCK = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +97,7 @@ def prepare_chunks(
     stage = Stage(directory, KIND, settings, parents)
     if stage.done:
         return stage.manifest()
-    names = [_shard_names(i) for i in range(len(documents.shards))]
+    names = [shard_files(i) for i in range(len(documents.shards))]
     work = ChunkShard(
         files.absolute(directory),
         files.absolute(documents_directory),
@@ -105,7 +108,7 @@ def prepare_chunks(
     missing = [i for i, pair in enumerate(names) if stage.missing(pair)]
     counts = kept_counts(documents, leakage)
     run_counted(runner, work, missing, counts, what="chunks", unit="document")
-    return _finish(stage, names)
+    return finish_chunks(stage, names)
 
 
 def token_dtype(ids: int) -> type[np.unsignedinteger]:
@@ -131,7 +134,7 @@ class ChunkShard:
     def __call__(self, index: int, report: Callable[[int], object] = silent) -> int:
         """Writes shard `index`; returns its number of chunks. `report` receives counts of documents."""
         stage = Stage.attach(self.directory)
-        tokenizer = Tokenizer.open(self.tokenizer_directory, threads=self.threads)
+        tokenizer = opened_once(Tokenizer.open, self.tokenizer_directory, threads=self.threads)
         manifest = Manifest.read(self.documents_directory)
         leakage = self.leakage_directory
         shard_counts = kept_counts(manifest, None if leakage is None else Manifest.read(leakage))
@@ -150,7 +153,7 @@ class ChunkShard:
         if len(records) != shard_counts[index]:
             path = pathlib.Path(self.documents_directory) / manifest.shards[index].name
             raise UserError(f"{path} has {len(records)} documents: expected {shard_counts[index]}")
-        chunks, owners = _shard_names(index)
+        chunks, owners = shard_files(index)
         wide = np.int32 if sum(shard_counts) < 1 << 31 else np.int64
         every = np.arange(first, first + len(counts), dtype=wide)
         numbers = np.repeat(every, np.array(counts, np.int64))
@@ -199,7 +202,7 @@ class ChunkDatabase:
         for rows, owners, expected in zip(*shapes, held, strict=True):
             if rows != (expected, CHUNK_LENGTH) or owners != (expected,):
                 raise UserError(
-                    f"{self.directory} has a shard of {rows.shape} chunks and {owners.shape} document"
+                    f"{self.directory} has a shard of {rows} chunks and {owners} document"
                     f" numbers: expected {expected} of {CHUNK_LENGTH} tokens"
                 )
         self.removed = np.zeros(0, np.int64)
@@ -304,8 +307,11 @@ class ChunkDatabase:
         """What is known of document number d."""
         if not 0 <= d < self.num_documents:
             raise IndexError(f"document {d} of {self.num_documents}")
-        data, ends = self._records
-        return DocumentRecord(**json.loads(bytes(data[ends[d] : ends[d + 1]])))
+        starts = self._record_starts
+        with open(self.directory / RECORDS_FILE, "rb") as file:
+            file.seek(int(starts[d // _STRIDE]))
+            line = next(itertools.islice(file, d % _STRIDE, None))
+        return DocumentRecord(**json.loads(line))
 
     def records(self) -> Iterator[DocumentRecord]:
         """All documents, in order."""
@@ -346,7 +352,7 @@ class ChunkDatabase:
         return rows.reshape(*ids.shape, *inner)
 
 
-def _shard_names(index: int) -> tuple[str, str]:
+def shard_files(index: int) -> tuple[str, str]:
     """The two files of a shard: its chunks, and their document numbers."""
     return shard_name(CHUNKS, index), shard_name(DOCUMENTS, index)
 
@@ -387,8 +393,13 @@ class _Totals:
         self.documents, self.chunks, self.tokens = self.documents + 1, end, self.tokens + tokens
 
 
-def _finish(stage: Stage, names: list[tuple[str, str]]) -> Manifest:
-    """Gathers documents.jsonl and the facts from what the shards recorded."""
+def finish_chunks(stage: Stage, names: list[tuple[str, str]]) -> Manifest:
+    """Gathers documents.jsonl and the facts from what the shards recorded.
+
+    Args:
+      stage: whose shards are all there, each with the list of its documents as facts.
+      names: the two files of each shard.
+    """
     totals = _Totals()
     counts = []
 

@@ -154,6 +154,17 @@ class Bm25:
         """As `ChunkSearch`."""
         return self.search(chunks.tokens, k, exclude)
 
+    @property
+    def truth_ranges(self) -> Sequence[range]:
+        """As `ChunkSearch`: `truth` finds all."""
+        return []
+
+    def truth_within(
+        self, ids: range, chunks: QueryChunks, k: int, exclude: np.ndarray | None = None
+    ) -> Found:
+        """As `ChunkSearch`; there is no such range."""
+        raise NotImplementedError
+
     def truth(self, chunks: QueryChunks, k: int, exclude: np.ndarray | None = None) -> Found:
         """As `ChunkSearch`: every chunk is scored."""
         return self.find(chunks, k, exclude)

@@ -125,7 +125,7 @@ def prepare_neighbours(
         run_counted(runner, search, searches, of_pairs, what="candidates", unit="chunk")
     run_counted(runner, work, missing, sizes, what="neighbours", unit="chunk")
     ordered = [ids for ids, _ in names] + [scores for _, scores in names]
-    facts = _facts(stage, names, work, recall_queries)
+    facts = _facts(stage, names, work, recall_queries, runner)
     return stage.finish(facts, ordered, revision=retriever.database.manifest.revision)
 
 
@@ -384,6 +384,39 @@ class NeighbourShard:
 
 @dataclasses.dataclass(frozen=True)
 class FindShard:
+    def _truth(self, ids: np.ndarray, runner: Runner) -> Found:
+        """The true neighbours of some queries: every key is compared, a range of them by each worker."""
+        search, chunks = self.retriever.search, StoredChunks(self.queries, ids)
+        ranges = search.truth_ranges
+        if runner.in_process or len(ranges) < 2:
+            return search.truth(chunks, self.k, self.own.of(ids))
+        work = TruthOfRange(self.queries, self.retriever, self.k, ids, self.own.of(ids))
+        parts = [found for _, found in runner.run(work, ranges)]
+        return search.ranked(search.merged(parts, self.k), chunks, self.k)
+
+
+@dataclasses.dataclass(frozen=True)
+class TruthOfRange:
+    """Compares some queries with every key of a range of the database's chunks.
+
+    Attributes:
+      queries, retriever, k: as for `prepare_neighbours`.
+      ids: [n] of the queries. own: [n] their documents in the database.
+    """
+
+    queries: Queries
+    retriever: Retriever
+    k: int
+    ids: np.ndarray
+    own: np.ndarray
+
+    wants_accelerator: ClassVar[bool] = True
+
+    def __call__(self, chunks: range) -> Found:
+        """The nearest chunks of the range."""
+        queries = StoredChunks(self.queries, self.ids)
+        return self.retriever.search.truth_within(chunks, queries, self.k, self.own)
+
     """Searches one index shard for one query shard, (s, q), and leaves the candidates in a file."""
 
     work: NeighbourShard
@@ -442,7 +475,11 @@ def _check_alike(queries: Keys, keys: Keys) -> None:
 
 
 def _facts(
-    stage: Stage, names: list[tuple[str, str]], work: NeighbourShard, recall_queries: int
+    stage: Stage,
+    names: list[tuple[str, str]],
+    work: NeighbourShard,
+    recall_queries: int,
+    runner: Runner,
 ) -> dict[str, Any]:
     """What the manifest states, from the shards' facts and the table itself."""
     shards = [stage.shard_facts(ids) for ids, _ in names]
@@ -468,7 +505,7 @@ def _facts(
         "filled": [slot / count if count else 0.0 for slot in filled],
         "nearest": {f"{step:g}": float(value) for step, value in zip(steps, quantiles)},
         "same_corpus": _same_corpus(stage, [ids for ids, _ in names], work),
-        "recall": work.recall(scores, recall_queries),
+        "recall": work.recall(scores, recall_queries, runner),
     }
 
 

@@ -37,6 +37,8 @@ REMOVED_FILE = "removed.npy"
 _SUMS = ("documents", "chunks", "tokens", "bytes", "words", "lines")
 
 
+COMPACTION_FILE = "compaction.npy"  # in a revision's folder, until that compaction is published
+_REMOVED_AT_ONCE = 1000  # documents whose chunks are read together
 def folder_of(workdir: Path, revision: int) -> pathlib.Path:
     """The folder of a revision: W itself for revision 0."""
     folder = pathlib.Path(workdir)
@@ -301,26 +303,41 @@ def _corpora(
             for field in _SUMS:
                 if field in fact:
                     entry[field] = entry.get(field, 0) + fact[field]
-    for number in removed.tolist():
-        record = previous.record(number)
-        fact = corpora[record.corpus]
-        ids = np.arange(record.first_chunk, record.first_chunk + record.chunks)
-        tokens = int((previous.chunks(ids) != previous.pad_id).sum())
-        of_record = dataclasses.asdict(record) | {"documents": 1, "tokens": tokens}
-        for field in _SUMS:
-            if field in fact:
-                fact[field] -= of_record[field]
-        cut = range(record.first_chunk, record.first_chunk + record.chunks)
-        fact["ranges"] = list(_without(fact["ranges"], cut))
+    cuts: dict[str, list[range]] = {}
+    for numbers in np.array_split(removed, max(1, -(-len(removed) // _REMOVED_AT_ONCE))):
+        records = [previous.record(number) for number in numbers.tolist()]
+        ids = [np.arange(r.first_chunk, r.first_chunk + r.chunks) for r in records]
+        tokens = (previous.chunks(_concatenated(ids)) != previous.pad_id).sum(1)
+        ends = np.cumsum(tokens)[np.cumsum([r.chunks for r in records], dtype=np.int64) - 1]
+        for record, count in zip(records, np.diff(ends, prepend=0).tolist(), strict=True):
+            fact = corpora[record.corpus]
+            of_record = dataclasses.asdict(record) | {"documents": 1, "tokens": count}
+            for field in _SUMS:
+                if field in fact:
+                    fact[field] -= of_record[field]
+            cut = range(record.first_chunk, record.first_chunk + record.chunks)
+            cuts.setdefault(record.corpus, []).append(cut)
+    for name, ranges in cuts.items():
+        corpora[name]["ranges"] = list(_without(corpora[name]["ranges"], ranges))
     return corpora
 
 
-def _without(ranges: Sequence[Sequence[int]], cut: range) -> Iterator[list[int]]:
-    """Ranges without another one."""
-    for start, stop in ranges:
-        for a, b in ((start, min(stop, cut.start)), (max(start, cut.stop), stop)):
-            if a < b:
-                yield [a, b]
+def _concatenated(ids: Sequence[np.ndarray]) -> np.ndarray:
+    """Ids one after the other; none of none."""
+    return np.concatenate([np.zeros(0, np.int64), *ids])
+
+
+def _without(ranges: Sequence[Sequence[int]], cuts: Sequence[range]) -> Iterator[list[int]]:
+    """Ranges without others, each of which is within one of them."""
+    rest = sorted(cuts, key=lambda cut: cut.start, reverse=True)
+    for start, stop in sorted(map(tuple, ranges)):
+        while rest and rest[-1].start < stop:
+            cut = rest.pop()
+            if start < cut.start:
+                yield [start, cut.start]
+            start = cut.stop
+        if start < stop:
+            yield [start, stop]
 
 
 def _ranges(corpora: Mapping[str, Mapping[str, Any]]) -> dict[str, list[range]]:
@@ -340,6 +357,25 @@ def _joined(
 
 def _beside(part: ChunkDatabase, name: str) -> pathlib.Path:
     """Another directory of a part's revision, beside chunks/train."""
+def _live_keys(previous: ChunkDatabase, workdir: Path, removed: Sequence[int]) -> int:
+    """Keys of a database without some documents that it had."""
+    keys = open_keys(previous, workdir)
+    count = previous.manifest.facts.get("keys")
+    if count is None:  # of revision 0, or of one before this was counted
+        count = keys.manifest.fact("keys") - _keys_of(keys, previous.removed)
+    return count - _keys_of(keys, np.asarray(removed, np.int64))
+
+
+def _keys_of(keys: Keys, documents: np.ndarray) -> int:
+    """How many chunks of some documents have keys."""
+    count = 0
+    for numbers in np.array_split(documents, max(1, -(-len(documents) // _REMOVED_AT_ONCE))):
+        records = [keys.database.record(number) for number in numbers.tolist()]
+        ids = [np.arange(r.first_chunk, r.first_chunk + r.chunks) for r in records]
+        count += int((~np.isnan(keys.rows(_concatenated(ids))[:, 0])).sum())
+    return count
+
+
     return part.directory.parent.parent / name
 
 
