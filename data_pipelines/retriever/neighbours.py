@@ -106,7 +106,7 @@ def prepare_neighbours(
     """
     chunks = chunks_of(queries)
     settings = {"k": k, "recall_queries": recall_queries} | retriever.ranking.settings
-    stage = Stage(directory, KIND, settings, _parents(queries, retriever, base))
+    stage = Stage(directory, KIND, settings, table_parents(queries, retriever, base))
     if stage.done:
         return stage.manifest()
     if isinstance(queries, Keys):
@@ -129,7 +129,7 @@ def prepare_neighbours(
     return stage.finish(facts, ordered, revision=retriever.database.manifest.revision)
 
 
-def _parents(queries: Queries, retriever: Retriever, base: "NeighbourTable | None") -> Parents:
+def table_parents(queries: Queries, retriever: Retriever, base: "NeighbourTable | None") -> Parents:
     """What a table is made from."""
     chunks = chunks_of(queries)
     parents = {
@@ -288,11 +288,14 @@ class NeighbourShard:
         if self._is_old(index):
             results.append(self._kept(index))
         ids, scores = self._ranked(index, results)
-        rows, count = len(ids), 0
+        rows, count, filled = len(ids), 0, np.zeros(self.k, np.int64)
         for block in self._blocks(index):
-            count += int(self.retriever.search.has_text(StoredChunks(self.queries, block)).sum())
+            live = _is_live(self.database, block)
+            has_text = self.retriever.search.has_text(StoredChunks(self.queries, block))
+            count += int((has_text & live).sum())
+            filled += (ids[block - self.database.shards[index].start][live] >= 0).sum(0)
         names = _shard_names(index)
-        facts = {"queries": count, "filled": (ids >= 0).sum(0).tolist()}
+        facts = {"queries": count, "filled": filled.tolist()}
         stage.write_array(names[1], scores)
         stage.write_array(names[0], ids, facts)
         if len(parts) > 1 or not numbers:
@@ -370,7 +373,7 @@ class NeighbourShard:
 
     def recall(self, table: ShardedRows, sample: int, runner: Runner) -> dict[str, Any]:
         """How many of the true neighbours of some queries the table's scores contain."""
-        ids = sample_ids(len(self.queries), sample)
+        ids = sample_live(self.database, sample)
         if not len(ids):
             return {"k": self.k, "queries": 0, "recall": 1.0}
         search = self.retriever.search
@@ -381,9 +384,6 @@ class NeighbourShard:
         share = recall(table_scores, truth, self.retriever.ranking.by_terms)
         return {"k": self.k, "queries": len(ids), "recall": share}
 
-
-@dataclasses.dataclass(frozen=True)
-class FindShard:
     def _truth(self, ids: np.ndarray, runner: Runner) -> Found:
         """The true neighbours of some queries: every key is compared, a range of them by each worker."""
         search, chunks = self.retriever.search, StoredChunks(self.queries, ids)
@@ -417,6 +417,9 @@ class TruthOfRange:
         queries = StoredChunks(self.queries, self.ids)
         return self.retriever.search.truth_within(chunks, queries, self.k, self.own)
 
+
+@dataclasses.dataclass(frozen=True)
+class FindShard:
     """Searches one index shard for one query shard, (s, q), and leaves the candidates in a file."""
 
     work: NeighbourShard
@@ -428,7 +431,7 @@ class TruthOfRange:
         """Searches pair `index`; pairs of one index shard follow each other, so one is in memory."""
         s, q = self.pairs[index]
         shards = self.work.retriever.search.parts
-        for other in shards[:s]:
+        for other in (*shards[:s], *shards[s + 1 :]):  # a worker keeps what an earlier task loaded
             other.release()
         results = self.work.find(shards[s], q, report)
         files.write_arrays(self.work.found_path(s, q), results)
@@ -445,6 +448,20 @@ def sample_ids(total: int, sample: int, seed: int = 0) -> np.ndarray:
     """Some of range(total), in order; the same ones each time."""
     random = np.random.Generator(np.random.Philox(seed))
     return np.sort(random.choice(total, min(sample, total), replace=False))
+
+
+def sample_live(database: ChunkDatabase, sample: int, seed: int = 0) -> np.ndarray:
+    """Some chunks of documents that were not removed, in order; the same ones each time."""
+    if not len(database.removed):
+        return sample_ids(len(database), sample, seed)
+    return database.live_ids(sample_ids(database.live_chunks, sample, seed))
+
+
+def _is_live(database: ChunkDatabase, ids: np.ndarray) -> np.ndarray:
+    """[n] bool: which chunks belong to documents that were not removed."""
+    if not len(database.removed):
+        return np.ones(len(ids), bool)
+    return database.live_documents(ids) >= 0
 
 
 def recall(found: np.ndarray, truth: np.ndarray, descending: bool = False) -> float:
@@ -496,7 +513,7 @@ def _facts(
     nearest = np.concatenate(parts)
     nearest = nearest[np.isfinite(nearest)]
     steps = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-    quantiles = np.quantile(nearest, steps) if len(nearest) else []
+    quantiles: Any = np.quantile(nearest, steps) if len(nearest) else []
     return {
         "chunks": len(work.queries),
         "retriever": work.retriever.ranking.retriever,
