@@ -5,6 +5,7 @@
     python -m launch.prepare --gin_file=experiments/quickstart.gin --workdir=W --runner=ray --ray_address=HOST:6379
     python -m launch.prepare --gin_file=more.gin --workdir=W --append
     python -m launch.prepare --workdir=W --remove=wikipedia/Lobster
+    python -m launch.prepare --workdir=W --purge
     python -m launch.prepare --gin_file=experiments/quickstart.gin --workdir=W --materialise=1000
     python -m launch.prepare --workdir=W --stats
     python -m launch.prepare --workdir=W --verify
@@ -31,7 +32,7 @@ from data_pipelines.retriever.bm25 import Bm25Config
 from data_pipelines.retriever.index import IndexConfig
 from data_pipelines.retriever.keys import KeysConfig
 from data_pipelines.retriever.neighbours import NeighboursConfig
-from data_pipelines.workdir import PrepareConfig, prepare, summary, update, verify
+from data_pipelines.workdir import PrepareConfig, compaction, prepare, summary, update, verify
 from data_pipelines.workdir.preparation import Preparation, materialise
 from data_pipelines.workdir.settings_file import SETTINGS_FILE
 from data_pipelines.workdir.stages import chosen_stages, only_one
@@ -80,6 +81,15 @@ REMOVE = flags.DEFINE_multi_string(
     "remove", [], "Withdraw the document CORPUS/ID from the database, or each of @FILE's lines."
 )
 
+COMPACT = flags.DEFINE_bool(
+    "compact", False, "Copy the database of all revisions into one, without removed documents."
+)
+PURGE = flags.DEFINE_bool(
+    "purge",
+    False,
+    "As --compact, then delete what that replaces: removed text is gone from the disk.",
+)
+
 MATERIALISE = flags.DEFINE_integer(
     "materialise",
     None,
@@ -100,7 +110,8 @@ def main() -> None:
         _verify(directory)
         return
     stages = _chosen(STAGES.value)
-    updating = APPEND.value or bool(REMOVE.value)
+    compacting = COMPACT.value or PURGE.value
+    updating = APPEND.value or bool(REMOVE.value) or compacting
     if updating:
         _load_over(directory)
     else:
@@ -114,7 +125,10 @@ def main() -> None:
     if updating:
         with only_one(directory):
             preparation = Preparation(directory, config, runner, _report)
-            update.update(preparation, append=APPEND.value, remove=REMOVE.value)
+            if APPEND.value or REMOVE.value:
+                update.update(preparation, append=APPEND.value, remove=REMOVE.value)
+            if compacting:
+                (compaction.purge if PURGE.value else compaction.compact)(preparation)
         return
     steps = MATERIALISE.value or 0
     batches = configurables.make(BatchConfig) if steps else None

@@ -6,8 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
+from data_pipelines.artefacts.sharded_rows import header_of
 from retro_jax.errors import UserError
 from retro_jax.storage import files
 
@@ -54,18 +53,13 @@ def check_shard(path: pathlib.Path, size: int, sha256: str, verify: bool) -> Non
 
 def _check_header(path: pathlib.Path, size: int) -> None:
     """Raises unless the .npy header describes a C-ordered array that fills the file exactly."""
-    with open(path, "rb") as file:
-        try:
-            version = np.lib.format.read_magic(file)
-            if version != (1, 0):
-                raise ValueError(f"version {version}")
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        except ValueError as error:
-            raise UserError(
-                f"{path} has a bad .npy header ({error}): expected format 1.0"
-            ) from error
-        expected = file.tell() + math.prod(shape) * dtype.itemsize
-    if fortran or dtype.hasobject or expected != size:
+    try:
+        header = header_of(path)
+    except ValueError as error:
+        raise UserError(f"{path} has a bad .npy header ({error}): expected format 1.0") from error
+    expected = header.offset + math.prod(header.shape) * header.dtype.itemsize
+    if expected != size:
         raise UserError(
-            f"{path} has {size} bytes: expected {expected}, a C-ordered {dtype} array of shape {shape}"
+            f"{path} has {size} bytes: expected {expected}, a C-ordered {header.dtype} array of shape"
+            f" {header.shape}"
         )

@@ -37,6 +37,7 @@ STAGE_FILE = "stage.json"
 STAGED_FILE = (
     "staged.json"  # of a copy: where it is from, and which shards it leaves out (staging.py)
 )
+PURGED_FILE = "purged.json"  # of an artefact whose shards were deleted: the manifest stays
 RECORDS_FOLDER = ".shards"
 
 Path = str | os.PathLike[str]
@@ -46,6 +47,11 @@ Parents = Mapping[str, tuple["Manifest", Path]]
 def shard_name(prefix: str, index: int, suffix: str = ".npy") -> str:
     """The name of shard `index`: chunks-00007.npy."""
     return f"{prefix}-{index:05d}{suffix}"
+
+
+def is_purged(directory: Path) -> bool:
+    """Whether the shards of a finished directory were deleted, or are just being deleted."""
+    return (pathlib.Path(directory) / PURGED_FILE).is_file()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +126,11 @@ class Manifest:
         """
         folder = pathlib.Path(directory)
         manifest = cls.read(directory)
+        if is_purged(folder):
+            raise UserError(
+                f"{folder} was purged, only its manifest is left: expected a newer revision of the"
+                " database"
+            )
         if manifest.kind != kind:
             raise UserError(f"{folder} holds {manifest.kind!r}: expected {kind!r}")
         for role, (parent, origin) in (parents or {}).items():
@@ -153,7 +164,7 @@ class Manifest:
             raise UserError(
                 f"{folder} has no {MANIFEST_FILE}: expected the directory of a finished stage"
             )
-        return cls.parse(path.read_bytes(), path)
+        return _parsed(str(path), stamp_of(path))
 
     @classmethod
     def parse(cls, data: bytes, path: Path) -> "Manifest":
@@ -167,6 +178,18 @@ class Manifest:
             return cls(shards=shards, **fields)
         except (KeyError, TypeError) as error:
             raise UserError(f"{path} is no manifest of format {FORMAT_VERSION}: {error}") from error
+
+
+def stamp_of(path: pathlib.Path) -> tuple[int, int, int]:
+    """Another value whenever a file was replaced: its number, its time in nanoseconds and its size."""
+    about = path.stat()
+    return about.st_ino, about.st_mtime_ns, about.st_size
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(path: str, stamp: tuple[int, int, int]) -> Manifest:
+    """A manifest, parsed once by a process as long as its file stays the same."""
+    return Manifest.parse(pathlib.Path(path).read_bytes(), path)
 
 
 class Stage:

@@ -5,6 +5,8 @@ over the nodes, so that each loads only the models and indexes that its share of
 """
 
 import dataclasses
+import itertools
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -12,6 +14,7 @@ from data_pipelines.artefacts.runner import WANTS_ACCELERATOR
 from retro_jax.config import require
 from retro_jax.errors import UserError
 
+_AHEAD, _LEAST_AHEAD = 4, 16  # tasks in flight for each core, and at least
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -62,13 +65,21 @@ class RayCluster:
         if not ray.is_initialized():
             self._join(ray)
         task = ray.remote(**self._options(work))(_call)
-        shared = ray.put(work)
-        pending = {task.remote(shared, shard): shard for shard in shards}
+        # In a list the reference is passed on as it is: a worker fetches the work once, not for each task.
+        shared, name = [ray.put(work)], uuid.uuid4().hex
+        rest, pending = iter(shards), dict[Any, Item]()
+        most = max(_LEAST_AHEAD, _AHEAD * int(ray.cluster_resources().get("CPU", 1)))
         try:
-            while pending:
-                ready, _ = ray.wait(list(pending), num_returns=1)
-                yield pending[ready[0]], self._result(ray, ready[0])
-                del pending[ready[0]]
+            while True:
+                for shard in itertools.islice(rest, most - len(pending)):
+                    pending[task.remote(name, shared, shard)] = shard
+                if not pending:
+                    return
+                ray.wait(list(pending), num_returns=1)
+                done, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0)
+                for reference in done:
+                    yield pending[reference], self._result(ray, reference)
+                    del pending[reference]
         finally:
             for reference in pending:  # of an error or a driver that stopped reading
                 ray.cancel(reference, force=True)
@@ -112,9 +123,15 @@ class RayCluster:
             ) from error
 
 
-def _call(work: Callable[[Item], Result], shard: Item) -> Result:
-    """The body of every task."""
-    return work(shard)
+_work: dict[str, Any] = {}  # of this worker: what the newest run shares
+
+
+def _call(name: str, shared: list[Any], shard: Item) -> Any:
+    """The body of every task; what the work of a run opens stays open for its next shards."""
+    if name not in _work:
+        _work.clear()
+        _work[name] = _import_ray().get(shared[0])
+    return _work[name](shard)
 
 
 def _import_ray() -> Any:

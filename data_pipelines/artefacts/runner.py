@@ -7,10 +7,13 @@ there is whole, so a worker may be killed at any moment: what it had not finishe
 
 import concurrent.futures
 import dataclasses
+import itertools
 import multiprocessing
 import os
+import pickle
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol, TypeVar
 
@@ -24,6 +27,9 @@ Result = TypeVar("Result")
 
 # Work that runs faster on an accelerator has this attribute, set to True; Ray asks for one then.
 WANTS_ACCELERATOR = "wants_accelerator"
+_AHEAD = (
+    8  # tasks in flight for each process: few, as all of them are looked at whenever one is done
+)
 
 
 class Runner(Protocol):
@@ -47,7 +53,8 @@ class Runner(Protocol):
 
         Args:
           work: called with one shard. It must be picklable, unless it runs in this process: a function
-            of a module, or an instance of a module's class.
+            of a module, or an instance of a module's class. A worker unpickles it once, so what it
+            opens is open for the next shard too.
           shards: what is still missing.
 
         Raises:
@@ -132,12 +139,19 @@ class LocalProcesses:
         pool = concurrent.futures.ProcessPoolExecutor(
             min(self.processes, len(queue)),
             multiprocessing.get_context("spawn"),
-            initializer=_die_with_parent,
+            initializer=_begin_worker,
+            initargs=(pickle.dumps(work),),
         )
+        rest = iter(queue)
+        most = _AHEAD * self.processes
         try:
-            pending = {pool.submit(work, shards[i]): i for i in queue}
-            for future in concurrent.futures.as_completed(pending):
-                yield pending[future], future.result()
+            pending = {pool.submit(_call, shards[i]): i for i in itertools.islice(rest, most)}
+            while pending:
+                done, _ = concurrent.futures.wait(pending, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield pending.pop(future), future.result()
+                for i in itertools.islice(rest, most - len(pending)):
+                    pending[pool.submit(_call, shards[i])] = i
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -176,6 +190,20 @@ def run_counted(
 
 def silent(count: int) -> None:
     """The `report` of work whose progress nobody follows."""
+
+
+_work: list[Callable[[Any], Any]] = []  # of this worker
+
+
+def _begin_worker(work: bytes) -> None:
+    """Unpickles the work of a worker once: what it opens and loads stays for its next shards."""
+    _die_with_parent()
+    _work[:] = [pickle.loads(work)]
+
+
+def _call(shard: Any) -> Any:
+    """The body of every task."""
+    return _work[0](shard)
 
 
 def _die_with_parent() -> None:

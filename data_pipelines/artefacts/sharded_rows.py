@@ -1,39 +1,170 @@
-"""Rows of an array stored in shards, each a memory map."""
+"""Rows of an array stored in the .npy files of several shards.
 
-from collections.abc import Callable, Sequence
+ids --searchsorted--> shard and row --one sum--> where its bytes are --one take--> rows
+"""
+
+import functools
+import io
+import math
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-
-def bounds_of(shards: Sequence[np.ndarray]) -> np.ndarray:
-    """[shards + 1] int64: where each shard begins in the whole, and where the last one ends."""
-    return np.cumsum([0, *(len(shard) for shard in shards)])
+from data_pipelines.artefacts.mapped_files import LOCK, MappedFiles
+from retro_jax.errors import UserError
 
 
-def gather(
-    shards: Sequence[np.ndarray],
-    bounds: np.ndarray,
-    ids: np.ndarray,
-    rows: np.ndarray,
-    *,
-    convert: Callable[[np.ndarray], np.ndarray] = np.asarray,
-) -> None:
-    """Fills rows[i] with row ids[i] of the whole, where ids[i] is not negative.
+class Header(NamedTuple):
+    """What the header of a .npy file says: bytes before the array, its shape and its type."""
 
-    Reads each shard once, in the order of the disk: with ids that touch many shards
-    this takes the time of a sort, not of a pass over the ids for each shard.
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
 
-    Args:
-      shards, bounds: the whole, and `bounds_of` it.
-      ids: [n] int64, less than the last bound.
-      rows: [n, ...] to be filled; the columns that it has are taken.
-      convert: from stored rows to those of the result.
+
+def header_of(path: pathlib.Path) -> Header:
+    """The header of a .npy file of format 1.0 and C order.
+
+    Raises:
+      ValueError: it is none.
     """
-    order = np.argsort(ids, kind="stable")
-    ordered = ids[order]
-    cuts = np.searchsorted(ordered, bounds)
-    columns = (slice(None), slice(rows.shape[1])) if rows.ndim > 1 else (slice(None),)
-    for shard in np.flatnonzero(np.diff(cuts)).tolist():
-        part = slice(cuts[shard], cuts[shard + 1])
-        stored = shards[shard][ordered[part] - bounds[shard]]
-        rows[order[part]] = convert(stored[columns])
+    with open(path, "rb", buffering=0) as file:
+        start = file.read(10)
+        length = int.from_bytes(start[8:10], "little")
+        return _parsed(start + file.read(length))
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _parsed(data: bytes) -> Header:
+    """A header in its bytes: shards of one size have the same."""
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    if version != (1, 0):
+        raise ValueError(f"version {version}")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    if fortran or dtype.hasobject:
+        raise ValueError(f"expected a C-ordered array, found {dtype} of shape {shape}")
+    return Header(file.tell(), shape, dtype)
+
+
+def write_header(file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """Begins a .npy file of format 1.0, in C order, whose rows follow."""
+    descr = np.lib.format.dtype_to_descr(dtype)
+    header = {"descr": descr, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+class ShardedRows:
+    """The rows of several shards as one array, mapped when they are first read.
+
+    Attributes:
+      bounds: [shards + 1] int64, where each shard begins in the whole, and where the last one ends.
+      shapes: of each shard's array.
+      dtype: of the first shard; of shards of several revisions some may be narrower integers.
+    """
+
+    def __init__(self, paths: Sequence[str | os.PathLike[str]]) -> None:
+        """Reads the headers of some .npy files.
+
+        Raises:
+          UserError: one is no such file.
+        """
+        self._paths = [os.fspath(path) for path in paths]
+        headers = []
+        for path in self._paths:
+            try:
+                headers.append(header_of(pathlib.Path(path)))
+            except (OSError, ValueError) as error:
+                raise UserError(f"{path} cannot be read ({error}): expected a shard") from error
+        self._set(headers)
+
+    def _set(self, headers: Sequence[Header]) -> None:
+        """Lays the shards out, those of each type by themselves."""
+        self._headers = list(headers)
+        self.shapes = [header.shape for header in headers]
+        self.bounds = np.cumsum([0, *(shape[0] for shape in self.shapes)], dtype=np.int64)
+        self.dtype = headers[0].dtype if headers else np.dtype(np.int64)
+        kinds = {(header.dtype, header.shape[1:]): None for header in headers if header.shape[0]}
+        self._groups = [_Group(self._paths, headers, *kind) for kind in kinds]
+
+    @classmethod
+    def joined(cls, parts: "Sequence[ShardedRows]") -> "ShardedRows":
+        """The shards of several, one after the other."""
+        whole = cls.__new__(cls)
+        whole._paths = [path for part in parts for path in part._paths]
+        whole._set([header for part in parts for header in part._headers])
+        return whole
+
+    def __len__(self) -> int:
+        """Rows of all shards."""
+        return int(self.bounds[-1])
+
+    def gather(self, ids: np.ndarray, rows: np.ndarray) -> None:
+        """Fills rows[i] with row ids[i] of the whole, where ids[i] is not negative.
+
+        Args:
+          ids: [n] int64, less than the last bound.
+          rows: [n, ...] to be filled; the columns that it has are taken.
+        """
+        there = np.flatnonzero(ids >= 0)
+        if not len(there):
+            return
+        ids = ids if len(there) == len(ids) else ids[there]
+        shards = np.searchsorted(self.bounds, ids, side="right") - 1
+        within = ids - self.bounds[shards]
+        for group in self._groups:
+            mask = None if len(self._groups) == 1 else np.flatnonzero(group.numbers[shards] >= 0)
+            part = slice(None) if mask is None else mask
+            if mask is not None and not len(mask):
+                continue
+            found = group.take(shards[part], within[part], rows.shape[1:])
+            if mask is None and len(there) == len(rows):
+                rows[...] = found
+            else:
+                rows[there if mask is None else there[mask]] = found
+
+
+class _Group:
+    """The shards of one type and one shape of rows.
+
+    Attributes:
+      numbers: [shards] int64, the number of each of all shards in this group; -1 if it is in another.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        headers: Sequence[Header],
+        dtype: np.dtype[Any],
+        inner: tuple[int, ...],
+    ) -> None:
+        self._dtype, self._width = dtype, math.prod(inner) * dtype.itemsize
+        members = [
+            i
+            for i, h in enumerate(headers)
+            if h.shape[0] and (h.dtype, h.shape[1:]) == (dtype, inner)
+        ]
+        self.numbers = np.full(len(paths), -1, np.int64)
+        self.numbers[members] = np.arange(len(members))
+        offsets = np.array([headers[i].offset for i in members], np.int64)
+        sizes = [headers[i].offset + headers[i].shape[0] * self._width for i in members]
+        self._files = MappedFiles([paths[i] for i in members], sizes)
+        self._firsts = self._files.starts + offsets
+
+    def take(self, shards: np.ndarray, within: np.ndarray, inner: tuple[int, ...]) -> np.ndarray:
+        """[n, *inner] rows `within` [n] of shards [n]; the first columns of them."""
+        numbers = self.numbers[shards]
+        step, width = self._dtype.itemsize, math.prod(inner) * self._dtype.itemsize
+        data = self._files.data
+        # Every item of the files as the beginning of a row: overlapping, and read at some places only.
+        rows = np.ndarray(
+            ((len(data) - width) // step + 1,), np.dtype((np.void, width)), data, 0, (step,)
+        )
+        places = (self._firsts[numbers] + within * self._width) // step
+        with LOCK:
+            self._files.load(numbers)
+            found = rows[places]
+        return found.view(self._dtype).reshape(len(found), *inner)

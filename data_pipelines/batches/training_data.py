@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Mapping
 
 from data_pipelines.artefacts import bucket_copy
-from data_pipelines.artefacts.manifest import MANIFEST_FILE, Manifest, Path
+from data_pipelines.artefacts.manifest import MANIFEST_FILE, PURGED_FILE, Manifest, Path
 from data_pipelines.batches.batches import BatchConfig, Batches
 from data_pipelines.batches.materialised import RETRIEVED, MaterialisedBatches
 from data_pipelines.chunk_database.database import CHUNK_LENGTH, ChunkDatabase
@@ -19,6 +19,7 @@ from data_pipelines.retriever import revisions
 from data_pipelines.retriever.neighbours import SCORES, NeighbourTable
 from retro_jax.config import RetroConfig
 from retro_jax.errors import UserError
+from retro_jax.storage import files
 
 HELD_OUT = "validation"
 _DATABASE = "database"  # in the lineage: a revision after the first
@@ -123,12 +124,18 @@ def open_training_data(
 def parents_of(
     directory: pathlib.Path, database: ChunkDatabase, table: NeighbourTable | None = None
 ) -> dict[str, str]:
-    """The hashes that a training run records of the data it reads."""
+    """The hashes that a training run records of the data it reads.
+
+    Of a compaction those of the revision that was compacted, as both give the same batches.
+    """
+    same_as = revisions.compacted(database.manifest)
     parents = {"chunks/train": Manifest.read(directory / "chunks" / "train").hash}
     if database.manifest.revision:
-        parents[_DATABASE] = database.manifest.hash
+        manifest = database.manifest
+        parents[_DATABASE] = manifest.parents["previous"] if same_as else manifest.hash
     if table is not None:
-        parents[RETRIEVED] = table.manifest.hash
+        manifest = table.manifest
+        parents[RETRIEVED] = manifest.parents["base"] if same_as else manifest.hash
     return parents
 
 
@@ -145,7 +152,7 @@ def revision_of(workdir: Path, parents: Mapping[str, str]) -> int | None:
     if (directory / MANIFEST_FILE).is_file():  # written batches belong to one revision
         return None
     digest = parents.get(_DATABASE)
-    return 0 if digest is None else revisions.find(directory, digest)
+    return revisions.readable(directory, 0 if digest is None else revisions.find(directory, digest))
 
 
 def copy_databases(place: str, disk: Path) -> pathlib.Path:
@@ -167,14 +174,22 @@ def copy_databases(place: str, disk: Path) -> pathlib.Path:
         if bucket_copy.exists(bucket, ""):
             bucket_copy.stage(bucket, "", folder, wanted=lambda name: False)
             return folder
-        bucket_copy.stage(bucket, "chunks/train", folder)
+        _copy_chunks(bucket, "chunks/train", folder)
         revision = 1
         while bucket_copy.exists(bucket, database := f"{_inside(revision)}{revisions.KIND}"):
             bucket_copy.stage(bucket, database, folder)
             if bucket_copy.exists(bucket, chunks := f"{_inside(revision)}chunks/train"):
-                bucket_copy.stage(bucket, chunks, folder)
+                _copy_chunks(bucket, chunks, folder)
             revision += 1
     return folder
+
+
+def _copy_chunks(bucket: bucket_copy.Bucket, place: str, folder: pathlib.Path) -> None:
+    """Copies a chunk database; of a purged one the manifest and the mark."""
+    mark = bucket.read(f"{place}/{PURGED_FILE}")
+    bucket_copy.stage(bucket, place, folder, wanted=lambda name: mark is None)
+    if mark is not None:
+        files.write_atomically(folder / place / PURGED_FILE, mark)
 
 
 def copy_tables(

@@ -16,8 +16,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data_pipelines.artefacts.manifest import Manifest, Path, Stage, shard_name
+from data_pipelines.artefacts.opened_once import opened_once
 from data_pipelines.artefacts.runner import InProcess, Runner, run_counted, silent
-from data_pipelines.artefacts.sharded_rows import bounds_of, gather
+from data_pipelines.artefacts.sharded_rows import ShardedRows
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.leakage.near_documents import KIND as LEAKAGE
 from data_pipelines.leakage.near_documents import kept_counts, kept_documents
@@ -29,6 +30,8 @@ CHUNK_LENGTH = 64
 CHUNKS, DOCUMENTS = "chunks", "documents"
 RECORDS_FILE = "documents.jsonl"
 _BATCH_CHARACTERS = 4_000_000  # of text that is tokenised at once
+_STRIDE = 64  # documents between places in documents.jsonl that are remembered
+_RECORDS_BLOCK = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +97,7 @@ def prepare_chunks(
     stage = Stage(directory, KIND, settings, parents)
     if stage.done:
         return stage.manifest()
-    names = [_shard_names(i) for i in range(len(documents.shards))]
+    names = [shard_files(i) for i in range(len(documents.shards))]
     work = ChunkShard(
         files.absolute(directory),
         files.absolute(documents_directory),
@@ -105,7 +108,7 @@ def prepare_chunks(
     missing = [i for i, pair in enumerate(names) if stage.missing(pair)]
     counts = kept_counts(documents, leakage)
     run_counted(runner, work, missing, counts, what="chunks", unit="document")
-    return _finish(stage, names)
+    return finish_chunks(stage, names)
 
 
 def token_dtype(ids: int) -> type[np.unsignedinteger]:
@@ -131,7 +134,7 @@ class ChunkShard:
     def __call__(self, index: int, report: Callable[[int], object] = silent) -> int:
         """Writes shard `index`; returns its number of chunks. `report` receives counts of documents."""
         stage = Stage.attach(self.directory)
-        tokenizer = Tokenizer.open(self.tokenizer_directory, threads=self.threads)
+        tokenizer = opened_once(Tokenizer.open, self.tokenizer_directory, threads=self.threads)
         manifest = Manifest.read(self.documents_directory)
         leakage = self.leakage_directory
         shard_counts = kept_counts(manifest, None if leakage is None else Manifest.read(leakage))
@@ -150,7 +153,7 @@ class ChunkShard:
         if len(records) != shard_counts[index]:
             path = pathlib.Path(self.documents_directory) / manifest.shards[index].name
             raise UserError(f"{path} has {len(records)} documents: expected {shard_counts[index]}")
-        chunks, owners = _shard_names(index)
+        chunks, owners = shard_files(index)
         wide = np.int32 if sum(shard_counts) < 1 << 31 else np.int64
         every = np.arange(first, first + len(counts), dtype=wide)
         numbers = np.repeat(every, np.array(counts, np.int64))
@@ -190,14 +193,16 @@ class ChunkDatabase:
         self.bos_id: int = settings["bos_id"]
         self.eos_id: int = settings["eos_id"]
         self.vocab_size: int = settings["vocab_size"]
-        self._chunks = [self._map(name) for name in manifest.shard_names(f"{CHUNKS}-", ".npy")]
-        self._owners = [self._map(name) for name in manifest.shard_names(f"{DOCUMENTS}-", ".npy")]
-        self._bounds = bounds_of(self._chunks)
-        held = manifest.fact("shards")
-        for rows, owners, expected in zip(self._chunks, self._owners, held, strict=True):
-            if rows.shape != (expected, CHUNK_LENGTH) or owners.shape != (expected,):
+        self._chunks, self._owners = (
+            ShardedRows([self.directory / name for name in manifest.shard_names(prefix, ".npy")])
+            for prefix in (f"{CHUNKS}-", f"{DOCUMENTS}-")
+        )
+        self._bounds = self._chunks.bounds
+        held, shapes = manifest.fact("shards"), (self._chunks.shapes, self._owners.shapes)
+        for rows, owners, expected in zip(*shapes, held, strict=True):
+            if rows != (expected, CHUNK_LENGTH) or owners != (expected,):
                 raise UserError(
-                    f"{self.directory} has a shard of {rows.shape} chunks and {owners.shape} document"
+                    f"{self.directory} has a shard of {rows} chunks and {owners} document"
                     f" numbers: expected {expected} of {CHUNK_LENGTH} tokens"
                 )
         self.removed = np.zeros(0, np.int64)
@@ -302,8 +307,11 @@ class ChunkDatabase:
         """What is known of document number d."""
         if not 0 <= d < self.num_documents:
             raise IndexError(f"document {d} of {self.num_documents}")
-        data, ends = self._records
-        return DocumentRecord(**json.loads(bytes(data[ends[d] : ends[d + 1]])))
+        starts = self._record_starts
+        with open(self.directory / RECORDS_FILE, "rb") as file:
+            file.seek(int(starts[d // _STRIDE]))
+            line = next(itertools.islice(file, d % _STRIDE, None))
+        return DocumentRecord(**json.loads(line))
 
     def records(self) -> Iterator[DocumentRecord]:
         """All documents, in order."""
@@ -312,20 +320,20 @@ class ChunkDatabase:
                 yield DocumentRecord(**json.loads(line))
 
     @functools.cached_property
-    def _records(self) -> tuple[np.ndarray, np.ndarray]:
-        """documents.jsonl as bytes, and where each line begins and the last one ends."""
-        if not self.num_documents:
-            return np.zeros(0, np.uint8), np.zeros(1, np.int64)
-        data = np.memmap(self.directory / RECORDS_FILE, np.uint8, "r")
-        return data, np.concatenate([[0], np.flatnonzero(data == ord("\n")) + 1])
-
-    def _map(self, name: str) -> np.ndarray:
-        """A shard as a read-only memory map."""
-        return np.load(self.directory / name, mmap_mode="r")
+    def _record_starts(self) -> np.ndarray:
+        """[n] int64: where every 64th line of documents.jsonl begins, found in one pass over it."""
+        parts, first, count = [np.zeros(1, np.int64)], 0, 0
+        with open(self.directory / RECORDS_FILE, "rb") as file:
+            while block := file.read(_RECORDS_BLOCK):
+                ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + 1
+                skipped = -(count + 1) % _STRIDE
+                parts.append(ends[skipped::_STRIDE] + first)
+                first, count = first + len(block), count + len(ends)
+        return np.concatenate(parts)
 
     def _gather(
         self,
-        shards: list[np.ndarray],
+        shards: ShardedRows,
         ids: np.ndarray,
         fill: int,
         inner: tuple[int, ...],
@@ -340,11 +348,11 @@ class ChunkDatabase:
                 f"chunk {bad} of {len(self)} in {self.directory}: expected it there, or -1"
             )
         rows = np.full((flat.size, *inner), fill, dtype)
-        gather(shards, self._bounds, flat, rows)
+        shards.gather(flat, rows)
         return rows.reshape(*ids.shape, *inner)
 
 
-def _shard_names(index: int) -> tuple[str, str]:
+def shard_files(index: int) -> tuple[str, str]:
     """The two files of a shard: its chunks, and their document numbers."""
     return shard_name(CHUNKS, index), shard_name(DOCUMENTS, index)
 
@@ -385,8 +393,13 @@ class _Totals:
         self.documents, self.chunks, self.tokens = self.documents + 1, end, self.tokens + tokens
 
 
-def _finish(stage: Stage, names: list[tuple[str, str]]) -> Manifest:
-    """Gathers documents.jsonl and the facts from what the shards recorded."""
+def finish_chunks(stage: Stage, names: list[tuple[str, str]]) -> Manifest:
+    """Gathers documents.jsonl and the facts from what the shards recorded.
+
+    Args:
+      stage: whose shards are all there, each with the list of its documents as facts.
+      names: the two files of each shard.
+    """
     totals = _Totals()
     counts = []
 

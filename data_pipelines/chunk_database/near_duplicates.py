@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.artefacts import mapped_arrays
 from data_pipelines.artefacts.manifest import Manifest, Path, Stage, shard_name
 from data_pipelines.artefacts.runner import InProcess, Runner, run_counted, silent
 from data_pipelines.chunk_database.database import CHUNK_LENGTH, ChunkDatabase
@@ -22,7 +23,7 @@ from retro_jax.storage import files
 
 KIND = "duplicates"
 _FOUND = "found"
-_TABLE = f"{files.TEMPORARY}held-out.npy"
+_TABLE = f"{files.TEMPORARY}held-out"
 _BLOCK = 1024  # chunks sketched at once
 _PAIRS = 1024  # of chunks compared at once
 _NOTHING = np.uint64((1 << 64) - 1)
@@ -61,7 +62,7 @@ def prepare_duplicates(
     if stage.done:
         return stage.manifest()
     names = [shard_name(_FOUND, i) for i in range(len(training.shards))]
-    if not (stage.directory / _TABLE).is_file():
+    if not mapped_arrays.there(stage.directory / _TABLE, 4):
         _write_table(stage.directory / _TABLE, list(others.values()), config.sketch)
     work = DuplicatesShard(files.absolute(directory), training, tuple(others.values()), config)
     missing = [i for i, name in enumerate(names) if stage.missing([name])]
@@ -87,7 +88,7 @@ class DuplicatesShard:
     def __call__(self, index: int, report: Callable[[int], object] = silent) -> int:
         """Writes shard `index`; returns how many of its chunks are near-duplicates."""
         stage = Stage.attach(self.directory)
-        keys, owners, places, groups = files.read_arrays(stage.directory / _TABLE, 4)
+        keys, owners, places, groups = mapped_arrays.mapped(stage.directory / _TABLE, 4)
         table = minhash.BandTable(keys, owners)
         sketch, counts = self.config.sketch, {"chunks": 0, "near": 0, "equal": 0}
         near_groups = [np.zeros(0, np.int64)]
@@ -103,8 +104,12 @@ class DuplicatesShard:
             near_groups.append(pairs[:, 1])
             equal_groups.append(pairs[same, 1])
         near, equal = (np.unique(np.concatenate(parts)) for parts in (near_groups, equal_groups))
-        rows = np.flatnonzero(np.isin(groups[:, 2], near))
+        firsts, lasts = (np.searchsorted(groups[:, 2], near, side) for side in ("left", "right"))
+        rows = np.concatenate(
+            [np.zeros(0, np.int64), *(np.arange(a, b) for a, b in zip(firsts, lasts))]
+        )
         matches = np.concatenate([groups[rows, :2], np.isin(groups[rows, 2:], equal)], axis=1)
+        matches = matches[np.lexsort((matches[:, 1], matches[:, 0]))]
         stage.write_array(shard_name(_FOUND, index), matches, counts)
         return counts["near"]
 
@@ -172,7 +177,8 @@ def _write_table(
 ) -> None:
     """Writes the bands of all distinct held-out chunks, the place of each, and the set of each chunk.
 
-    The last array is [chunks, 3] int64: database, chunk, and the number of its distinct tokens.
+    The last array is [chunks, 3] int64: database, chunk, and the number of its distinct tokens, by
+    which it is sorted.
     """
     bands = [np.zeros((0, sketch.bands), np.uint64)]
     numbers: dict[bytes, int] = {}
@@ -192,7 +198,9 @@ def _write_table(
     table = minhash.BandTable.of(np.concatenate(bands))
     shapes = ((places, 2), (groups, 3))
     rows = (np.array(values, np.int64).reshape(-1, width) for values, width in shapes)
-    files.write_arrays(path, (table.keys, table.owners, *rows))
+    of_places, of_groups = rows
+    of_groups = of_groups[np.argsort(of_groups[:, 2], kind="stable")]
+    mapped_arrays.write(path, (table.keys, table.owners, of_places, of_groups))
 
 
 def _facts(stage: Stage, names: list[str], others: Mapping[str, ChunkDatabase]) -> dict[str, Any]:
@@ -200,7 +208,7 @@ def _facts(stage: Stage, names: list[str], others: Mapping[str, ChunkDatabase]) 
     shards = [stage.shard_facts(name) for name in names]
     empty = np.zeros((0, 3), np.int64)
     matches = np.concatenate([empty, *(np.load(stage.directory / name) for name in names)])
-    groups = files.read_arrays(stage.directory / _TABLE, 4)[3]
+    groups = mapped_arrays.mapped(stage.directory / _TABLE, 4)[3]
     held_out = {}
     for number, name in enumerate(others):
         subset = matches[matches[:, 0] == number]

@@ -25,7 +25,8 @@ import sentencepiece
 
 from data_pipelines.artefacts.manifest import Manifest, Path, Stage
 from data_pipelines.chunk_database.encodings import Encoding, open_encoding, sentencepiece_bytes
-from data_pipelines.documents.documents import read_documents, stable_fraction
+from data_pipelines.corpora import Document
+from data_pipelines.documents.documents import read_documents, read_shard, stable_fraction
 from retro_jax.config import require
 from retro_jax.errors import UserError
 
@@ -42,6 +43,8 @@ _NEEDS_ESCAPE = re.compile("[\u2581\0\U0010fffd]")
 # spaces without changing its tokens. Short segments are faster: BPE is more than linear in them.
 _SEGMENT = 400
 _TRAINING_SEGMENT = 4000
+_SMALL_SHARE = 0.01  # of all text, below which a sample is taken of the beginning of each corpus
+_LOOKED_AT = 10  # times as much text as is wanted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,8 +259,9 @@ def _sample(directory: Path, documents: Manifest, config: TokenizerConfig) -> It
         config.max_training_bytes / total,
         config.max_training_bytes,
     )
-    for document in read_documents(directory, documents):
-        if share < 1 and stable_fraction(f"{config.seed}:{document.id}", "sample") >= share:
+    share_read = share if share >= _SMALL_SHARE else 1 / _LOOKED_AT
+    for document in _candidates(directory, documents, share):
+        if share < 1 and stable_fraction(f"{config.seed}:{document.id}", "sample") >= share_read:
             continue
         size = len(document.text.encode())
         if size <= left:
@@ -266,6 +270,30 @@ def _sample(directory: Path, documents: Manifest, config: TokenizerConfig) -> It
     if left == config.max_training_bytes:
         rule = "enough for one of the documents that the sample takes"
         require(False, config, "max_training_bytes", rule)
+
+
+def _candidates(directory: Path, documents: Manifest, share: float) -> Iterator[Document]:
+    """The documents among which a sample is taken.
+
+    Of a share of less than a hundredth these are the first of each corpus, ten times as much as is
+    wanted: documents are in random order, so no more needs to be read.
+    """
+    if share >= _SMALL_SHARE:
+        yield from read_documents(directory, documents)
+        return
+    sizes: dict[str, int] = {}
+    for facts in documents.fact("shards"):
+        sizes[facts["corpus"]] = sizes.get(facts["corpus"], 0) + facts["bytes"]
+    left = {corpus: _LOOKED_AT * share * size for corpus, size in sizes.items()}
+    for facts, shard in zip(documents.fact("shards"), documents.shards, strict=True):
+        corpus = facts["corpus"]
+        if left[corpus] <= 0:
+            continue
+        for document in read_shard(pathlib.Path(directory) / shard.name):
+            left[corpus] -= len(document.text)
+            yield document
+            if left[corpus] <= 0:
+                break
 
 
 def _checked(text: str) -> str:

@@ -58,7 +58,7 @@ class DocumentsConfig:
         its split when others come or go; a larger share takes documents from train only.
       test: share of documents in the test split, in the same way.
       skip_bad_documents: count documents that cannot be read, and continue.
-      shard_bytes: size at which a shard ends.
+      shard_bytes: size at which a shard ends; more where there would be over 4,096 shards.
       sort_bytes: bytes of documents that a process sorts in memory; the result does not depend on it.
     """
 

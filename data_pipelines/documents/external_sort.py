@@ -160,6 +160,11 @@ class Runs:
         """Their rows."""
         return sum(stop - start for spans in self._spans for start, stop in spans.values())
 
+    @property
+    def bytes(self) -> int:
+        """Their lines."""
+        return sum(pathlib.Path(stem + _LINES).stat().st_size for stem in self.stems)
+
     def sorted(self, corpus: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The rows of a corpus by increasing order, part by part; and which are duplicates."""
         spans = [(i, *blocks[corpus]) for i, blocks in enumerate(self._spans) if corpus in blocks]

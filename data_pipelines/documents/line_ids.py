@@ -20,9 +20,9 @@ _ROW = np.dtype([("corpus", "<u4"), ("c0", "<u8"), ("c1", "<u8")])
 
 
 def corpora_of_line_ids(folder: pathlib.Path) -> set[str]:
-    """The corpora of a finished documents stage whose ids are those of lines."""
-    places = [folder / split for split in SPLITS]
-    if not all((path / MANIFEST_FILE).is_file() for path in places):
+    """The corpora of a documents stage whose ids are those of lines; none before it is finished."""
+    places = [path for split in SPLITS if ((path := folder / split) / MANIFEST_FILE).is_file()]
+    if not places:
         return set()
     corpora = Manifest.read(places[0]).settings.get("corpora", {})
     return {
@@ -77,8 +77,9 @@ def _documents(
 ) -> Iterator[Document]:
     """The documents of one stage, of all splits, that have ids of lines."""
     numbered = corpora_of_line_ids(folder)
-    for split in SPLITS if numbered else ():
-        for document in read(folder / split):
+    places = [path for split in SPLITS if ((path := folder / split) / MANIFEST_FILE).is_file()]
+    for place in places if numbered else ():
+        for document in read(place):
             # A label's corpus is called CORPUS-LABEL.
             if any(f"{document.corpus}-".startswith(f"{name}-") for name in numbered):
                 yield document

@@ -5,6 +5,7 @@ is in memory at a time. The decisions are written to one file per shard, for wor
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
@@ -29,6 +30,7 @@ from retro_jax.storage import files
 
 Counts = dict[str, Any]
 _STEMS = "stems.json"
+MOST_SHARDS = 4096  # of a split, about: its shards are larger where there would be more
 
 
 class KnownDocuments:
@@ -88,15 +90,18 @@ class ShardPlan:
 
     def add(self, corpus: str, rows: np.ndarray) -> None:
         """Takes rows in order; a shard ends before the one that would overfill it."""
-        while len(rows):
-            ends = np.cumsum(rows["length"].astype(np.int64)) + self._size
-            room = int(np.searchsorted(ends, self._limit, side="right"))
-            if room == 0 and not self._size:
-                room = 1  # larger than a shard, so in one of its own
-            self._held.append(rows[:room])
-            self._size = int(ends[room - 1]) if room else self._size
-            rows = rows[room:]
-            if len(rows):
+        ends = np.cumsum(rows["length"].astype(np.int64))
+        first = 0
+        while first < len(rows):
+            before = int(ends[first - 1]) if first else 0
+            last = int(np.searchsorted(ends, self._limit - self._size + before, side="right"))
+            if last <= first and not self._size:
+                last = first + 1  # larger than a shard, so in one of its own
+            last = max(first, last)
+            self._held.append(rows[first:last])
+            self._size += int(ends[last - 1]) - before if last > first else 0
+            first = last
+            if first < len(rows):
                 self.cut(corpus)
 
     def cut(self, corpus: str) -> None:
@@ -135,6 +140,8 @@ def plan_shards(
     Raises:
       UserError: two documents of one id, or two corpora of one name.
     """
+    every = sum(runs.bytes for _, _, runs in read.values())
+    shard_bytes = max(shard_bytes, every // MOST_SHARDS)
     plans = {split: ShardPlan(folder, split, shard_bytes) for split in SPLITS}
     stems = [stem for _, _, runs in read.values() for stem in runs.stems]
     files.write_atomically(folder / _STEMS, files.to_json({"stems": stems}))
@@ -210,6 +217,12 @@ def _kept(
         yield rows
 
 
+@functools.lru_cache(maxsize=1)
+def _stems(path: str) -> list[str]:
+    """The stems of all runs, read once by a process: the file is written before the first shard."""
+    return files.read_json(pathlib.Path(path))["stems"]
+
+
 @dataclasses.dataclass(frozen=True)
 class WriteShard:
     """Writes documents shards by their plans.
@@ -230,7 +243,7 @@ class WriteShard:
         folder = pathlib.Path(self.plans)
         rows = np.load(plan_path(folder, split, number))
         assert rows.dtype == ROW
-        stems = files.read_json(folder / _STEMS)["stems"]
+        stems = _stems(str(folder / _STEMS))
 
         def write(file: BinaryIO) -> None:
             file.writelines(read_lines(stems, rows))

@@ -175,11 +175,15 @@ def slice_table(folder: pathlib.Path, revision: int) -> pathlib.Path:
 
 
 def token_counts(database: ChunkDatabase) -> np.ndarray:
-    """[vocab_size + 1] float64: how often each token is in a database, by a sample of its chunks."""
-    count = min(len(database), _COUNTED_CHUNKS)
-    sample = np.linspace(0, len(database) - 1, count).astype(np.int64)
+    """[vocab_size + 1] float64: how often each token is in a database, by a sample of its chunks.
+
+    Removed documents are not in the sample.
+    """
+    live = database.live_chunks
+    count = min(live, _COUNTED_CHUNKS)
+    sample = database.live_ids(np.linspace(0, max(0, live - 1), count).astype(np.int64))
     times = np.bincount(database.chunks(sample).ravel(), minlength=database.vocab_size + 1)
-    return times * (len(database) / max(1, count))
+    return times * (live / max(1, count))
 
 
 def choose_chunks(database: ChunkDatabase, max_documents: int | None) -> np.ndarray:

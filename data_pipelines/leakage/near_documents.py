@@ -19,8 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.artefacts import mapped_arrays
 from data_pipelines.artefacts.manifest import Manifest, Path, Stage, shard_name
 from data_pipelines.artefacts.runner import InProcess, Runner, run_counted, silent
+from data_pipelines.artefacts.sharded_rows import header_of
 from data_pipelines.corpora import Document
 from data_pipelines.documents.documents import read_shard
 from data_pipelines.leakage import minhash
@@ -29,7 +31,7 @@ from retro_jax.storage import files
 
 KIND = "leakage"
 WITHDRAWN = "withdrawn"
-_TABLE, _TEXTS = f"{files.TEMPORARY}held-out.npy", f"{files.TEMPORARY}texts"
+_TABLE, _TEXTS = f"{files.TEMPORARY}held-out", f"{files.TEMPORARY}texts"
 _BATCH = 256  # documents sketched at once
 _RANGE = 1 << 22  # hashes of texts that are sorted at once
 
@@ -101,7 +103,7 @@ def prepare_leakage(
     names = [shard_name(WITHDRAWN, i, ".jsonl") for i in range(len(training.shards))]
     missing = [i for i, name in enumerate(names) if stage.missing([name])]
     places = tuple((name, files.absolute(path)) for name, path in held_out.items())
-    if not (stage.directory / _TABLE).is_file():
+    if not mapped_arrays.there(stage.directory / _TABLE, 3):
         _write_table(stage.directory / _TABLE, places, config.sketch)
     work = LeakageShard(
         files.absolute(directory), files.absolute(documents_directory), places, config
@@ -186,7 +188,7 @@ class HeldOut:
 
     def __init__(self, path: pathlib.Path, held_out: Sequence[tuple[str, str]]) -> None:
         """Reads what `prepare_leakage` wrote."""
-        keys, owners, self._places = files.read_arrays(path, 3)
+        keys, owners, self._places = mapped_arrays.mapped(path, 3)
         self.table = minhash.BandTable(keys, owners)
         self._splits = [
             (name, pathlib.Path(folder), [shard.name for shard in Manifest.read(folder).shards])
@@ -222,12 +224,22 @@ def kept_documents(
     documents_directory: Path, index: int, leakage_directory: Path | None
 ) -> Iterator[Document]:
     """The documents of a shard, without those that are withdrawn."""
+    for line in kept_lines(documents_directory, index, leakage_directory):
+        yield Document(**json.loads(line))
+
+
+def kept_lines(
+    documents_directory: Path, index: int, leakage_directory: Path | None
+) -> Iterator[bytes]:
+    """The lines of a documents shard, without those that are withdrawn."""
     shard = Manifest.read(documents_directory).shards[index]
     gone: set[int] = set()
     if leakage_directory is not None:
         gone = {line["line"] for line in read_withdrawn(leakage_directory, index)}
-    documents = read_shard(pathlib.Path(documents_directory) / shard.name)
-    return (document for line, document in enumerate(documents) if line not in gone)
+    with open(pathlib.Path(documents_directory) / shard.name, "rb") as file:
+        for number, line in enumerate(file):
+            if number not in gone:
+                yield line
 
 
 def kept_counts(documents: Manifest, leakage: Manifest | None) -> list[int]:
@@ -275,7 +287,8 @@ def _write_table(
                 places += [(split, shard, new[row][0]) for row in rows]
                 bands.append(band_keys)
     table = minhash.BandTable.of(np.concatenate(bands))
-    files.write_arrays(path, (table.keys, table.owners, np.array(places, np.int64).reshape(-1, 3)))
+    places_array = np.array(places, np.int64).reshape(-1, 3)
+    mapped_arrays.write(path, (table.keys, table.owners, places_array))
 
 
 def _is_new(hashes: set[int], text: str) -> bool:
@@ -321,18 +334,25 @@ def _write_texts(folder: pathlib.Path, index: int, texts: Sequence[int]) -> None
 
 def _count_duplicates(folder: pathlib.Path, shards: int) -> int:
     """How many texts are those of another document, in memory that does not grow with them."""
-    texts = [np.load(folder / f"{_TEXTS}-{i:05d}.npy", mmap_mode="r") for i in range(shards)]
-    total = sum(map(len, texts))
+    paths = [folder / f"{_TEXTS}-{i:05d}.npy" for i in range(shards)]
+    total = sum(header_of(path).shape[0] for path in paths)
     ranges = 1 + total // _RANGE
-    edges = [np.uint64((1 << 64) * i // ranges) for i in range(ranges)]
-    cuts = [
-        [*(int(np.searchsorted(values, edge)) for edge in edges), len(values)] for values in texts
-    ]
+    edges = np.array([(1 << 64) * i // ranges for i in range(1, ranges)], np.uint64)
+    # One file is open at a time: there may be more of them than a process may open.
+    cuts = []
+    for path in paths:
+        values = np.load(path)
+        cuts.append([0, *np.searchsorted(values, edges).tolist(), len(values)])
     distinct = 0
     for i in range(ranges):
-        part = [values[cut[i] : cut[i + 1]] for values, cut in zip(texts, cuts)]
+        part = [_between(path, *cut[i : i + 2]) for path, cut in zip(paths, cuts)]
         distinct += len(np.unique(np.concatenate(part)))
     return total - distinct
+
+
+def _between(path: pathlib.Path, first: int, last: int) -> np.ndarray:
+    """Some values of a file."""
+    return np.array(np.load(path, mmap_mode="r")[first:last])
 
 
 def _facts(
@@ -345,7 +365,7 @@ def _facts(
         for corpus, split, other, count in shard["pairs"]:
             pairs[corpus, split, other] += count
     keys = ("corpus", "split", "held_out_corpus")
-    _, owners = files.read_arrays(stage.directory / _TABLE, 2)
+    _, owners, _ = mapped_arrays.mapped(stage.directory / _TABLE, 3)
     sketch, threshold = config.sketch, config.threshold
     assert threshold is not None
     return {

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.artefacts.manifest import Manifest, Path, Stage, shard_name
-from data_pipelines.artefacts.sharded_rows import bounds_of, gather
+from data_pipelines.artefacts.sharded_rows import ShardedRows
 from data_pipelines.chunk_database.database import CHUNK_LENGTH, ChunkDatabase
 from data_pipelines.retriever.candidates import Found, repeated
 from data_pipelines.retriever.queries import QueryChunks
@@ -111,8 +111,7 @@ class Bm25:
         self.directory, self.manifest = pathlib.Path(directory), manifest
         self.database = database
         names = manifest.shard_names(f"{WEIGHTS}-", ".npy")
-        self._weights = [np.load(self.directory / name, mmap_mode="r") for name in names]
-        self._bounds = bounds_of(self._weights)
+        self._weights = ShardedRows([self.directory / name for name in names])
 
     @classmethod
     def open(cls, directory: Path, database: ChunkDatabase, *, verify: bool = False) -> "Bm25":
@@ -155,6 +154,17 @@ class Bm25:
         """As `ChunkSearch`."""
         return self.search(chunks.tokens, k, exclude)
 
+    @property
+    def truth_ranges(self) -> Sequence[range]:
+        """As `ChunkSearch`: `truth` finds all."""
+        return []
+
+    def truth_within(
+        self, ids: range, chunks: QueryChunks, k: int, exclude: np.ndarray | None = None
+    ) -> Found:
+        """As `ChunkSearch`; there is no such range."""
+        raise NotImplementedError
+
     def truth(self, chunks: QueryChunks, k: int, exclude: np.ndarray | None = None) -> Found:
         """As `ChunkSearch`: every chunk is scored."""
         return self.find(chunks, k, exclude)
@@ -194,7 +204,7 @@ class Bm25:
         counts[:, -1] = 0
         flat = np.maximum(ids.ravel(), 0)
         weights = np.empty((flat.size, CHUNK_LENGTH), np.float32)
-        gather(self._weights, self._bounds, flat, weights)
+        self._weights.gather(flat, weights)
         found = np.minimum(self.database.chunks(flat), self.database.vocab_size)
         rows = np.repeat(np.arange(len(tokens)), ids.shape[1])
         sums = np.einsum("nm,nm->n", weights.astype(np.float64), counts[rows[:, None], found])

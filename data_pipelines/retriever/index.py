@@ -336,6 +336,11 @@ class Index:
         """Keys."""
         return sum(map(len, self.shards))
 
+    @property
+    def complete(self) -> bool:
+        """Whether every true neighbour is found."""
+        return all(KINDS[shard.plan.kind].complete(shard.plan) for shard in self.shards)
+
     def search(self, queries: np.ndarray, k: int, exclude: np.ndarray | None = None) -> Found:
         """Finds the nearest chunks that are not removed.
 

@@ -11,15 +11,16 @@ import dataclasses
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, SupportsIndex
+from typing import Any, BinaryIO, ClassVar, SupportsIndex
 
 import grain
 import ml_dtypes
 import numpy as np
 
 from data_pipelines.artefacts.manifest import Manifest, Path, Stage, shard_name
+from data_pipelines.artefacts.opened_once import opened_once
 from data_pipelines.artefacts.runner import InProcess, Runner, run_counted, silent
-from data_pipelines.artefacts.sharded_rows import bounds_of, gather
+from data_pipelines.artefacts.sharded_rows import ShardedRows, write_header
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.retriever.bert import load_bert
@@ -176,19 +177,18 @@ class Keys:
         self.database = database
         self.dimension: int = manifest.fact("dimension")
         names = manifest.shard_names(f"{KIND}-", ".npy")
-        self._shards = [np.load(self.directory / name, mmap_mode="r") for name in names]
-        self._bounds = bounds_of(self._shards)
+        self._shards = ShardedRows([self.directory / name for name in names])
         dtype = _STORED[manifest.settings["dtype"]]
-        lengths = [len(ids) for ids in database.shards]
-        for name, shard in zip(names, self._shards, strict=True):
-            if shard.dtype != dtype or shard.shape[1:] != (self.dimension,):
+        shapes = self._shards.shapes
+        for name, shape in zip(names, shapes, strict=True):
+            if self._shards.dtype != dtype or shape[1:] != (self.dimension,):
                 raise UserError(
-                    f"{self.directory / name} holds {shard.dtype} of shape {shard.shape}: expected "
+                    f"{self.directory / name} holds {self._shards.dtype} of shape {shape}: expected "
                     f"{dtype} of [n, {self.dimension}]"
                 )
-        if [len(shard) for shard in self._shards] != lengths:
+        if [shape[0] for shape in shapes] != [len(ids) for ids in database.shards]:
             raise UserError(
-                f"{self.directory} holds keys of {self._bounds[-1]} chunks: expected one "
+                f"{self.directory} holds keys of {len(self)} chunks: expected one "
                 f"for each of the {len(database)} of {database.directory}"
             )
 
@@ -208,15 +208,19 @@ class Keys:
 
     def __len__(self) -> int:
         """Chunks, with text or without."""
-        return int(self._bounds[-1])
+        return len(self._shards)
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """[n, d] float32 keys of chunks `ids` [n]; NaN for a chunk without text."""
+        return as_float32(self.stored(ids))
+
+    def stored(self, ids: np.ndarray) -> np.ndarray:
+        """[n, d] keys of chunks `ids` [n] as they are on the disk: bfloat16 as the integers of its bits."""
         ids = np.asarray(ids, np.int64)
         if len(ids) and not (ids.min() >= 0 and ids.max() < len(self)):
             raise IndexError(f"chunk {ids.min()} or {ids.max()} of {len(self)} in {self.directory}")
-        rows = np.empty((len(ids), self.dimension), np.float32)
-        gather(self._shards, self._bounds, ids, rows, convert=as_float32)
+        rows = np.empty((len(ids), self.dimension), _STORED[self.manifest.settings["dtype"]])
+        self._shards.gather(ids, rows)
         return rows
 
     def blocks(
@@ -317,11 +321,12 @@ class KeyShard:
 
     def _make(self, stage: Stage, index: int, report: Callable[[int], object]) -> int:
         """Makes what is missing of a shard."""
-        database = ChunkDatabase.open(self.chunks_directory)
+        database = opened_once(ChunkDatabase.open, self.chunks_directory)
         name = shard_name(KIND, index)
         parts = _Parts(stage.directory / f"{files.TEMPORARY}{name}")
-        report(sum(len(stored) for stored, _ in parts.all()))
-        tokenizer, dtype = Tokenizer.open(self.tokenizer_directory), stage.settings["dtype"]
+        report(min(parts.count() * BLOCK, len(database.shards[index])))
+        tokenizer = opened_once(Tokenizer.open, self.tokenizer_directory)
+        dtype = stage.settings["dtype"]
         encoder = ChunkEncoder(tokenizer, Embedder.shared(self._model()), dtype)
         first = parts.count()
         blocks = grain.MapDataset.source(BlockSource(database.shards[index]))
@@ -330,12 +335,17 @@ class KeyShard:
             stored, computed = encoder.stored(pieces)
             parts.add(number, stored, encoder.counts(pieces) | {"computed": computed})
             report(len(stored))
-        every = parts.all()
-        empty = np.empty((0, encoder.dimension), _STORED[dtype])
-        keys = np.concatenate([empty, *(stored for stored, _ in every)])
-        stage.write_array(name, keys, facts=_sums([counts for _, counts in every]))
+        shape = (len(database.shards[index]), encoder.dimension)
+        facts = _sums([counts for _, counts in parts.all()])
+
+        def write(file: BinaryIO) -> None:
+            write_header(file, shape, _STORED[dtype])
+            for stored, _ in parts.all():
+                file.write(np.ascontiguousarray(stored).data)
+
+        stage.write_file(name, write, facts=facts)
         parts.remove()
-        return len(keys)
+        return shape[0]
 
     def _model(self) -> BertFolder:
         """The BERT, under the name that its identity has."""
@@ -354,13 +364,11 @@ class _Parts:
         """How many blocks are there; they are made in order."""
         return len(list(self._folder.glob("[0-9]*.npy")))
 
-    def all(self) -> list[tuple[np.ndarray, dict[str, int]]]:
-        """Stored keys and counts of every block, in order."""
-        parts = []
+    def all(self) -> Iterator[tuple[np.ndarray, dict[str, int]]]:
+        """Stored keys and counts of every block, in order, one at a time."""
         for i in range(self.count()):
             counts, stored = files.read_arrays(self._path(i), 2)
-            parts.append((stored, dict(zip(_COUNTS, counts.tolist(), strict=True))))
-        return parts
+            yield stored, dict(zip(_COUNTS, counts.tolist(), strict=True))
 
     def add(self, index: int, stored: np.ndarray, counts: dict[str, int]) -> None:
         """Writes a block: its counts, then its keys. Two workers may write the same one."""

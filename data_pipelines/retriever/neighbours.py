@@ -24,7 +24,7 @@ import numpy as np
 from data_pipelines.artefacts import bucket_copy
 from data_pipelines.artefacts.manifest import Manifest, Parents, Path, Stage, shard_name
 from data_pipelines.artefacts.runner import InProcess, Runner, run_counted, silent
-from data_pipelines.artefacts.sharded_rows import bounds_of, gather
+from data_pipelines.artefacts.sharded_rows import ShardedRows
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.retriever.candidates import Found, merge, nothing
 from data_pipelines.retriever.keys import BlockSource, Keys
@@ -106,7 +106,7 @@ def prepare_neighbours(
     """
     chunks = chunks_of(queries)
     settings = {"k": k, "recall_queries": recall_queries} | retriever.ranking.settings
-    stage = Stage(directory, KIND, settings, _parents(queries, retriever, base))
+    stage = Stage(directory, KIND, settings, table_parents(queries, retriever, base))
     if stage.done:
         return stage.manifest()
     if isinstance(queries, Keys):
@@ -125,11 +125,11 @@ def prepare_neighbours(
         run_counted(runner, search, searches, of_pairs, what="candidates", unit="chunk")
     run_counted(runner, work, missing, sizes, what="neighbours", unit="chunk")
     ordered = [ids for ids, _ in names] + [scores for _, scores in names]
-    facts = _facts(stage, names, work, recall_queries)
+    facts = _facts(stage, names, work, recall_queries, runner)
     return stage.finish(facts, ordered, revision=retriever.database.manifest.revision)
 
 
-def _parents(queries: Queries, retriever: Retriever, base: "NeighbourTable | None") -> Parents:
+def table_parents(queries: Queries, retriever: Retriever, base: "NeighbourTable | None") -> Parents:
     """What a table is made from."""
     chunks = chunks_of(queries)
     parents = {
@@ -161,8 +161,7 @@ class NeighbourTable:
         self.database: int = manifest.facts.get("database", 0)
         self.score: str = manifest.settings["score"]
         self.retriever: str = manifest.settings.get("retriever", "dense")
-        self._ids = [self._map(name) for name in manifest.shard_names(f"{IDS}-")]
-        self._bounds = bounds_of(self._ids)
+        self._ids = self._opened(manifest.shard_names(f"{IDS}-"))
 
     @classmethod
     def open(
@@ -206,7 +205,7 @@ class NeighbourTable:
 
     def __len__(self) -> int:
         """Chunks."""
-        return int(self._bounds[-1])
+        return len(self._ids)
 
     def ids(self, chunk_ids: np.ndarray, k: int | None = None) -> np.ndarray:
         """[..., k] int64 neighbours of chunks [...], nearest first; -1 for none.
@@ -224,21 +223,22 @@ class NeighbourTable:
         return self._gather(self._scores, chunk_ids, k)
 
     @functools.cached_property
-    def _scores(self) -> list[np.ndarray]:
+    def _scores(self) -> ShardedRows:
         """Training does without them, and so does its copy of a table."""
         names = self.manifest.shard_names(f"{SCORES}-")
-        return [self._map(bucket_copy.fetch(self.directory, name).name) for name in names]
+        return self._opened([bucket_copy.fetch(self.directory, name).name for name in names])
 
-    def _map(self, name: str) -> np.ndarray:
-        """A shard as a read-only memory map."""
-        shard = np.load(self.directory / name, mmap_mode="r")
-        if shard.ndim != 2 or shard.shape[1] != self.k:
-            raise UserError(
-                f"{self.directory / name} has shape {shard.shape}: expected [n, {self.k}]"
-            )
-        return shard
+    def _opened(self, names: Sequence[str]) -> ShardedRows:
+        """Shards of k columns."""
+        shards = ShardedRows([self.directory / name for name in names])
+        for name, shape in zip(names, shards.shapes, strict=True):
+            if shape[1:] != (self.k,):
+                raise UserError(
+                    f"{self.directory / name} has shape {shape}: expected [n, {self.k}]"
+                )
+        return shards
 
-    def _gather(self, shards: list[np.ndarray], chunk_ids: np.ndarray, k: int | None) -> np.ndarray:
+    def _gather(self, shards: ShardedRows, chunk_ids: np.ndarray, k: int | None) -> np.ndarray:
         """The first k columns of some rows."""
         k = self.k if k is None else k
         if not 0 < k <= self.k:
@@ -249,8 +249,8 @@ class NeighbourTable:
             raise IndexError(
                 f"chunk {flat.min()} or {flat.max()} of {len(self)} in {self.directory}"
             )
-        rows = np.empty((flat.size, k), shards[0].dtype if shards else np.int64)
-        gather(shards, self._bounds, flat, rows)
+        rows = np.empty((flat.size, k), shards.dtype)
+        shards.gather(flat, rows)
         return rows.reshape(*chunk_ids.shape, k)
 
 
@@ -288,11 +288,14 @@ class NeighbourShard:
         if self._is_old(index):
             results.append(self._kept(index))
         ids, scores = self._ranked(index, results)
-        rows, count = len(ids), 0
+        rows, count, filled = len(ids), 0, np.zeros(self.k, np.int64)
         for block in self._blocks(index):
-            count += int(self.retriever.search.has_text(StoredChunks(self.queries, block)).sum())
+            live = _is_live(self.database, block)
+            has_text = self.retriever.search.has_text(StoredChunks(self.queries, block))
+            count += int((has_text & live).sum())
+            filled += (ids[block - self.database.shards[index].start][live] >= 0).sum(0)
         names = _shard_names(index)
-        facts = {"queries": count, "filled": (ids >= 0).sum(0).tolist()}
+        facts = {"queries": count, "filled": filled.tolist()}
         stage.write_array(names[1], scores)
         stage.write_array(names[0], ids, facts)
         if len(parts) > 1 or not numbers:
@@ -368,23 +371,51 @@ class NeighbourShard:
         for i in range(len(blocks)):
             yield blocks[i]
 
-    def recall(self, table: list[np.ndarray], sample: int) -> dict[str, Any]:
+    def recall(self, table: ShardedRows, sample: int, runner: Runner) -> dict[str, Any]:
         """How many of the true neighbours of some queries the table's scores contain."""
-        ids = sample_ids(len(self.queries), sample)
+        ids = sample_live(self.database, sample)
         if not len(ids):
             return {"k": self.k, "queries": 0, "recall": 1.0}
         search = self.retriever.search
         ids = ids[search.has_text(StoredChunks(self.queries, ids))]
-        _, truth = search.truth(StoredChunks(self.queries, ids), self.k, self.own.of(ids))
-        bounds = np.cumsum([0] + [len(shard) for shard in table])
-        shards = np.searchsorted(bounds, ids, side="right") - 1
-        table_scores = [
-            table[shard][i - bounds[shard]] for shard, i in zip(shards, ids, strict=True)
-        ]
-        share = recall(
-            np.reshape(table_scores, truth.shape), truth, self.retriever.ranking.by_terms
-        )
+        _, truth = self._truth(ids, runner)
+        table_scores = np.empty(truth.shape, np.float32)
+        table.gather(ids, table_scores)
+        share = recall(table_scores, truth, self.retriever.ranking.by_terms)
         return {"k": self.k, "queries": len(ids), "recall": share}
+
+    def _truth(self, ids: np.ndarray, runner: Runner) -> Found:
+        """The true neighbours of some queries: every key is compared, a range of them by each worker."""
+        search, chunks = self.retriever.search, StoredChunks(self.queries, ids)
+        ranges = search.truth_ranges
+        if runner.in_process or len(ranges) < 2:
+            return search.truth(chunks, self.k, self.own.of(ids))
+        work = TruthOfRange(self.queries, self.retriever, self.k, ids, self.own.of(ids))
+        parts = [found for _, found in runner.run(work, ranges)]
+        return search.ranked(search.merged(parts, self.k), chunks, self.k)
+
+
+@dataclasses.dataclass(frozen=True)
+class TruthOfRange:
+    """Compares some queries with every key of a range of the database's chunks.
+
+    Attributes:
+      queries, retriever, k: as for `prepare_neighbours`.
+      ids: [n] of the queries. own: [n] their documents in the database.
+    """
+
+    queries: Queries
+    retriever: Retriever
+    k: int
+    ids: np.ndarray
+    own: np.ndarray
+
+    wants_accelerator: ClassVar[bool] = True
+
+    def __call__(self, chunks: range) -> Found:
+        """The nearest chunks of the range."""
+        queries = StoredChunks(self.queries, self.ids)
+        return self.retriever.search.truth_within(chunks, queries, self.k, self.own)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -400,7 +431,7 @@ class FindShard:
         """Searches pair `index`; pairs of one index shard follow each other, so one is in memory."""
         s, q = self.pairs[index]
         shards = self.work.retriever.search.parts
-        for other in shards[:s]:
+        for other in (*shards[:s], *shards[s + 1 :]):  # a worker keeps what an earlier task loaded
             other.release()
         results = self.work.find(shards[s], q, report)
         files.write_arrays(self.work.found_path(s, q), results)
@@ -417,6 +448,20 @@ def sample_ids(total: int, sample: int, seed: int = 0) -> np.ndarray:
     """Some of range(total), in order; the same ones each time."""
     random = np.random.Generator(np.random.Philox(seed))
     return np.sort(random.choice(total, min(sample, total), replace=False))
+
+
+def sample_live(database: ChunkDatabase, sample: int, seed: int = 0) -> np.ndarray:
+    """Some chunks of documents that were not removed, in order; the same ones each time."""
+    if not len(database.removed):
+        return sample_ids(len(database), sample, seed)
+    return database.live_ids(sample_ids(database.live_chunks, sample, seed))
+
+
+def _is_live(database: ChunkDatabase, ids: np.ndarray) -> np.ndarray:
+    """[n] bool: which chunks belong to documents that were not removed."""
+    if not len(database.removed):
+        return np.ones(len(ids), bool)
+    return database.live_documents(ids) >= 0
 
 
 def recall(found: np.ndarray, truth: np.ndarray, descending: bool = False) -> float:
@@ -447,18 +492,28 @@ def _check_alike(queries: Keys, keys: Keys) -> None:
 
 
 def _facts(
-    stage: Stage, names: list[tuple[str, str]], work: NeighbourShard, recall_queries: int
+    stage: Stage,
+    names: list[tuple[str, str]],
+    work: NeighbourShard,
+    recall_queries: int,
+    runner: Runner,
 ) -> dict[str, Any]:
     """What the manifest states, from the shards' facts and the table itself."""
     shards = [stage.shard_facts(ids) for ids, _ in names]
     count = sum(shard["queries"] for shard in shards)
     filled = [sum(slot) for slot in zip(*(shard["filled"] for shard in shards))]
-    scores = [np.load(stage.directory / name, mmap_mode="r") for _, name in names]
+    scores = ShardedRows([stage.directory / name for _, name in names])
     stride = 1 + count // _QUANTILE_ROWS
-    nearest = np.concatenate([np.empty(0), *(shard[::stride, 0] for shard in scores)])
+    parts = [np.empty(0, np.float32)]
+    for ids in work.database.shards:
+        every = np.array(ids[::stride])
+        rows = np.empty((len(every), 1), np.float32)
+        scores.gather(every, rows)
+        parts.append(rows[_is_live(work.database, every), 0])
+    nearest = np.concatenate(parts)
     nearest = nearest[np.isfinite(nearest)]
     steps = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-    quantiles = np.quantile(nearest, steps) if len(nearest) else []
+    quantiles: Any = np.quantile(nearest, steps) if len(nearest) else []
     return {
         "chunks": len(work.queries),
         "retriever": work.retriever.ranking.retriever,
@@ -467,17 +522,17 @@ def _facts(
         "filled": [slot / count if count else 0.0 for slot in filled],
         "nearest": {f"{step:g}": float(value) for step, value in zip(steps, quantiles)},
         "same_corpus": _same_corpus(stage, [ids for ids, _ in names], work),
-        "recall": work.recall(scores, recall_queries),
+        "recall": work.recall(scores, recall_queries, runner),
     }
 
 
 def _same_corpus(stage: Stage, names: list[str], work: NeighbourShard) -> float:
     """The share of neighbours, of all slots of some rows, that belong to their query's corpus."""
     queries, database = work.database, work.retriever.database
-    tables = [np.load(stage.directory / name, mmap_mode="r") for name in names]
-    rows = sample_ids(len(queries), _SOURCE_ROWS)
+    table = ShardedRows([stage.directory / name for name in names])
+    rows = sample_live(queries, _SOURCE_ROWS)
     neighbours = np.empty((len(rows), work.k), np.int64)
-    gather(tables, bounds_of(tables), rows, neighbours)
+    table.gather(rows, neighbours)
     same = database.corpus_of(neighbours) == queries.corpus_of(rows)[:, None]
     there = neighbours >= 0
     return float(same[there].mean()) if there.any() else 0.0

@@ -8,6 +8,9 @@
 Files of earlier revisions are never written to, so a run continues with the revision it began with,
 and removing the newest folder goes back. Chunks of revision 0 keep their ids, and the chunks of later
 revisions follow; documents are numbered in the same way. Removed documents keep their numbers.
+
+A compaction is a revision too: it has every chunk of the revision before that was not removed, in one
+database, and is read without those before. Later revisions add to it.
 """
 
 import copy
@@ -21,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.artefacts.manifest import MANIFEST_FILE, Manifest, Path, Stage
-from data_pipelines.artefacts.sharded_rows import bounds_of
+from data_pipelines.artefacts.manifest import MANIFEST_FILE, Manifest, Path, Stage, is_purged
+from data_pipelines.artefacts.sharded_rows import ShardedRows
 from data_pipelines.chunk_database.database import KIND as CHUNKS_KIND
 from data_pipelines.chunk_database.database import ChunkDatabase, DocumentRecord
 from data_pipelines.retriever.index import Index
@@ -34,6 +37,8 @@ from retro_jax.storage import files
 KIND = "database"
 FOLDER = "revisions"
 REMOVED_FILE = "removed.npy"
+COMPACTION_FILE = "compaction.npy"  # in a revision's folder, until that compaction is published
+_REMOVED_AT_ONCE = 1000  # documents whose chunks are read together
 _SUMS = ("documents", "chunks", "tokens", "bytes", "words", "lines")
 
 
@@ -51,13 +56,51 @@ def latest(workdir: Path) -> int:
     return revision
 
 
+def base_of(workdir: Path, revision: int) -> int:
+    """The revision with which reading one begins: the newest compaction up to it, or 0."""
+    for r in range(revision, 0, -1):
+        if compacted(Manifest.read(folder_of(workdir, r) / KIND)):
+            return r
+    return 0
+
+
+def compacted(database: Manifest) -> bool:
+    """Whether a database is a compaction of the revision before."""
+    return bool(database.facts.get("compacted", False))
+
+
+def purged(workdir: Path, revision: int) -> bool:
+    """Whether what a revision is read from was deleted."""
+    base = folder_of(workdir, base_of(workdir, revision))
+    return is_purged(base / CHUNKS_KIND / "train")
+
+
+def readable(workdir: Path, revision: int) -> int:
+    """A revision, or its compaction if it was purged: batches are the same.
+
+    Raises:
+      UserError: it was purged, and was compacted together with later ones.
+    """
+    if not purged(workdir, revision):
+        return revision
+    following = revision + 1
+    is_next = following <= latest(workdir) and base_of(workdir, following) == following
+    if not is_next or purged(workdir, following):
+        raise UserError(
+            f"revision {revision} of {workdir} was purged: expected a run of revision"
+            f" {base_of(workdir, latest(workdir)) - 1} or later"
+        )
+    return following
+
+
 def clear_unfinished(workdir: Path) -> None:
     """Removes what a killed removal left of the next revision, which was never published.
 
-    What --append began stays: documents are its first stage, and the next run resumes there.
+    What --append or --compact began stays: documents are their first stage, and the next run resumes.
     """
     folder = folder_of(workdir, latest(workdir) + 1)
-    if folder.is_dir() and not (folder / "documents").exists():
+    began = [folder / "documents", folder / COMPACTION_FILE]
+    if folder.is_dir() and not any(path.exists() for path in began):
         shutil.rmtree(folder)
 
 
@@ -87,11 +130,16 @@ def open_database(
     """
     folder = pathlib.Path(workdir)
     revision = latest(folder) if revision is None else revision
-    base = ChunkDatabase.open(folder / "chunks" / "train", verify=verify)
+    first = base_of(folder, revision)
+    base = ChunkDatabase.open(folder_of(folder, first) / "chunks" / "train", verify=verify)
     if not revision:
         return base
     parts, previous = [base], base.manifest
-    for r in range(1, revision + 1):
+    if first:
+        path = folder_of(folder, first) / KIND
+        previous = Manifest.open(path, KIND, verify=verify)
+        _check_parent(previous, "chunks", path, base.manifest, base.directory)
+    for r in range(first + 1, revision + 1):
         path = folder_of(folder, r)
         manifest = Manifest.open(path / KIND, KIND, verify=verify)
         if manifest.parents["previous"] != previous.hash:
@@ -120,9 +168,9 @@ class JoinedDatabase(ChunkDatabase):
         first = parts[0]
         self.pad_id, self.bos_id, self.eos_id = first.pad_id, first.bos_id, first.eos_id
         self.vocab_size = first.vocab_size
-        self._chunks = list(itertools.chain.from_iterable(part._chunks for part in parts))
-        self._owners = list(itertools.chain.from_iterable(part._owners for part in parts))
-        self._bounds = bounds_of(self._chunks)
+        self._chunks = ShardedRows.joined([part._chunks for part in parts])
+        self._owners = ShardedRows.joined([part._owners for part in parts])
+        self._bounds = self._chunks.bounds
         self._part_chunks = np.cumsum([0, *map(len, parts)])
         self._part_documents = np.cumsum([0, *(part.num_documents for part in parts)])
         bounds = self._bounds.tolist()
@@ -163,7 +211,7 @@ def open_keys(database: ChunkDatabase, workdir: Path, *, verify: bool = False) -
     """
     if not isinstance(database, JoinedDatabase):
         return Keys.open(pathlib.Path(workdir) / "keys" / "train", database, verify=verify)
-    parts = [Keys.open(_beside(part, "keys/train"), part, verify=verify) for part in database.parts]
+    parts = [Keys.open(beside(part, "keys/train"), part, verify=verify) for part in database.parts]
     return JoinedKeys(database, parts)
 
 
@@ -186,8 +234,7 @@ class JoinedKeys(Keys):
         }
         facts = sums | {"dimension": self.dimension}
         self.manifest = _joined(KEYS_KIND, database, [part.manifest for part in parts], facts)
-        self._shards = list(itertools.chain.from_iterable(part._shards for part in parts))
-        self._bounds = bounds_of(self._shards)
+        self._shards = ShardedRows.joined([part._shards for part in parts])
 
     def __reduce__(self) -> tuple[Callable[..., Keys], tuple[Any, ...]]:
         """Pickles by its places."""
@@ -204,7 +251,7 @@ def open_index(keys: Keys, workdir: Path, *, verify: bool = False) -> Index:
         return Index.open(pathlib.Path(workdir) / "index", keys, verify=verify)
     shards, manifests, first = [], [], 0
     for part in keys.parts:
-        index = Index.open(_beside(part.database, "index"), part, verify=verify)
+        index = Index.open(beside(part.database, "index"), part, verify=verify)
         chunks = range(first, first + len(part))
         shards += [shard.moved(keys, chunks) for shard in index.shards]
         manifests.append(index.manifest)
@@ -251,7 +298,7 @@ def publish(
         return stage.manifest()
     if stage.missing([REMOVED_FILE]):
         stage.write_array(REMOVED_FILE, every)
-    facts = {
+    facts: dict[str, Any] = {
         "documents": sum(part.num_documents for part in parts),
         "chunks": sum(map(len, parts)),
         "shards": [len(ids) for part in parts for ids in part.shards],
@@ -259,7 +306,59 @@ def publish(
         "added": chunks.num_documents if chunks is not None else 0,
         "removed": len(every),
     }
+    if isinstance(added, Keys) or (pathlib.Path(workdir) / "keys" / "train").is_dir():
+        new = added.manifest.fact("keys") if isinstance(added, Keys) else 0
+        facts["keys"] = _live_keys(previous, workdir, removed) + new
     return stage.finish(facts, revision=revision)
+
+
+def publish_compacted(workdir: Path, revision: int, added: Keys | ChunkDatabase) -> Manifest:
+    """Publishes a compaction of the newest revision.
+
+    Args:
+      workdir: W.
+      revision: its number, one more than the newest.
+      added: all chunks that are left, and their keys where the database has any.
+
+    Returns:
+      The manifest of W/revisions/REVISION/database, as `publish` makes it.
+    """
+    before = folder_of(workdir, revision - 1) / KIND
+    chunks = added.database if isinstance(added, Keys) else added
+    parents = {
+        "previous": (Manifest.open(before, KIND), before),
+        "chunks": (chunks.manifest, chunks.directory),
+    }
+    if isinstance(added, Keys):
+        parents["keys"] = (added.manifest, added.directory)
+    stage = Stage(folder_of(workdir, revision) / KIND, KIND, chunks.manifest.settings, parents)
+    if stage.missing([REMOVED_FILE]):
+        stage.write_array(REMOVED_FILE, np.zeros(0, np.int64))
+    facts = {name: chunks.manifest.fact(name) for name in ("documents", "chunks", "shards")}
+    facts |= {"corpora": chunks.manifest.fact("corpora"), "compacted": True}
+    facts |= {"added": 0, "removed": 0}
+    if isinstance(added, Keys):
+        facts["keys"] = added.manifest.fact("keys")
+    return stage.finish(facts, revision=revision)
+
+
+def _live_keys(previous: ChunkDatabase, workdir: Path, removed: Sequence[int]) -> int:
+    """Keys of a database without some documents that it had."""
+    keys = open_keys(previous, workdir)
+    count = previous.manifest.facts.get("keys")
+    if count is None:  # of revision 0, or of one before this was counted
+        count = keys.manifest.fact("keys") - _keys_of(keys, previous.removed)
+    return count - _keys_of(keys, np.asarray(removed, np.int64))
+
+
+def _keys_of(keys: Keys, documents: np.ndarray) -> int:
+    """How many chunks of some documents have keys."""
+    count = 0
+    for numbers in np.array_split(documents, max(1, -(-len(documents) // _REMOVED_AT_ONCE))):
+        records = [keys.database.record(number) for number in numbers.tolist()]
+        ids = [np.arange(r.first_chunk, r.first_chunk + r.chunks) for r in records]
+        count += int((~np.isnan(keys.rows(_concatenated(ids))[:, 0])).sum())
+    return count
 
 
 def numbers_of(database: ChunkDatabase, names: Iterable[tuple[str, str]]) -> list[int]:
@@ -302,26 +401,41 @@ def _corpora(
             for field in _SUMS:
                 if field in fact:
                     entry[field] = entry.get(field, 0) + fact[field]
-    for number in removed.tolist():
-        record = previous.record(number)
-        fact = corpora[record.corpus]
-        ids = np.arange(record.first_chunk, record.first_chunk + record.chunks)
-        tokens = int((previous.chunks(ids) != previous.pad_id).sum())
-        of_record = dataclasses.asdict(record) | {"documents": 1, "tokens": tokens}
-        for field in _SUMS:
-            if field in fact:
-                fact[field] -= of_record[field]
-        cut = range(record.first_chunk, record.first_chunk + record.chunks)
-        fact["ranges"] = list(_without(fact["ranges"], cut))
+    cuts: dict[str, list[range]] = {}
+    for numbers in np.array_split(removed, max(1, -(-len(removed) // _REMOVED_AT_ONCE))):
+        records = [previous.record(number) for number in numbers.tolist()]
+        ids = [np.arange(r.first_chunk, r.first_chunk + r.chunks) for r in records]
+        tokens = (previous.chunks(_concatenated(ids)) != previous.pad_id).sum(1)
+        ends = np.cumsum(tokens)[np.cumsum([r.chunks for r in records], dtype=np.int64) - 1]
+        for record, count in zip(records, np.diff(ends, prepend=0).tolist(), strict=True):
+            fact = corpora[record.corpus]
+            of_record = dataclasses.asdict(record) | {"documents": 1, "tokens": count}
+            for field in _SUMS:
+                if field in fact:
+                    fact[field] -= of_record[field]
+            cut = range(record.first_chunk, record.first_chunk + record.chunks)
+            cuts.setdefault(record.corpus, []).append(cut)
+    for name, ranges in cuts.items():
+        corpora[name]["ranges"] = list(_without(corpora[name]["ranges"], ranges))
     return corpora
 
 
-def _without(ranges: Sequence[Sequence[int]], cut: range) -> Iterator[list[int]]:
-    """Ranges without another one."""
-    for start, stop in ranges:
-        for a, b in ((start, min(stop, cut.start)), (max(start, cut.stop), stop)):
-            if a < b:
-                yield [a, b]
+def _concatenated(ids: Sequence[np.ndarray]) -> np.ndarray:
+    """Ids one after the other; none of none."""
+    return np.concatenate([np.zeros(0, np.int64), *ids])
+
+
+def _without(ranges: Sequence[Sequence[int]], cuts: Sequence[range]) -> Iterator[list[int]]:
+    """Ranges without others, each of which is within one of them."""
+    rest = sorted(cuts, key=lambda cut: cut.start, reverse=True)
+    for start, stop in sorted(map(tuple, ranges)):
+        while rest and rest[-1].start < stop:
+            cut = rest.pop()
+            if start < cut.start:
+                yield [start, cut.start]
+            start = cut.stop
+        if start < stop:
+            yield [start, stop]
 
 
 def _ranges(corpora: Mapping[str, Mapping[str, Any]]) -> dict[str, list[range]]:
@@ -339,7 +453,7 @@ def _joined(
     return Manifest(first.format_version, kind, first.settings, (), parents, dict(facts), revision)
 
 
-def _beside(part: ChunkDatabase, name: str) -> pathlib.Path:
+def beside(part: ChunkDatabase, name: str) -> pathlib.Path:
     """Another directory of a part's revision, beside chunks/train."""
     return part.directory.parent.parent / name
 

@@ -55,6 +55,17 @@ class ChunkSearch(Protocol):
         """Ids [n, k] int64 of the nearest chunks, nearest first, -1 for none, and scores [n, k]."""
         ...
 
+    @property
+    def truth_ranges(self) -> Sequence[range]:
+        """The ranges of chunk ids of which workers find the truth; none where `truth` finds all."""
+        ...
+
+    def truth_within(
+        self, ids: range, chunks: QueryChunks, k: int, exclude: np.ndarray | None = None
+    ) -> Found:
+        """The candidates of a range by comparing everything, for `merged` and `ranked`."""
+        ...
+
     def truth(self, chunks: QueryChunks, k: int, exclude: np.ndarray | None = None) -> Found:
         """As `find`, by comparing every key."""
         ...
@@ -105,6 +116,17 @@ class Dense:
         """As `ChunkSearch`."""
         return self._index.search(chunks.embeddings, k, exclude)
 
+    @property
+    def truth_ranges(self) -> Sequence[range]:
+        """As `ChunkSearch`: of the keys' shards."""
+        return self._keys.database.shards
+
+    def truth_within(
+        self, ids: range, chunks: QueryChunks, k: int, exclude: np.ndarray | None = None
+    ) -> Found:
+        """As `ChunkSearch`."""
+        return compare_all(self._keys, chunks.embeddings, k, exclude, ids)
+
     def truth(self, chunks: QueryChunks, k: int, exclude: np.ndarray | None = None) -> Found:
         """As `ChunkSearch`."""
         return compare_all(self._keys, chunks.embeddings, k, exclude)
@@ -151,6 +173,17 @@ class Reranked:
     def find(self, chunks: QueryChunks, k: int, exclude: np.ndarray | None = None) -> Found:
         """As `ChunkSearch`."""
         return self.ranked(self._dense.find(chunks, self._count(k), exclude), chunks, k)
+
+    @property
+    def truth_ranges(self) -> Sequence[range]:
+        """As `ChunkSearch`."""
+        return self._dense.truth_ranges
+
+    def truth_within(
+        self, ids: range, chunks: QueryChunks, k: int, exclude: np.ndarray | None = None
+    ) -> Found:
+        """As `ChunkSearch`."""
+        return self._dense.truth_within(ids, chunks, self._count(k), exclude)
 
     def truth(self, chunks: QueryChunks, k: int, exclude: np.ndarray | None = None) -> Found:
         """As `ChunkSearch`."""

@@ -87,6 +87,11 @@ def prepare(
     names, directory = chosen_stages(stages), pathlib.Path(workdir)
     preparation = Preparation(directory, config, runner or InProcess(), report)
     with only_one(directory):
+        if revisions.purged(directory, 0):
+            newest = revisions.latest(directory)
+            base = revisions.base_of(directory, newest)
+            report(f"there already: revision {newest}, and those before {base} are purged")
+            return []
         new_stages = [name for name in names if run_stage(name, preparation)]
         if new_stages:
             text = settings_text(config) if settings is None else settings

@@ -1,9 +1,11 @@
 """The content of a prepared workdir, as a table."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from data_pipelines.artefacts.manifest import MANIFEST_FILE, Manifest
+from data_pipelines.artefacts.manifest import MANIFEST_FILE, Manifest, is_purged
+from data_pipelines.chunk_database.database import CHUNK_LENGTH
 from data_pipelines.corpora import SPLITS
 from data_pipelines.retriever import revisions
 from retro_jax.errors import UserError
@@ -26,12 +28,15 @@ def table(directory: pathlib.Path) -> Table:
     chunks = _manifests(directory, "chunks")
     if not any(chunks.values()):
         raise UserError(f"{directory} holds no chunk database: expected what launch.prepare makes")
+    newest = revisions.latest(directory)
+    folder = revisions.folder_of(directory, newest)
+    if newest:  # the training split is the retrieval database, as it is now
+        chunks["train"] = _manifest(folder / revisions.KIND, revisions.KIND)
     rows = _chunk_rows(list(chunks.values()))
     rows += _leakage_rows(directory)
     rows += _key_rows(directory)
     rows += _revision_rows(directory)
-    tables = revisions.folder_of(directory, revisions.latest(directory))
-    rows += _neighbour_rows(list(_manifests(tables, "neighbours").values()))
+    rows += _neighbour_rows(list(_manifests(folder, "neighbours").values()))
     return Table(["", *SPLITS], rows)
 
 
@@ -42,6 +47,8 @@ def _manifests(directory: pathlib.Path, kind: str) -> dict[str, Manifest | None]
 
 def _manifest(folder: pathlib.Path, kind: str) -> Manifest | None:
     """A finished directory's manifest; None for one that is not there or not finished."""
+    if is_purged(folder):
+        return Manifest.read(folder)
     return Manifest.open(folder, kind) if (folder / MANIFEST_FILE).is_file() else None
 
 
@@ -55,27 +62,43 @@ def _chunk_rows(splits: Sequence[Manifest | None]) -> list[list[str]]:
             rows.append([f"{corpus}: {measure}", *map(_count, counts)])
         rates = [c[corpus]["bytes"] / c[corpus]["tokens"] if corpus in c else None for c in tables]
         rows.append([f"{corpus}: bytes a token", *(_share(rate, "{:.2f}") for rate in rates)])
-    padding = [m.fact("padding") if m else None for m in splits]
-    return [*rows, ["padding", *map(_share, padding)]]
+    return [*rows, ["padding", *map(_share, map(_padding, splits))]]
+
+
+def _padding(manifest: Manifest | None) -> float | None:
+    """The share of all positions that no document has; None where nobody counted."""
+    if manifest is None or "padding" in manifest.facts:
+        return None if manifest is None else manifest.fact("padding")
+    corpora = manifest.fact("corpora").values()  # of a revision: what is removed is not in them
+    tokens, chunks = (sum(facts[name] for facts in corpora) for name in ("tokens", "chunks"))
+    return 1 - tokens / (chunks * CHUNK_LENGTH) if chunks else 0.0
 
 
 def _leakage_rows(directory: pathlib.Path) -> list[list[str]]:
     """What was withdrawn of the training split, and which chunks are in two splits."""
     none = [_NOTHING] * (len(SPLITS) - 1)
     rows = []
-    documents = _manifest(directory / "leakage", "leakage")
+    places = [revisions.folder_of(directory, r) for r in range(revisions.latest(directory) + 1)]
+    documents = [m for place in places if (m := _manifest(place / "leakage", "leakage"))]
     if documents:
-        threshold = documents.settings["threshold"]
+        threshold = documents[0].settings["threshold"]
         names = {"withdrawn": f"withdrawn documents, from {threshold:g}", "equal": "of these equal"}
         names["duplicates"] = "documents equal to others of the split"
-        rows += [[name, _count(documents.fact(fact)), *none] for fact, name in names.items()]
-    chunks = _manifest(directory / "duplicates", "duplicates")
+        for fact, name in names.items():
+            rows.append([name, _count(sum(m.fact(fact) for m in documents)), *none])
+    chunks = [m for place in places if (m := _manifest(place / "duplicates", "duplicates"))]
     if chunks:
-        held_out = chunks.fact("held_out")
-        sides = [chunks.facts, *(held_out[split] for split in SPLITS if split != "train")]
+        held_out = [split for split in SPLITS if split != "train"]
+        sides = [_sums([m.facts for m in chunks])]
+        sides += [_sums([m.fact("held_out")[split] for m in chunks]) for split in held_out]
         for fact, name in (("near", "near-duplicate chunks"), ("equal", "of these equal tokens")):
             rows.append([name, *(_count(side[fact]) for side in sides)])
     return rows
+
+
+def _sums(counts: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Chunks with near-duplicates, counted as each revision was made."""
+    return {name: sum(count[name] for count in counts) for name in ("near", "equal")}
 
 
 def _key_rows(directory: pathlib.Path) -> list[list[str]]:
@@ -86,8 +109,11 @@ def _key_rows(directory: pathlib.Path) -> list[list[str]]:
         for path, kind in (("keys/train", "keys"), ("index", "index"))
     )
     rows = []
+    newest = revisions.latest(directory)
+    database = _manifest(revisions.folder_of(directory, newest) / revisions.KIND, revisions.KIND)
     if keys:
-        rows.append(["keys", _count(keys.fact("keys")), *none])
+        count = database.facts.get("keys") if database else keys.fact("keys")
+        rows.append(["keys", _count(count), *none])
     if index:
         rows.append(["index", index.fact("plan")["kind"].replace("_", " "), *none])
     return rows

@@ -3,23 +3,20 @@
 import itertools
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from data_pipelines.artefacts.manifest import Manifest
 from data_pipelines.chunk_database.database import ChunkDatabase, prepare_chunks
-from data_pipelines.corpora import SPLITS
+from data_pipelines.corpora import SPLITS, Document
 from data_pipelines.documents.documents import KnownDocuments, prepare_documents, read_documents
 from data_pipelines.documents.line_ids import ContentNames
 from data_pipelines.retriever import revisions
-from data_pipelines.retriever.bm25 import KIND as BM25
-from data_pipelines.retriever.bm25 import prepare_bm25
 from data_pipelines.retriever.index import prepare_index
 from data_pipelines.retriever.keys import Keys, prepare_keys
-from data_pipelines.retriever.neighbours import NeighbourTable
 from data_pipelines.retriever.queries import Queries
-from data_pipelines.retriever.retriever import Ranking, Retriever
 from data_pipelines.workdir import leakage_report
-from data_pipelines.workdir.preparation import Preparation, prepare_table
+from data_pipelines.workdir.preparation import Preparation
+from data_pipelines.workdir.tables import check_ranking, make_tables
 from retro_jax.errors import UserError
 
 
@@ -41,9 +38,11 @@ def update(p: Preparation, *, append: bool, remove: Sequence[str]) -> None:
     database = revisions.open_database(p.directory, current)
     for split in SPLITS:  # tables are made from those before: refuse before anything is written
         Manifest.read(p.directory / "neighbours" / split)
-    _check_ranking(p)
+    check_ranking(p)
     folder = revisions.folder_of(p.directory, current + 1)
     revisions.clear_unfinished(p.directory)
+    if (folder / revisions.COMPACTION_FILE).is_file():
+        raise UserError(f"{folder} is unfinished: expected --compact, which began it, first")
     if not append and folder.exists():
         raise UserError(f"{folder} is unfinished: expected --append, which began it, first")
     removed = revisions.numbers_of(database, _names(remove))
@@ -59,35 +58,6 @@ def update(p: Preparation, *, append: bool, remove: Sequence[str]) -> None:
             f" {count:,} documents, {manifest.fact('chunks'):,} chunk ids"
         )
     make_tables(p, current)
-
-
-def make_tables(p: Preparation, revision: int) -> None:
-    """Makes what is missing of the tables of all revisions up to one, each from the one before."""
-    for r in range(1, revision + 1):
-        if p.config.neighbours.ranking.by_terms:
-            folder = revisions.folder_of(p.directory, r) / BM25
-            prepare_bm25(folder, revisions.open_database(p.directory, r), p.config.bm25)
-        retriever = Retriever.open(p.directory, revision=r)
-        before = revisions.open_database(p.directory, r - 1)
-        for split in SPLITS:
-            queries = before if split == "train" else _chunks(p.directory, split)
-            base = NeighbourTable.of(p.directory, split, queries, before)
-            manifest = prepare_table(p, split, retriever, base)
-            recall = manifest.fact("recall")
-            p.report(
-                f"revision {r}, neighbours/{split}: {manifest.fact('chunks'):,} chunks,"
-                f" {recall['k']} a chunk, recall {recall['recall']:.3f}"
-            )
-
-
-def _check_ranking(p: Preparation) -> None:
-    """Raises unless neighbours are to be found as those of W's tables were."""
-    ranking, setting = Ranking.of(p.directory), p.config.neighbours.ranking
-    if ranking.settings != setting.settings:
-        raise UserError(
-            f"NeighboursConfig.retriever is {setting}: expected {ranking}, by which {p.directory}'s tables"
-            " were made"
-        )
 
 
 def _append(
@@ -137,11 +107,19 @@ def _known_documents(
         record = database.record(number)
         return record.corpus, record.id
 
-    places = [revisions.folder_of(directory, r) for r in range(database.manifest.revision + 1)]
+    newest = database.manifest.revision
+    places = [revisions.folder_of(directory, r) for r in range(newest + 1)]
     folders = [path / "documents" for path in places if (path / "documents").is_dir()]
+    compacted = places[: revisions.base_of(directory, newest)]  # of their documents, held-out ones
+
+    def read(split: pathlib.Path) -> Iterator[Document]:
+        if split.name == "train" and split.parent.parent in compacted:
+            return iter(())
+        return read_documents(split, Manifest.read(split))
+
     by_text = ContentNames(
         folders,
-        lambda split: read_documents(split, Manifest.read(split)),
+        read,
         without={record_name(number) for number in gone},
     )
     first = database.num_documents
@@ -169,8 +147,3 @@ def _names(values: Sequence[str]) -> list[tuple[str, str]]:
             raise UserError(f"--remove={line}: expected CORPUS/ID of a document, or @FILE of them")
         names.append((corpus, name))
     return names
-
-
-def _chunks(directory: pathlib.Path, split: str) -> ChunkDatabase:
-    """The chunks of a held-out split, which no revision changes."""
-    return ChunkDatabase.open(directory / "chunks" / split)

@@ -138,7 +138,7 @@ class KnnScoring:
     def _store(self) -> _Store:
         """The datastore, read where it is there already."""
         split = open_split(self.data, "train", neighbours=0)
-        split = dataclasses.replace(split, ids=_spread(split, self.settings.tokens))
+        split = dataclasses.replace(split, ids=datastore_chunks(split, self.settings.tokens))
         digest = f"{self.run.checkpoint[:12]}-{split.database.manifest.hash[:12]}-{len(split.ids)}"
         paths = [self.folder / f"knn-{what}-{digest}.npy" for what in ("keys", "values")]
         if all(processes.as_first([path.is_file() for path in paths])):
@@ -217,7 +217,7 @@ def _hidden_states(model: Retro, batch: RetroBatch) -> jax.Array:
     return model.hidden_states(batch.tokens, None, batch.documents)
 
 
-def _spread(split: Split, tokens: int) -> np.ndarray:
+def datastore_chunks(split: Split, tokens: int) -> np.ndarray:
     """Ids of the first chunks of each corpus, in proportion, of about so many tokens in all."""
     corpora = split.database.manifest.fact("corpora")  # which revisions of a database state too
     share = min(1.0, tokens / max(1, sum(corpus["tokens"] for corpus in corpora.values())))

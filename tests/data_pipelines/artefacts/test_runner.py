@@ -1,5 +1,6 @@
 """The runner: same files for any number of processes, first failure told, no orphans."""
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import os
@@ -45,6 +46,37 @@ def test_runs_every_shard_once_with_equal_bytes(tmp_path, runner):
     assert results == dict.fromkeys(names, 64)
     written = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert written == {name: hashlib.sha256(name.encode()).hexdigest() for name in names}
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """Notes in a folder which process unpickled it, and returns who works."""
+
+    folder: str
+
+    def __call__(self, shard: int) -> int:
+        return os.getpid()
+
+    def __setstate__(self, fields: dict) -> None:
+        """Called whenever it is unpickled."""
+        self.__dict__.update(fields)
+        with open(pathlib.Path(self.folder, str(os.getpid())), "a") as file:
+            file.write("x")
+
+
+def test_a_worker_unpickles_the_work_once_and_few_tasks_wait(tmp_path, monkeypatch):
+    sizes, wait = [], concurrent.futures.wait
+
+    def counting(pending, **options):
+        sizes.append(len(pending))
+        return wait(pending, **options)
+
+    monkeypatch.setattr(concurrent.futures, "wait", counting)
+    done = dict(LocalProcesses(2).run(Opened(str(tmp_path)), range(300)))
+    assert sorted(done) == list(range(300))
+    assert max(sizes) <= 16
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"x"}
+    assert {path.name for path in tmp_path.iterdir()} >= set(map(str, done.values()))
 
 
 @pytest.mark.parametrize("runner", RUNNERS)

@@ -144,9 +144,8 @@ def test_corpora_are_ranges_and_facts_add_up(database, documents, tokenizer):
     assert database.vocab_size == tokenizer.vocab_size
 
 
-def test_arrays_are_small_read_only_and_pickled_by_place(database):
-    assert {rows.dtype for rows in database._chunks} == {np.dtype(np.uint16)}
-    assert not any(rows.flags.writeable for rows in database._chunks + database._owners)
+def test_arrays_are_small_and_pickled_by_place(database):
+    assert (database._chunks.dtype, database._owners.dtype) == (np.uint16, np.int32)
     data = pickle.dumps(database)
     assert len(data) < 20_000
     again = pickle.loads(data)
