@@ -184,13 +184,25 @@ class Attention(nnx.Module):
         Returns:
           [*I, T, H, W].
         """
+        weights_IxHxTxS = self.weights(query_IxTxHxW, key_IxSxHxW, mask, table, repeats)
+        return weighted_sum(weights_IxHxTxS, value_IxSxHxW)
+
+    def weights(
+        self,
+        query_IxTxHxW: jax.Array,
+        key_IxSxHxW: jax.Array,
+        mask: jax.Array,
+        table: jax.Array | None,
+        repeats: int = 1,
+    ) -> jax.Array:
+        """The softmax of `attend`, [*I, H, T, S] float32; its arguments are those of `attend`."""
         if table is None:
-            return attend(query_IxTxHxW, key_IxSxHxW, value_IxSxHxW, mask)
+            return attention_weights(query_IxTxHxW, key_IxSxHxW, mask)
         query_IxTxHxW, bias = self.positions.logits(
             self._weight, query_IxTxHxW, table, key_IxSxHxW.shape[-3] // repeats
         )
         bias_IxHxTxS = jnp.concatenate([bias] * repeats, axis=-1)
-        return attend(query_IxTxHxW, key_IxSxHxW, value_IxSxHxW, mask, bias_IxHxTxS)
+        return attention_weights(query_IxTxHxW, key_IxSxHxW, mask, bias_IxHxTxS)
 
     def read_out(self, heads_IxTxHxW: jax.Array) -> jax.Array:
         """[*I, T, H, W] -> [*I, T, D]."""
@@ -247,8 +259,21 @@ def attend(
     Returns:
       [*I, T, H, W] in the queries' dtype.
     """
-    num_heads = query_IxTxHxW.shape[-2]
-    key_IxSxHxW, value_IxSxHxW = (repeat_heads(x, num_heads) for x in (key_IxSxHxW, value_IxSxHxW))
+    weights_IxHxTxS = attention_weights(query_IxTxHxW, key_IxSxHxW, mask, bias_IxHxTxS)
+    return weighted_sum(weights_IxHxTxS, value_IxSxHxW)
+
+
+def attention_weights(
+    query_IxTxHxW: jax.Array,
+    key_IxSxHxW: jax.Array,
+    mask: jax.Array,
+    bias_IxHxTxS: jax.Array | None = None,
+) -> jax.Array:
+    """softmax((q.k + bias) / sqrt(W)), [*I, H, T, S] float32; all zero where a query may read no key.
+
+    The arguments are those of `attend`.
+    """
+    key_IxSxHxW = repeat_heads(key_IxSxHxW, query_IxTxHxW.shape[-2])
     logits_IxHxTxS = scores(query_IxTxHxW, key_IxSxHxW)
     if bias_IxHxTxS is not None:
         logits_IxHxTxS = logits_IxHxTxS + bias_IxHxTxS.astype(jnp.float32)
@@ -258,7 +283,12 @@ def attend(
     peak = jax.lax.stop_gradient(jnp.max(logits_IxHxTxS, axis=-1, keepdims=True))
     weights_IxHxTxS = jnp.where(mask, jnp.exp(logits_IxHxTxS - peak), 0.0)
     total = jnp.sum(weights_IxHxTxS, axis=-1, keepdims=True)
-    weights_IxHxTxS = weights_IxHxTxS / jnp.where(total == 0.0, 1.0, total)
+    return weights_IxHxTxS / jnp.where(total == 0.0, 1.0, total)
+
+
+def weighted_sum(weights_IxHxTxS: jax.Array, value_IxSxHxW: jax.Array) -> jax.Array:
+    """Sums of values, [*I, T, H, W] in their dtype, by weights; values of H heads, or of a divisor of H."""
+    value_IxSxHxW = repeat_heads(value_IxSxHxW, weights_IxHxTxS.shape[-3])
     return jnp.einsum(
         "...hts,...shw->...thw", weights_IxHxTxS.astype(value_IxSxHxW.dtype), value_IxSxHxW
     )

@@ -21,6 +21,7 @@ is multiplied by its gate.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,9 +94,52 @@ class ChunkedCrossAttention(nnx.Module):
         Returns:
           [B, N, D]; zero for the first M - 1 tokens.
         """
+        batch, length, _ = h_BxNxD.shape
+        chunks, neighbours = encoded_BxCxKxRxE.shape[1:3]
+        ahead = length // chunks - 1
+        given = self._prepared(h_BxNxD, encoded_BxCxKxRxE, present_BxCxKxR, documents_BxC)
+        heads = self.attention.attend(
+            given.query, given.key, given.value, given.mask, given.table, repeats=neighbours
+        )
+        if self.gated:
+            heads = heads * self.attention.layout.weight(self.gate)[:, None]
+        out_BxNxD = self.attention.read_out(heads).reshape(batch, length, -1)
+        return jnp.pad(out_BxNxD, ((0, 0), (ahead, 0), (0, 0)))[:, :length]
+
+    def weights(
+        self,
+        h_BxNxD: jax.Array,
+        encoded_BxCxKxRxE: jax.Array,
+        present_BxCxKxR: jax.Array,
+        documents_BxC: jax.Array | None,
+    ) -> jax.Array:
+        """The attention of each token over the neighbours that it reads, the mean over heads.
+
+        The arguments are those of a call.
+
+        Returns:
+          [B, N, K * R] float32; zero for tokens that read none.
+        """
+        batch, length, _ = h_BxNxD.shape
+        chunks, neighbours = encoded_BxCxKxRxE.shape[1:3]
+        ahead = length // chunks - 1
+        given = self._prepared(h_BxNxD, encoded_BxCxKxRxE, present_BxCxKxR, documents_BxC)
+        weights_BxCxHxMxS = self.attention.weights(
+            given.query, given.key, given.mask, given.table, repeats=neighbours
+        )
+        mean_BxNxS = jnp.mean(weights_BxCxHxMxS, axis=2).reshape(batch, length, -1)
+        return jnp.pad(mean_BxNxS, ((0, 0), (ahead, 0), (0, 0)))[:, :length]
+
+    def _prepared(
+        self,
+        h_BxNxD: jax.Array,
+        encoded_BxCxKxRxE: jax.Array,
+        present_BxCxKxR: jax.Array,
+        documents_BxC: jax.Array | None,
+    ) -> "_Prepared":
+        """The shifted chunks as queries, their neighbours as keys and values, and who may read what."""
         batch, chunks, neighbours, neighbour_length, width = encoded_BxCxKxRxE.shape
-        length = h_BxNxD.shape[1]
-        chunk_length = length // chunks
+        chunk_length = h_BxNxD.shape[1] // chunks
         ahead = chunk_length - 1
         offset = neighbour_length if self.gated else ahead
         # S = K * R: the neighbours of a chunk side by side.
@@ -114,11 +158,7 @@ class ChunkedCrossAttention(nnx.Module):
         table = self.attention.distance_table(chunk_length, neighbour_length, offset=offset)
         mask_BxCxS = present_BxCxKxR.reshape(batch, chunks, -1)
         mask = mask_BxCxS[:, :, None, None, :] & self._may_read(documents_BxC, chunk_length)
-        heads = self.attention.attend(query, key, value, mask, table, repeats=neighbours)
-        if self.gated:
-            heads = heads * self.attention.layout.weight(self.gate)[:, None]
-        out_BxNxD = self.attention.read_out(heads).reshape(batch, length, -1)
-        return jnp.pad(out_BxNxD, ((0, 0), (ahead, 0), (0, 0)))[:, :length]
+        return _Prepared(query, key, value, mask, table)
 
     @staticmethod
     def _may_read(documents_BxC: jax.Array | None, chunk_length: int) -> jax.Array:
@@ -129,3 +169,13 @@ class ChunkedCrossAttention(nnx.Module):
         following_BxC = jnp.pad(documents_BxC[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
         may_read_BxCxM = last_of_chunk_M | (documents_BxC == following_BxC)[:, :, None]
         return settled(may_read_BxCxM)[:, :, None, :, None]
+
+
+class _Prepared(NamedTuple):
+    """What CCA's attention takes: [B, C, M or S, H or G, W], [B, C, 1, M or 1, S] bool, its distances."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    mask: jax.Array
+    table: jax.Array | None

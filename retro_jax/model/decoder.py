@@ -129,14 +129,16 @@ class WholeSequences:
         retrieved: Retrieved,
     ) -> jax.Array:
         """H + ATTN(H) + CCA(H, E of layer p)."""
-        encoded_BxCxKxRxE = retrieved.encoded
-        if not self.config.form.neighbour_layer:
-            index = cca_number(self.config, p)
-            encoded_BxCxKxRxE = jax.lax.dynamic_index_in_dim(
-                retrieved.encoded, index, axis=3, keepdims=False
-            )
+        encoded_BxCxKxRxE = self.encoded(retrieved, p)
         branch_BxNxD = cca(h_BxNxD, encoded_BxCxKxRxE, retrieved.present, self.documents)
         return self.attend(layer, h_BxNxD, p) + self.dropped(branch_BxNxD, 4 * p + 1)
+
+    def encoded(self, retrieved: Retrieved, p: jax.Array | int) -> jax.Array:
+        """The encoding that CCA of layer p reads: [B, C, K, R, E], or [B, C, K, 1 + R, D]."""
+        if not self.config.form.gated_cca or self.config.form.neighbour_layer:
+            return retrieved.encoded
+        index = cca_number(self.config, p)
+        return jax.lax.dynamic_index_in_dim(retrieved.encoded, index, axis=3, keepdims=False)
 
     def cross_attend(
         self,

@@ -1,12 +1,12 @@
 """The report of a run: one self-contained HTML page from plain values.
 
-Every text of a document, prompt or sample goes through html.escape; whitespace is kept, for code.
+Every text of a document, prompt or sample goes through escapes.escape; whitespace is kept, for code.
 """
 
-import html
 from collections.abc import Mapping, Sequence
 
 from retro_jax.evaluate.conditions import CONDITION_NAMES, SHOWN_OVERLAP, swept
+from retro_jax.report.escapes import escape
 from retro_jax.report.evaluation_tables import score_table
 from retro_jax.report.line_chart import STYLES, Line, line_chart, smooth
 from retro_jax.report.tables import as_html
@@ -108,10 +108,10 @@ _FULL_COLOUR_RANGE = (0.25, 4.0)  # bits per token
 def render(report: Report) -> str:
     """The page as HTML."""
     facts = "".join(
-        f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in report.facts
+        f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in report.facts
     )
     parts = [
-        f"<h1>{html.escape(report.title)}</h1><p class=dim>{html.escape(report.summary)}</p>",
+        f"<h1>{escape(report.title)}</h1><p class=dim>{escape(report.summary)}</p>",
         _scores_section(report.scores),
         *map(_table_section, report.tables),
         _overlap_section(report.overlap),
@@ -181,8 +181,8 @@ def _overlap_section(overlap: Mapping[str, Sequence[OverlapPoint]]) -> str:
 
 def _table_section(view: Table) -> str:
     """A further table."""
-    caption = f"<p class='dim small'>{html.escape(view.caption)}</p>" if view.caption else ""
-    return f"<h2>{html.escape(view.title)}</h2>{as_html(view)}{caption}"
+    caption = f"<p class='dim small'>{escape(view.caption)}</p>" if view.caption else ""
+    return f"<h2>{escape(view.title)}</h2>{as_html(view)}{caption}"
 
 
 def _chart_section(chart: ChartView) -> str:
@@ -190,8 +190,8 @@ def _chart_section(chart: ChartView) -> str:
     if not chart.svg:
         return ""
     return (
-        f'<h2>{html.escape(chart.title)}</h2><figure><div class="card">{chart.svg}</div>'
-        f"<figcaption class=small>{html.escape(chart.caption)}</figcaption></figure>"
+        f'<h2>{escape(chart.title)}</h2><figure><div class="card">{chart.svg}</div>'
+        f"<figcaption class=small>{escape(chart.caption)}</figcaption></figure>"
     )
 
 
@@ -247,8 +247,8 @@ def _chunk_card(chunk: ChunkView, full: float) -> str:
         left = f'<div class="caption">the chunk before: the query</div>{_text(chunk.query)}'
     left += f'<div class="caption">the chunk</div>{_text(chunk.spans, full)}'
     return (
-        f'<section class="card"><header><h3>{html.escape(chunk.heading)}</h3>'
-        f'<span class="caption">{html.escape(chunk.source)}</span>'
+        f'<section class="card"><header><h3>{escape(chunk.heading)}</h3>'
+        f'<span class="caption">{escape(chunk.source)}</span>'
         f'<span class="small">{figure} <span class=dim>of {chunk.bits:.1f}</span></span></header>'
         f'<div class="pair"><div>{left}</div><div>{_neighbours(chunk.neighbours)}</div></div></section>'
     )
@@ -266,8 +266,8 @@ def _samples_section(samples: Sequence[SampleView]) -> str:
             for chunk in sample.chunks
         )
         cards.append(
-            f'<section class="card"><header><h3>{html.escape(sample.heading)}</h3>'
-            f'<span class="caption">{html.escape(sample.settings)}</span></header>{pairs}</section>'
+            f'<section class="card"><header><h3>{escape(sample.heading)}</h3>'
+            f'<span class="caption">{escape(sample.settings)}</span></header>{pairs}</section>'
         )
     intro = (
         "<p>The prompt has a coloured ground. Beside each chunk stand the neighbours retrieved with "
@@ -278,8 +278,8 @@ def _samples_section(samples: Sequence[SampleView]) -> str:
 
 def _sample_text(chunk: SampleChunk) -> str:
     """A chunk of a sample, its prompt part marked."""
-    prompt = f"<span class=prompt>{html.escape(chunk.prompt)}</span>" if chunk.prompt else ""
-    return f'<div class="text">{prompt}{html.escape(chunk.generated)}</div>'
+    prompt = f"<span class=prompt>{escape(chunk.prompt)}</span>" if chunk.prompt else ""
+    return f'<div class="text">{prompt}{escape(chunk.generated)}</div>'
 
 
 def _neighbours(neighbours: Sequence[NeighbourView]) -> str:
@@ -289,8 +289,8 @@ def _neighbours(neighbours: Sequence[NeighbourView]) -> str:
     parts = []
     for neighbour in neighbours:
         parts.append(
-            f'<div class="caption"><b>{html.escape(neighbour.document)}</b> · '
-            f"{html.escape(neighbour.corpus)} · {neighbour.score} {neighbour.distance:.3f}</div>"
+            f'<div class="caption"><b>{escape(neighbour.document)}</b> · '
+            f"{escape(neighbour.corpus)} · {escape(neighbour.score)} {neighbour.distance:.3f}</div>"
             f'<div class="text">{_spans(neighbour.chunk)}'
             f"<span class=continuation>{_spans(neighbour.continuation)}</span></div>"
         )
@@ -309,7 +309,7 @@ def _spans(spans: Sequence[Span], full: float = 1.0) -> str:
 
 def _span(span: Span, full: float) -> str:
     """One span: coloured by its gain, marked where it is shared, else plain."""
-    text = html.escape(span.text)
+    text = escape(span.text)
     if span.gain is None:
         return f"<mark>{text}</mark>" if span.shared else text
     text = text.replace("\n", "<span class=end></span>\n")
@@ -327,6 +327,6 @@ def page(title: str, body: str) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n"
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n"
         f"<body><main>\n{body}\n</main></body></html>\n"
     )

@@ -5,9 +5,10 @@ dark theme and load nothing, and the colours of a picture from elsewhere are fix
 """
 
 import dataclasses
-import html
 import math
 from collections.abc import Sequence
+
+from retro_jax.report.escapes import escape
 
 _WIDTH, _HEIGHT = 860, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 160, 14, 44
@@ -78,7 +79,7 @@ def line_chart(lines: Sequence[Line], *, x_label: str, y_label: str) -> str:
     parts += _end_labels(axes, lines)
     return (
         f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="{html.escape(y_label)} over {html.escape(x_label)}">{"".join(parts)}</svg>'
+        f'aria-label="{escape(y_label)} over {escape(x_label)}">{"".join(parts)}</svg>'
     )
 
 
@@ -172,7 +173,7 @@ def _text(x: float, y: float, text: str, style: str, *, anchor: str, extra: str 
     """A text element."""
     return (
         f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {extra}>'
-        f"{html.escape(text)}</text>"
+        f"{escape(text)}</text>"
     )
 
 

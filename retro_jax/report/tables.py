@@ -1,8 +1,8 @@
 """A table as text, Markdown and HTML, and a figure with its interval: the one form of each."""
 
-import html
 from collections.abc import Collection, Mapping, Sequence
 
+from retro_jax.report.escapes import escape
 from retro_jax.report.views import Table
 
 
@@ -47,12 +47,12 @@ def section(table: Table) -> str:
 
 def as_html(table: Table) -> str:
     """A table in HTML, without its title and caption; texts are escaped."""
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.header)
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in table.header)
     best = table.best or [None] * len(table.rows)
     lines = []
     for number, (row, strong) in enumerate(zip(table.rows, best, strict=True)):
         cells = "".join(
-            f"<td{' class=best' if column == strong else ''}>{html.escape(cell)}</td>"
+            f"<td{' class=best' if column == strong else ''}>{escape(cell)}</td>"
             for column, cell in enumerate(row)
         )
         last = table.total and number == len(table.rows) - 1
