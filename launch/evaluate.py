@@ -118,7 +118,9 @@ DATABASES = flags.DEFINE_list(
 NGRAMS = flags.DEFINE_list(
     "ngram_limits", [], "Also drop neighbours that hold more than this share of the 13-grams."
 )
-KNN = flags.DEFINE_bool("knn", False, "Also score kNN-LM: the baseline, where there is one.")
+KNN = flags.DEFINE_bool(
+    "knn", False, "Also score kNN-LM on the baseline, where there is one, and on RETRO[ON]."
+)
 KNN_TOKENS = flags.DEFINE_integer(
     "knn_tokens", 2_000_000, "Tokens of the training split in its datastore.", lower_bound=64
 )
@@ -291,14 +293,17 @@ def _conditions(workdir: pathlib.Path, names: Sequence[str]) -> list[Condition]:
         name = needing[0] if needing[0] in KINDS else "on"
         raise UserError(f"--retrieval={name}: {retro.directory} was trained without, expected off")
     conditions = [Condition(name, retro, k if name != "off" else 0, name) for name in names]
+    baseline = retro
     if trained_run.is_trained(workdir / _BASELINE):
         baseline = trained_run.open_run(workdir / _BASELINE, bindings, averaged=AVERAGED.value)
         conditions.append(Condition(_BASELINE, baseline, 0, _BASELINE))
         if TOKENS in names:
             conditions.append(Condition(f"{_BASELINE}+{TOKENS}", baseline, 0, TOKENS))
-    if KNN.value:
-        model = conditions[-1].run if conditions[-1].name == _BASELINE else retro
-        conditions.append(Condition("knn", model, 0, "knn"))
+    by_token = [("knn", baseline, 0)] + ([("on+knn", retro, k)] if "on" in names else [])
+    for name, run, neighbours in by_token if KNN.value else []:
+        conditions.append(Condition(name, run, neighbours, "knn"))
+        if TOKENS in names:
+            conditions.append(Condition(f"{name}+{TOKENS}", run, neighbours, TOKENS))
     return conditions + swept
 
 
