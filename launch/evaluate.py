@@ -11,6 +11,7 @@ condition and figure. Writes, in W/evaluation:
     SPLIT.json, SPLIT.md           the last printed results, with every sum and figure
     SPLIT-documents.npz            sums by document, for intervals and comparisons
     SPLIT-windows.json             figures of each --overlap, where there are several
+    SPLIT-cost.svg                 bits per byte by operations and by bytes read of all conditions
     SPLIT-overlap.json .csv .svg   the same figures by overlap with the training data, r(C) <= alpha
     SPLIT-CONDITION-STEP-ID.json   one condition of one checkpoint; found again, it is reused
     SPLIT-CONDITION-STEP-ID.npy    [chunks, 64] float32, the loss in nats of each token
@@ -56,6 +57,7 @@ from launch.evaluation.conditions import (
     passes,
     swept_conditions,
 )
+from launch.evaluation.costs import with_costs
 from launch.evaluation.results import Work, evaluate
 from launch.evaluation.scores import keep_scores
 from launch.evaluation.settings import EvaluationSettings, KnnSettings
@@ -73,7 +75,7 @@ from retro_jax.report.evaluation_tables import (
     markdown,
     window_tables,
 )
-from retro_jax.report.result_files import EVALUATION, windows_file, write_overlap
+from retro_jax.report.result_files import EVALUATION, windows_file, write_costs, write_overlap
 from retro_jax.report.tables import as_text
 from retro_jax.storage import files
 
@@ -238,6 +240,8 @@ def _evaluate_all(
         results: dict[str, Any] = {}
         for together in passes(conditions):
             results |= evaluate(work, each, together)
+        if processes.is_first():
+            results = with_costs(work, each, conditions, results)
         by_overlap[each.overlap] = results
     processes.together(lambda: _publish(work, by_overlap) if processes.is_first() else None)
 
@@ -262,6 +266,8 @@ def _publish(work: Work, by_overlap: Mapping[Any, Mapping[str, Any]]) -> None:
         files.write_atomically(windows_file(work.folder, name), files.to_json(several))
         for table in window_tables(several):
             lines.append(f"\n{table.title}\n{as_text(table)}")
+    costs = write_costs(work.folder, name, results)
+    lines += [f"\n{costs.title}\n{as_text(costs)}"] if costs else []
     text = markdown(results, overlap, several, evaluation_text(name).published)
     files.write_atomically(work.folder / f"{name}.md", text.encode())
     print("\n".join(lines))

@@ -188,12 +188,18 @@ def knn_scoring(
     return KnnScoring(condition, rounded, settings, scorer, data, folder)
 
 
+def plan_of(tokens: int, dimension: int, settings: KnnSettings) -> index.IndexPlan:
+    """The index of a datastore of so many keys."""
+    kind = "brute_force" if settings.exact else "auto"
+    plan = index.plan_index(tokens, dimension, index.IndexConfig(kind=kind))
+    return dataclasses.replace(plan, reorder=_REORDERED * settings.neighbours)
+
+
 def search(keys: np.ndarray, settings: KnnSettings) -> tuple[_LookUp, str]:
     """Finds the k nearest keys of queries: places [n, k], -1 for none, and distances; its name."""
-    plan = index.plan_index(len(keys), keys.shape[1], index.IndexConfig())
-    if settings.exact or plan.kind == "brute_force":
+    plan = plan_of(len(keys), keys.shape[1], settings)
+    if plan.kind == "brute_force":
         return ExactSearcher(keys, on_devices=False).search, "exact"
-    plan = dataclasses.replace(plan, reorder=_REORDERED * settings.neighbours)
     sample = index.IndexConfig.training_sample
     built = index.KINDS[plan.kind].build(keys.astype(np.float32), plan, sample)
     return built.search, f"ScaNN ({plan.kind})"

@@ -7,8 +7,9 @@ import html
 from collections.abc import Mapping, Sequence
 
 from retro_jax.evaluate.conditions import CONDITION_NAMES, SHOWN_OVERLAP, swept
+from retro_jax.report.cost_view import condition_style
 from retro_jax.report.evaluation_tables import score_table
-from retro_jax.report.line_chart import STYLE_SHEET, STYLES, Line, line_chart, smooth
+from retro_jax.report.line_chart import STYLE_SHEET, Line, line_chart, smooth
 from retro_jax.report.tables import as_html
 from retro_jax.report.views import (
     ChartView,
@@ -81,8 +82,6 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 18px; margi
 dt { color: var(--dim); } dd { margin: 0; overflow-wrap: anywhere; }
 """
 
-_FIRST = ("on", "off", "baseline", "knn", "random", "oracle")  # keep their colours
-_CHARTED = (*_FIRST, *(name for name in CONDITION_NAMES if name not in _FIRST))
 _FULL_COLOUR_RANGE = (0.25, 4.0)  # bits per token
 
 
@@ -122,11 +121,6 @@ def _scores_section(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> 
         "</details>"
     )
     return "".join(parts)
-
-
-def condition_style(name: str) -> str:
-    """The colour of a condition in charts, a class of the style sheet."""
-    return STYLES[_CHARTED.index(name) % len(STYLES)]
 
 
 def overlap_chart(curve: Sequence[OverlapPoint]) -> str:

@@ -157,13 +157,13 @@ def _grid(axes: _Axes, x_ticks: list[float], y_ticks: list[float]) -> str:
     for value in y_ticks:
         y = axes.y(value)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text(_LEFT - 8, y + 4, _number(value), "tick", anchor="end"))
+        parts.append(_text(_LEFT - 8, y + 4, short_number(value), "tick", anchor="end"))
     for value in x_ticks:
         x = axes.x(value)
         parts.append(
             f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>'
         )
-        parts.append(_text(x, bottom + 18, _number(value), "tick", anchor="middle"))
+        parts.append(_text(x, bottom + 18, short_number(value), "tick", anchor="middle"))
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
     return "".join(parts)
 
@@ -208,9 +208,9 @@ def _text(x: float, y: float, text: str, style: str, *, anchor: str, extra: str 
     )
 
 
-def _number(value: float) -> str:
-    """A tick's number: 500k, 1.5M, 0.25."""
-    for unit, size in (("M", 1e6), ("k", 1e3)):
+def short_number(value: float) -> str:
+    """A number in few letters: 500k, 1.5M, 0.25."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= size:
             return f"{round(value / size, 6):g}{unit}"
     return f"{round(value, 6):g}"

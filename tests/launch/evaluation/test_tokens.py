@@ -3,16 +3,20 @@
 import json
 import pathlib
 import shutil
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
+from data_pipelines.artefacts.manifest import Manifest
 from data_pipelines.evaluation.splits import open_split
 from data_pipelines.retriever import revisions
 from data_pipelines.token_memory.workdir_memory import FOLDER, prepare_and_open
 from launch import evaluate, report
+from launch.runs import trained_run
 from retro_jax.evaluate.conditions import MIXED_WITH_TOKENS
 from retro_jax.evaluate.token_mixture import num_classes
+from retro_jax.model.flops import forward_flops
 from tests.launch.trained import call
 
 
@@ -70,6 +74,36 @@ def test_knn_on_retro_has_activations_with_neighbours(mixed: dict, places: list[
     assert [mixed[n]["all"]["nats"] for n in ("on+knn", "knn")] <= alone
 
 
+def test_every_condition_says_what_it_costs(mixed: dict, places: list[str]):
+    """Operations of the model's own count; bytes kept are those of the files."""
+    work, data = (pathlib.Path(flag.partition("=")[2]) for flag in places)
+    run = trained_run.open_run(work / "retro")
+    length = mixed["on"]["settings"]["window_chunks"] * 64
+    cost = {name: result["cost"] for name, result in mixed.items()}
+    for name, k in (("on", 2), ("tokens", 2), ("on+knn", 2), ("baseline", 0), ("knn", 0)):
+        assert cost[name]["operations"] == forward_flops(run.model, length, k).total
+    assert cost["baseline"]["bytes_read"] == cost["baseline"]["lookup_operations"] == 0
+    keys, dimension = 0, run.model.d_model
+    for shard in Manifest.read(data / FOLDER).shards:
+        keys += shard.size
+    assert cost["baseline+tokens"]["memory_bytes"] == keys
+    assert cost["baseline+tokens"]["lookup_operations"] == 0
+    count = mixed["knn"]["knn"]["datastore_tokens"]  # so few that every key is compared
+    assert cost["knn"]["lookup_operations"] == 2 * dimension * count
+    assert cost["knn"]["bytes_kept"] == 2 * dimension + 2
+    both = cost["on+knn+tokens"]
+    for figure in ("lookup_operations", "bytes_read", "memory_bytes"):
+        parts = [cost[name][figure] for name in ("on", "knn", "baseline+tokens")]
+        assert both[figure] == pytest.approx(sum(parts))
+    embedded = cost["on"]["lookup_operations"] * 64  # MiniLM over a chunk, for the most part
+    assert 0.8e9 < embedded < 2.5e9
+    chart = ElementTree.parse(work / "evaluation" / "test-cost.svg")
+    circles = [x for x in chart.iter() if x.tag.endswith("circle")]
+    assert len(circles) == 3 * len(mixed)  # in both panels and in the legend
+    assert "prefers-color-scheme: dark" in (work / "evaluation" / "test-cost.svg").read_text()
+    assert "What a token costs" in (work / "evaluation" / "test.md").read_text()
+
+
 def test_the_mixture_of_a_token_is_that_of_its_parts(mixed: dict, places: list[str]):
     """One token's loss from the model's, the memory's own look-up and the weights that are stated."""
     work, data = (pathlib.Path(flag.partition("=")[2]) for flag in places)
@@ -93,6 +127,8 @@ def test_it_is_read_again_and_shown(mixed: dict, places: list[str], monkeypatch,
     assert call(evaluate.main, *places, "--retrieval=on,tokens", *KNN) == 0
     assert "RETRO[ON] + tokens" in capsys.readouterr().out
     assert call(report.main, *places) == 0
+    work = pathlib.Path(places[0].partition("=")[2])
+    assert "Cost against bits" in (work / report.FILE).read_text(encoding="utf-8")
 
 
 def test_a_removed_document_does_not_vote(mixed: dict, places: list[str], tmp_path):
