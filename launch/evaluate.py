@@ -11,6 +11,7 @@ condition and figure. Writes, in W/evaluation:
     SPLIT.json, SPLIT.md           the last printed results, with every sum and figure
     SPLIT-documents.npz            sums by document, for intervals and comparisons
     SPLIT-windows.json             figures of each --overlap, where there are several
+    SPLIT-cost.svg                 bits per byte by operations and by bytes read of all conditions
     SPLIT-overlap.json .csv .svg   the same figures by overlap with the training data, r(C) <= alpha
     SPLIT-CONDITION-STEP-ID.json   one condition of one checkpoint; found again, it is reused
     SPLIT-CONDITION-STEP-ID.npy    [chunks, 64] float32, the loss in nats of each token
@@ -56,6 +57,7 @@ from launch.evaluation.conditions import (
     passes,
     swept_conditions,
 )
+from launch.evaluation.costs import with_costs
 from launch.evaluation.results import Work, evaluate
 from launch.evaluation.scores import keep_scores
 from launch.evaluation.settings import EvaluationSettings, KnnSettings
@@ -73,7 +75,7 @@ from retro_jax.report.evaluation_tables import (
     markdown,
     window_tables,
 )
-from retro_jax.report.result_files import EVALUATION, windows_file, write_overlap
+from retro_jax.report.result_files import EVALUATION, windows_file, write_costs, write_overlap
 from retro_jax.report.tables import as_text
 from retro_jax.storage import files
 
@@ -118,7 +120,9 @@ DATABASES = flags.DEFINE_list(
 NGRAMS = flags.DEFINE_list(
     "ngram_limits", [], "Also drop neighbours that hold more than this share of the 13-grams."
 )
-KNN = flags.DEFINE_bool("knn", False, "Also score kNN-LM: the baseline, where there is one.")
+KNN = flags.DEFINE_bool(
+    "knn", False, "Also score kNN-LM on the baseline, where there is one, and on RETRO[ON]."
+)
 KNN_TOKENS = flags.DEFINE_integer(
     "knn_tokens", 2_000_000, "Tokens of the training split in its datastore.", lower_bound=64
 )
@@ -236,6 +240,8 @@ def _evaluate_all(
         results: dict[str, Any] = {}
         for together in passes(conditions):
             results |= evaluate(work, each, together)
+        if processes.is_first():
+            results = with_costs(work, each, conditions, results)
         by_overlap[each.overlap] = results
     processes.together(lambda: _publish(work, by_overlap) if processes.is_first() else None)
 
@@ -260,6 +266,8 @@ def _publish(work: Work, by_overlap: Mapping[Any, Mapping[str, Any]]) -> None:
         files.write_atomically(windows_file(work.folder, name), files.to_json(several))
         for table in window_tables(several):
             lines.append(f"\n{table.title}\n{as_text(table)}")
+    costs = write_costs(work.folder, name, results)
+    lines += [f"\n{costs.title}\n{as_text(costs)}"] if costs else []
     text = markdown(results, overlap, several, evaluation_text(name).published)
     files.write_atomically(work.folder / f"{name}.md", text.encode())
     print("\n".join(lines))
@@ -291,14 +299,17 @@ def _conditions(workdir: pathlib.Path, names: Sequence[str]) -> list[Condition]:
         name = needing[0] if needing[0] in KINDS else "on"
         raise UserError(f"--retrieval={name}: {retro.directory} was trained without, expected off")
     conditions = [Condition(name, retro, k if name != "off" else 0, name) for name in names]
+    baseline = retro
     if trained_run.is_trained(workdir / _BASELINE):
         baseline = trained_run.open_run(workdir / _BASELINE, bindings, averaged=AVERAGED.value)
         conditions.append(Condition(_BASELINE, baseline, 0, _BASELINE))
         if TOKENS in names:
             conditions.append(Condition(f"{_BASELINE}+{TOKENS}", baseline, 0, TOKENS))
-    if KNN.value:
-        model = conditions[-1].run if conditions[-1].name == _BASELINE else retro
-        conditions.append(Condition("knn", model, 0, "knn"))
+    by_token = [("knn", baseline, 0)] + ([("on+knn", retro, k)] if "on" in names else [])
+    for name, run, neighbours in by_token if KNN.value else []:
+        conditions.append(Condition(name, run, neighbours, "knn"))
+        if TOKENS in names:
+            conditions.append(Condition(f"{name}+{TOKENS}", run, neighbours, TOKENS))
     return conditions + swept
 
 

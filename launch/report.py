@@ -25,6 +25,7 @@ from retro_jax.errors import UserError
 from retro_jax.evaluate.conditions import swept
 from retro_jax.evaluate.scored_text import TokenGains, token_gains
 from retro_jax.report import charts
+from retro_jax.report.cost_view import cost_chart, cost_table
 from retro_jax.report.evaluation_tables import (
     comparisons,
     curves,
@@ -140,6 +141,8 @@ def _tables(folder: pathlib.Path, results: Mapping[str, Any], split: str) -> Ite
     beside = beside_paper(results, evaluation_text(split).published)
     if beside:
         yield beside
+    costs = cost_table(results)
+    yield from [costs] if costs else []
     if all("intervals" in result["all"] for result in results.values()):
         yield from interval_tables(results)
     compared = read_comparisons(folder, split, results)
@@ -172,6 +175,8 @@ def _charts(
     results: Mapping[str, Any], scored: tuple[Split, TokenGains] | None
 ) -> Iterator[ChartView]:
     """The gains of retrieval by the properties that they may depend on."""
+    chart = cost_chart(results)
+    yield from [chart] if chart else []
     yield from charts.sweep_charts(results)
     if scored:
         split, gains = scored

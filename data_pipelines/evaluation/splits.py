@@ -138,6 +138,24 @@ def open_split(
     return Split(name, database, table, retrieval, ids, measures)
 
 
+def first_documents(split: Split, chunks: int) -> tuple[Split, np.ndarray]:
+    """A split cut to its first documents, the last of which contains chunk number `chunks`.
+
+    Returns:
+      The split, and [n, 64] bool: the tokens of its text.
+    """
+    database = split.database
+    owners = database.documents(split.ids)
+    ids = split.ids[owners <= owners[min(chunks, len(owners)) - 1]]
+    mask = text_mask(
+        database.chunks(ids),
+        database.documents(ids),
+        eos_id=database.eos_id,
+        pad_id=database.pad_id,
+    )
+    return dataclasses.replace(split, ids=ids), mask
+
+
 @dataclasses.dataclass(frozen=True)
 class Places:
     """The directories of a split; of a slice also the one with its measures."""

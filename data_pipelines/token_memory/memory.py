@@ -49,10 +49,17 @@ class TokenMemory:
       manifests: of each revision's own token memory.
     """
 
-    def __init__(self, database: ChunkDatabase, parts: "Sequence[_Part]", hashes: Sequence[str]):
+    def __init__(
+        self, database: ChunkDatabase, parts: "Sequence[_Part]", manifests: Sequence[Manifest]
+    ):
         """Use `open`."""
-        self.database, self.hashes = database, tuple(hashes)
+        self.database, self.manifests = database, tuple(manifests)
         self._parts = tuple(parts)
+
+    @property
+    def hashes(self) -> tuple[str, ...]:
+        """Of each manifest."""
+        return tuple(manifest.hash for manifest in self.manifests)
 
     @classmethod
     def open(
@@ -74,7 +81,7 @@ class TokenMemory:
                 f"{len(directories)} token memories for the {len(databases)} parts of"
                 f" {database.directory}: expected one for each"
             )
-        parts, hashes, first = [], [], 0
+        parts, manifests, first = [], [], 0
         for directory, source in zip(directories, databases, strict=True):
             folder = pathlib.Path(directory)
             if not (folder / MANIFEST_FILE).is_file():
@@ -86,9 +93,9 @@ class TokenMemory:
             manifest = Manifest.open(folder, KIND, parents, verify)
             for i, (start, _) in enumerate(manifest.fact("parts")):
                 parts.append(_Part.open(folder, i, first + start, token_width(source)))
-            hashes.append(manifest.hash)
+            manifests.append(manifest)
             first += len(source)
-        return cls(database, parts, hashes)
+        return cls(database, parts, manifests)
 
     def match(
         self,

@@ -9,6 +9,8 @@ database_0.1  as on, from a tenth of the retrieval database's documents (smaller
               of larger ones)
 tokens        as on, mixed with the votes of the token memory (launch/evaluation/tokens.py);
               baseline+tokens is the baseline with it
+knn, on+knn   kNN-LM on the baseline and on RETRO[ON] (launch/evaluation/knn.py); knn+tokens and
+              on+knn+tokens are these with the token memory
 ngrams_0.5    as on, without neighbours that contain more than half of the 13-grams of the chunk
               and the one after it
 """
@@ -30,7 +32,7 @@ from retro_jax.errors import UserError
 from retro_jax.evaluate import overlap
 from retro_jax.evaluate.scorer import ScoredModel
 
-TOKENS = "tokens"
+TOKENS, KNN = "tokens", "knn"
 TUNING_CHUNKS = 1024  # of the validation split, by which a token mixture is tuned
 KINDS = ("on", "off", "random", "oracle", TOKENS)  # of --retrieval
 
@@ -116,6 +118,11 @@ def _whole_neighbours(
     if condition.kind in makers:
         return makers[condition.kind](split, condition)
     return lambda ids: split.neighbours(ids, k)
+
+
+def uses_knn(condition: Condition) -> bool:
+    """Whether kNN-LM is a part of a condition."""
+    return KNN in condition.name.split("+")
 
 
 def condition_settings(condition: Condition) -> dict[str, Any]:

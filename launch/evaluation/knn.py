@@ -1,7 +1,8 @@
 """kNN-LM on a trained model and W's own training text, as a condition of launch.evaluate.
 
-The datastore contains the first chunks of the training split, whose documents are in random order
-within each corpus: W/evaluation/knn-*.npy. Weight and temperature are tuned on the validation split.
+The model is the baseline, or RETRO[ON]: then its activations are those with neighbours, in the
+datastore as in the text. The datastore contains the first chunks of the training split, whose
+documents are in random order within each corpus: W/evaluation/knn-*.npy. Weight and temperature are tuned on the validation split.
 ScaNN searches a large datastore, with the index that a retrieval database of as many keys would
 have; --knn_exact compares every key instead, which takes a hundred times as long for a million.
 """
@@ -16,13 +17,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from data_pipelines.evaluation.splits import Split, open_split
+from data_pipelines.evaluation.splits import Split, first_documents, open_split
 from data_pipelines.retriever import index
 from data_pipelines.retriever.exact import ExactSearcher
-from launch.evaluation.conditions import scored_model
+from launch.evaluation.conditions import Condition, neighbour_tokens, scored_model
 from launch.evaluation.settings import KnnSettings
-from launch.runs import trained_run
-from retro_jax.batch import RetroBatch, text_mask
+from retro_jax.batch import ChunkText, RetroBatch
 from retro_jax.distributed import processes
 from retro_jax.distributed.progress import progress_bar
 from retro_jax.errors import UserError
@@ -53,11 +53,11 @@ class KnnScoring:
     """How kNN-LM is scored.
 
     Attributes:
-      run: the model. windows: of texts. settings: of the datastore and its search.
-      scorer: keeps the loaded model. data, folder: as everywhere.
+      condition: the model and its neighbours. windows: of texts. settings: of the datastore and its
+        search. scorer: keeps the loaded model. data, folder: as everywhere.
     """
 
-    run: trained_run.Run
+    condition: Condition
     windows: score.WindowConfig
     settings: KnnSettings
     scorer: Scorer
@@ -72,16 +72,8 @@ class KnnScoring:
         """
         store = self._store()
         look_up, how = search(store.keys, self.settings)
-        tuning = open_split(self.data, "validation", neighbours=0)
-        owners = tuning.database.documents(tuning.ids)
-        last = owners[min(_TUNING_CHUNKS, len(owners)) - 1]
-        tuning = dataclasses.replace(tuning, ids=tuning.ids[owners <= last])
-        mask = text_mask(
-            tuning.database.chunks(tuning.ids),
-            tuning.database.documents(tuning.ids),
-            eos_id=tuning.database.eos_id,
-            pad_id=tuning.database.pad_id,
-        )
+        tuning = open_split(self.data, "validation", neighbours=self.condition.neighbours)
+        tuning, mask = first_documents(tuning, _TUNING_CHUNKS)
         results, _ = self._find(tuning, mask, store.values, look_up)
         unit = _median(results.distances.min(axis=1)) or 1.0
         config = knn_lm.tune(results, unit, neighbours=results.distances.shape[1])
@@ -89,7 +81,7 @@ class KnnScoring:
         nll = nll.copy()
         nll[text] = results.nll(config, unit)
         states_of, rows = self._states()
-        queries = knn_lm.activations(states_of, tuning.text(0), self.windows, rows=rows)
+        queries = knn_lm.activations(states_of, self._text(tuning), self.windows, rows=rows)
         sample = next(queries)[1]
         k = results.distances.shape[1]
         facts = dataclasses.asdict(config) | {"unit": unit, "search": how}
@@ -101,11 +93,10 @@ class KnnScoring:
         self, split: Split, text: np.ndarray, values_of: np.ndarray, look_up: _LookUp
     ) -> tuple[knn_lm.Found, np.ndarray]:
         """The datastore's matches for each token that counts, and [n, 64] of the model alone."""
-        source = split.text(0)
+        source = self._text(split)
         partial = self.folder / f".partial-knn-{self._digest(split)}"
-        one = Pass(
-            scored_model(self.run), Retro.token_losses, self.windows, "kNN-LM: model", partial
-        )
+        model = scored_model(self.condition.run)
+        one = Pass(model, Retro.token_losses, self.windows, "kNN-LM: model", partial)
         nll = self.scorer.nll(one, source)
         forget(one)
         k = min(self.settings.neighbours, len(values_of))
@@ -125,11 +116,17 @@ class KnnScoring:
         targets = split.database.chunks(split.ids).ravel()[here]
         return knn_lm.Found(nll[text], targets, distances[here], values[here]), nll
 
+    def _text(self, split: Split) -> ChunkText:
+        """A split as the model reads it."""
+        tokens = neighbour_tokens(split, self.condition, self.folder, self.data)
+        return dataclasses.replace(split.text(0), neighbours=tokens)
+
     def _digest(self, split: Split) -> str:
         """Names the model's losses on a split: other ones have another name."""
         parts = [
-            self.run.identity(),
-            split.database.manifest.hash,
+            self.condition.run.identity(),
+            split.hashes(bool(self.condition.neighbours)),
+            self.condition.neighbours,
             dataclasses.asdict(self.windows),
         ]
         digest = hashlib.sha256(files.to_json(parts) + split.ids.tobytes())
@@ -137,16 +134,20 @@ class KnnScoring:
 
     def _store(self) -> _Store:
         """The datastore, read where it is there already."""
-        split = open_split(self.data, "train", neighbours=0)
+        k = self.condition.neighbours
+        split = open_split(self.data, "train", neighbours=k)
         split = dataclasses.replace(split, ids=datastore_chunks(split, self.settings.tokens))
-        digest = f"{self.run.checkpoint[:12]}-{split.database.manifest.hash[:12]}-{len(split.ids)}"
+        parts = [self.condition.run.checkpoint[:12], split.database.manifest.hash[:12]]
+        if split.table is not None:
+            parts.append(f"{k}-{split.table.manifest.hash[:12]}")
+        digest = "-".join([*parts, str(len(split.ids))])
         paths = [self.folder / f"knn-{what}-{digest}.npy" for what in ("keys", "values")]
         if all(processes.as_first([path.is_file() for path in paths])):
             return _Store(*map(read_array, paths))
         tokens = split.database.chunks(split.ids).ravel()
         keys, values = [], []
         with progress_bar(len(split.ids), "kNN-LM: datastore", "chunk") as bar:
-            source = split.text(0)
+            source = self._text(split)
             states_of, rows = self._states()
             results = knn_lm.activations(states_of, source, self.windows, rows=rows)
             for places, states in results:
@@ -162,7 +163,8 @@ class KnnScoring:
 
     def _states(self) -> tuple[Callable[[RetroBatch], np.ndarray], Sequence[int] | None]:
         """The model's final activations of a batch, and the rows of it that it is given."""
-        compiled = self.scorer.compiled(scored_model(self.run), _hidden_states, self.windows)
+        model = scored_model(self.condition.run)
+        compiled = self.scorer.compiled(model, _hidden_states, self.windows)
         assert compiled.windows == self.windows
 
         def states(batch: RetroBatch) -> np.ndarray:
@@ -173,7 +175,7 @@ class KnnScoring:
 
 
 def knn_scoring(
-    run: trained_run.Run,
+    condition: Condition,
     windows: score.WindowConfig,
     settings: KnnSettings,
     *,
@@ -182,16 +184,22 @@ def knn_scoring(
     folder: pathlib.Path,
 ) -> KnnScoring:
     """A scoring whose batches every device has an equal part of."""
-    rounded = scorer.compiled(scored_model(run), _hidden_states, windows).windows
-    return KnnScoring(run, rounded, settings, scorer, data, folder)
+    rounded = scorer.compiled(scored_model(condition.run), _hidden_states, windows).windows
+    return KnnScoring(condition, rounded, settings, scorer, data, folder)
+
+
+def plan_of(tokens: int, dimension: int, settings: KnnSettings) -> index.IndexPlan:
+    """The index of a datastore of so many keys."""
+    kind = "brute_force" if settings.exact else "auto"
+    plan = index.plan_index(tokens, dimension, index.IndexConfig(kind=kind))
+    return dataclasses.replace(plan, reorder=_REORDERED * settings.neighbours)
 
 
 def search(keys: np.ndarray, settings: KnnSettings) -> tuple[_LookUp, str]:
     """Finds the k nearest keys of queries: places [n, k], -1 for none, and distances; its name."""
-    plan = index.plan_index(len(keys), keys.shape[1], index.IndexConfig())
-    if settings.exact or plan.kind == "brute_force":
+    plan = plan_of(len(keys), keys.shape[1], settings)
+    if plan.kind == "brute_force":
         return ExactSearcher(keys, on_devices=False).search, "exact"
-    plan = dataclasses.replace(plan, reorder=_REORDERED * settings.neighbours)
     sample = index.IndexConfig.training_sample
     built = index.KINDS[plan.kind].build(keys.astype(np.float32), plan, sample)
     return built.search, f"ScaNN ({plan.kind})"
@@ -213,8 +221,8 @@ def _median(distances: np.ndarray) -> float:
 
 
 def _hidden_states(model: Retro, batch: RetroBatch) -> jax.Array:
-    """[B, N, D] with retrieval off."""
-    return model.hidden_states(batch.tokens, None, batch.documents)
+    """[B, N, D]; with retrieval off where the batch has no neighbours."""
+    return model.hidden_states(batch.tokens, batch.neighbours, batch.documents)
 
 
 def datastore_chunks(split: Split, tokens: int) -> np.ndarray:

@@ -11,13 +11,15 @@ import numpy as np
 
 from data_pipelines.evaluation.splits import Split, open_split
 from data_pipelines.evaluation.texts import evaluation_text
-from data_pipelines.retriever.revisions import open_database
+from data_pipelines.retriever.revisions import latest, open_database
 from launch.evaluation.conditions import (
+    KNN,
     TOKENS,
     Condition,
     condition_settings,
     neighbour_tokens,
     scored_model,
+    uses_knn,
 )
 from launch.evaluation.knn import knn_scoring
 from launch.evaluation.settings import EvaluationSettings, KnnSettings
@@ -103,27 +105,25 @@ def _head(work: Work, settings: EvaluationSettings, condition: Condition) -> dic
             "neighbours": condition.neighbours,
             "max_documents": settings.max_documents,
             "execution": dataclasses.asdict(condition.run.execution),
-            **(
-                _knn_settings(settings.knn)
-                if condition.kind == "knn"
-                else condition_settings(condition)
-            ),
+            **(_knn_settings(settings.knn) if uses_knn(condition) else {}),
+            **condition_settings(condition),
         },
         "model": condition.run.identity(),
-        "manifests": split.hashes(bool(condition.neighbours)) | _memory_hash(work, condition),
+        "manifests": split.hashes(bool(condition.neighbours)) | _memory_hashes(work, condition),
     }
 
 
-def _memory_hash(work: Work, condition: Condition) -> dict[str, str]:
-    """The database whose tokens vote and the text that tunes, where a condition has a token memory."""
-    if condition.kind != TOKENS:
-        return {}
-    tuning = open_split(work.data, "validation", neighbours=condition.neighbours)
-    hashes = tuning.hashes(bool(condition.neighbours))
-    return {
-        "token_memory": open_database(work.data).manifest.hash,
-        **{f"tuning_{name}": digest for name, digest in hashes.items()},
-    }
+def _memory_hashes(work: Work, condition: Condition) -> dict[str, str]:
+    """What a condition looks up beside its neighbours, and the text that tunes its mixture."""
+    k, hashes = condition.neighbours, {}
+    if condition.kind == TOKENS:
+        hashes["token_memory"] = open_database(work.data).manifest.hash
+        tuning = open_split(work.data, "validation", neighbours=k).hashes(bool(k))
+        hashes |= {f"tuning_{name}": digest for name, digest in tuning.items()}
+    if uses_knn(condition) and (k or latest(work.data)):
+        store = open_split(work.data, "train", neighbours=k).hashes(bool(k))
+        hashes |= {f"datastore_{name}": digest for name, digest in store.items()}
+    return hashes
 
 
 def _knn_settings(settings: KnnSettings) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def _measured(
 ) -> dict[str, dict[str, float | None]]:
     """The further figure that the text is measured by, under conditions with one model's logits."""
     measure = evaluation_text(work.split.name).measure
-    if measure is None or condition.kind in ("knn", "k", TOKENS):
+    if measure is None or condition.kind in (KNN, "k", TOKENS):
         return {}
     return {measure: share_with_interval(documents_right(work, settings, condition))}
 
@@ -168,9 +168,9 @@ def _score(
     folder, split = work.folder, work.split
     last = max(conditions, key=lambda c: c.neighbours)
     cut = settings.windows(last.run.chunks)
-    if last.kind == "knn":
+    if last.kind == KNN:
         scoring = knn_scoring(
-            last.run, cut, settings.knn, scorer=work.scorer, data=work.data, folder=folder
+            last, cut, settings.knn, scorer=work.scorer, data=work.data, folder=folder
         )
         nll, facts = scoring.score(split, work.text)
         return nll[None], {"knn": facts}
@@ -181,7 +181,9 @@ def _score(
     losses = sweep_losses([c.neighbours for c in conditions]) if sweep else Retro.token_losses
     tokens = neighbour_tokens(split, last, folder, work.data)
     text = dataclasses.replace(split.text(0), neighbours=tokens)
-    partial = folder / f".partial-{_digest({c.name: _head(work, settings, c) for c in conditions})}"
+    heads = {c.name: _head(work, settings, c) for c in conditions}
+    heads["ids"] = {"sha256": hashlib.sha256(split.ids.tobytes()).hexdigest()}
+    partial = folder / f".partial-{_digest(heads)}"
     what = "k sweep" if sweep else condition_name(last.name)
     one = Pass(scored_model(last.run), losses, cut, what, partial)
     nll = work.scorer.nll(one, text)
@@ -194,11 +196,15 @@ def _score_with_tokens(
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """[n, 64] nats of a model with the token memory, and the facts of their mixture."""
     name = MIXED_WITH_TOKENS[condition.name]
-    alone = dataclasses.replace(condition, name=name, kind=name)
+    alone = dataclasses.replace(condition, name=name, kind=KNN if name.endswith(KNN) else name)
     evaluate(work, settings, [alone])
     nll = read_array(work.folder / f"{_result_name(work, settings, alone)}.npy")
-    cut = settings.windows(alone.run.chunks)
-    mixture = TokenMixture(alone, cut, work.scorer, data=work.data, folder=work.folder)
+
+    def nll_of(split: Split, text: np.ndarray) -> np.ndarray:
+        other = dataclasses.replace(work, split=split, text=text)
+        return _score(other, settings, [alone])[0][0]
+
+    mixture = TokenMixture(alone.neighbours, nll_of, data=work.data, folder=work.folder)
     return mixture.mix(work.split, work.text, nll)
 
 

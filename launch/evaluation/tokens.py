@@ -8,25 +8,22 @@ the first chunks of the validation split.
 import dataclasses
 import hashlib
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from data_pipelines.chunk_database.database import ChunkDatabase
-from data_pipelines.evaluation.splits import Split, open_split
+from data_pipelines.evaluation.splits import Split, first_documents, open_split
 from data_pipelines.retriever.revisions import open_database
 from data_pipelines.token_memory.memory import LONGEST, MOST_VOTES, TokenMemory
 from data_pipelines.token_memory.text_votes import TextVotes, votes_on
 from data_pipelines.token_memory.workdir_memory import prepare_and_open
-from launch.evaluation.conditions import TUNING_CHUNKS, Condition, neighbour_tokens, scored_model
-from retro_jax.batch import text_mask
+from launch.evaluation.conditions import TUNING_CHUNKS
 from retro_jax.distributed import processes
 from retro_jax.distributed.progress import progress_bar
 from retro_jax.errors import UserError
-from retro_jax.evaluate.score import WindowConfig
-from retro_jax.evaluate.scorer import Pass, Scorer, forget
 from retro_jax.evaluate.token_mixture import Votes, mixed_nll, summary, tune_weights
-from retro_jax.model import Retro
 from retro_jax.storage import files
 
 _COLUMNS = tuple(field.name for field in dataclasses.fields(Votes))
@@ -37,13 +34,13 @@ class TokenMixture:
     """How a condition's model is mixed with the token memory.
 
     Attributes:
-      condition: whose model and neighbours. windows: of texts. scorer: keeps the loaded model.
-      data: of the prepared data. folder: W/evaluation.
+      neighbours: a chunk's, of the condition. nll_of: the nats [n, 64] of the condition alone on a
+        split, given the tokens [n, 64] bool that count. data: of the prepared data. folder:
+        W/evaluation.
     """
 
-    condition: Condition
-    windows: WindowConfig
-    scorer: Scorer
+    neighbours: int
+    nll_of: Callable[[Split, np.ndarray], np.ndarray]
     data: pathlib.Path
     folder: pathlib.Path
 
@@ -66,15 +63,10 @@ class TokenMixture:
                 " expected another split"
             )
         memory = self._memory(database)
-        tuning = self._tuning_split()
-        mask = text_mask(
-            tuning.database.chunks(tuning.ids),
-            tuning.database.documents(tuning.ids),
-            eos_id=tuning.database.eos_id,
-            pad_id=tuning.database.pad_id,
-        )
+        tuning = open_split(self.data, "validation", neighbours=self.neighbours)
+        tuning, mask = first_documents(tuning, TUNING_CHUNKS)
         tuning_votes = self._votes(memory, tuning, mask)
-        model_nll = self._model_nll(tuning)[mask]
+        model_nll = self.nll_of(tuning, mask)[mask]
         weights = tune_weights(model_nll, tuning_votes)
         votes = self._votes(memory, split, text)
         mixed = nll.astype(np.float64)
@@ -96,31 +88,6 @@ class TokenMixture:
 
         processes.from_first(build)
         return prepare_and_open(database)
-
-    def _tuning_split(self) -> Split:
-        """The first documents of the validation split, with the condition's neighbours."""
-        split = open_split(self.data, "validation", neighbours=self.condition.neighbours)
-        owners = split.database.documents(split.ids)
-        last = owners[min(TUNING_CHUNKS, len(owners)) - 1]
-        return dataclasses.replace(split, ids=split.ids[owners <= last])
-
-    def _model_nll(self, split: Split) -> np.ndarray:
-        """[n, 64] nats of the model alone on a split."""
-        tokens = neighbour_tokens(split, self.condition, self.folder, self.data)
-        source = dataclasses.replace(split.text(0), neighbours=tokens)
-        model_of = [
-            self.condition.name,
-            self.condition.run.identity(),
-            dataclasses.asdict(self.windows),
-        ]
-        digest = _digest(model_of, split.hashes(bool(self.condition.neighbours)), split.ids)
-        partial = self.folder / f".partial-tokens-{digest}"
-        what = "token memory: tuning"
-        model = scored_model(self.condition.run)
-        one = Pass(model, Retro.token_losses, self.windows, what, partial)
-        nll = self.scorer.nll(one, source)
-        forget(one)
-        return nll
 
     def _votes(self, memory: TokenMemory, split: Split, text: np.ndarray) -> Votes:
         """The memory's votes on a split, read where it is there already."""

@@ -11,9 +11,17 @@ CONDITION_NAMES = {
     "oracle": "oracle",
     "tokens": "RETRO[ON] + tokens",
     "baseline+tokens": "baseline + tokens",
+    "on+knn": "RETRO[ON] + kNN-LM",
+    "knn+tokens": "kNN-LM + tokens",
+    "on+knn+tokens": "RETRO[ON] + kNN-LM + tokens",
 }
 # The condition whose model is mixed with the token memory.
-MIXED_WITH_TOKENS = {"tokens": "on", "baseline+tokens": "baseline"}
+MIXED_WITH_TOKENS = {
+    "tokens": "on",
+    "baseline+tokens": "baseline",
+    "knn+tokens": "knn",
+    "on+knn+tokens": "on+knn",
+}
 # Conditions that vary RETRO[ON], by the first part of their names: the meaning of the second.
 SWEPT_NAMES = {
     "k": "k = {:g}",

@@ -23,6 +23,11 @@ PAIRS = (
     ("tokens", "on"),
     ("tokens", "knn"),
     ("tokens", "baseline+tokens"),
+    ("on+knn", "on"),
+    ("on+knn", "knn"),
+    ("tokens", "on+knn"),
+    ("on+knn+tokens", "tokens"),
+    ("on+knn+tokens", "knn+tokens"),
 )
 SAMPLES = 1000
 _COMPARISON_SAMPLES = 10_000

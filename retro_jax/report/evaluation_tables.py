@@ -10,6 +10,7 @@ from retro_jax.evaluate.conditions import (
     condition_order,
     swept,
 )
+from retro_jax.report.cost_view import cost_table
 from retro_jax.report.published import beside_paper
 from retro_jax.report.tables import as_markdown, as_text, interval, section
 from retro_jax.report.views import OverlapPoint, PublishedFigures, Table
@@ -157,6 +158,8 @@ def markdown(
         parts += [f"{table.title}:", as_markdown(table)]
     beside = beside_paper(results, published)
     parts += [section(beside)] if beside else []
+    costs = cost_table(results)
+    parts += [section(costs)] if costs else []
     parts += map(section, interval_tables(results))
     if overlap:
         parts += [*_intervals(overlap)]

@@ -6,9 +6,10 @@ Every text of a document, prompt or sample goes through escapes.escape; whitespa
 from collections.abc import Mapping, Sequence
 
 from retro_jax.evaluate.conditions import CONDITION_NAMES, SHOWN_OVERLAP, swept
+from retro_jax.report.cost_view import condition_style
 from retro_jax.report.escapes import escape
 from retro_jax.report.evaluation_tables import score_table
-from retro_jax.report.line_chart import STYLES, Line, line_chart, smooth
+from retro_jax.report.line_chart import STYLE_SHEET, Line, line_chart, smooth
 from retro_jax.report.tables import as_html
 from retro_jax.report.views import (
     ChartView,
@@ -27,15 +28,13 @@ _STYLE = """
 :root {
   color-scheme: light dark;
   --page: #fbfbfa; --card: #ffffff; --text: #1d2129; --dim: #667085; --rule: #e3e5e8;
-  --code: #f5f6f7; --accent: #1f5fd0; --second: #c2570c; --third: #6b7280;
-  --fourth: #0f8a6b; --fifth: #8b3fc9; --sixth: #b8860b; --seventh: #b3246b; --eighth: #2b8a9e;
+  --code: #f5f6f7; --accent: #1f5fd0;
   --more: 16, 150, 72; --less: 214, 50, 50; --shared: #fff1b8; --prompt: #eaf1ff;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #14161a; --card: #1b1e24; --text: #e4e7ec; --dim: #98a2b3; --rule: #2f343d;
-    --code: #22262e; --accent: #7fb0ff; --second: #f6a15b; --third: #a3acba;
-  --fourth: #4fc9a5; --fifth: #c08bf0; --sixth: #e0b64a; --seventh: #ef7fb5; --eighth: #6fc7d8;
+    --code: #22262e; --accent: #7fb0ff;
     --more: 42, 190, 108; --less: 245, 88, 88; --shared: #57480f; --prompt: #1f2d47;
   }
 }
@@ -59,23 +58,6 @@ tr.total td { border-bottom: none; font-weight: 600; }
 td.best { color: var(--accent); font-weight: 700; }
 figure { margin: 12px 0; }
 svg.chart { width: 100%; height: auto; display: block; }
-.chart .grid { stroke: var(--rule); } .chart .axis { stroke: var(--dim); }
-.chart .tick, .chart .label { fill: var(--dim); font-size: 12px; }
-.chart .name { font-size: 13px; font-weight: 600; }
-.chart .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
-.chart .line.raw { stroke-width: 1; opacity: 0.22; }
-.chart .first { stroke: var(--accent); } .chart .second { stroke: var(--second); }
-.chart .third { stroke: var(--third); } .chart .fourth { stroke: var(--fourth); }
-.chart .fifth { stroke: var(--fifth); } .chart .sixth { stroke: var(--sixth); }
-.chart .seventh { stroke: var(--seventh); } .chart .eighth { stroke: var(--eighth); }
-.chart .dot.third, .chart .name.third { fill: var(--third); stroke: none; }
-.chart .dot.fourth, .chart .name.fourth { fill: var(--fourth); stroke: none; }
-.chart .dot.fifth, .chart .name.fifth { fill: var(--fifth); stroke: none; }
-.chart .dot.sixth, .chart .name.sixth { fill: var(--sixth); stroke: none; }
-.chart .dot.seventh, .chart .name.seventh { fill: var(--seventh); stroke: none; }
-.chart .dot.eighth, .chart .name.eighth { fill: var(--eighth); stroke: none; }
-.chart .dot.first, .chart .name.first { fill: var(--accent); stroke: none; }
-.chart .dot.second, .chart .name.second { fill: var(--second); stroke: none; }
 .card { background: var(--card); border: 1px solid var(--rule); border-radius: 10px;
   padding: 16px 18px; margin: 14px 0; }
 .card > header { display: flex; flex-wrap: wrap; gap: 4px 14px; align-items: baseline; margin-bottom: 10px; }
@@ -100,8 +82,6 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 18px; margi
 dt { color: var(--dim); } dd { margin: 0; overflow-wrap: anywhere; }
 """
 
-_CHARTED = ("on", "off", "baseline", "knn", "random", "oracle", "tokens", "baseline+tokens")
-_STYLES = dict(zip(_CHARTED, STYLES, strict=True))
 _FULL_COLOUR_RANGE = (0.25, 4.0)  # bits per token
 
 
@@ -148,7 +128,7 @@ def overlap_chart(curve: Sequence[OverlapPoint]) -> str:
     shares = [100 * point.at_most for point in curve]
     names = [name for name in CONDITION_NAMES if curve and name in curve[0].bits_per_byte]
     lines = [
-        Line(CONDITION_NAMES[n], shares, [p.bits_per_byte[n] for p in curve], _STYLES[n])
+        Line(CONDITION_NAMES[n], shares, [p.bits_per_byte[n] for p in curve], condition_style(n))
         for n in names
     ]
     return line_chart(lines, x_label="r(C) at most, %", y_label="bits per byte")
@@ -327,6 +307,6 @@ def page(title: str, body: str) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n"
+        f"<title>{escape(title)}</title><style>{_STYLE}{STYLE_SHEET}</style></head>\n"
         f"<body><main>\n{body}\n</main></body></html>\n"
     )

@@ -14,18 +14,50 @@ _WIDTH, _HEIGHT = 860, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 160, 14, 44
 
 
-# Classes of the style sheet that are colours, and these colours on white.
-STYLES = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
-_COLOURS = ("#1f5fd0", "#c2570c", "#6b7280", "#0f8a6b", "#8b3fc9", "#b8860b", "#b3246b", "#2b8a9e")
-_FILE_STYLE = """
-svg { background: #fff; font-family: system-ui, sans-serif; }
-.grid { stroke: #e3e5e8; } .axis { stroke: #667085; }
-.tick, .label { fill: #667085; font-size: 12px; } .name { font-size: 13px; font-weight: 600; }
-.line { fill: none; stroke-width: 2; stroke-linejoin: round; }
-""" + "\n".join(
-    f".line.{style} {{ stroke: {colour}; }} .dot.{style}, .name.{style} {{ fill: {colour}; }}"
-    for style, colour in zip(STYLES, _COLOURS, strict=True)
-)
+# Classes of the style sheet that are colours: on a light and on a dark ground.
+_COLOURS = {
+    "first": ("#1f5fd0", "#7fb0ff"),
+    "second": ("#c2570c", "#f6a15b"),
+    "third": ("#6b7280", "#a3acba"),
+    "fourth": ("#0f8a6b", "#4fc9a5"),
+    "fifth": ("#8b3fc9", "#c08bf0"),
+    "sixth": ("#b8860b", "#e0b64a"),
+    "seventh": ("#b3246b", "#ef7fb5"),
+    "eighth": ("#2b8a9e", "#6fc7d8"),
+    "ninth": ("#5b7d1f", "#a8cf63"),
+    "tenth": ("#7a4a2b", "#d1a183"),
+    "eleventh": ("#3f3fb5", "#9b9bf5"),
+    "twelfth": ("#a33a3a", "#f08d8d"),
+}
+STYLES = tuple(_COLOURS)
+
+
+def _rules(dark: bool) -> str:
+    """The colours of every class, as rules."""
+    return "\n".join(
+        f".line.{style} {{ stroke: {pair[dark]}; }} .dot.{style}, .name.{style} {{ fill: {pair[dark]}; }}"
+        for style, pair in _COLOURS.items()
+    )
+
+
+# Of any page or file with charts; a page may set the variables itself.
+STYLE_SHEET = f"""
+.chart {{ --chart-rule: #e3e5e8; --chart-dim: #667085; font-family: system-ui, sans-serif; }}
+.chart .grid {{ stroke: var(--chart-rule); }} .chart .axis {{ stroke: var(--chart-dim); }}
+.chart .tick, .chart .label {{ fill: var(--chart-dim); font-size: 12px; }}
+.chart .name {{ font-size: 13px; font-weight: 600; }}
+.chart .line {{ fill: none; stroke-width: 2; stroke-linejoin: round; }}
+.chart .line.raw {{ stroke-width: 1; opacity: 0.22; }}
+{_rules(False)}
+@media (prefers-color-scheme: dark) {{
+.chart {{ --chart-rule: #2f343d; --chart-dim: #98a2b3; }}
+{_rules(True)}
+}}
+"""
+_FILE_GROUND = """
+svg { background: #fff; }
+@media (prefers-color-scheme: dark) { svg { background: #1b1e24; } }
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +116,11 @@ def line_chart(lines: Sequence[Line], *, x_label: str, y_label: str) -> str:
 
 
 def as_file(chart: str) -> str:
-    """A chart as an SVG file of its own, on white; an empty one without any point."""
-    chart = chart or f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}"></svg>'
+    """A chart as an SVG file of its own, light or dark as its reader; an empty one without a point."""
+    chart = chart or f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}"></svg>'
     start, end, rest = chart.partition(">")
     head = start.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
-    return f"{head}{end}<style>{_FILE_STYLE}</style>{rest}\n"
+    return f"{head}{end}<style>{STYLE_SHEET}{_FILE_GROUND}</style>{rest}\n"
 
 
 def ticks(low: float, high: float, about: int = 6) -> list[float]:
@@ -126,13 +158,13 @@ def _grid(axes: _Axes, x_ticks: list[float], y_ticks: list[float]) -> str:
     for value in y_ticks:
         y = axes.y(value)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text(_LEFT - 8, y + 4, _number(value), "tick", anchor="end"))
+        parts.append(_text(_LEFT - 8, y + 4, short_number(value), "tick", anchor="end"))
     for value in x_ticks:
         x = axes.x(value)
         parts.append(
             f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>'
         )
-        parts.append(_text(x, bottom + 18, _number(value), "tick", anchor="middle"))
+        parts.append(_text(x, bottom + 18, short_number(value), "tick", anchor="middle"))
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
     return "".join(parts)
 
@@ -177,9 +209,9 @@ def _text(x: float, y: float, text: str, style: str, *, anchor: str, extra: str 
     )
 
 
-def _number(value: float) -> str:
-    """A tick's number: 500k, 1.5M, 0.25."""
-    for unit, size in (("M", 1e6), ("k", 1e3)):
+def short_number(value: float) -> str:
+    """A number in few letters: 500k, 1.5M, 0.25."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= size:
             return f"{round(value / size, 6):g}{unit}"
     return f"{round(value, 6):g}"

@@ -10,9 +10,11 @@ from typing import Any
 from retro_jax.evaluate import overlap
 from retro_jax.evaluate.scored_text import ScoredText
 from retro_jax.evaluate.uncertainty import PAIRS, plain
+from retro_jax.report.cost_view import cost_chart, cost_table
 from retro_jax.report.evaluation_tables import curves
 from retro_jax.report.html import overlap_chart
 from retro_jax.report.line_chart import as_file
+from retro_jax.report.views import Table
 from retro_jax.storage import files
 
 EVALUATION, SAMPLES = "evaluation", "samples"  # folders of a workdir
@@ -47,6 +49,14 @@ def read_comparisons(folder: pathlib.Path, split: str, results: Mapping[str, Any
         if is_comparison and results.get(condition, {}).get("model") == each["models"][0]:
             comparisons.append(each)
     return comparisons
+
+
+def write_costs(folder: pathlib.Path, split: str, results: Mapping[str, Any]) -> Table | None:
+    """Writes the chart of cost against bits; returns the table, None where no cost is known."""
+    chart = cost_chart(results)
+    if chart is not None:
+        files.write_atomically(folder / f"{split}-cost.svg", as_file(chart.svg).encode())
+    return cost_table(results)
 
 
 def write_overlap(
