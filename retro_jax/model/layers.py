@@ -130,8 +130,9 @@ class LearnedPositions(nnx.Module):
         self.layout = layout
 
     def __call__(self, positions_T: jax.Array) -> jax.Array:
-        """Rows [*T, D] of positions [*T]; one past the table reads the last row."""
-        return self.layout.weight(self.table).at[positions_T].get(mode="clip")
+        """Rows [*T, D] of positions [*T]; one past the table reads the last row. [B, T] are of texts."""
+        spec = self.layout.shardings.rows(3) if positions_T.ndim == 2 else None
+        return self.layout.weight(self.table).at[positions_T].get(mode="clip", out_sharding=spec)
 
 
 class FeedForward(nnx.Module):
