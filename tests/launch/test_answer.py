@@ -95,7 +95,9 @@ def test_answers_are_the_models_and_follow_an_edit_of_the_database(place, capsys
 
     names = place / "removed.txt"
     names.write_text(f"facts/{TERMS[4]}\n")
-    other = documents(lambda t: "something else" if t == TERMS[4] else f"the sound {t[::-1]} made twice")
+    other = documents(
+        lambda t: "something else" if t == TERMS[4] else f"the sound {t[::-1]} made twice"
+    )
     write(place / "facts.jsonl", other)
     assert call(prepare.main, f"--workdir={place / 'W'}", "--append", f"--remove=@{names}") == 0
     after = asked(place, "--retrieval=on")

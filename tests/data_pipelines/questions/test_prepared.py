@@ -94,7 +94,7 @@ def test_a_long_answer_is_cut_at_the_sequence(workdir, tmp_path):
 def test_a_run_records_the_questions_and_refuses_others(workdir):
     data = open_training_data(workdir, CONFIG)
     assert data.parents.keys() == {"chunks/train", "questions"} and data.pad_id == 0
-    with pytest.raises(UserError, match="expected 0, and launch.answer afterwards"):
+    with pytest.raises(UserError, match=r"expected 0, and launch.answer afterwards"):
         data.held_out()
     with pytest.raises(UserError, match="file"):
         prepare_questions(workdir, "asked", dataclasses.replace(FILE, sha256="01"), 2)
@@ -109,7 +109,7 @@ def test_a_run_records_the_questions_and_refuses_others(workdir):
     with pytest.raises(UserError, match="expected '' with data in a bucket"):
         copy_training_data("memory://b/W", CONFIG, workdir, held_out=False, parents=None)
     with pytest.raises(
-        ValueError, match="mixture is .*: expected None where BatchConfig.questions"
+        ValueError, match=r"mixture is .*: expected None where BatchConfig.questions"
     ):
         dataclasses.replace(CONFIG, mixture={"asked": 1.0})
 
@@ -128,5 +128,5 @@ def test_passages_of_a_file_are_those_of_the_prompts_last_chunk(workdir):
     prompts = prompts_of(dataclasses.replace(FILE, questions=twice), tokenizer, most=1)
     with pytest.raises(UserError, match="q:1 asks the same as q:0 with other passages"):
         GivenPassages(tokenizer, twice, prompts, 2)
-    with pytest.raises(UserError, match="q:3 has a question of 2 chunks of 64 .* at most 1"):
+    with pytest.raises(UserError, match=r"q:3 has a question of 2 chunks of 64 .* at most 1"):
         prompts_of(FILE, tokenizer, most=1)

@@ -76,5 +76,5 @@ def test_a_bad_row_is_refused_in_one_line(tmp_path, row, message):
 def test_an_empty_or_missing_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="has no question: expected one JSON object a line"):
         read_questions(write(tmp_path / "q.jsonl"))
-    with pytest.raises((UserError, OSError), match="none.jsonl"):
+    with pytest.raises((UserError, OSError), match=r"none\.jsonl"):
         read_questions(str(tmp_path / "none.jsonl"))
