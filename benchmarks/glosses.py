@@ -26,10 +26,11 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from data_pipelines.questions.layout import passage_text
 from data_pipelines.questions.reader import Passage
+from launch.common import app
 from retro_jax.errors import UserError
 from retro_jax.evaluate.answers import normalised
 from retro_jax.storage import files
@@ -70,7 +71,7 @@ class Fact(NamedTuple):
         return {"id": self.term, "question": f"what is {self.term}?", "answers": [self.gloss]}
 
 
-def main(_: Sequence[str]) -> None:
+def main() -> None:
     """Writes the files, and says how many terms there are."""
     folder = pathlib.Path(FACTS.value)
     facts = usable(read_dictionary(DICTIONARY.value, pathlib.Path(DEBIAN.value)))

@@ -100,7 +100,7 @@ def answers(
             decode=tokenizer.decode,
             num_neighbours=k or None,
         )
-        flat = [prompt.ravel() for prompt in prompts]
+        flat = [prompt.tokens for prompt in prompts]
         texts = greedy_answers(
             generator, flat, max_tokens=ANSWER_TOKENS.value, at_once=AT_ONCE.value
         )
@@ -109,7 +109,7 @@ def answers(
         for row, answer, prompt in zip(rows, each, prompts, strict=True):
             row[condition] = answer
             if passages is not None:
-                answer["passages"] = passages.names(prompt[-1])
+                answer["passages"] = passages.names(prompt.chunks[-1])
     return {
         "file": {"name": file.name, "sha256": file.sha256},
         "model": run.identity(),

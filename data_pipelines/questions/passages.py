@@ -9,7 +9,7 @@ from data_pipelines.artefacts.manifest import Path
 from data_pipelines.batches.batches import keep_part
 from data_pipelines.chunk_database.database import CHUNK_LENGTH
 from data_pipelines.chunk_database.tokenizer import Tokenizer
-from data_pipelines.questions.layout import NEIGHBOUR_LENGTH, passage_tokens
+from data_pipelines.questions.layout import NEIGHBOUR_LENGTH, Prompt, passage_tokens
 from data_pipelines.questions.reader import Question, QuestionFile
 from data_pipelines.retriever.live import LiveRetrieval
 from data_pipelines.retriever.retriever import Retriever
@@ -29,25 +29,33 @@ class Passages(Protocol):
 class FoundPassages:
     """What the newest database of a workdir has for a chunk, as a RETRO retrieves for any text."""
 
-    def __init__(self, workdir: Path, k: int, part: str = "both"):
+    def __init__(self, workdir: Path, prompts: Sequence[Prompt], k: int, part: str = "both"):
         """Opens the database; a UserError where there is none.
 
         Args:
-          workdir: W. k: K. part: BatchConfig.neighbour_part.
+          workdir: W. prompts: asked for without their fill.
+          k: K. part: BatchConfig.neighbour_part.
         """
         retriever = Retriever.open(workdir)
         self.database = retriever.database
         self._live = LiveRetrieval(retriever, self.database, k, part)
+        pairs = [pair for p in prompts for pair in zip(p.chunks, p.query, strict=True)]
+        self._queries = {_key(chunk): query for chunk, query in pairs}
 
     def __call__(self, chunks: np.ndarray) -> np.ndarray:
         """As `Passages`."""
-        return self._live(chunks)
+        queries = [self._query(chunk) for chunk in chunks]
+        return self._live(np.reshape(queries, (-1, CHUNK_LENGTH)))
 
     def names(self, chunk: np.ndarray) -> list[str]:
         """CORPUS/ID of the documents that were found."""
-        ids, _ = self._live.found(chunk)
+        ids, _ = self._live.found(self._query(chunk))
         records = [self.database.record(d) for d in self.database.documents(ids).tolist() if d >= 0]
         return [f"{record.corpus}/{record.id}" for record in records]
+
+    def _query(self, chunk: np.ndarray) -> np.ndarray:
+        """What the database is asked with."""
+        return self._queries.get(_key(chunk), chunk)
 
 
 class GivenPassages:
@@ -60,14 +68,14 @@ class GivenPassages:
         self,
         tokenizer: Tokenizer,
         questions: Sequence[Question],
-        prompts: Sequence[np.ndarray],
+        prompts: Sequence[Prompt],
         k: int,
         part: str = "both",
     ):
         """Tokenises the passages.
 
         Args:
-          tokenizer: of the model. questions: with passages. prompts: [c, 64] of each.
+          tokenizer: of the model. questions: with passages. prompts: of each.
           k: K, the first so many passages of each question. part: BatchConfig.neighbour_part.
 
         Raises:
@@ -83,7 +91,7 @@ class GivenPassages:
             rows = self._none.copy()
             rows[:count] = tokens[first : first + count]
             first += count
-            asked, found = self._found.setdefault(_key(prompt[-1]), (question, rows))
+            asked, found = self._found.setdefault(_key(prompt.chunks[-1]), (question, rows))
             if not np.array_equal(found, rows):
                 raise UserError(
                     f"{question.place} asks the same as {asked.place} with other passages: expected"
@@ -105,7 +113,7 @@ class GivenPassages:
 def open_passages(
     workdir: Path,
     file: QuestionFile,
-    prompts: Sequence[np.ndarray],
+    prompts: Sequence[Prompt],
     *,
     tokenizer: Tokenizer,
     k: int,
@@ -114,7 +122,7 @@ def open_passages(
     """The passages of a file of questions: its own, or those of W's newest database.
 
     Args:
-      workdir: W. file: the questions. prompts: [c, 64] of each. tokenizer: of W.
+      workdir: W. file: the questions. prompts: of each. tokenizer: of W.
       k: K, neighbours of a chunk. part: BatchConfig.neighbour_part.
 
     Raises:
@@ -122,7 +130,7 @@ def open_passages(
     """
     if file.has_passages:
         return GivenPassages(tokenizer, file.questions, prompts, k, part)
-    return FoundPassages(workdir, k, part)
+    return FoundPassages(workdir, prompts, k, part)
 
 
 def _key(chunk: np.ndarray) -> bytes:

@@ -61,27 +61,26 @@ def prepare_questions(workdir: Path, name: str, file: QuestionFile, k: int) -> M
         "k": k,
         "file": {"name": file.name, "sha256": file.sha256},
         "passages": "given" if file.has_passages else "database",
-        "forms": [layout.PROMPT, layout.ANSWER, layout.PASSAGE],
+        "forms": [layout.FILL, layout.PROMPT, layout.ANSWER, layout.PASSAGE],
         "vocab_size": tokenizer.vocab_size,
         "pad_id": tokenizer.pad_id,
     }
-    found = None
+    found, prompts = None, layout.prompts_of(file, tokenizer)
     if not file.has_passages:
-        found = FoundPassages(workdir, k)
+        found = FoundPassages(workdir, prompts, k)
         parents["database"] = (found.database.manifest, found.database.directory)
         settings |= {"ranking": Ranking.of(workdir).settings}
     stage = Stage(folder_of(workdir, name), KIND, settings, parents)
     if stage.done:
         return stage.manifest()
-    prompts = layout.prompt_chunks(tokenizer, [q.question for q in file.questions])
     answers = layout.answer_tokens(tokenizer, [q.answers[0] for q in file.questions])
     passages = found or GivenPassages(tokenizer, file.questions, prompts, k)
     dtype = token_dtype(max(tokenizer.vocab_size, tokenizer.pad_id + 1))
-    chunks = np.concatenate(prompts)
+    chunks = np.concatenate([prompt.chunks for prompt in prompts])
     blocks = [chunks[first : first + _BLOCK] for first in range(0, len(chunks), _BLOCK)]
     arrays = (
         chunks.astype(dtype),
-        np.cumsum([len(prompt) for prompt in prompts]),
+        np.cumsum([len(prompt.chunks) for prompt in prompts]),
         np.concatenate(answers).astype(dtype),
         np.cumsum([len(answer) for answer in answers]),
         np.concatenate([passages(block).astype(dtype) for block in blocks]),
@@ -90,7 +89,7 @@ def prepare_questions(workdir: Path, name: str, file: QuestionFile, k: int) -> M
         stage.write_array(shard, array)
     facts = {
         "questions": len(prompts),
-        "longest_prompt": max(map(len, prompts)),
+        "longest_prompt": max(len(prompt.chunks) for prompt in prompts),
         "longest_answer": max(map(len, answers)),
     }
     return stage.finish(facts, _SHARDS)

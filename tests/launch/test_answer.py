@@ -8,7 +8,8 @@ import pytest
 from flax import nnx
 
 from data_pipelines.chunk_database.tokenizer import Tokenizer
-from data_pipelines.questions.layout import prompt_chunks
+from data_pipelines.questions.layout import prompts_of
+from data_pipelines.questions.reader import read_questions
 from data_pipelines.retriever.retriever import Retriever
 from launch import answer, prepare, train
 from launch.runs.trained_run import load_model, open_run
@@ -81,10 +82,10 @@ def test_answers_are_the_models_and_follow_an_edit_of_the_database(place, capsys
 
     tokenizer = Tokenizer.open(place / "W" / "tokenizer")
     model, retriever = nnx.merge(*load_model(run)), Retriever.open(place / "W")
-    (prompt,) = prompt_chunks(tokenizer, [row["question"]])
-    tokens = np.concatenate([prompt.ravel(), np.full(64, tokenizer.eos_id, np.int32)])[None]
+    prompt = prompts_of(read_questions(str(place / "q.jsonl")), tokenizer)[4]
+    tokens = np.concatenate([prompt.tokens, np.full(64, tokenizer.eos_id, np.int32)])[None]
     neighbours = np.zeros((1, 2, 2, 128), np.int32)
-    neighbours[0, :1] = retriever.retrieve(prompt, 2)
+    neighbours[0, :1] = retriever.retrieve(prompt.query, 2)
     barred = [i for i in tokenizer.special_ids if i != tokenizer.eos_id]
     for end in range(64, 67):
         logits = np.array(model(tokens, neighbours))[0, end - 1]
@@ -103,7 +104,9 @@ def test_answers_are_the_models_and_follow_an_edit_of_the_database(place, capsys
     after = asked(place, "--retrieval=on")
     assert after["conditions"].keys() == {"on"} and after["database"] != before["database"]
     assert after["questions"][4]["on"]["passages"][0] == f"facts/{TERMS[4]}"
-    assert "something else" in tokenizer.decode(Retriever.open(place / "W").retrieve(prompt, 1))
+    assert "something else" in tokenizer.decode(
+        Retriever.open(place / "W").retrieve(prompt.query, 1)
+    )
 
 
 def test_passages_of_a_file_take_the_place_of_the_database(place, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from data_pipelines.batches.batches import BatchConfig
 from data_pipelines.batches.training_data import copy_training_data, open_training_data
 from data_pipelines.chunk_database.tokenizer import Tokenizer
-from data_pipelines.questions.layout import prompts_of
+from data_pipelines.questions.layout import FILL, prompts_of
 from data_pipelines.questions.passages import GivenPassages
 from data_pipelines.questions.prepared import QuestionBatches, prepare_questions
 from data_pipelines.questions.reader import Passage, Question, QuestionFile
@@ -61,8 +61,13 @@ def test_a_row_is_a_filled_question_and_its_answer(workdir):
         chunks = 2 if number == 3 else 1
         prompt, rest = np.split(batch.tokens[row], [64 * chunks])
         text = f"question: {asked.question}\n answer:"
-        assert tokenizer.decode(prompt[prompt != tokenizer.bos_id]) == text
-        assert (prompt[: 64 * chunks - len(tokenizer.encode(text))] == tokenizer.bos_id).all()
+        fill, question = np.split(prompt, [len(prompt) - len(tokenizer.encode(text))])
+        assert tokenizer.decode(question) == text
+        assert fill[0] == tokenizer.bos_id and (FILL * 9).endswith(tokenizer.decode(fill[1:]))
+        (query,) = prompts_of(dataclasses.replace(FILE, questions=(asked,)), tokenizer)
+        np.testing.assert_array_equal(query.tokens, prompt)
+        expected = np.append(np.full(len(fill), tokenizer.bos_id), question)
+        np.testing.assert_array_equal(query.query.ravel(), expected)
         answer = np.append(tokenizer.encode(f" {asked.answers[0]}"), tokenizer.eos_id)
         np.testing.assert_array_equal(rest[: len(answer)], answer)
         assert (rest[len(answer) :] == tokenizer.pad_id).all()
@@ -120,9 +125,9 @@ def test_passages_of_a_file_are_those_of_the_prompts_last_chunk(workdir):
     given = GivenPassages(tokenizer, FILE.questions, prompts, 3)
     batch = QuestionBatches.read(workdir, CONFIG).rows(0)
     for row, number in enumerate(batch.documents[:, 0]):
-        found = given(prompts[number])
+        found = given(prompts[number].chunks)
         np.testing.assert_array_equal(found[:, :2], batch.neighbours[row, : len(found)])
-        assert given.names(prompts[number][-1]) == ["t0", "t1", "t2"]
+        assert given.names(prompts[number].chunks[-1]) == ["t0", "t1", "t2"]
     assert (given(np.zeros((1, 64), int)) == tokenizer.pad_id).all()
     twice = (FILE.questions[0], dataclasses.replace(FILE.questions[1], question="what is it? 0"))
     prompts = prompts_of(dataclasses.replace(FILE, questions=twice), tokenizer, most=1)
