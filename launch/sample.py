@@ -15,14 +15,12 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from absl import flags
 from flax import nnx
 
-from data_pipelines.batches.batches import keep_part
-from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.evaluation.text_view import Viewer, sample_chunk_from_json
+from data_pipelines.retriever.live import LiveRetrieval
 from data_pipelines.retriever.retriever import Retriever
 from data_pipelines.retriever.revisions import latest, open_database
 from launch.common import app, configurables
@@ -130,31 +128,6 @@ def _neighbours(run: trained_run.Run) -> int:
     if not (k and run.model.has_retrieval):
         raise UserError(f"--retrieval=on: {run.directory} was trained without, expected off")
     return k
-
-
-class LiveRetrieval:
-    """Retrieves neighbours for the generator, and remembers which they were."""
-
-    def __init__(self, retriever: Retriever, database: ChunkDatabase, k: int, part: str = "both"):
-        self._retriever, self._database, self._k, self._part = retriever, database, k, part
-        self.score: str = retriever.ranking.settings["score"]
-        self._found: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
-
-    def __call__(self, chunks: np.ndarray) -> np.ndarray:
-        """The neighbours [n, k, R] of chunks [n, 64]."""
-        ids, distances = self._retriever.neighbours(chunks, self._k)
-        for chunk, *neighbours in zip(chunks, ids, distances, strict=True):
-            self._found[_key(chunk)] = tuple(neighbours)
-        return keep_part(self._database.values(ids), self._part, self._database.pad_id)
-
-    def found(self, chunk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and distances [k] of the neighbours of a chunk that was asked for."""
-        return self._found[_key(chunk)]
-
-
-def _key(chunk: np.ndarray) -> bytes:
-    """A chunk as a dictionary's key."""
-    return np.ascontiguousarray(chunk, np.int32).tobytes()
 
 
 def make_samples(

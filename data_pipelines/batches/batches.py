@@ -51,6 +51,8 @@ class BatchConfig:
         Weights are exact to half a percent of themselves. None takes every sequence exactly once an
         epoch.
       prefetch: batches made ahead of the current one.
+      questions: NAME of questions in W/questions that are trained instead of the training split; ""
+        for none. launch.prepare --questions makes them.
     """
 
     sequence_length: int = 2048
@@ -60,6 +62,7 @@ class BatchConfig:
     seed: int = 0
     mixture: Mapping[str, float] | None = None
     prefetch: int = 4
+    questions: str = ""
 
     def __post_init__(self) -> None:
         length = self.sequence_length
@@ -74,6 +77,8 @@ class BatchConfig:
         weights = [1.0] if self.mixture is None else list(self.mixture.values())
         valid = bool(weights) and all(isinstance(w, int | float) and w > 0 for w in weights)
         require(valid, self, "mixture", "positive weights by corpus")
+        alone = not self.questions or self.mixture is None
+        require(alone, self, "mixture", "None where BatchConfig.questions is given")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +106,7 @@ class _Corpus:
         """How many chunks the sequences of an epoch are shifted by."""
         if self.sequences == 1:  # a shift would only cut documents that fit as they are
             return 0
-        return int(_permutation(self.chunks, self.seed, 0)[epoch % self.chunks])
+        return int(permutation(self.chunks, self.seed, 0)[epoch % self.chunks])
 
     def chunk_ids(self, tickets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Chunks of the sequences epoch * S + s.
@@ -264,7 +269,7 @@ def _seed(seed: int, name: str) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
+def permutation(length: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of range(length), from bits that no NumPy version changes."""
     bits = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(length)
     return np.argsort(bits, kind="stable")
@@ -286,7 +291,7 @@ class _ShortShuffle(grain.MapDataset):
 
     def __getitem__(self, index: int):
         epoch, position = divmod(index, self._parent_length)
-        order = _permutation(self._parent_length, self._seed, epoch)
+        order = permutation(self._parent_length, self._seed, epoch)
         return self._parent[epoch * self._parent_length + int(order[position])]
 
 

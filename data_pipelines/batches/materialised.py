@@ -112,8 +112,13 @@ def prepare_batches(
     if table is not None:
         parents["neighbours"] = (table.manifest, table.directory)
     token_settings = {name: database.manifest.settings[name] for name in ("vocab_size", "pad_id")}
+    if config.questions:
+        raise UserError(
+            f"BatchConfig.questions is {config.questions!r}: expected '', as questions are written already"
+        )
     # How far ahead batches are made does not show in them.
-    order = {k: v for k, v in dataclasses.asdict(config).items() if k != "prefetch"}
+    free = ("prefetch", "questions")
+    order = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
     stage = Stage(directory, KIND, {"order": order, "steps": steps} | token_settings, parents)
     if stage.done:
         return stage.manifest()

@@ -15,6 +15,7 @@ from data_pipelines.artefacts.manifest import MANIFEST_FILE, PURGED_FILE, Manife
 from data_pipelines.batches.batches import BatchConfig, Batches
 from data_pipelines.batches.materialised import RETRIEVED, MaterialisedBatches
 from data_pipelines.chunk_database.database import CHUNK_LENGTH, ChunkDatabase
+from data_pipelines.questions.prepared import QuestionBatches
 from data_pipelines.retriever import revisions
 from data_pipelines.retriever.neighbours import SCORES, NeighbourTable
 from retro_jax.config import RetroConfig
@@ -36,7 +37,7 @@ class TrainingData:
     """
 
     directory: pathlib.Path
-    database: ChunkDatabase | MaterialisedBatches
+    database: ChunkDatabase | MaterialisedBatches | QuestionBatches
     batches: Batches
     parents: dict[str, str]
     source: str
@@ -83,6 +84,11 @@ class TrainingData:
           UserError: an artefact is missing, damaged or of other parents, or the directory contains
             written batches only.
         """
+        if isinstance(self.database, QuestionBatches):
+            raise UserError(
+                f"TrainConfig.evaluate_every is set and {self.database.directory} holds training"
+                " questions only: expected 0, and launch.answer afterwards"
+            )
         if not isinstance(self.database, ChunkDatabase):
             raise UserError(
                 f"TrainConfig.evaluate_every is set and {self.directory} holds batches of the training "
@@ -114,6 +120,9 @@ def open_training_data(
     if (directory / MANIFEST_FILE).is_file():  # W/materialised, and not W
         written = MaterialisedBatches.read(directory, config)
         return TrainingData(directory, written, written, written.lineage, source)
+    if config.questions:
+        questions = QuestionBatches.read(directory, config)
+        return TrainingData(directory, questions, questions, questions.lineage, source)
     chunks, table = revisions.open_database(directory, revision), None
     if config.neighbours:
         table = NeighbourTable.of(directory, "train", chunks, chunks)
@@ -235,6 +244,10 @@ def copy_training_data(
     Raises:
       UserError: something is missing or damaged there.
     """
+    if config.questions:
+        raise UserError(
+            f"BatchConfig.questions is {config.questions!r}: expected '' with data in a bucket ({url})"
+        )
     folder = copy_databases(url, disk)
     revision = None if parents is None else revision_of(folder, parents)
     copy_tables(url, folder, revision, config, held_out=held_out)

@@ -6,6 +6,7 @@ import re
 import jax
 from absl import flags
 
+from data_pipelines.questions.reader import QuestionFile, read_questions
 from launch.common import app
 from retro_jax.compiler import keep_programs
 from retro_jax.distributed import join, processes
@@ -26,6 +27,9 @@ NUM_NEIGHBOURS = flags.DEFINE_integer(
 )
 MAX_TOKENS = flags.DEFINE_integer(
     "max_tokens", 128, "Tokens of each sample at most.", lower_bound=1
+)
+QUESTIONS = flags.DEFINE_multi_string(
+    "questions", [], "Questions in the layout of DPR and FiD, as in NAME=questions.jsonl."
 )
 AVERAGED = flags.DEFINE_bool(
     "averaged", False, "Use the moving average of the parameters (TrainConfig.average_decay)."
@@ -79,6 +83,19 @@ def _place(address: str | None, count: int | None, index: int | None) -> join.Pl
     if index >= count:
         raise flags.Error(f"--process_id={index}: expected less than --num_processes={count}")
     return join.Place(address, count, index) if count > 1 else None
+
+
+def question_files() -> dict[str, QuestionFile]:
+    """The files of --questions by their names.
+
+    Raises:
+      flags.Error: a value that is not NAME=FILE. UserError: a file that is missing or bad.
+    """
+    parts = [value.partition("=") for value in QUESTIONS.value]
+    for name, _, path in parts:
+        if not re.fullmatch(r"[\w.-]+", name) or not path:
+            raise flags.Error(f"--questions={name}{_}{path}: expected NAME=FILE")
+    return {name: read_questions(path) for name, _, path in parts}
 
 
 def data_directory(place: str | pathlib.Path) -> pathlib.Path:

@@ -1,10 +1,12 @@
 """The decoder's memory of the tokens that it has read: keys, values and one chunk's activations.
 
 Shape letters beside those of the model: S positions of the cache (`capacity`), W head width, and
-Q = K * R positions of one chunk's neighbours. Every row is a text with a position of its own:
+Q = K * R positions of one chunk's neighbours; gated CCA reads 1 + R of each. G heads of keys and
+values may be fewer than the H of queries. Every row is a text with a position of its own:
 
     keys, values              all positions so far, of every layer
-    activations               of the chunk under way, as the encoder will read them (layer min(P))
+    activations               of the chunk under way, as the encoder will read them (layer min(P));
+                              none with gated CCA, which has no encoder
     cca_keys, cca_values      of the neighbours of the last complete chunk, of every CCA layer
     present                   which of the Q positions are not padding
 
@@ -35,10 +37,11 @@ class ChunkCache:
     """The part of a cache that only retrieval needs.
 
     Attributes:
-      activations: [B, D, M]. keys, values: of every CCA layer, [B, H, W, Q]. present: [B, Q] bool.
+      activations: [B, D, M], or None with gated CCA. keys, values: of every CCA layer, [B, G, W, Q].
+      present: [B, Q] bool.
     """
 
-    activations: jax.Array
+    activations: jax.Array | None
     keys: PerLayer
     values: PerLayer
     present: jax.Array
@@ -50,7 +53,7 @@ class Cache:
     """The cache of B texts.
 
     Attributes:
-      keys, values: of every layer, [B, H, W, S], turned by their positions.
+      keys, values: of every layer, [B, G, W, S], turned by their positions.
       chunk: None with retrieval off, and for the baseline.
     """
 
@@ -86,16 +89,18 @@ class CacheLayout:
     def empty(self, rows: int, capacity: int, neighbours: int) -> Cache:
         """A cache in which nothing has been read; `neighbours` K for every chunk, 0 for no retrieval."""
         config = self.config
-        heads = (rows, config.num_heads)
+        heads = (rows, config.form.num_kv_heads or config.num_heads)
+        cca_heads = heads if config.form.gated_cca else (rows, config.num_heads)
         self_shape = (*heads, config.head_dim, capacity)
         keys, values = (self._layers(config.num_layers, self_shape) for _ in range(2))
         if not neighbours:
             return Cache(keys, values, None)
-        positions = neighbours * config.neighbour_length
-        cca_shape, count = (*heads, config.head_dim, positions), len(config.cca_layers)
-        activations = self._zeros(
-            (rows, config.d_model, config.chunk_length), self.dtype, self.shardings.rows(3)
-        )
+        positions = neighbours * encoded_length(config)
+        cca_shape, count = (*cca_heads, config.head_dim, positions), len(config.cca_layers)
+        activations = None
+        if not config.form.gated_cca:
+            shape = (rows, config.d_model, config.chunk_length)
+            activations = self._zeros(shape, self.dtype, self.shardings.rows(3))
         present = self._zeros((rows, positions), bool, self.shardings.rows(2))
         cca_keys, cca_values = (self._layers(count, cca_shape) for _ in range(2))
         return Cache(keys, values, ChunkCache(activations, cca_keys, cca_values, present))
@@ -114,8 +119,13 @@ class CacheLayout:
         return jnp.zeros(shape, dtype, out_sharding=spec)
 
 
+def encoded_length(config: RetroConfig) -> int:
+    """How many positions of one neighbour CCA reads."""
+    return config.neighbour_length + int(config.form.gated_cca)
+
+
 def head_spec(shardings: Shardings) -> P | None:
-    """The sharding of [B, H, W, S]: batch and heads are split."""
+    """The sharding of [B, G, W, S]: batch and heads are split."""
     spec = shardings.heads(4)  # of [B, S, H, W]
     return None if spec is None else P(spec[0], spec[2], None, None)
 
@@ -200,8 +210,9 @@ def map_rows(function: Callable[..., jax.Array], *caches: Cache) -> Cache:
     chunks = [cache.chunk for cache in caches if cache.chunk is not None]
     chunk = None
     if chunks:
+        activations = [c.activations for c in chunks if c.activations is not None]
         chunk = ChunkCache(
-            activations=function(0, *(c.activations for c in chunks)),
+            activations=function(0, *activations) if activations else None,
             keys=layered(*(c.keys for c in chunks)),
             values=layered(*(c.values for c in chunks)),
             present=function(0, *(c.present for c in chunks)),

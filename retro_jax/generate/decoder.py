@@ -23,11 +23,15 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from retro_jax.config import DecoderForm
 from retro_jax.errors import UserError
 from retro_jax.generate import cache as caches
 from retro_jax.generate.cache import Cache, CacheLayout, PerLayer
-from retro_jax.generate.operators import CachedBlock, CompletedChunks, DistanceTables
+from retro_jax.generate.operators import (
+    CachedBlock,
+    CompletedChunks,
+    DistanceTables,
+    cca_queries,
+)
 from retro_jax.model.attention import Attention
 from retro_jax.model.backend import product
 from retro_jax.model.decoder import Retrieved, WholeSequences
@@ -78,12 +82,12 @@ class Decoder:
             None is as the model's execution says, and unrolled on a CPU.
 
         Raises:
-          UserError: a decoder of another form than the paper's.
+          UserError: the window is longer than the model's learned positions.
         """
-        if model.config.form != DecoderForm():
+        longest, room = chunks * model.config.chunk_length, model.config.form.learned_positions
+        if room and longest > room:
             raise UserError(
-                "RetroConfig.form is that of a fitted or base model: expected the paper's decoder, for"
-                " which alone there is a cache"
+                f"a window of {longest} tokens: expected at most {room}, the learned positions"
             )
         self.config, self.chunks, self._mesh = model.config, chunks, mesh
         if scan is None:
@@ -273,12 +277,12 @@ def power_of_two(count: int) -> int:
 def prepare(model: Retro, *, chunks: int, scan: bool) -> tuple[Retro, DistanceTables, jax.Array]:
     """A model for decoding, its tables of distances, and the read-out [D, V].
 
-    Layers are a list unless by scan; weights are in the activations' dtype, scales of norms float32.
+    Layers are a list unless by scan; weights are in the activations' dtype, those of norms float32.
     """
     graphdef, params = nnx.split(model)
 
     def to_dtype(path: Any, leaf: jax.Array) -> jax.Array:
-        return leaf if "scale" in jax.tree_util.keystr(path) else leaf.astype(model.layout.dtype)
+        return leaf if "norm" in jax.tree_util.keystr(path) else leaf.astype(model.layout.dtype)
 
     config = model.config
     ready: Retro = nnx.merge(graphdef, jax.tree_util.tree_map_with_path(to_dtype, params))
@@ -310,11 +314,11 @@ def distance_tables(model: Retro, chunks: int, *, stacked: bool) -> DistanceTabl
     )
     if not config.has_retrieval:
         return DistanceTables(attention, None)
-    ahead = config.chunk_length - 1
+    queries, keys = cca_queries(config), caches.encoded_length(config)
     cca = of(
         model.cca,
         len(config.cca_layers),
-        lambda module: module.distance_table(ahead + 2, config.neighbour_length, offset=ahead),
+        lambda module: module.distance_table(len(queries), keys, offset=queries.start),
     )
     return DistanceTables(attention, cca)
 
@@ -372,8 +376,7 @@ def _run_block(
 ) -> tuple[jax.Array, Cache]:
     """Logits after the tokens `last_B` of a block, or after all, and the cache with the block in it."""
     operators = CachedBlock(model.config, starts_B, tables, completed)
-    whole = WholeSequences(model.config)
-    carry = (model.embed(tokens_BxT, whole), cache)
+    carry = (model.embed(tokens_BxT, operators), cache)
     if cache.chunk is None:
         h_BxTxD, cache = model.without_retrieval(carry, operators)
     else:
@@ -398,6 +401,8 @@ def _keep_activations(
     offsets_B = starts_B % model.config.chunk_length
     # As keys of one head: [B, 1, D, M].
     old = cache.chunk.activations
+    if old is None:
+        return cache
     written = caches.write_block(
         old[:, None],
         h_BxTxD[:, :, None],
@@ -415,17 +420,17 @@ def _encode(model: Retro, cache: Cache, completed: CompletedChunks | None) -> Re
     config = model.config
     assert cache.chunk is not None
     if completed is None:
-        count = cache.chunk.present.shape[1] // config.neighbour_length
-        shape = (0, 1, count, config.neighbour_length)
-        encoded = jnp.zeros((*shape, config.encoder_d_model), model.layout.dtype)
+        length = caches.encoded_length(config)
+        shape = (0, 1, cache.chunk.present.shape[1] // length, length)
+        width = config.d_model if config.form.gated_cca else config.encoder_d_model
+        encoded = jnp.zeros((*shape, width), model.layout.dtype)
         return Retrieved(encoded, jnp.zeros(shape, bool))
-    activations = caches.take_rows(cache.chunk.activations, completed.rows).swapaxes(1, 2)
-    return model.encode(
-        completed.neighbours[:, None],
-        activations,
-        completed.tokens,
-        WholeSequences(config),
-    )
+    if cache.chunk.activations is None:  # gated CCA's encoding reads nothing else
+        read = jnp.zeros((0, 0, config.d_model), model.layout.dtype)
+    else:
+        read = caches.take_rows(cache.chunk.activations, completed.rows).swapaxes(1, 2)
+    neighbours = completed.neighbours[:, None]
+    return model.encode(neighbours, read, completed.tokens, WholeSequences(config))
 
 
 def _logits(h_BxTxD: jax.Array, read_out_DxV: jax.Array, shardings: Shardings) -> jax.Array:

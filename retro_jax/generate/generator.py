@@ -27,7 +27,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from retro_jax.errors import UserError
-from retro_jax.generate.cache import Cache
+from retro_jax.generate.cache import Cache, encoded_length
 from retro_jax.generate.decoder import Completed, Decoder, Window
 from retro_jax.generate.sampling import Needs, Sampler, SamplingConfig, draw, make_sampler, needs
 from retro_jax.generate.text_stream import TextStream
@@ -135,6 +135,7 @@ class Generator:
         self.retrieve = retrieve if config.has_retrieval else None
         self.retrieval_seconds = 0.0
         self._decode, self._shape = decode, (config.chunk_length, config.neighbour_length)
+        self._encoded = encoded_length(config)
         self._neighbours = 0 if self.retrieve is None else num_neighbours or 1
         self._allowed = np.ones(config.vocab_size, bool)
         self._allowed[[token for token in forbidden if token < config.vocab_size]] = False
@@ -282,7 +283,7 @@ class Generator:
     def _advance(self, batch: _Batch) -> None:
         """Reads the last token of every text under way."""
         chunks = batch.cache.chunk
-        if chunks is not None and chunks.present.shape[1] != self._neighbours * self._shape[1]:
+        if chunks is not None and chunks.present.shape[1] != self._neighbours * self._encoded:
             fresh = self._begin(batch.texts)  # the first answer has come with another K
             batch.logits, batch.cache = fresh.logits, fresh.cache
             return

@@ -21,6 +21,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from retro_jax.config import RetroConfig
 from retro_jax.generate import cache as caches
@@ -29,7 +30,8 @@ from retro_jax.model.attention import MASKED, Attention
 from retro_jax.model.backend import scores
 from retro_jax.model.chunked_cross_attention import ChunkedCrossAttention
 from retro_jax.model.decoder import DecoderLayer, Retrieved
-from retro_jax.sharding import target_platform
+from retro_jax.model.layers import LearnedPositions
+from retro_jax.sharding import Shardings, target_platform
 
 # The residual stream [B, T, D] of a block, and the cache.
 Carry = tuple[jax.Array, Cache]
@@ -42,7 +44,7 @@ class DistanceTables:
 
     Attributes:
       attention: of every layer, [S, ...] for distances S - 1 to 0, S the longest window.
-      cca: of every CCA layer, [M + R, ...] for distances 2M - 1 to M - R.
+      cca: of every CCA layer, for all distances of one neighbour's keys (`cca_queries`).
     """
 
     attention: PerLayer | None
@@ -102,9 +104,11 @@ class CachedBlock:
         before = Part(*old, mask_Bx1xS[:, None], biases[0])
         new = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 3, 1)
         block = Part(*new, mask_TxT, biases[1])
-        heads_BxTxHxW = attend_to(query, [before, block])
+        heads_BxTxHxW = attend_to(query, [before, block], shardings)
         keys, values = (
-            caches.write_block(cached, after(projection, heads_BxTxHxW), self.starts, shardings)
+            caches.write_block(
+                cached, after(projection, heads_BxTxHxW, shardings), self.starts, shardings
+            )
             for cached, projection in zip(old, (key, value), strict=True)
         )
         cache = dataclasses.replace(
@@ -112,46 +116,103 @@ class CachedBlock:
             keys=caches.put(cache.keys, p - 1, keys),
             values=caches.put(cache.values, p - 1, values),
         )
-        return h_BxTxD + attention.read_out(heads_BxTxHxW), cache
+        sum_BxTxD = h_BxTxD + attention.read_out(heads_BxTxHxW)
+        if self.config.form.parallel_residual:
+            sum_BxTxD = sum_BxTxD + layer.feed_forward(h_BxTxD)
+        return sum_BxTxD, cache
+
+    def attend_beside(
+        self,
+        layer: DecoderLayer,
+        cca: ChunkedCrossAttention,
+        carry: Carry,
+        p: Any,
+        retrieved: Retrieved,
+    ) -> Carry:
+        """H + ATTN(H) + CCA(H, E) of layer p, as gated CCA has it."""
+        h_BxTxD, cache = carry
+        branch_BxTxD, cache = self._cca_branch(cca, h_BxTxD, cache, p, retrieved)
+        sum_BxTxD, cache = self.attend(layer, (h_BxTxD, cache), p)
+        return sum_BxTxD + branch_BxTxD, cache
 
     def cross_attend(
         self, cca: ChunkedCrossAttention, carry: Carry, p: Any, retrieved: Retrieved
     ) -> Carry:
         """H + CCA(H, E) of layer p; the encoder's new output replaces the chunk before."""
         h_BxTxD, cache = carry
+        branch_BxTxD, cache = self._cca_branch(cca, h_BxTxD, cache, p, retrieved)
+        return h_BxTxD + branch_BxTxD, cache
+
+    def _cca_branch(
+        self,
+        cca: ChunkedCrossAttention,
+        h_BxTxD: jax.Array,
+        cache: Cache,
+        p: Any,
+        retrieved: Retrieved,
+    ) -> tuple[jax.Array, Cache]:
+        """CCA(H, E) of layer p without the residual, and the cache with E's new keys and values."""
         chunk = cast(ChunkCache, cache.chunk)
-        index = self._cca_index(p)
+        index, shardings = self._cca_index(p), cca.attention.layout.shardings
         old = (caches.take(chunk.keys, index), caches.take(chunk.values, index))
-        query, *projection = cca.attention.project(h_BxTxD, _side_by_side(retrieved.encoded))
+        context_NxQxE = self._context(retrieved, index)
+        if cca.gated:
+            context_NxQxE = cca.attention.norm(context_NxQxE)
+        query, *projection = cca.attention.project(h_BxTxD, context_NxQxE)
         offsets_BxT = self._positions(h_BxTxD.shape[1]) % self.config.chunk_length
         last_BxT = offsets_BxT == self.config.chunk_length - 1
-        positions_BxT = jnp.where(last_BxT, offsets_BxT, offsets_BxT + self.config.chunk_length)
+        # A chunk's last token is the first that reads its neighbours.
+        positions_BxT = cca_queries(self.config).start + jnp.where(last_BxT, 0, offsets_BxT + 1)
         query = cca.attention.positions.turn(query, positions_BxT)
         bias = None
         if self.tables.cca is not None:
             table = caches.take(self.tables.cca, index)
             query, bias = self._cca_bias(cca.attention, query, table, positions_BxT)
+        before = Part(*old, chunk.present[:, None, None], bias)
         if self.completed is None:
-            heads = attend_to(query, [Part(*old, chunk.present[:, None, None], bias)])
-            return h_BxTxD + cca.attention.read_out(heads), cache
+            return self._read_out(cca, attend_to(query, [before], shardings)), cache
         new = self._new_keys(cca.attention, projection, old)
         present = self._present(chunk, retrieved)
-        heads = attend_to(query, [Part(*new, present[:, None, None], bias)])
+        heads = attend_to(query, [Part(*new, present[:, None, None], bias)], shardings)
         if h_BxTxD.shape[1] > 1:
-            before = attend_to(query, [Part(*old, chunk.present[:, None, None], bias)])
-            heads = jnp.where(last_BxT[..., None, None], heads, before)
+            of_before = attend_to(query, [before], shardings)
+            heads = jnp.where(last_BxT[..., None, None], heads, of_before)
         chunk = dataclasses.replace(
             chunk,
             keys=caches.put(chunk.keys, index, new[0]),
             values=caches.put(chunk.values, index, new[1]),
         )
-        cache = dataclasses.replace(cache, chunk=chunk)
-        return h_BxTxD + cca.attention.read_out(heads), cache
+        return self._read_out(cca, heads), dataclasses.replace(cache, chunk=chunk)
+
+    @staticmethod
+    def _read_out(cca: ChunkedCrossAttention, heads_BxTxHxW: jax.Array) -> jax.Array:
+        """Heads, times their gates where they have any, as a branch [B, T, D]."""
+        if cca.gated:
+            heads_BxTxHxW = heads_BxTxHxW * cca.attention.layout.weight(cca.gate)[:, None]
+        return cca.attention.read_out(heads_BxTxHxW)
+
+    def _context(self, retrieved: Retrieved, index: Any) -> jax.Array:
+        """[n, Q, E]: what a CCA layer reads of the chunks completed, neighbours side by side."""
+        encoded = retrieved.encoded
+        if encoded.ndim == 6:  # for each CCA layer
+            encoded = jax.lax.dynamic_index_in_dim(encoded, index, axis=3, keepdims=False)
+        rows, _, neighbours, length, width = encoded.shape
+        return encoded.reshape(rows, neighbours * length, width)
 
     def feed_forward(self, layer: DecoderLayer, carry: Carry, p: Any) -> Carry:
-        """H + FFW(H)."""
+        """H + FFW(H); H where `attend` has added FFW."""
+        if self.config.form.parallel_residual:
+            return carry
         h_BxTxD, cache = carry
         return h_BxTxD + layer.feed_forward(h_BxTxD), cache
+
+    def add_positions(self, table: LearnedPositions, h_BxTxD: jax.Array) -> jax.Array:
+        """Embedded tokens with learned positions."""
+        return h_BxTxD + table(self._positions(h_BxTxD.shape[1]))
+
+    def dropped(self, branch: jax.Array, number: Any) -> jax.Array:
+        """The branch: nothing is dropped while decoding."""
+        return branch
 
     def finish(self, cache: Cache, retrieved: Retrieved | None) -> Cache:
         """After the last layer: which positions of new neighbours are not padding."""
@@ -195,26 +256,26 @@ class CachedBlock:
     ) -> tuple[jax.Array, jax.Array]:
         """Queries, and the terms of distances in the logits of one neighbour's keys: [B, H, T, R]."""
         query, by_distance = attention.by_distance(query, table)
-        largest = 2 * self.config.chunk_length - 1
-        length, shardings = self.config.neighbour_length, attention.layout.shardings
+        largest = cca_queries(self.config)[-1]
+        length, shardings = caches.encoded_length(self.config), attention.layout.shardings
         return query, caches.cut_rows(by_distance, largest - positions_BxT, length, shardings)
 
     def _new_keys(
         self, attention: Attention, projection: list[jax.Array], old: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
-        """Keys and values [B, H, W, Q]: those of the chunks completed, else as they were."""
+        """Keys and values [B, G, W, Q]: those of the chunks completed, else as they were."""
         completed = cast(CompletedChunks, self.completed)
-        key_NxQxHxW, value_NxQxHxW = projection
-        neighbours = key_NxQxHxW.shape[1] // self.config.neighbour_length
-        positions = np.tile(np.arange(self.config.neighbour_length), neighbours)
-        key_NxQxHxW = attention.positions.turn(key_NxQxHxW, positions)
+        key_NxQxGxW, value_NxQxGxW = projection
+        length = caches.encoded_length(self.config)
+        positions = np.tile(np.arange(length), key_NxQxGxW.shape[1] // length)
+        key_NxQxGxW = attention.positions.turn(key_NxQxGxW, positions)
         mask = completed.completes[:, None, None, None]
 
-        def chosen(new_NxQxHxW: jax.Array, old_BxHxWxQ: jax.Array) -> jax.Array:
-            new = caches.take_rows(new_NxQxHxW.transpose(0, 2, 3, 1), completed.source)
-            return jnp.where(mask, new, old_BxHxWxQ)
+        def chosen(new_NxQxGxW: jax.Array, old_BxGxWxQ: jax.Array) -> jax.Array:
+            new = caches.take_rows(new_NxQxGxW.transpose(0, 2, 3, 1), completed.source)
+            return jnp.where(mask, new, old_BxGxWxQ)
 
-        return chosen(key_NxQxHxW, old[0]), chosen(value_NxQxHxW, old[1])
+        return chosen(key_NxQxGxW, old[0]), chosen(value_NxQxGxW, old[1])
 
     def _present(self, chunk: ChunkCache, retrieved: Retrieved) -> jax.Array:
         """[B, Q] bool, after this block."""
@@ -225,10 +286,11 @@ class CachedBlock:
         )
 
 
-def _side_by_side(encoded_Nx1xKxRxE: jax.Array) -> jax.Array:
-    """[n, Q, E]: a chunk's neighbours one after the other."""
-    rows, _, neighbours, length, width = encoded_Nx1xKxRxE.shape
-    return encoded_Nx1xKxRxE.reshape(rows, neighbours * length, width)
+def cca_queries(config: RetroConfig) -> range:
+    """The positions of the M tokens that read a chunk's neighbours, whose keys are at 0 and after."""
+    gated = config.form.gated_cca
+    first = caches.encoded_length(config) if gated else config.chunk_length - 1
+    return range(first, first + config.chunk_length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +298,7 @@ class Part:
     """Some of the keys that queries read.
 
     Attributes:
-      keys, values: [B, H, W, S]. mask: of [B, 1, T, S], broadcast, True where a query may read a key.
+      keys, values: [B, G, W, S]. mask: of [B, 1, T, S], broadcast, True where a query may read a key.
       bias: [B, H, T, S], or fewer columns that are repeated for each neighbour; None for none.
     """
 
@@ -246,22 +308,34 @@ class Part:
     bias: jax.Array | None
 
 
-def attend_to(query_BxTxHxW: jax.Array, parts: Sequence[Part]) -> jax.Array:
-    """model.attention.attend with one softmax over keys that are not in one array: [B, T, H, W]."""
-    scale = math.sqrt(query_BxTxHxW.shape[-1])
-    masked = []
+def attend_to(
+    query_BxTxHxW: jax.Array, parts: Sequence[Part], shardings: Shardings = Shardings()
+) -> jax.Array:
+    """model.attention.attend with one softmax over keys that are not in one array: [B, T, H, W].
+
+    The H / G heads of queries that read one head of keys are rows of one product, [B, G, rows, S]
+    with rows = H / G * T: keys are not repeated.
+    """
+    *_, num_heads, width = query_BxTxHxW.shape
+    shared = num_heads // parts[0].keys.shape[1]
+    query = _fold_heads(query_BxTxHxW, shared, shardings)
+    masked, masks = [], []
     for part in parts:
-        logits_BxHxTxS = scores(query_BxTxHxW, part.keys.transpose(0, 3, 1, 2))
+        logits = scores(query, part.keys.transpose(0, 3, 1, 2))
         if part.bias is not None:
             repeats = part.keys.shape[3] // part.bias.shape[-1]
             bias = jnp.concatenate([part.bias] * repeats, axis=-1)
-            logits_BxHxTxS = logits_BxHxTxS + bias.astype(jnp.float32)
-        masked.append(jnp.where(part.mask, logits_BxHxTxS / scale, MASKED))
+            logits = logits + bias.reshape(logits.shape).astype(jnp.float32)
+        mask = part.mask
+        if shared > 1 and mask.shape[-2] > 1:
+            mask = jnp.concatenate([mask] * shared, axis=-2)
+        masks.append(mask)
+        masked.append(jnp.where(mask, logits / math.sqrt(width), MASKED))
     peaks = [jnp.max(logits, axis=-1, keepdims=True) for logits in masked]
     peak = functools.reduce(jnp.maximum, peaks)
     weights = [
-        jnp.where(part.mask, jnp.exp(logits - peak), 0.0)
-        for part, logits in zip(parts, masked, strict=True)
+        jnp.where(mask, jnp.exp(logits - peak), 0.0)
+        for mask, logits in zip(masks, masked, strict=True)
     ]
     total = sum(jnp.sum(weight, axis=-1, keepdims=True) for weight in weights)
     share = 1.0 / jnp.where(total == 0.0, 1.0, total)
@@ -269,14 +343,48 @@ def attend_to(query_BxTxHxW: jax.Array, parts: Sequence[Part]) -> jax.Array:
         jnp.einsum("bhts,bhws->bthw", (weight * share).astype(part.values.dtype), part.values)
         for part, weight in zip(parts, weights, strict=True)
     ]
-    return sum(heads[1:], heads[0])
+    return _unfold_heads(sum(heads[1:], heads[0]), shared, shardings)
 
 
-def after(block_BxTxHxW: jax.Array, heads_BxTxHxW: jax.Array) -> jax.Array:
+def _fold_heads(query_BxTxHxW: jax.Array, shared: int, shardings: Shardings) -> jax.Array:
+    """[B, H / G * T, G, W]: head h = g * H / G + i of token t is row i * T + t of head g."""
+    if shared == 1:
+        return query_BxTxHxW
+    batch, length, heads, width = query_BxTxHxW.shape
+    split = (batch, length, heads // shared, shared, width)
+    query = jnp.reshape(query_BxTxHxW, split, out_sharding=_by_group(shardings))
+    shape = (batch, shared * length, heads // shared, width)
+    return jnp.reshape(query.transpose(0, 3, 1, 2, 4), shape, out_sharding=shardings.heads(4))
+
+
+def _unfold_heads(heads_BxTxGxW: jax.Array, shared: int, shardings: Shardings) -> jax.Array:
+    """The inverse of `_fold_heads`: [B, T, H, W]."""
+    if shared == 1:
+        return heads_BxTxGxW
+    batch, rows, groups, width = heads_BxTxGxW.shape
+    split = (batch, shared, rows // shared, groups, width)
+    heads = jnp.reshape(heads_BxTxGxW, split, out_sharding=shardings.heads(5))
+    shape = (batch, rows // shared, groups * shared, width)
+    return jnp.reshape(heads.transpose(0, 2, 3, 1, 4), shape, out_sharding=shardings.heads(4))
+
+
+def _by_group(shardings: Shardings) -> P | None:
+    """The sharding of [B, T, G, H / G, W]."""
+    spec = shardings.heads(4)
+    return None if spec is None else P(*spec[:3], None, None)
+
+
+def after(
+    block_BxTxGxW: jax.Array, heads_BxTxHxW: jax.Array, shardings: Shardings = Shardings()
+) -> jax.Array:
     """The block's keys, or values, once the cache has been read: only then XLA writes in place.
 
     On a CPU its passes drop barriers before they decide on copies, so the order is a sum.
     """
     if target_platform() != "cpu":
-        return block_BxTxHxW
-    return block_BxTxHxW + 0 * heads_BxTxHxW[:, :1, :, :1]
+        return block_BxTxGxW
+    batch, length, heads, width = heads_BxTxHxW.shape
+    groups = block_BxTxGxW.shape[2]
+    split = (batch, length, groups, heads // groups, width)
+    read = jnp.reshape(heads_BxTxHxW, split, out_sharding=_by_group(shardings))
+    return block_BxTxGxW + 0 * read[:, :1, :, 0, :1]

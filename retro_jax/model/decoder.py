@@ -62,6 +62,16 @@ class Operators(Protocol):
         """FFW of layer p."""
 
 
+class EmbeddingOperators(Protocol):
+    """What is done to embedded tokens before the first layer."""
+
+    def add_positions(self, table: LearnedPositions, h_BxNxD: jax.Array) -> jax.Array:
+        """Embedded tokens with learned positions."""
+
+    def dropped(self, branch: jax.Array, number: Any) -> jax.Array:
+        """A branch after dropout."""
+
+
 class GatedOperators(Operators, Protocol):
     """The operators of a decoder with DecoderForm.gated_cca.
 

@@ -134,9 +134,11 @@ class LearnedPositions(nnx.Module):
         self.layout = layout
 
     def __call__(self, positions_T: jax.Array) -> jax.Array:
-        """Rows [*T, D] of positions [*T]; one past the table reads the last row."""
+        """Rows [*T, D] of positions [*T]; one past the table reads the last row. [B, T] are of texts."""
         table = lay_out(self.table[...], self.layout.shardings.gathered(self.table))
-        return table.at[positions_T].get(mode="clip").astype(self.layout.dtype)
+        spec = self.layout.shardings.rows(3) if positions_T.ndim == 2 else None
+        rows = table.at[positions_T].get(mode="clip", out_sharding=spec)
+        return rows.astype(self.layout.dtype)
 
 
 class FeedForward(nnx.Module):

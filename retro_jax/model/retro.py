@@ -40,6 +40,7 @@ from retro_jax.model.chunked_cross_attention import ChunkedCrossAttention
 from retro_jax.model.decoder import (
     Collecting,
     DecoderLayer,
+    EmbeddingOperators,
     GatedOperators,
     Operators,
     Retrieved,
@@ -153,7 +154,7 @@ class Retro(nnx.Module):
             h_BxNxD = self.after_retrieval(h_BxNxD, retrieved, operators)
         return self.norm(h_BxNxD)
 
-    def embed(self, tokens_BxN: jax.Array, operators: WholeSequences) -> jax.Array:
+    def embed(self, tokens_BxN: jax.Array, operators: EmbeddingOperators) -> jax.Array:
         """H = EMB(X), [B, N, D]."""
         h_BxNxD = self.embedding(tokens_BxN)
         if self.config.form.learned_positions:

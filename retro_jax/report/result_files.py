@@ -34,6 +34,11 @@ def overlap_files(folder: pathlib.Path, split: str) -> OverlapFiles:
     return OverlapFiles(*(folder / f"{split}-overlap.{end}" for end in ("json", "csv", "svg")))
 
 
+def answers_file(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """Where the answers to questions of a name are, in W/evaluation."""
+    return folder / f"answers-{name}.json"
+
+
 def windows_file(folder: pathlib.Path, split: str) -> pathlib.Path:
     """Where the figures of several overlaps are, in W/evaluation."""
     return folder / f"{split}-windows.json"

@@ -1,6 +1,7 @@
 """Cached decoding equals the uncached forward pass at every position, whatever the shapes."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,13 +9,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from retro_jax.config import DecoderForm, ExecutionConfig, RetroConfig
+from retro_jax.config import ExecutionConfig, RetroConfig
 from retro_jax.errors import UserError
-from retro_jax.generate.decoder import Decoder, power_of_two
+from retro_jax.generate.decoder import Completed, Decoder, power_of_two
 from retro_jax.model import Retro
 from retro_jax.sharding import MESH_SHARDINGS, MeshConfig, make_mesh, parameter_shardings
-from tests.generate.cached import K, Texts, cached, make_texts, uncached, window
+from tests.generate.cached import K, Texts, cached, completed, make_texts, uncached, window
 from tests.model.tiny import TINY, make_model
+from tests.retrofit.base_files import NAMES
+from tests.retrofit.test_fitting import config_of, loaded, with_gates
 
 CHUNKS = 4
 PROMPTS = [1, 6, 8]  # one token; inside the second chunk; at a chunk's end
@@ -168,8 +171,63 @@ def test_buckets():
     ]
 
 
-def test_a_decoder_of_another_form_is_refused():
-    """Rather than decoded as the paper's: its layers are not those that the cache knows."""
-    config = dataclasses.replace(TINY.baseline(), form=DecoderForm(norm="layer"))
-    with pytest.raises(UserError, match="expected the paper's decoder"):
-        Decoder(Retro(config, rngs=nnx.Rngs(0)), chunks=2)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "llama_tied"])
+def test_fitted_models(name: str):
+    """Of each base's form, retrieval on (open gates in layer 2) and off, which is the base alone.
+
+    Every second one reads neighbours' states of one layer for all.
+    """
+    model = fitted(name, neighbour_layer=2 * (NAMES.index(name) % 2))
+    on = make_texts(model.config, 2, 3, retrieval=True)
+    off = dataclasses.replace(on, neighbours=None)
+    decoder, wanted = Decoder(model, chunks=3), uncached(model, on)[:, :-1]
+    assert np.abs(by_chunks(decoder, on) - wanted).max() < 1e-5 * np.abs(wanted).max()
+    base = uncached(model, off)[:, :-1]
+    assert np.abs(by_chunks(decoder, off) - base).max() < 1e-5 * np.abs(base).max()
+    assert np.abs(wanted - base).max() > 0.01 * np.abs(base).max()
+
+
+def test_a_fitted_model_on_a_mesh():
+    """By scan, with heads of keys in two parts."""
+    mesh = make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        decoder = Decoder(fitted("llama", mesh), chunks=2, mesh=mesh, scan=True)
+    texts = make_texts(decoder.config, 2, 2, retrieval=True)
+    wanted = uncached(fitted("llama"), texts)
+    assert np.abs(by_chunks(decoder, texts) - wanted).max() < 1e-5 * np.abs(wanted).max()
+
+
+def fitted(name: str, mesh: Any = None, **form: Any) -> Retro:
+    """A tiny base that reads neighbours in its second layer, with open gates."""
+    return with_gates(loaded(config_of(name, (2,), **form), name, mesh=mesh))
+
+
+def by_chunks(decoder: Decoder, texts: Texts) -> np.ndarray:
+    """[B, 2M or 3M - 1, V]: two chunks, each one block; a third token by token, but for its last."""
+    rows, tokens = len(texts.tokens), texts.tokens
+    length, live, parts = decoder.config.chunk_length, np.ones(rows, bool), []
+    done: Sequence[Completed]
+    cache = decoder.empty(rows, tokens.shape[1], 0 if texts.neighbours is None else K)
+    for start in range(0, 2 * length, length):
+        end, done = start + length, ()
+        if texts.neighbours is not None:
+            done = [completed(decoder.config, texts, row, end - 1) for row in range(rows)]
+        logits, cache = decoder.step(
+            cache,
+            tokens[:, start:end],
+            np.full(rows, start, np.int32),
+            live=live,
+            completed=done,
+            all_logits=True,
+        )
+        parts.append(np.asarray(logits))
+    for position in range(2 * length, 3 * length - 1 if tokens.shape[1] > 2 * length else 0):
+        starts, token = np.full(rows, position, np.int32), tokens[:, position : position + 1]
+        logits, cache = decoder.step(cache, token, starts, live=live, all_logits=True)
+        parts.append(np.asarray(logits))
+    return np.concatenate(parts, axis=1)
+
+
+def test_a_window_past_the_learned_positions_is_refused():
+    with pytest.raises(UserError, match="a window of 68 tokens: expected at most 64, the learned"):
+        Decoder(fitted("gpt2"), chunks=17)

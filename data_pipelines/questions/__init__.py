@@ -1,0 +1,1 @@
+"""Questions with their answers and passages, as training batches and as prompts."""

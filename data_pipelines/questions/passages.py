@@ -1,0 +1,139 @@
+"""The neighbours of prompts: a file's own passages, or what a database has for a chunk."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from data_pipelines.artefacts.manifest import Path
+from data_pipelines.batches.batches import keep_part
+from data_pipelines.chunk_database.database import CHUNK_LENGTH
+from data_pipelines.chunk_database.tokenizer import Tokenizer
+from data_pipelines.questions.layout import NEIGHBOUR_LENGTH, Prompt, passage_tokens
+from data_pipelines.questions.reader import Question, QuestionFile
+from data_pipelines.retriever.live import LiveRetrieval
+from data_pipelines.retriever.retriever import Retriever
+from retro_jax.errors import UserError
+
+
+class Passages(Protocol):
+    """What a generator retrieves for the chunks of prompts and answers."""
+
+    def __call__(self, chunks: np.ndarray) -> np.ndarray:
+        """The neighbours [n, K, 128] of chunks [n, 64]."""
+
+    def names(self, chunk: np.ndarray) -> list[str]:
+        """What the passages of a prompt's last chunk are called, best first."""
+
+
+class FoundPassages:
+    """What the newest database of a workdir has for a chunk, as a RETRO retrieves for any text."""
+
+    def __init__(self, workdir: Path, prompts: Sequence[Prompt], k: int, part: str = "both"):
+        """Opens the database; a UserError where there is none.
+
+        Args:
+          workdir: W. prompts: asked for without their fill.
+          k: K. part: BatchConfig.neighbour_part.
+        """
+        retriever = Retriever.open(workdir)
+        self.database = retriever.database
+        self._live = LiveRetrieval(retriever, self.database, k, part)
+        pairs = [pair for p in prompts for pair in zip(p.chunks, p.query, strict=True)]
+        self._queries = {_key(chunk): query for chunk, query in pairs}
+
+    def __call__(self, chunks: np.ndarray) -> np.ndarray:
+        """As `Passages`."""
+        queries = [self._query(chunk) for chunk in chunks]
+        return self._live(np.reshape(queries, (-1, CHUNK_LENGTH)))
+
+    def names(self, chunk: np.ndarray) -> list[str]:
+        """CORPUS/ID of the documents that were found."""
+        ids, _ = self._live.found(self._query(chunk))
+        records = [self.database.record(d) for d in self.database.documents(ids).tolist() if d >= 0]
+        return [f"{record.corpus}/{record.id}" for record in records]
+
+    def _query(self, chunk: np.ndarray) -> np.ndarray:
+        """What the database is asked with."""
+        return self._queries.get(_key(chunk), chunk)
+
+
+class GivenPassages:
+    """The passages of questions as the neighbours of the last chunk of each prompt.
+
+    Other chunks, those of a long question's beginning and of an answer, have none.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        questions: Sequence[Question],
+        prompts: Sequence[Prompt],
+        k: int,
+        part: str = "both",
+    ):
+        """Tokenises the passages.
+
+        Args:
+          tokenizer: of the model. questions: with passages. prompts: of each.
+          k: K, the first so many passages of each question. part: BatchConfig.neighbour_part.
+
+        Raises:
+          UserError: two rows ask the same with other passages.
+        """
+        self._none = np.full((k, NEIGHBOUR_LENGTH), tokenizer.pad_id, np.int32)
+        self._found: dict[bytes, tuple[Question, np.ndarray]] = {}
+        passages = [passage for q in questions for passage in q.passages[:k]]
+        tokens = keep_part(passage_tokens(tokenizer, passages), part, tokenizer.pad_id)
+        first = 0
+        for question, prompt in zip(questions, prompts, strict=True):
+            count = len(question.passages[:k])
+            rows = self._none.copy()
+            rows[:count] = tokens[first : first + count]
+            first += count
+            asked, found = self._found.setdefault(_key(prompt.chunks[-1]), (question, rows))
+            if not np.array_equal(found, rows):
+                raise UserError(
+                    f"{question.place} asks the same as {asked.place} with other passages: expected"
+                    " one row for each question"
+                )
+
+    def __call__(self, chunks: np.ndarray) -> np.ndarray:
+        """As `Passages`; padding for chunks that end no prompt."""
+        found = [self._found.get(_key(chunk)) for chunk in chunks]
+        rows = [self._none if each is None else each[1] for each in found]
+        return np.stack(rows) if rows else np.zeros((0, *self._none.shape), np.int32)
+
+    def names(self, chunk: np.ndarray) -> list[str]:
+        """The titles of a prompt's passages."""
+        question, _ = self._found[_key(chunk)]
+        return [passage.title for passage in question.passages[: len(self._none)]]
+
+
+def open_passages(
+    workdir: Path,
+    file: QuestionFile,
+    prompts: Sequence[Prompt],
+    *,
+    tokenizer: Tokenizer,
+    k: int,
+    part: str = "both",
+) -> Passages:
+    """The passages of a file of questions: its own, or those of W's newest database.
+
+    Args:
+      workdir: W. file: the questions. prompts: of each. tokenizer: of W.
+      k: K, neighbours of a chunk. part: BatchConfig.neighbour_part.
+
+    Raises:
+      UserError: the file has no passages and W no database, or its rows contradict each other.
+    """
+    if file.has_passages:
+        return GivenPassages(tokenizer, file.questions, prompts, k, part)
+    return FoundPassages(workdir, prompts, k, part)
+
+
+def _key(chunk: np.ndarray) -> bytes:
+    """A chunk as a dictionary's key."""
+    assert chunk.shape == (CHUNK_LENGTH,)
+    return np.ascontiguousarray(chunk, np.int32).tobytes()

@@ -1,0 +1,124 @@
+"""Answers questions with a trained model, and says how many answers are right.
+
+    python -m launch.answer --workdir=W --questions=test=test.jsonl
+
+The file has rows as those of DPR and FiD (docs/facts.md). Its passages are the neighbours; where it
+has none, W's newest database is asked. Answers are decoded greedily. Writes W/evaluation/answers-NAME.json:
+each answer, what was retrieved for it, exact match and F1, with 95% intervals over questions.
+"""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from absl import flags
+from flax import nnx
+
+from data_pipelines.chunk_database.tokenizer import Tokenizer
+from data_pipelines.questions.layout import prompts_of
+from data_pipelines.questions.passages import open_passages
+from data_pipelines.questions.reader import QuestionFile
+from data_pipelines.retriever.revisions import open_database
+from launch.common import app, configurables
+from launch.common.flags import (
+    AVERAGED,
+    DATA,
+    NUM_NEIGHBOURS,
+    QUESTIONS,
+    RETRIEVAL,
+    data_directory,
+    question_files,
+)
+from launch.runs import trained_run
+from retro_jax.generate.answers import greedy_answers
+from retro_jax.generate.generator import Generator
+from retro_jax.report.answer_tables import answers_table, figures, scored
+from retro_jax.report.result_files import EVALUATION, answers_file
+from retro_jax.report.tables import as_text
+from retro_jax.storage import files
+
+ANSWER_TOKENS = flags.DEFINE_integer(
+    "answer_tokens",
+    32,
+    "Tokens of an answer at most; the end of a line ends it too.",
+    lower_bound=1,
+)
+AT_ONCE = flags.DEFINE_integer("answers_at_once", 32, "Questions answered at once.", lower_bound=1)
+
+
+def main() -> None:
+    """Answers every question, prints the figures and writes them."""
+    workdir = pathlib.Path(app.required(app.WORKDIR, "the directory of a run"))
+    data = data_directory(DATA.value or workdir)
+    trained_run.refuse_gin_file()
+    app.required(QUESTIONS, "NAME=FILE of questions")
+    asked = question_files()
+    run = trained_run.open_run(
+        workdir / "retro", configurables.GIN_BINDINGS.value, averaged=AVERAGED.value
+    )
+    trained_run.check_data(run, data)
+    k = NUM_NEIGHBOURS.value or run.batches.neighbours
+    conditions = {name: k if name == "on" else 0 for name in RETRIEVAL.value or ("on", "off")}
+    if not conditions.keys() <= {"on", "off"}:
+        raise flags.Error(f"--retrieval={','.join(conditions)}: expected on, off or both")
+    model = nnx.merge(*trained_run.load_model(run))
+    for name, file in asked.items():
+        result = answers(data, run, model, file, conditions)
+        path = answers_file(workdir / EVALUATION, name)
+        path.parent.mkdir(exist_ok=True)
+        files.write_atomically(path, files.to_json(result))
+        print(as_text(answers_table(name, len(file.questions), result["conditions"])))
+        print(f"written to {path}\n")
+
+
+def answers(
+    data: pathlib.Path,
+    run: trained_run.Run,
+    model: Any,
+    file: QuestionFile,
+    conditions: Mapping[str, int],
+) -> dict[str, Any]:
+    """Every answer and its figures, under each condition: its name -> K, 0 for retrieval off."""
+    tokenizer = Tokenizer.open(data / "tokenizer")
+    prompts = prompts_of(file, tokenizer, most=run.chunks - 1)
+    right = [question.answers for question in file.questions]
+    rows: list[dict[str, Any]] = [
+        {"id": q.id, "question": q.question, "answers": list(q.answers)} for q in file.questions
+    ]
+    part, results = run.batches.neighbour_part, {}
+    special = tokenizer.special_ids - {tokenizer.eos_id}
+    for condition, k in conditions.items():
+        passages = None
+        if k:
+            passages = open_passages(data, file, prompts, tokenizer=tokenizer, k=k, part=part)
+        generator = Generator(
+            model,
+            chunks=run.chunks,
+            eos_id=tokenizer.eos_id,
+            retrieve=passages,
+            forbidden=[*special, *range(tokenizer.vocab_size, run.model.vocab_size)],
+            decode=tokenizer.decode,
+            num_neighbours=k or None,
+        )
+        flat = [prompt.tokens for prompt in prompts]
+        texts = greedy_answers(
+            generator, flat, max_tokens=ANSWER_TOKENS.value, at_once=AT_ONCE.value
+        )
+        each = scored(texts, right)
+        results[condition] = {"neighbours": k} | figures(each)
+        for row, answer, prompt in zip(rows, each, prompts, strict=True):
+            row[condition] = answer
+            if passages is not None:
+                answer["passages"] = passages.names(prompt.chunks[-1])
+    return {
+        "file": {"name": file.name, "sha256": file.sha256},
+        "model": run.identity(),
+        "database": open_database(data).manifest.hash,
+        "answer_tokens": ANSWER_TOKENS.value,
+        "conditions": results,
+        "questions": rows,
+    }
+
+
+if __name__ == "__main__":
+    app.run(main)
