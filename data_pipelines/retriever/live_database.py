@@ -14,7 +14,7 @@ import threading
 
 import numpy as np
 
-from data_pipelines.artefacts.manifest import Path
+from data_pipelines.artefacts.manifest import Manifest, Path
 from data_pipelines.batches.batches import keep_part
 from data_pipelines.chunk_database.database import CHUNK_LENGTH
 from data_pipelines.chunk_database.tokenizer import Tokenizer
@@ -155,7 +155,7 @@ class LiveDatabases:
     def _opened(self, revision: int) -> LiveDatabase:
         """A revision, opened once; another database of the same number is another one."""
         with self._lock:
-            digest = revisions.open_database(self.workdir, revision).manifest.hash
+            digest = _digest(self.workdir, revision)
             database = self._open.get(digest)
             if database is None:
                 database = LiveDatabase(self.workdir, revision, model=self._model, part=self._part)
@@ -164,3 +164,10 @@ class LiveDatabases:
             while len(self._open) > _KEPT:
                 self._open.popitem(last=False)
             return database
+
+
+def _digest(workdir: pathlib.Path, revision: int) -> str:
+    """The hash of a revision, without opening it."""
+    if not revision:
+        return Manifest.read(workdir / "chunks" / "train").hash
+    return Manifest.read(revisions.folder_of(workdir, revision) / revisions.KIND).hash

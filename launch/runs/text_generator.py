@@ -53,9 +53,8 @@ class Generator(TextGenerator):
         if not (folder / CONFIG_FILE).is_file():
             raise UserError(f"{folder} has no {CONFIG_FILE}: expected a trained model")
         text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
-        retro, execution, batches = (
-            read_settings(text, kind) for kind in (RetroConfig, ExecutionConfig, BatchConfig)
-        )
+        retro, batches = read_settings(text, RetroConfig), read_settings(text, BatchConfig)
+        execution = read_settings(text, ExecutionConfig)
         data = pathlib.Path(workdir if database is None else database)
         _check_tokens(folder, data)
         step, graphdef, params = trained_model.load_model(

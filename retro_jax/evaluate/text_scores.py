@@ -77,7 +77,7 @@ class TextScorer:
         for text, start in zip(texts, starts, strict=False):
             chunks[start:].reshape(-1)[: len(text)] = text
         neighbours = self._neighbours(chunks, texts, starts, retrieve)
-        text = ChunkText(
+        together = ChunkText(
             ids=np.arange(len(chunks)),
             documents=np.repeat(np.arange(len(texts)), counts),
             chunks=_rows_of(chunks, pad_id),
@@ -86,7 +86,7 @@ class TextScorer:
         )
         few = len(chunks) <= self._chunks
         windows = WindowConfig(self._chunks, self._stride, batch_size=1 if few else 8)
-        scores = score_chunks(self._losses, text, windows)
+        scores = score_chunks(self._losses, together, windows)
         by_token = scores.reshape(len(scores), -1)
         results = []
         for tokens, start in zip(texts, starts, strict=False):

@@ -65,10 +65,11 @@ class Lookup:
         """The neighbours [n, k, R] of chunks [n, M]."""
         if not len(chunks):
             raise UserError("no chunk to find neighbours of: expected one at least")
-        ids, scores = self.database.find(chunks, self.k)
-        for chunk, *found in zip(chunks, ids, scores, strict=True):
-            self._found[_key(chunk)] = (found[0], found[1])
-        return self.database.values(ids)
+        unknown = {key: chunk for chunk in chunks if (key := _key(chunk)) not in self._found}
+        if unknown:
+            ids, scores = self.database.find(np.stack(list(unknown.values())), self.k)
+            self._found.update(zip(unknown, zip(ids, scores, strict=True), strict=True))
+        return self.database.values(np.stack([self._found[_key(chunk)][0] for chunk in chunks]))
 
     def neighbours(self, chunk: np.ndarray | Sequence[int]) -> list[Neighbour]:
         """The neighbours of a chunk that was asked for; none where it was not."""

@@ -274,7 +274,7 @@ class RunningTexts:
         part = reading.tokens[reading.done * length : (reading.done + 1) * length]
         block = np.full((1, length), self.decoder.config.pad_id, np.int32)
         block[0, : len(part)] = part
-        completed = ()
+        completed: tuple[Completed, ...] = ()
         if reading.done < len(reading.neighbours):
             completed = (Completed(0, part, reading.neighbours[reading.done]),)
         partial = len(part) < length
@@ -480,7 +480,7 @@ class RunningTexts:
                 self._settings = None
                 self._read([text], soon=True)
         live = {row: text for row, text in enumerate(self._rows) if text is not None}
-        smaller = [size for size in self._sizes if size >= len(self.texts)][0]
+        smaller = next(size for size in self._sizes if size >= len(self.texts))
         self._small = self._small + 1 if smaller < len(self._rows) else 0
         if self._small > _SHRINK_AFTER:
             self._resize(smaller)

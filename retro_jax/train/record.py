@@ -58,7 +58,8 @@ def read_settings(text: str, cls: type[T]) -> T:
     Raises:
       UserError: a value that is no literal and no reference, or one that the dataclass refuses.
     """
-    settings, values = parse_settings(text), {}
+    settings = parse_settings(text)
+    values: dict[str, Any] = {}
     types = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         name = f"{cls.__name__}.{field.name}"
