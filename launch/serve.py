@@ -8,11 +8,9 @@ A new revision of the database is taken up while it serves. SIGTERM refuses new 
 the running ones and ends with status 0. docs/serving.md has every path and limit.
 """
 
-import logging
+import functools
 import os
 import pathlib
-import signal
-from collections.abc import Callable, Sequence
 
 from absl import flags
 
@@ -24,76 +22,39 @@ from launch import prepare
 from launch.common import app, configurables
 from launch.common.flags import AVERAGED, DATA, data_directory
 from launch.runs.text_generator import Generator
-from retro_jax.errors import UserError
 from retro_jax.serve.limits import Limits
+from retro_jax.serve.listening import listen
 
 HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; others need --api_key.")
 PORT = flags.DEFINE_integer("port", 8000, "Port to listen at.", lower_bound=1, upper_bound=65535)
-API_KEY = flags.DEFINE_string(
-    "api_key", None, "Key that requests must bring. Default: the variable RETRO_API_KEY."
-)
-REVISION = flags.DEFINE_integer(
-    "revision", None, "Revision of the database. Default: always the newest.", lower_bound=0
-)
+API_KEY = flags.DEFINE_string("api_key", None, "Of requests. Default: $RETRO_API_KEY, or none.")
+REVISION = flags.DEFINE_integer("revision", None, "Of the database. Default: always the newest.")
 DOCUMENTS = flags.DEFINE_bool("documents", False, "Allow /documents to change the database.")
 ROWS = flags.DEFINE_integer("rows", Limits.rows, "Texts continued at once.", lower_bound=1)
-LENGTH = flags.DEFINE_integer(
-    "max_length",
-    0,
-    "Tokens of a text, prompt included. Default: the trained length.",
-    lower_bound=0,
-)
+LENGTH = flags.DEFINE_integer("max_length", 0, "Tokens of a text. Default: the trained length.")
 QUEUE = flags.DEFINE_integer("max_queue", Limits.queue, "Texts that may wait.", lower_bound=1)
 SECONDS = flags.DEFINE_float("max_seconds", Limits.seconds, "Of a request.", lower_bound=0.1)
-_LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 def main() -> None:
     """Serves until it is asked to stop."""
     workdir = pathlib.Path(app.required(app.WORKDIR, "the directory of a run"))
     data = data_directory(DATA.value or workdir)
-    try:
-        import uvicorn
-
-        from retro_jax.serve.app import Server
-    except ImportError as error:
-        message = "launch.serve needs the extra serve: expected pip install 'retro-jax[serve]'"
-        raise UserError(f"{error.name} is not installed; {message}") from error
     key = API_KEY.value or os.environ.get("RETRO_API_KEY")
-    if HOST.value not in _LOCAL and not key:
+    if HOST.value not in ("127.0.0.1", "localhost", "::1") and not key:
         raise flags.Error(f"--host={HOST.value}: expected --api_key, as others can reach it")
-    limits = Limits(rows=ROWS.value, length=LENGTH.value, queue=QUEUE.value, seconds=SECONDS.value)
+    limits = Limits(ROWS.value, LENGTH.value, QUEUE.value, SECONDS.value)
+    database = data if DATA.value else None
     generator = Generator.open(
-        workdir,
-        database=DATA.value and data,
-        revision=REVISION.value,
-        averaged=AVERAGED.value,
+        workdir, database=database, revision=REVISION.value, averaged=AVERAGED.value
     )
-    change = _change(data) if DOCUMENTS.value else None
-    server = Server(generator, limits, api_key=key, change=change)
-    logging.getLogger("retro_jax.serve").setLevel(logging.INFO)
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when all is done
-    print(f"{generator.name} at http://{HOST.value}:{PORT.value} (compiling first)", flush=True)
-    uvicorn.run(
-        server.app,
-        host=HOST.value,
-        port=PORT.value,
-        log_level="warning",
-        timeout_graceful_shutdown=int(limits.stop_seconds),
-    )
-
-
-def _change(data: pathlib.Path) -> Callable[..., list[str]]:
-    """What changes the documents of W, by the settings that W was prepared with."""
-    path = data / SETTINGS_FILE
-    configurables.load(None, base=str(path) if path.is_file() else None)
-    configurables.make(DocumentsConfig, corpora=(TextCorpus("served", ("",)),))
-    config = prepare.make_config()
-
-    def change(corpus: str, append: Sequence[tuple[str, str]], remove: Sequence[str]) -> list[str]:
-        return change_documents(data, config, corpus=corpus, append=append, remove=remove)
-
-    return change
+    change = None
+    if DOCUMENTS.value:
+        path = data / SETTINGS_FILE
+        configurables.load(None, base=str(path) if path.is_file() else None)
+        configurables.make(DocumentsConfig, corpora=(TextCorpus("served", ("",)),))
+        change = functools.partial(change_documents, data, prepare.make_config())
+    listen(generator, limits, host=HOST.value, port=PORT.value, api_key=key, change=change)
 
 
 if __name__ == "__main__":

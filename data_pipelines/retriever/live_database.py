@@ -166,6 +166,30 @@ class LiveDatabases:
             return database
 
 
+def tokenizer_for(
+    data: Path, *, trained_on: str | None, own: Path, run: Path | None = None
+) -> Tokenizer:
+    """The tokeniser of prepared data that a model is to read.
+
+    Args:
+      data: the prepared directory. trained_on: the hash of the chunks that the model was trained on.
+      own: the tokeniser that the model was trained with, where it is known to be.
+      run: of the model, for errors.
+
+    Raises:
+      UserError: the data is neither what the model was trained on nor of the same tokeniser.
+    """
+    chunks, mine = Manifest.read(pathlib.Path(data) / "chunks" / "train"), pathlib.Path(own)
+    same = mine.is_dir() and Manifest.read(mine).hash == chunks.parents.get("tokenizer")
+    if chunks.hash != trained_on and not same:
+        raise UserError(
+            f"{run or 'the model'} and {pathlib.Path(data) / 'chunks' / 'train'} do not belong"
+            f" together: expected chunks {(trained_on or '(none)')[:12]}, or others of {mine}; found"
+            f" {chunks.hash[:12]}"
+        )
+    return Tokenizer.open(pathlib.Path(data) / "tokenizer")
+
+
 def _digest(workdir: pathlib.Path, revision: int) -> str:
     """The hash of a revision, without opening it."""
     if not revision:

@@ -17,7 +17,6 @@ from data_pipelines.workdir.update import update
 def change_documents(
     workdir: Path,
     config: PrepareConfig,
-    *,
     corpus: str,
     append: Sequence[tuple[str, str]],
     remove: Sequence[str],

@@ -232,11 +232,11 @@ class RunningTexts:
             for count in counts:
                 state = self._step_rows(state, {}, self._dummies(count, size))
             alone = self._empty(1)
-            for last in range(2):
-                block = np.zeros((1, self._length), np.int32)
-                for completed in ((), self._dummies(1, 1)) if self.neighbours else ((),):
-                    logits, cache = self._read_block(alone[1], block, 0, completed, bool(last))
-                    alone = (_at(logits, np.int32(0)) if last else logits, cache)
+            block = np.zeros((1, self._length), np.int32)
+            for completed in ((), self._dummies(1, 1)) if self.neighbours else ((),):
+                alone = self._read_block(alone[1], block, 0, completed, False)
+            logits, cache = self._read_block(alone[1], block, 0, (), True)
+            alone = (_at(logits, np.int32(0)), cache)
             self._state = self.decoder.replace_rows(state, alone, {0: 0})
             for settings in (
                 SamplingConfig(temperature=0),

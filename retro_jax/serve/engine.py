@@ -59,6 +59,9 @@ class Watcher:
     def began(self, job: Job, seconds: float) -> None:
         """A job got rows after so many seconds in the queue."""
 
+    def ended(self, reason: str) -> None:
+        """A text ended."""
+
 
 class Engine:
     """Runs jobs in a thread of its own.
@@ -215,6 +218,7 @@ class Engine:
         job = job or self._jobs[id(progress.text)]
         if progress.ended:
             self._jobs.pop(id(progress.text), None)
+            self._watcher.ended(progress.ended)
         try:
             job.listen(progress)
         except Exception:  # a listener that is gone is no concern of the others

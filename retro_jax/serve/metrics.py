@@ -47,13 +47,14 @@ class Metrics(Watcher):
         """Counts a step."""
         self._steps.observe(seconds)
         self._tokens.inc(sum(each.token is not None for each in progress))
-        for each in progress:
-            if each.ended:
-                self._texts.labels(each.ended).inc()
 
     def began(self, job: Job, seconds: float) -> None:
         """Counts a job that got rows."""
         self._queued.observe(seconds)
+
+    def ended(self, reason: str) -> None:
+        """Counts a text that ended."""
+        self._texts.labels(reason).inc()
 
     def text(self, engine: Engine) -> bytes:
         """All figures."""
