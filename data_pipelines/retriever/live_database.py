@@ -23,6 +23,7 @@ from data_pipelines.retriever.retriever import Retriever
 from retro_jax.batch import Neighbour
 from retro_jax.errors import UserError
 
+_WARM_UP = 64  # chunks that are searched for before the first request
 _KEPT = 4  # revisions that stay open besides those that somebody holds
 
 # One search at a time in a process: revisions share the embedder, which is not made for threads.
@@ -65,6 +66,11 @@ class LiveDatabase:
     def score(self) -> str:
         """What scores are: "squared_l2" or "bm25"."""
         return str(self._retriever.ranking.settings["score"])
+
+    def search_some(self, count: int) -> None:
+        """Searches for so many of its own chunks, one at a time, as requests do."""
+        for chunk in np.linspace(0, len(self._database) - 1, count).astype(np.int64):
+            self.find(self._database.chunks(np.array([chunk])).astype(np.int32), 1)
 
     def find(self, chunks: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids int64 and scores float32 [n, k] of the nearest chunks of chunks [n, 64]; -1 for none."""
@@ -132,6 +138,10 @@ class LiveDatabases:
         changed = database is not self._newest
         self._newest = database
         return changed
+
+    def warm_up(self) -> None:
+        """Searches for chunks of the database, whose embeddings are of all the usual lengths."""
+        self._newest.search_some(_WARM_UP)
 
     def at(self, revision: int) -> LiveDatabase:
         """A revision by its number, which is opened at need.

@@ -49,6 +49,14 @@ class LiveDatabases(Protocol):
         """One of them; a UserError where it is gone, or has not come yet."""
         ...
 
+    def refresh(self) -> bool:
+        """Takes up the newest revision that was published; whether it is another one."""
+        ...
+
+    def warm_up(self) -> None:
+        """Compiles what searching needs, so that the first requests need not wait for it."""
+        ...
+
 
 class Lookup:
     """The retrievals of one request: asks one revision, and remembers what it found.

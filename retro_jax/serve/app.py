@@ -14,7 +14,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import anyio
 from fastapi import FastAPI, Request
@@ -25,6 +25,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from retro_jax.errors import UserError
+from retro_jax.generate.sampling import SamplingConfig
 from retro_jax.generate.text_generator import TextGenerator
 from retro_jax.serve import errors
 from retro_jax.serve.completions import Completion, CompletionService, named, place
@@ -38,6 +39,7 @@ from retro_jax.serve.requests import (
     DocumentsRequest,
     RetrieveRequest,
     TokenizeRequest,
+    TraceRequest,
 )
 
 _BODY_SECONDS = 30.0  # that a client has to send a request in
@@ -53,14 +55,8 @@ _log = logging.getLogger(__name__)
 
 # Appends (id, text) to a corpus and removes CORPUS/ID; returns lines about it.
 Change = Callable[[str, Sequence[tuple[str, str]], Sequence[str]], list[str]]
-
-
-class Refreshed(Protocol):
-    """Databases of which newer revisions can be taken up."""
-
-    def refresh(self) -> bool:
-        """Takes up the newest; whether it is another one."""
-        ...
+# The HTML of a continuation of a prompt, with retrieval or without.
+Trace = Callable[[str, SamplingConfig, bool], str]
 
 
 class Server:
@@ -79,6 +75,7 @@ class Server:
         api_key: str | None = None,
         change: Change | None = None,
         page: Callable[[], str] | None = None,
+        trace: Trace | None = None,
         poll: float = 1.0,
     ) -> None:
         """Puts the parts together; nothing is compiled before the application starts.
@@ -87,12 +84,14 @@ class Server:
           generator: the model, its tokeniser and databases.
           api_key: that requests have to bring; None for none.
           change: changes the database's documents; None refuses to.
-          page: gives the HTML at /. poll: seconds between looks for another revision.
+          page: gives the HTML at /, which needs no key. trace: answers what it asks /trace for.
+          poll: seconds between looks for another revision.
         """
         self.limits, self.metrics = limits, Metrics()
         self.engine = Engine(generator.running(limits.rows), limits, self.metrics)
         self.service = CompletionService(generator, self.engine, limits)
-        self._generator, self._change, self._page, self._poll = generator, change, page, poll
+        self._generator, self._change, self._poll = generator, change, poll
+        self._page, self._trace, self._tracing = page, trace, asyncio.Lock()
         self._changing = asyncio.Lock()
         self._created = int(time.time())
         self.app = FastAPI(
@@ -107,8 +106,8 @@ class Server:
 
     async def refresh(self) -> bool:
         """Takes up another revision where there is one; requests under way keep theirs."""
-        databases: Any = self._generator.databases
-        if databases is None or not hasattr(databases, "refresh"):
+        databases = self._generator.databases
+        if databases is None:
             return False
         changed = await asyncio.to_thread(databases.refresh)
         revision = databases.newest().revision
@@ -122,6 +121,8 @@ class Server:
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         """Compiles, runs, and finishes what was accepted."""
         await asyncio.to_thread(self.engine.running.warm_up)
+        if self._generator.databases is not None:
+            await asyncio.to_thread(self._generator.databases.warm_up)
         self.engine.start()
         watching = asyncio.create_task(self._watch())
         try:
@@ -151,6 +152,7 @@ class Server:
         app.add_api_route("/v1/models/{model}", self._model, methods=["GET"])
         app.add_api_route("/retrieve", self._retrieve, methods=["POST"])
         app.add_api_route("/documents", self._documents, methods=["POST"])
+        app.add_api_route("/trace", self._traced, methods=["POST"])
         app.add_api_route("/tokenizer_info", self._tokenizer_info, methods=["GET"])
         app.add_api_route("/tokenize", self._tokenize, methods=["POST"])
         app.add_api_route("/detokenize", self._detokenize, methods=["POST"])
@@ -228,6 +230,18 @@ class Server:
         databases = self._generator.databases
         assert databases is not None
         return named(databases.newest()) | {"report": lines}
+
+    async def _traced(self, body: TraceRequest) -> dict[str, str]:
+        """/trace, one at a time."""
+        if self._trace is None:
+            raise RequestError("this server has no page: expected none to ask", None, 404)
+        self.service.prompt(body.prompt, body.max_tokens)
+        sampling = SamplingConfig(
+            max_tokens=body.max_tokens, temperature=body.temperature, seed=body.seed
+        )
+        async with self._tracing:
+            html = await asyncio.to_thread(self._trace, body.prompt, sampling, body.retrieval)
+        return {"html": html}
 
     async def _tokenizer_info(self) -> dict[str, Any]:
         """/tokenizer_info."""
@@ -340,8 +354,8 @@ class _Guard:
             await self._app(scope, replay, counted)
 
     def _check_key(self, scope: Scope) -> None:
-        """Raises unless the key is right; a probe of health needs none."""
-        if self._api_key is None or scope["path"] == "/health":
+        """Raises unless the key is right; a probe of health and the page itself need none."""
+        if self._api_key is None or scope["path"] in ("/health", "/"):
             return
         given = dict(scope["headers"]).get(b"authorization", b"")
         if not hmac.compare_digest(given, b"Bearer " + self._api_key.encode()):

@@ -147,7 +147,7 @@ class Engine:
         if not self._thread.is_alive():
             return True
         with self._wake:
-            self._cancelled += [*self._queue, *{id(j): j for j in self._jobs.values()}.values()]
+            self._cancelled += [*self._queue, *list(self._jobs.values())]
         self._thread.join()
         return False
 

@@ -83,6 +83,16 @@ class DocumentsRequest(_Request):
     corpus: Annotated[str, Field(pattern=r"^\w+$")] = "served"
 
 
+class TraceRequest(_Request):
+    """What the page at / sends: a prompt whose continuation is traced."""
+
+    prompt: str
+    max_tokens: Annotated[int, Field(ge=1)] = 64
+    temperature: Annotated[float, Field(ge=0, le=1e3)] = 0.0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    retrieval: bool = True
+
+
 class TokenizeRequest(_Request):
     """A text to tokenise; the text of a special token is that token."""
 

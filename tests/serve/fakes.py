@@ -78,6 +78,9 @@ class FakeDatabases:
             raise UserError(f"revision {revision} is gone: expected {self.first} to {self.last}")
         return FakeDatabase(revision)
 
+    def warm_up(self) -> None:
+        self.warm = True
+
     def refresh(self) -> bool:
         changed = self.last != self.current.revision
         if changed:

@@ -289,11 +289,17 @@ def test_tokens_for_clients_that_count_them(http):
 
 def test_a_server_that_stops_finishes_what_runs():
     """Others are refused; without --documents nothing is changed; the page is at /."""
-    server = Server(make_generator(), LIMITS, page=lambda: "<html>the page</html>")
+    trace = lambda prompt, sampling, on: f"{prompt} {sampling.max_tokens} {on}"  # noqa: E731
+    page = lambda: "<html>the page</html>"  # noqa: E731
+    server = Server(make_generator(), LIMITS, page=page, trace=trace)
     body = GREEDY | {"max_tokens": 300}
     answers: list = []
     with listening(server) as url:
         assert httpx2.get(url).text == "<html>the page</html>"
+        asked = {"prompt": "a", "max_tokens": 9, "retrieval": False}
+        assert httpx2.post(f"{url}/trace", json=asked).json() == {"html": "a 9 False"}
+        long = httpx2.post(f"{url}/trace", json=asked | {"prompt": LONG})
+        assert long.json()["error"]["param"] == "prompt"
         refused = httpx2.post(f"{url}/documents", json={"remove": ["a/b"]})
         assert refused.json()["error"]["code"] == "documents_refused"
         send = lambda: answers.append(httpx2.post(f"{url}/v1/completions", json=body, timeout=30))  # noqa: E731
