@@ -20,7 +20,7 @@ from data_pipelines.workdir.served_documents import change_documents
 from data_pipelines.workdir.settings_file import SETTINGS_FILE
 from launch import prepare
 from launch.common import app, configurables
-from launch.common.flags import AVERAGED, DATA, data_directory
+from launch.common.flags import AVERAGED, DATA, REVISION, data_directory
 from launch.runs.text_generator import Generator
 from retro_jax.serve.limits import Limits
 from retro_jax.serve.listening import listen
@@ -28,9 +28,8 @@ from retro_jax.serve.listening import listen
 HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; others need --api_key.")
 PORT = flags.DEFINE_integer("port", 8000, "Port to listen at.", lower_bound=1, upper_bound=65535)
 API_KEY = flags.DEFINE_string("api_key", None, "Of requests. Default: $RETRO_API_KEY, or none.")
-REVISION = flags.DEFINE_integer("revision", None, "Of the database. Default: always the newest.")
 DOCUMENTS = flags.DEFINE_bool("documents", False, "Allow /documents to change the database.")
-ROWS = flags.DEFINE_integer("rows", Limits.rows, "Texts continued at once.", lower_bound=1)
+ROWS = flags.DEFINE_integer("max_rows", Limits.rows, "Texts continued at once.", lower_bound=1)
 LENGTH = flags.DEFINE_integer("max_length", 0, "Tokens of a text. Default: the trained length.")
 QUEUE = flags.DEFINE_integer("max_queue", Limits.queue, "Texts that may wait.", lower_bound=1)
 SECONDS = flags.DEFINE_float("max_seconds", Limits.seconds, "Of a request.", lower_bound=0.1)
