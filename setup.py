@@ -27,12 +27,15 @@ DATA = [
 TRAIN: list[str] = []
 CLUSTER = ["ray>=2.60"]
 PARQUET = ["pyarrow>=18"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"]
 FIT = ["gguf>=0.17.1", "tokenizers>=0.21"]
 TEST = [
     *CLUSTER,
     *PARQUET,
     *FIT,
+    *SERVE,
     "jsonschema",
+    "openai>=1.40",
     "pytest",
     "pytest-xdist",
     "hypothesis",
@@ -143,6 +146,7 @@ setup(
         "cluster": CLUSTER,
         "parquet": PARQUET,
         "fit": FIT,
+        "serve": SERVE,
         "gcs": ["gcsfs"],
         "s3": ["s3fs"],
         "dist": ["build", "twine"],

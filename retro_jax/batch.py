@@ -45,6 +45,25 @@ class RetroBatch:
         return dataclasses.replace(self, neighbours=None)
 
 
+@dataclasses.dataclass(frozen=True)
+class Neighbour:
+    """A retrieved chunk by its place, for readers: the model reads its tokens.
+
+    Attributes:
+      document, corpus: as the database names them. place: which chunk of the document, from 0.
+      score: squared distance of embeddings, or BM25's score. revision: of the database.
+      text, continuation: of the chunk, and of the one after it.
+    """
+
+    document: str
+    corpus: str
+    place: int
+    score: float
+    revision: int
+    text: str
+    continuation: str
+
+
 class SizedDocument(Protocol):
     """Facts about a document: its corpus, UTF-8 bytes, whitespace words and line ends."""
 

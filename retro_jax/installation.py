@@ -22,6 +22,7 @@ EXTRAS = {
     "data": "preparing texts, and sampling or scoring with live retrieval",
     "parquet": "corpora in Parquet",
     "fit": "existing language models",
+    "serve": "launch.serve",
     "cluster": "preparing on several machines",
     "gcs": "gs:// addresses",
     "s3": "s3:// addresses",

@@ -34,6 +34,9 @@ QUESTIONS = flags.DEFINE_multi_string(
 AVERAGED = flags.DEFINE_bool(
     "averaged", False, "Use the moving average of the parameters (TrainConfig.average_decay)."
 )
+REVISION = flags.DEFINE_integer(
+    "revision", None, "Of the database; the newest unless given.", lower_bound=0
+)
 COORDINATOR_ADDRESS = flags.DEFINE_string(
     "coordinator_address", None, "HOST:PORT of process 0, where several processes train together."
 )

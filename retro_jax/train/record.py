@@ -6,6 +6,7 @@ versions.json   for each start that differs from the one before: Python, package
                 (and whether the working tree differed from it), hardware, where the data is
 """
 
+import ast
 import dataclasses
 import importlib.metadata
 import os
@@ -13,8 +14,9 @@ import pathlib
 import platform
 import pprint
 import subprocess
+import typing
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -28,6 +30,8 @@ _ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE", "JAX_EN
 _SHOWN = 5  # differences in an error
 _HASH_DIGITS = 12
 _WIDE = 1_000_000  # keeps a value in one line
+
+T = TypeVar("T")
 
 
 def settings_text(configs: Iterable[Any]) -> str:
@@ -46,6 +50,29 @@ def settings_text(configs: Iterable[Any]) -> str:
                 lines.append(f"{name}.{field.name} = @{type(value).__name__}()\n")
                 lines += settings_text([value]).splitlines(keepends=True)
     return "".join(sorted(lines))
+
+
+def read_settings(text: str, cls: type[T]) -> T:
+    """A dataclass from a settings text, as `settings_text` or gin wrote it; other lines are ignored.
+
+    Raises:
+      UserError: a value that is no literal and no reference, or one that the dataclass refuses.
+    """
+    settings = parse_settings(text)
+    values: dict[str, Any] = {}
+    types = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        name = f"{cls.__name__}.{field.name}"
+        if name not in settings:
+            continue
+        if settings[name].startswith("@") and dataclasses.is_dataclass(types[field.name]):
+            values[field.name] = read_settings(text, typing.cast(type, types[field.name]))
+            continue
+        try:
+            values[field.name] = ast.literal_eval(settings[name])
+        except (SyntaxError, ValueError) as error:
+            raise UserError(f"{name} is {settings[name]}: expected a literal") from error
+    return cls(**values)
 
 
 def default_settings(configs: Iterable[Any]) -> dict[str, str]:

@@ -1,6 +1,9 @@
 """The model of a trained run, as its newest checkpoint has it."""
 
+import dataclasses
 import os
+import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -8,9 +11,43 @@ from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from retro_jax.config import ExecutionConfig, RetroConfig
+from retro_jax.errors import UserError
 from retro_jax.model import Retro
 from retro_jax.sharding import MESH_SHARDINGS, Shardings, parameter_shardings
-from retro_jax.train.checkpoint import restore_params
+from retro_jax.storage import files
+from retro_jax.train.checkpoint import CHECKPOINTS, restore_params
+from retro_jax.train.record import CONFIG_FILE, PARENTS_FILE, read_settings
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """A trained run, opened to be used on one device.
+
+    Attributes:
+      name: of the run and its step, as in "retro-9000". model: its parameters.
+      settings: every setting of the run, as text. parents: hashes of the data that it was trained on.
+    """
+
+    name: str
+    model: Retro
+    settings: str
+    parents: Mapping[str, str]
+
+
+def open_trained(directory: str | os.PathLike, *, averaged: bool = False) -> TrainedModel:
+    """Opens the newest checkpoint of a run's directory, W/retro or W/baseline.
+
+    Raises:
+      UserError: there is no run, or no undamaged checkpoint.
+    """
+    folder = pathlib.Path(directory)
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(f"{folder} has no {CONFIG_FILE}: expected a trained model (launch.train)")
+    text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
+    retro, execution = read_settings(text, RetroConfig), read_settings(text, ExecutionConfig)
+    step, graphdef, params = load_model(folder / CHECKPOINTS, retro, execution, averaged=averaged)
+    parents = files.read_json(folder / PARENTS_FILE)
+    return TrainedModel(f"{folder.name}-{step}", nnx.merge(graphdef, params), text, parents)
 
 
 def load_model(

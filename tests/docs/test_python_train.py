@@ -1,19 +1,27 @@
 """docs/python.md, section "Train": its code runs, and trains what it says."""
 
+import contextlib
 import json
+import os
 import pathlib
 import re
 import shutil
+import signal
+import threading
+import time
 
+import httpx2
 import numpy as np
 import pytest
 
-from launch import evaluate
+from launch import evaluate, serve
 from launch.runs import trained_run
+from retro_jax.errors import UserError
 from retro_jax.train.checkpoint import latest_step
 from retro_jax.train.curves import read_curve
 from retro_jax.train.record import recorded_parents
 from tests.launch.trained import call
+from tests.ports import free_port
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "python.md"
 _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -52,6 +60,75 @@ def test_a_hook_stops_a_run_and_the_model_is_used(names):
     assert list(values["norms"]) == [5, 10]
     assert values["logits"].shape == (8, 128, values["data"].vocab_size)
     assert np.isfinite(values["logits"]).all()
+
+
+def test_the_generator_is_opened_and_used(names):
+    values, _ = names
+    result, generator = values["result"], values["generator"]
+    assert result.ended == "length" and len(result.tokens) == 70
+    assert values["piece"].result.text == result.text
+    assert len(result.neighbours) == 1 and len(result.neighbours[0]) == 2
+    assert len(values["found"]) == 2 and values["found"][0].score <= values["found"][1].score
+    with pytest.raises(UserError, match="retrieval is 3 neighbours: expected 0 to 2"):
+        generator.generate(["a"], retrieval=3)
+    with pytest.raises(UserError, match=r"revision 7 .*expected|no|is missing"):
+        type(generator).open("W", revision=7)
+    with pytest.raises(UserError, match=r"has no config.gin: expected a trained model"):
+        type(generator).open("W", run="none")
+
+
+def test_scores_of_texts_are_those_of_the_command(names):
+    """The test split's documents as texts, in the order of the split."""
+    values, workdir = names
+    assert call(evaluate.main, f"--workdir={workdir}", "--retrieval=on,off") == 0
+    results = json.loads((workdir / "evaluation" / "test.json").read_text())
+    database, generator = values["split"].database, values["generator"]
+    records, texts = list(database.records()), []
+    for record in records:
+        chunks = database.chunks(np.arange(record.first_chunk, record.first_chunk + record.chunks))
+        texts.append(generator.codec.decode(chunks[chunks != database.pad_id]))
+    for name, retrieval in (("on", True), ("off", False)):
+        nll = np.load(workdir / "evaluation" / results[name]["nll"])
+        for record, scored in zip(
+            records, generator.score(texts, retrieval=retrieval), strict=True
+        ):
+            own = nll[record.first_chunk : record.first_chunk + record.chunks].reshape(-1)
+            values_ = [*scored.log_probabilities, scored.end_log_probability]
+            np.testing.assert_allclose(values_, -own[1 : 1 + len(values_)], atol=1e-4)
+
+
+def test_the_command_serves_until_it_is_asked_to_stop(names, capfd):
+    """SIGTERM while a stream runs: the stream is whole, and the status is 0."""
+    values, workdir = names
+    port, seen = free_port(), {}
+    url = f"http://127.0.0.1:{port}"
+    body = {"prompt": "The history of the city", "max_tokens": 70, "temperature": 0, "stream": True}
+
+    def client() -> None:
+        while True:
+            with contextlib.suppress(httpx2.TransportError):
+                if httpx2.get(f"{url}/health").status_code == 200:
+                    break
+            time.sleep(0.05)
+        lines = []
+        with httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+            for line in answer.iter_lines():
+                lines.append(line)
+                if len(lines) == 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+        seen["text"] = "".join(
+            json.loads(line[6:])["choices"][0]["text"] for line in lines if line[6:7] == "{"
+        )
+
+    thread = threading.Thread(target=client, daemon=True)
+    thread.start()
+    assert (
+        call(serve.main, f"--workdir={workdir}", f"--port={port}", "--max_rows=1", "--documents") == 0
+    )
+    thread.join()
+    assert seen["text"] == values["result"].text
+    assert call(serve.main, f"--workdir={workdir}", "--host=0.0.0.0") == 2
+    assert "--host=0.0.0.0: expected --api_key" in capfd.readouterr().err
 
 
 def test_the_scores_are_those_of_the_command(names):

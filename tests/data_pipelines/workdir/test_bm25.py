@@ -13,8 +13,13 @@ from data_pipelines.evaluation import prepare_text
 from data_pipelines.evaluation.splits import open_split
 from data_pipelines.evaluation.texts import SliceConfig
 from data_pipelines.retriever.bm25 import Bm25
+from data_pipelines.retriever.live_database import LiveDatabases
 from data_pipelines.retriever.neighbours import NeighbourTable
 from data_pipelines.retriever.retriever import Retriever
+from data_pipelines.workdir import update
+from data_pipelines.workdir.served_documents import change_documents
+from launch import prepare
+from launch.common import configurables
 from launch.evaluation.conditions import Condition, check_split
 from retro_jax.errors import UserError
 from tests.conftest_prepared import run_prepare
@@ -156,6 +161,38 @@ def test_a_killed_removal_is_repeated_or_replaced(workdir, tmp_path, capsys, mon
     (work / "revisions/00001/documents").mkdir(parents=True)
     assert run_prepare(work, None, first) == 1
     assert "is unfinished: expected --append, which began it, first" in capsys.readouterr().err
+
+
+def test_documents_that_come_while_a_database_is_open(workdir, tmp_path, monkeypatch):
+    """A change that fails leaves nothing behind; a revision that is taken back is left again."""
+    work = shutil.copytree(workdir, tmp_path / "W")
+    configurables.load(None, base=str(work / "prepare.gin"))
+    config = prepare.make_config()
+    databases = LiveDatabases(work)
+    before, chunk = databases.newest(), np.full((1, 64), 0, np.int32)
+    words = databases.tokenizer.encode("quokka wombat " * 30)[:64]
+    chunk[0, : len(words)] = words
+    assert not databases.refresh()
+    with pytest.raises(UserError, match=r"no document 'none' of the corpus 'texts'"):
+        change_documents(work, config, "texts", [("a", "b")], ["texts/none"])
+    with monkeypatch.context() as patch:
+        patch.setattr(update, "prepare_chunks", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            change_documents(work, config, "served", [("a", "quokka wombat " * 30)], [])
+    assert not (work / "revisions/00001").exists()
+    lines = change_documents(work, config, "served", [("a", "quokka wombat " * 30)], [])
+    assert lines[0].startswith("revision 1: 1 documents added")
+    assert databases.newest() is before and databases.refresh()
+    ids, scores = databases.newest().find(chunk, 2)
+    found = databases.newest().neighbour(int(ids[0, 0]), float(scores[0, 0]))
+    assert (found.corpus, found.document, found.place, found.revision) == ("served", "a", 0, 1)
+    assert found.text.startswith("quokka wombat") and found.score == scores[0, 0]
+    assert before.revision == 0 and ids[0, 0] not in before.find(chunk, 2)[0]
+    assert databases.at(0) is before
+    (work / "revisions").rename(work / "aside")
+    assert databases.refresh() and databases.newest() is before
+    with pytest.raises(UserError, match=r"revision 1 of W is gone .* expected 0 to 0"):
+        databases.at(1)
 
 
 def test_an_update_counts_the_new_database_s_terms(workdir, tmp_path, capsys):

@@ -1,0 +1,546 @@
+"""Texts under way in the rows of one cache: they join and leave between steps.
+
+    rows        0      1      2      3
+    step 1      A      -      -      -        B's prompt is read, a chunk a step
+    step 2      A      B      -      -
+    step 3      A*     B      -      -        A ends; C, D, E join
+    step 4      C      B      D      E
+
+A prompt is read in a cache of one row, one chunk between two steps, so that a long prompt does not
+hold up the others. Samples of one prompt are read once. A text that outgrows the window leaves its
+row, is read again from its last chunks, and comes back.
+
+Every text has settings, a retriever (a revision of the database) and a count of neighbours of its
+own: the cache has room for K of each chunk, and what is missing is padding. The cache always has
+room for a whole window, and one of few numbers of rows, so that all programs can be compiled before
+the first request (`warm_up`).
+"""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retro_jax.errors import UserError
+from retro_jax.generate.cache import Cache
+from retro_jax.generate.decoder import Completed, Decoder
+from retro_jax.generate.sampling import (
+    Needs,
+    Sampler,
+    SamplingConfig,
+    allowed_tokens,
+    draw,
+    make_sampler,
+    needs,
+)
+from retro_jax.generate.text_stream import TextStream
+
+ALTERNATIVES = 5  # likeliest tokens that a text may ask for at each position
+_SHRINK_AFTER = 32  # steps with so few texts that fewer rows would do
+_FACTOR = 4  # between numbers of rows, and of chunks that are completed at once
+
+Retrieve = Callable[[np.ndarray], np.ndarray]
+Decode = Callable[[Sequence[int]], str]
+
+
+@dataclasses.dataclass(eq=False)
+class RunningText:
+    """A text that is continued.
+
+    Attributes:
+      tokens: prompt (with bos) and continuation. prompt_length: how many are the prompt.
+      sampling: its settings. number: among the samples of its prompt.
+      retrieve: gives neighbours [n, k, R] of complete chunks [n, M], k <= K; None is retrieval off.
+      alternatives: likeliest tokens to report at each position.
+      neighbours: [K, R] of each complete chunk. log_probabilities: of the continuation, in nats.
+      ended: "" under way; "eos", "stop" (a stop string), "length", "cancelled", "timeout" or "error".
+      error: what went wrong with this text alone.
+    """
+
+    tokens: list[int]
+    prompt_length: int
+    sampling: SamplingConfig
+    stream: TextStream
+    retrieve: Retrieve | None = None
+    number: int = 0
+    alternatives: int = 0
+    neighbours: list[np.ndarray] = dataclasses.field(default_factory=list)
+    log_probabilities: list[float] = dataclasses.field(default_factory=list)
+    ended: str = ""
+    error: Exception | None = None
+    first: int = 0
+
+    @property
+    def generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self.log_probabilities)
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a step did to a text.
+
+    Attributes:
+      text: which one. piece: new text, which may be "" where it is held back.
+      token, log_probability: drawn now; None where the text ended without one.
+      alternatives: the likeliest tokens there, likeliest first, as (token, log-probability).
+      ended: as the text's; "" while it is under way.
+    """
+
+    text: RunningText
+    piece: str
+    token: int | None
+    log_probability: float | None
+    alternatives: tuple[tuple[int, float], ...]
+    ended: str
+
+
+@dataclasses.dataclass
+class _Reading:
+    """A window that is being read for some texts: `done` of its chunks are."""
+
+    texts: list[RunningText]
+    tokens: np.ndarray
+    neighbours: list[np.ndarray]
+    done: int = 0
+    cache: Cache | None = None
+
+
+@dataclasses.dataclass
+class _Settings:
+    """The settings of all rows as arrays."""
+
+    sampler: Sampler
+    needs: Needs
+    seen: np.ndarray | None
+
+
+class RunningTexts:
+    """Continues texts, all by one token a step.
+
+    Attributes:
+      most: rows at most. neighbours: K. retrieval_seconds: spent in `retrieve` so far.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        rows: int,
+        neighbours: int,
+        eos_id: int,
+        decode: Decode,
+        forbidden: Iterable[int] = (),
+    ) -> None:
+        """Takes what is common to all texts; nothing is compiled yet.
+
+        Args:
+          decoder: of the model, on one device.
+          rows: texts at once, at most.
+          neighbours: K, of a chunk at most; 0 where no text retrieves.
+          eos_id: ends a text. decode: gives the text of tokens. forbidden: tokens never drawn.
+        """
+        self.decoder, self.eos_id, self.decode = decoder, eos_id, decode
+        config = decoder.config
+        self.neighbours = neighbours if config.has_retrieval else 0
+        self.retrieval_seconds = 0.0
+        self._length, self._capacity = config.chunk_length, decoder.chunks * config.chunk_length
+        self._sizes = row_counts(rows)
+        self.most = self._sizes[-1]
+        self._allowed = np.ones(config.vocab_size, bool)
+        self._allowed[[t for t in forbidden if t < config.vocab_size]] = False
+        self._reading: collections.deque[_Reading] = collections.deque()
+        self._rows: list[RunningText | None] = [None] * self._sizes[0]
+        self._state: tuple[jax.Array, Cache] | None = None
+        self._settings: _Settings | None = None
+        self._small = 0  # steps in a row in which fewer rows would have done
+
+    @property
+    def room(self) -> int:
+        """How many texts may join."""
+        return self.most - len(self.texts)
+
+    @property
+    def texts(self) -> list[RunningText]:
+        """All that are under way."""
+        waiting = [text for reading in self._reading for text in reading.texts]
+        return [text for text in self._rows if text is not None] + waiting
+
+    def check(self, sampling: SamplingConfig) -> None:
+        """Raises a UserError for settings that leave no token to draw, or name one that there is not."""
+        allowed_tokens(sampling, self._allowed)
+
+    def join(self, texts: Sequence[RunningText]) -> None:
+        """Takes in samples of one prompt, of equal retrieval; there must be `room` for them.
+
+        Raises:
+          UserError: an empty prompt, settings that leave no token, or a failed retrieval.
+        """
+        assert len(texts) <= self.room
+        if not texts[0].tokens:
+            raise UserError("a prompt has no token: expected bos at least")
+        for text in texts:
+            self.check(text.sampling)
+        first = texts[0]
+        chunks = len(first.tokens) // self._length
+        if first.retrieve is not None and self.neighbours and chunks:
+            tokens = np.asarray(first.tokens[: chunks * self._length], np.int32)
+            found = self._retrieve(first.retrieve, tokens.reshape(chunks, -1))
+            for text in texts:
+                text.neighbours = list(found)
+        self._read(list(texts))
+
+    def step(self) -> list[Progress]:
+        """Draws a token of every text that has been read; reads one chunk of a prompt that has not."""
+        self._read_chunk()
+        while self._reading and not any(self._rows):
+            self._read_chunk()
+        if not any(self._rows):
+            return []
+        progress = self._draw()
+        self._drop([text for text in self._rows if text is not None and text.ended])
+        progress += self._retrieve_due()
+        self._advance()
+        return progress
+
+    def end(self, text: RunningText, reason: str) -> Progress | None:
+        """Ends a text between steps, and frees its row; None where it has ended before."""
+        if text.ended:
+            return None
+        text.ended = reason
+        self._drop([text])
+        return Progress(text, text.stream.finish(), None, None, (), reason)
+
+    def clear(self) -> list[RunningText]:
+        """Drops all texts and the cache, after an error that is of no single text."""
+        texts = self.texts
+        self._reading.clear()
+        self._rows = [None] * self._sizes[0]
+        self._state = self._settings = None
+        return texts
+
+    def warm_up(self) -> None:
+        """Compiles the programs of all numbers of rows, and of the usual settings."""
+        for size in self._sizes:
+            self._rows = [None] * size
+            state = self._state = self._empty(size)
+            counts = [0, *row_counts(size)] if self.neighbours else [0]
+            for count in counts:
+                state = self._step_rows(state, {}, self._dummies(count, size))
+            alone = self._empty(1)
+            block = np.zeros((1, self._length), np.int32)
+            for completed in ((), self._dummies(1, 1)) if self.neighbours else ((),):
+                alone = self._read_block(alone[1], block, 0, completed, False)
+            logits, cache = self._read_block(alone[1], block, 0, (), True)
+            alone = (_at(logits, np.int32(0)), cache)
+            self._state = self.decoder.replace_rows(state, alone, {0: 0})
+            for settings in (
+                SamplingConfig(temperature=0),
+                SamplingConfig(),
+                SamplingConfig(top_p=0.9),
+            ):
+                text = RunningText([0], 1, settings, TextStream(self.decode), alternatives=1)
+                self._rows, self._settings = [text, *[None] * (size - 1)], None
+                self._draw()
+            for other in self._sizes:
+                self._rows = [None] * size
+                self._resize(other)
+                self._rows, self._state = [None] * size, self._empty(size)
+        self.clear()
+
+    def _read(self, texts: list[RunningText], *, soon: bool = False) -> None:
+        """Queues a window to be read: the last chunks of texts that are equal so far."""
+        first = max(0, -(-len(texts[0].tokens) // self._length) - self.decoder.chunks)
+        for text in texts:
+            text.first = first
+        tokens = np.asarray(texts[0].tokens[first * self._length :], np.int32)
+        reading = _Reading(texts, tokens, texts[0].neighbours[first:])
+        if soon:
+            self._reading.appendleft(reading)
+        else:
+            self._reading.append(reading)
+
+    def _read_chunk(self) -> None:
+        """Reads one chunk of the first window that waits; its texts get rows after the last one."""
+        if not self._reading:
+            return
+        reading, length = self._reading[0], self._length
+        if reading.cache is None:
+            reading.cache = self._empty(1)[1]
+        part = reading.tokens[reading.done * length : (reading.done + 1) * length]
+        block = np.full((1, length), self.decoder.config.pad_id, np.int32)
+        block[0, : len(part)] = part
+        completed: tuple[Completed, ...] = ()
+        if reading.done < len(reading.neighbours):
+            completed = (Completed(0, part, reading.neighbours[reading.done]),)
+        partial = len(part) < length
+        logits, reading.cache = self._read_block(
+            reading.cache, block, reading.done * length, completed, partial
+        )
+        reading.done += 1
+        if reading.done * length < len(reading.tokens):
+            return
+        self._reading.popleft()
+        if partial:
+            logits = _at(logits, np.int32(len(part) - 1))
+        self._place(reading.texts, (logits, reading.cache))
+
+    def _read_block(
+        self,
+        cache: Cache,
+        block: np.ndarray,
+        start: int,
+        completed: Sequence[Completed],
+        all_logits: bool,
+    ) -> tuple[jax.Array, Cache]:
+        """A chunk of one text."""
+        return self.decoder.step(
+            cache,
+            block,
+            np.array([start], np.int32),
+            live=np.ones(1, bool),
+            completed=completed,
+            all_logits=all_logits,
+        )
+
+    def _place(self, texts: list[RunningText], state: tuple[jax.Array, Cache]) -> None:
+        """Gives rows to texts whose window has been read."""
+        active = sum(text is not None for text in self._rows)
+        self._resize(self._size_for(active + len(texts)))
+        rows = {}
+        for text in texts:
+            row = self._rows.index(None)
+            self._rows[row] = text
+            rows[row] = 0
+        if self._state is None:
+            self._state = self._empty(len(self._rows))
+        self._state = self.decoder.replace_rows(self._state, state, rows)
+        self._settings = None
+
+    def _size_for(self, count: int) -> int:
+        """The number of rows for so many texts, never fewer than there are."""
+        return next(size for size in self._sizes if size >= max(count, len(self._rows)))
+
+    def _resize(self, size: int) -> None:
+        """Moves the texts to another number of rows; room for them is known to be there."""
+        if size == len(self._rows):
+            return
+        rows = [row for row, text in enumerate(self._rows) if text is not None]
+        if self._state is not None:
+            padded = (rows + [0] * size)[:size]
+            logits, cache = self._state
+            self._state = self.decoder.choose_rows(cache, logits, padded)
+        kept = [self._rows[row] for row in rows]
+        self._rows = [*kept, *[None] * (size - len(kept))]
+        self._settings, self._small = None, 0
+
+    def _empty(self, rows: int) -> tuple[jax.Array, Cache]:
+        """A cache in which nothing has been read, and logits of no meaning."""
+        cache = self.decoder.empty(rows, self._capacity, self.neighbours)
+        return jnp.zeros((rows, self.decoder.config.vocab_size), jnp.float32), cache
+
+    def _drop(self, texts: list[RunningText]) -> None:
+        """Frees the rows of texts, and forgets windows that nobody waits for."""
+        if not texts:
+            return
+        for row, text in enumerate(self._rows):
+            if text in texts:
+                self._rows[row] = None
+        for reading in list(self._reading):
+            reading.texts = [text for text in reading.texts if text not in texts]
+            if not reading.texts:
+                self._reading.remove(reading)
+        self._settings = None
+
+    def _of_rows(self) -> _Settings:
+        """The settings of the rows; free ones are drawn greedily and thrown away."""
+        if self._settings is None:
+            free = SamplingConfig(temperature=0)
+            settings = [free if text is None else text.sampling for text in self._rows]
+            numbers = [0 if text is None else text.number for text in self._rows]
+            needed, seen = needs(settings), None
+            if needed.penalty:
+                seen = np.zeros((len(self._rows), len(self._allowed)), bool)
+                for row, text in enumerate(self._rows):
+                    if text is not None:
+                        seen[row, text.tokens] = True
+            sampler = make_sampler(settings, numbers, self._allowed)
+            if len(sampler.allowed) == 1:  # one program, whatever tokens each text may draw
+                every = jnp.asarray(np.repeat(np.asarray(sampler.allowed), len(settings), axis=0))
+                sampler = sampler._replace(allowed=every)
+            self._settings = _Settings(sampler, needed, seen)
+        return self._settings
+
+    def _draw(self) -> list[Progress]:
+        """The next token of every row."""
+        assert self._state is not None
+        logits, settings = self._state[0], self._of_rows()
+        steps = np.array([0 if t is None else t.generated for t in self._rows], np.int32)
+        barred = np.full(len(self._rows), -1, np.int32)
+        for row, text in enumerate(self._rows):
+            if text is not None and text.generated < text.sampling.min_tokens:
+                barred[row] = self.eos_id
+        drawn = draw(
+            logits,
+            settings.sampler,
+            steps=steps,
+            barred=barred,
+            seen=settings.seen,
+            needs=settings.needs,
+        )
+        asked = any(text is not None and text.alternatives for text in self._rows)
+        (tokens, scores), likeliest = jax.device_get((drawn, _likeliest(logits) if asked else None))
+        progress = []
+        for row, text in enumerate(self._rows):
+            if text is None:
+                continue
+            if settings.seen is not None:
+                settings.seen[row, tokens[row]] = True
+            others: tuple[tuple[int, float], ...] = ()
+            if likeliest is not None:
+                ids, values = likeliest[0][row].tolist(), likeliest[1][row].tolist()
+                others = tuple(zip(ids, values, strict=True))[: text.alternatives]
+            progress.append(self._append(text, int(tokens[row]), float(scores[row]), others))
+        return progress
+
+    def _append(
+        self,
+        text: RunningText,
+        token: int,
+        score: float,
+        alternatives: tuple[tuple[int, float], ...],
+    ) -> Progress:
+        """Adds a token to a text, and ends it where it is to end."""
+        text.tokens.append(token)
+        text.log_probabilities.append(score)
+        piece = ""
+        if token == self.eos_id:
+            text.ended = "eos"
+        else:
+            piece = text.stream.push(token)
+            text.ended = "stop" if text.stream.stopped else ""
+        if not text.ended and text.generated >= text.sampling.max_tokens:
+            text.ended = "length"
+        if text.ended:
+            piece += text.stream.finish()
+        return Progress(text, piece, token, score, alternatives, text.ended)
+
+    def _retrieve_due(self) -> list[Progress]:
+        """Neighbours of the chunks that are complete now, asked for together by each retriever."""
+        due: dict[int, list[RunningText]] = collections.defaultdict(list)
+        if self.neighbours:
+            for text in self._rows:
+                if text is not None and text.retrieve and len(text.tokens) % self._length == 0:
+                    due[id(text.retrieve)].append(text)
+        failed = []
+        for texts in due.values():
+            retrieve = texts[0].retrieve
+            assert retrieve is not None
+            chunks = np.array([text.tokens[-self._length :] for text in texts], np.int32)
+            try:
+                found = self._retrieve(retrieve, chunks)
+            except Exception as error:  # of this revision alone: the other texts go on
+                for text in texts:
+                    text.error = error
+                    failed.append(self.end(text, "error"))
+                continue
+            for text, neighbours in zip(texts, found, strict=True):
+                text.neighbours.append(neighbours)
+        return [progress for progress in failed if progress is not None]
+
+    def _retrieve(self, retrieve: Retrieve, chunks: np.ndarray) -> np.ndarray:
+        """[n, K, R]: the neighbours of chunks [n, M], padded."""
+        start = time.perf_counter()
+        found = np.asarray(retrieve(chunks), np.int32)
+        self.retrieval_seconds += time.perf_counter() - start
+        expected = (len(chunks), self.decoder.config.neighbour_length)
+        if found.ndim != 3 or (found.shape[0], found.shape[2]) != expected:
+            raise UserError(
+                f"neighbours of {len(chunks)} chunks have shape {found.shape}: expected"
+                f" [{expected[0]}, K, {expected[1]}]"
+            )
+        if found.shape[1] > self.neighbours:
+            raise UserError(
+                f"{found.shape[1]} neighbours of a chunk: expected {self.neighbours} at most"
+            )
+        missing = ((0, 0), (0, self.neighbours - found.shape[1]), (0, 0))
+        return np.pad(found, missing, constant_values=self.decoder.config.pad_id)
+
+    def _advance(self) -> None:
+        """Reads the last token of every text; one whose window moves is read again."""
+        for row, text in enumerate(self._rows):
+            if text is not None and -(-len(text.tokens) // self._length) - self.decoder.chunks > (
+                text.first
+            ):
+                self._rows[row] = None
+                self._settings = None
+                self._read([text], soon=True)
+        live = {row: text for row, text in enumerate(self._rows) if text is not None}
+        smaller = next(size for size in self._sizes if size >= len(self.texts))
+        self._small = self._small + 1 if smaller < len(self._rows) else 0
+        if self._small > _SHRINK_AFTER:
+            self._resize(smaller)
+            live = {row: text for row, text in enumerate(self._rows) if text is not None}
+        if not live:
+            return
+        assert self._state is not None
+        completed = [
+            Completed(row, np.asarray(text.tokens[-self._length :], np.int32), text.neighbours[-1])
+            for row, text in live.items()
+            if self.neighbours
+            and text.retrieve is not None
+            and len(text.tokens) % self._length == 0
+        ]
+        count = next(n for n in [0, *row_counts(len(self._rows))] if n >= len(completed))
+        completed += completed[-1:] * (count - len(completed))
+        self._state = self._step_rows(self._state, live, completed)
+
+    def _step_rows(
+        self,
+        state: tuple[jax.Array, Cache],
+        live: dict[int, RunningText],
+        completed: Sequence[Completed],
+    ) -> tuple[jax.Array, Cache]:
+        """One token of the rows that are live."""
+        rows = len(self._rows)
+        tokens, starts = np.zeros((rows, 1), np.int32), np.zeros(rows, np.int32)
+        mask = np.zeros(rows, bool)
+        for row, text in live.items():
+            tokens[row], mask[row] = text.tokens[-1], True
+            starts[row] = len(text.tokens) - 1 - text.first * self._length
+        return self.decoder.step(state[1], tokens, starts, live=mask, completed=completed)
+
+    def _dummies(self, count: int, rows: int) -> list[Completed]:
+        """Chunks that are complete, to compile for."""
+        config = self.decoder.config
+        neighbours = np.zeros((self.neighbours, config.neighbour_length), np.int32)
+        chunk = np.zeros(config.chunk_length, np.int32)
+        return [Completed(row % rows, chunk, neighbours) for row in range(count)]
+
+
+def row_counts(most: int) -> list[int]:
+    """1, 4, 16, ... and the power of two that has room for `most`."""
+    largest = 1 << max(most - 1, 0).bit_length()
+    counts = []
+    count = 1
+    while count < largest:
+        counts.append(count)
+        count *= _FACTOR
+    return [*counts, largest]
+
+
+@jax.jit
+def _at(logits_BxTxV: jax.Array, place: jax.Array) -> jax.Array:
+    """[B, V]: the logits after one token of a block."""
+    return jax.lax.dynamic_index_in_dim(logits_BxTxV, place, axis=1, keepdims=False)
+
+
+@jax.jit
+def _likeliest(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The likeliest tokens of each row, and their log-probabilities, [B, ALTERNATIVES] each."""
+    values, ids = jax.lax.top_k(jax.nn.log_softmax(logits, axis=-1), ALTERNATIVES)
+    return ids, values
