@@ -33,10 +33,10 @@ from retro_jax.generate.operators import (
     cca_queries,
 )
 from retro_jax.model.attention import Attention
-from retro_jax.model.backend import product
+from retro_jax.model.backend import column_tiles, few_rows_product, has_few_rows, product
 from retro_jax.model.decoder import Retrieved, WholeSequences
 from retro_jax.model.layer_stack import take_layer, unstack_layers
-from retro_jax.model.layers import Layout
+from retro_jax.model.layers import TILES, FeedForward, Layout
 from retro_jax.model.retro import Retro
 from retro_jax.sharding import Shardings
 
@@ -46,7 +46,9 @@ class Window:
     """The part of a text that the model reads: its last chunks, cut from a chunk's first token on.
 
     Attributes:
-      tokens: [n], n >= 1. neighbours: of its complete chunks, [n // M, K, R], or None without.
+      tokens: [n], n >= 1.
+      neighbours: of its complete chunks, [n // M, K, R], or None without. With a stride s [n // s, K, R]:
+        what was retrieved after each s tokens; those of fewer than M tokens are not read.
     """
 
     tokens: np.ndarray
@@ -66,11 +68,17 @@ class Decoder:
     """Reads texts with a cache. Its weights are those of the model at construction.
 
     Attributes:
-      config: the architecture. chunks: C of the longest window.
+      config: the architecture. chunks: C of the longest window. stride: s, tokens between retrievals.
     """
 
     def __init__(
-        self, model: Retro, *, chunks: int, mesh: Mesh | None = None, scan: bool | None = None
+        self,
+        model: Retro,
+        *,
+        chunks: int,
+        mesh: Mesh | None = None,
+        scan: bool | None = None,
+        stride: int | None = None,
     ):
         """Prepares the weights.
 
@@ -80,10 +88,17 @@ class Decoder:
           mesh: of the model's parameters.
           scan: runs layers by scan: programs compile sooner; on a CPU each step copies the weights.
             None is as the model's execution says, and unrolled on a CPU.
+          stride: tokens between retrievals; None for a chunk, as in training.
 
         Raises:
-          UserError: the window is longer than the model's learned positions.
+          UserError: the window is longer than the model's learned positions, or the stride divides no
+            chunk.
         """
+        self.stride = stride or model.config.chunk_length
+        if self.stride < 1 or model.config.chunk_length % self.stride:
+            raise UserError(
+                f"retrieval_stride is {stride}: expected a divisor of {model.config.chunk_length}"
+            )
         longest, room = chunks * model.config.chunk_length, model.config.form.learned_positions
         if room and longest > room:
             raise UserError(
@@ -92,13 +107,16 @@ class Decoder:
         self.config, self.chunks, self._mesh = model.config, chunks, mesh
         if scan is None:
             scan = model.layout.execution.scan_layers and jax.default_backend() != "cpu"
+        tiled = mesh is None and not scan and jax.default_backend() == "cpu"
+        tiled = tiled and model.layout.dtype == jnp.float32
         with self.on_mesh():
-            model, tables, read_out = prepare(model, chunks=chunks, scan=scan)
+            model, tables, read_out = prepare(model, chunks=chunks, scan=scan, tiled=tiled)
         self.layout = model.layout
         self._shapes = CacheLayout(self.config, self.layout.dtype, self.layout.shardings, scan)
         graphdef, params = nnx.split(model)
         leaves, structure = jax.tree.flatten((params, tables, read_out))
-        self._weights, self._programs = leaves, programs(graphdef, structure, self._shapes)
+        self._weights = leaves
+        self._programs = programs(graphdef, structure, self._shapes, self.stride)
 
     def on_mesh(self) -> Any:
         """The context in which arrays of a mesh are used."""
@@ -131,7 +149,7 @@ class Decoder:
         Returns:
           Logits [B, V] float32 after each window's last token, and the cache; B is the rows' bucket.
         """
-        length, rows = self.config.chunk_length, self.row_bucket(len(windows))
+        length, rows = self.stride, self.row_bucket(len(windows))
         longest = max(len(window.tokens) for window in windows)
         cache = self.empty(rows, capacity or self.capacity_for(longest), neighbours)
         ends = np.array([len(window.tokens) for window in windows])
@@ -142,8 +160,11 @@ class Decoder:
             for row, window in enumerate(windows):
                 part = window.tokens[u * length : (u + 1) * length]
                 block[row, : len(part)] = part
-                if window.neighbours is not None and neighbours and u < len(window.neighbours):
-                    completed.append(Completed(row, part, window.neighbours[u]))
+                if window.neighbours is None or not neighbours or u >= len(window.neighbours):
+                    continue
+                query = window.tokens[: (u + 1) * length][-self.config.chunk_length :]
+                if len(query) == self.config.chunk_length:
+                    completed.append(Completed(row, query, window.neighbours[u]))
             live = np.zeros(rows, bool)
             live[: len(windows)] = ends > u * length
             last = np.zeros(rows, np.int32)
@@ -274,8 +295,10 @@ def power_of_two(count: int) -> int:
     return 1 << max(count - 1, 0).bit_length()
 
 
-def prepare(model: Retro, *, chunks: int, scan: bool) -> tuple[Retro, DistanceTables, jax.Array]:
-    """A model for decoding, its tables of distances, and the read-out [D, V].
+def prepare(
+    model: Retro, *, chunks: int, scan: bool, tiled: bool = False
+) -> tuple[Retro, DistanceTables, "ReadOut"]:
+    """A model for decoding, its tables of distances, and the read-out; weights are tiled too, or not.
 
     Layers are a list unless by scan; weights are in the activations' dtype, those of norms float32.
     """
@@ -293,7 +316,42 @@ def prepare(model: Retro, *, chunks: int, scan: bool) -> tuple[Retro, DistanceTa
         cast(Any, ready).layers = unstack_layers(ready.layers, config.num_layers)
         if config.has_retrieval:
             cast(Any, ready).cca = unstack_layers(ready.cca, len(config.cca_layers))
-    return ready, distance_tables(ready, chunks, stacked=scan), read_out_DxV
+    read_out = ReadOut(read_out_DxV, column_tiles(read_out_DxV) if tiled else None)
+    if tiled:
+        for part in (ready.layers, ready.cca) if config.has_retrieval else (ready.layers,):
+            add_tiles(part)
+    return ready, distance_tables(ready, chunks, stacked=scan), read_out
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ReadOut:
+    """The read-out [D, V], and its tiles of columns or None."""
+
+    weight: jax.Array
+    tiles: jax.Array | None
+
+
+# The weights of products in a layer, and over how many axes these sum.
+_CONTRACTED = {
+    "query_key_value": 1,
+    "query": 1,
+    "key_value": 1,
+    "output": 2,
+    "widen": 1,
+    "gate": 1,
+    "narrow": 1,
+}
+
+
+def add_tiles(modules: nnx.Module) -> None:
+    """Gives each weight of products in some layers its tiles of columns."""
+    for _, module in list(nnx.iter_modules(modules)):
+        for name, contracted in _CONTRACTED.items():
+            weight = getattr(module, name, None)
+            if isinstance(module, Attention | FeedForward) and weight is not None:
+                tiles = nnx.Param(column_tiles(weight[...], contracted))
+                setattr(module, f"{name}{TILES}", tiles)
 
 
 def distance_tables(model: Retro, chunks: int, *, stacked: bool) -> DistanceTables:
@@ -336,12 +394,13 @@ class Programs:
 
 
 @functools.lru_cache(maxsize=32)
-def programs(graphdef: nnx.GraphDef, structure: Any, shapes: CacheLayout) -> Programs:
+def programs(graphdef: nnx.GraphDef, structure: Any, shapes: CacheLayout, stride: int) -> Programs:
     """The functions of a prepared model; `structure` belongs to (parameters, tables, read-out)."""
 
     def run_block(weights: list[jax.Array], cache: Cache, *inputs: Any) -> Any:
         params, tables, read_out = jax.tree.unflatten(structure, weights)
-        return _run_block(nnx.merge(graphdef, params), tables, read_out, cache, *inputs)
+        model = nnx.merge(graphdef, params)
+        return _run_block(model, tables, read_out, cache, *inputs, stride=stride)
 
     def choose_rows(cache: Cache, logits: jax.Array, rows: jax.Array) -> Any:
         return caches.take_rows(logits, rows), caches.choose_rows(cache, rows)
@@ -366,30 +425,32 @@ def programs(graphdef: nnx.GraphDef, structure: Any, shapes: CacheLayout) -> Pro
 def _run_block(
     model: Retro,
     tables: DistanceTables,
-    read_out_DxV: jax.Array,
+    read_out: ReadOut,
     cache: Cache,
     tokens_BxT: jax.Array,
     starts_B: jax.Array,
     live_B: jax.Array,
     completed: CompletedChunks | None,
     last_B: jax.Array | None,
+    *,
+    stride: int,
 ) -> tuple[jax.Array, Cache]:
     """Logits after the tokens `last_B` of a block, or after all, and the cache with the block in it."""
-    operators = CachedBlock(model.config, starts_B, tables, completed)
+    operators = CachedBlock(model.config, starts_B, tables, completed, stride)
     carry = (model.embed(tokens_BxT, operators), cache)
     if cache.chunk is None:
         h_BxTxD, cache = model.without_retrieval(carry, operators)
     else:
         h_BxTxD, cache = model.before_retrieval(carry, operators)
         cache = _keep_activations(cache, h_BxTxD, starts_B, live_B, model)
-        retrieved = _encode(model, cache, completed)
+        retrieved = _encode(model, cache, completed, starts_B // stride * stride + stride)
         h_BxTxD, cache = model.after_retrieval((h_BxTxD, cache), retrieved, operators)
         cache = operators.finish(cache, retrieved)
     h_BxTxD = model.norm(h_BxTxD)
     shardings = model.layout.shardings
     if last_B is not None:
         h_BxTxD = jnp.take_along_axis(h_BxTxD, last_B[:, None, None], axis=1)
-    logits_BxTxV = _logits(h_BxTxD, read_out_DxV, shardings)
+    logits_BxTxV = _logits(h_BxTxD, read_out, shardings)
     return (logits_BxTxV if last_B is None else logits_BxTxV[:, 0]), cache
 
 
@@ -415,8 +476,10 @@ def _keep_activations(
     )
 
 
-def _encode(model: Retro, cache: Cache, completed: CompletedChunks | None) -> Retrieved:
-    """E of the chunks completed, [n, 1, K, R, E]; n is 0 where none is."""
+def _encode(
+    model: Retro, cache: Cache, completed: CompletedChunks | None, ends_B: jax.Array
+) -> Retrieved:
+    """E of the chunks completed, [n, 1, K, R, E]; n is 0 where none is. `ends_B` are their ends."""
     config = model.config
     assert cache.chunk is not None
     if completed is None:
@@ -429,18 +492,30 @@ def _encode(model: Retro, cache: Cache, completed: CompletedChunks | None) -> Re
         read = jnp.zeros((0, 0, config.d_model), model.layout.dtype)
     else:
         read = caches.take_rows(cache.chunk.activations, completed.rows).swapaxes(1, 2)
+        ends_N, shardings = caches.take_rows(ends_B, completed.rows), model.layout.shardings
+        specs = (shardings.rows(3), shardings.rows(1))
+        read = caches.on_devices(_oldest_first, shardings, specs, specs[0])(read, ends_N)
     neighbours = completed.neighbours[:, None]
     return model.encode(neighbours, read, completed.tokens, WholeSequences(config))
 
 
-def _logits(h_BxTxD: jax.Array, read_out_DxV: jax.Array, shardings: Shardings) -> jax.Array:
+def _oldest_first(ring_NxMxD: jax.Array, ends_N: jax.Array) -> jax.Array:
+    """The last M positions up to an end, of rings in which position p is at p modulo M."""
+    length = ring_NxMxD.shape[1]
+    places_NxM = (ends_N[:, None] + jnp.arange(length)) % length
+    return jnp.take_along_axis(ring_NxMxD, places_NxM[..., None], axis=1)
+
+
+def _logits(h_BxTxD: jax.Array, read_out: ReadOut, shardings: Shardings) -> jax.Array:
     """[B, T, V] float32."""
+    if read_out.tiles is not None and has_few_rows(h_BxTxD):
+        return few_rows_product(h_BxTxD, read_out.tiles, read_out.weight.shape[1:])
     if h_BxTxD.dtype == jnp.float32:
-        return product(h_BxTxD, read_out_DxV, out_sharding=shardings.wide(3))
+        return product(h_BxTxD, read_out.weight, out_sharding=shardings.wide(3))
     return jnp.einsum(
         "btd,dv->btv",
         h_BxTxD,
-        read_out_DxV,
+        read_out.weight,
         preferred_element_type=jnp.float32,
         out_sharding=shardings.wide(3),
     )

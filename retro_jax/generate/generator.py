@@ -29,7 +29,17 @@ from jax.sharding import Mesh
 from retro_jax.errors import UserError
 from retro_jax.generate.cache import Cache, encoded_length
 from retro_jax.generate.decoder import Completed, Decoder, Window
-from retro_jax.generate.sampling import Needs, Sampler, SamplingConfig, draw, make_sampler, needs
+from retro_jax.generate.drafts import Drafter, Drafting, LookUp
+from retro_jax.generate.mixture import Mixture, mixed
+from retro_jax.generate.sampling import (
+    Needs,
+    Sampler,
+    SamplingConfig,
+    draw,
+    draw_block,
+    make_sampler,
+    needs,
+)
 from retro_jax.generate.text_stream import TextStream
 from retro_jax.model.retro import Retro
 
@@ -47,7 +57,8 @@ class Generation:
       log_probabilities: [n - prompt_length] float32, of the generated tokens in nats, as the model
         gave them (before penalties, temperature and filters).
       neighbours: [C, K, R] int32, those of chunks 0 to C - 1 of `tokens`, exactly as the model
-        read them; None with retrieval off.
+        read them; None with retrieval off. With a stride s < M after each s tokens; those of fewer
+        than M tokens were not read.
       finished: whether eos ended it.
       ended: "eos", "stop" (a stop string) or "length".
       text: the generated text, up to the stop string; None without a decoder of tokens.
@@ -68,6 +79,7 @@ class _Text:
 
     Attributes:
       number: among the samples of its prompt. first: chunk of the window that the cache has read.
+      drafting: of the tokens after the last one.
     """
 
     tokens: list[int]
@@ -75,10 +87,11 @@ class _Text:
     setting: SamplingConfig
     number: int
     stream: TextStream | None
-    neighbours: list[np.ndarray] = dataclasses.field(default_factory=list)
+    neighbours: list[np.ndarray | None] = dataclasses.field(default_factory=list)
     log_probabilities: list[float] = dataclasses.field(default_factory=list)
     first: int = 0
     ended: str = ""
+    drafting: Drafting = dataclasses.field(default_factory=Drafting)
 
     @property
     def generated(self) -> int:
@@ -88,7 +101,12 @@ class _Text:
 
 @dataclasses.dataclass
 class _Batch:
-    """Texts under way in the rows of one cache; rows past them are padding."""
+    """Texts under way in the rows of one cache; rows past them are padding.
+
+    Attributes:
+      logits: [B, V] after the last token, or [B, T, V] after every token of a block.
+      block: [B, T] the block's tokens, where it had drafts.
+    """
 
     texts: list[_Text]
     logits: jax.Array
@@ -96,13 +114,15 @@ class _Batch:
     sampler: Sampler
     needs: Needs
     seen: np.ndarray | None
+    block: np.ndarray | None = None
 
 
 class Generator:
     """Continues token sequences with a RETRO, or with the baseline (`retrieve` None).
 
     Attributes:
-      retrieval_seconds: time spent in `retrieve` so far.
+      retrieval_seconds: time spent in `retrieve` so far. blocks: read so far, but for prompts.
+      drafter: counts drafts; None without them.
     """
 
     def __init__(
@@ -116,6 +136,10 @@ class Generator:
         decode: Decode | None = None,
         num_neighbours: int | None = None,
         mesh: Mesh | None = None,
+        drafts: bool = False,
+        look_up: LookUp | None = None,
+        mixture: Mixture | None = None,
+        retrieval_stride: int | None = None,
     ):
         """Prepares to generate.
 
@@ -128,12 +152,21 @@ class Generator:
           decode: gives the text of generated tokens; stop strings need it.
           num_neighbours: K. None waits for the first answer, and compiles for that K then.
           mesh: of the model's parameters; None for one device.
+          drafts: reads several tokens at once where they probably come next (drafts.py); the texts stay
+            the same.
+          look_up: gives drafts from a database too.
+          mixture: texts are drawn from the model mixed with a token memory (mixture.py).
+          retrieval_stride: tokens between retrievals, a divisor of M; None for M, as in training. The
+            query is the last M tokens.
         """
         config = model.config
-        self.decoder = Decoder(model, chunks=chunks, mesh=mesh)
+        self.decoder = Decoder(model, chunks=chunks, mesh=mesh, stride=retrieval_stride)
+        self.stride, self._mixture = self.decoder.stride, mixture
         self.chunk_length, self.chunks, self.eos_id = config.chunk_length, chunks, eos_id
         self.retrieve = retrieve if config.has_retrieval else None
-        self.retrieval_seconds = 0.0
+        self.retrieval_seconds, self.blocks = 0.0, 0
+        dtype = self.decoder.layout.dtype.name
+        self.drafter = Drafter(config.pad_id, dtype, look_up) if drafts else None
         self._decode, self._shape = decode, (config.chunk_length, config.neighbour_length)
         self._encoded = encoded_length(config)
         self._neighbours = 0 if self.retrieve is None else num_neighbours or 1
@@ -164,12 +197,20 @@ class Generator:
         self._retrieve_complete_chunks(texts, answers)
         batch = self._begin(texts)
         while True:
-            for text, token, score in zip(batch.texts, *self._draw(batch), strict=False):
-                if not text.ended:
-                    new = self._append(text, int(token), float(score))
-                    if on_text is not None and new:
-                        on_text(texts.index(text), new)
-            on_step()
+            most = 0
+            for text, drawn in zip(batch.texts, self._draw(batch), strict=False):
+                if text.ended:
+                    continue
+                new, before = "", text.generated
+                for token, score in drawn:
+                    new += self._append(text, token, score)
+                    if text.ended:
+                        break
+                most = max(most, text.generated - before)
+                if on_text is not None and new:
+                    on_text(texts.index(text), new)
+            for _ in range(most):
+                on_step()
             under_way = [text for text in batch.texts if not text.ended]
             if not under_way:
                 break
@@ -220,9 +261,9 @@ class Generator:
         sources = {}
         for text in texts:
             text.first = self._first_chunk(text)
-            tokens = np.asarray(text.tokens[text.first * self.chunk_length :], np.int32)
-            neighbours = text.neighbours[text.first :]
-            window = Window(tokens, np.stack(neighbours) if neighbours else None)
+            start = text.first * self.chunk_length
+            tokens = np.asarray(text.tokens[start:], np.int32)
+            window = Window(tokens, _stacked(text.neighbours[start // self.stride :]))
             row, _ = windows.setdefault(tokens.tobytes(), (len(windows), window))
             sources[id(text)] = row
         logits, cache = self.decoder.prefill(
@@ -243,28 +284,45 @@ class Generator:
         numbers = [text.number for text in texts] + [0] * len(padding)
         return make_sampler([*settings, *padding], numbers, self._allowed), needs(settings)
 
-    def _draw(self, batch: _Batch) -> tuple[np.ndarray, np.ndarray]:
-        """The next token of every row, and its log-probability."""
-        steps, barred = (
-            np.zeros(batch.cache.rows, np.int32),
-            np.full(batch.cache.rows, -1, np.int32),
-        )
+    def _draw(self, batch: _Batch) -> list[list[tuple[int, float]]]:
+        """The next tokens of every text and their log-probabilities: one, or more with a draft."""
+        logits = self.decoder.on_one_device(batch.logits)
+        length = 1 if batch.block is None else batch.block.shape[1]
+        if self._mixture is not None:
+            logits = mixed(logits, *self._votes(batch, length))
+        steps = np.zeros((batch.cache.rows, length), np.int32)
+        barred = np.full((batch.cache.rows, length), -1, np.int32)
         for row, text in enumerate(batch.texts):
-            steps[row] = text.generated
-            if text.generated < text.setting.min_tokens:
-                barred[row] = self.eos_id
-        tokens, scores = draw(
-            self.decoder.on_one_device(batch.logits),
-            batch.sampler,
-            steps=steps,
-            barred=barred,
-            seen=batch.seen,
-            needs=batch.needs,
-        )
-        tokens, scores = jax.device_get((tokens, scores))
-        if batch.seen is not None:
-            batch.seen[np.arange(len(tokens)), tokens] = True
-        return tokens, scores
+            steps[row] = text.generated + np.arange(length)
+            barred[row, steps[row] < text.setting.min_tokens] = self.eos_id
+        how = {"seen": batch.seen, "needs": batch.needs}
+        if batch.block is None:
+            found = draw(logits, batch.sampler, steps=steps[:, 0], barred=barred[:, 0], **how)
+            tokens, scores = (x[:, None] for x in jax.device_get(found))
+            ahead = np.full(tokens.shape, np.inf)
+        else:
+            found = draw_block(logits, batch.sampler, steps=steps, barred=barred, **how)
+            tokens, scores, ahead = jax.device_get(found)
+        drawn = []
+        for row, text in enumerate(batch.texts):
+            count = 1
+            if self.drafter is not None:
+                count = self.drafter.kept(text.drafting, tokens[row], ahead[row])
+            drawn.append(list(zip(tokens[row, :count].tolist(), scores[row, :count].tolist())))
+            if batch.seen is not None:
+                batch.seen[row, tokens[row, :count]] = True
+        return drawn
+
+    def _votes(self, batch: _Batch, length: int) -> tuple[np.ndarray, ...]:
+        """The token memory's votes after every token of a block, of all rows."""
+        assert self._mixture is not None
+        endings: list[list[int]] = []
+        for row in range(batch.cache.rows):
+            text = batch.texts[row] if row < len(batch.texts) else None
+            past: list[int] = [] if text is None or text.ended else text.tokens
+            rest = [] if batch.block is None else batch.block[row, 1:].tolist()
+            endings += [past + rest[:i] if past else [] for i in range(length)]
+        return self._mixture.votes(endings)
 
     def _append(self, text: _Text, token: int, score: float) -> str:
         """Adds a token to a text, and ends it where it is to end; gives new text."""
@@ -281,7 +339,7 @@ class Generator:
         return new + text.stream.finish() if text.ended and text.stream is not None else new
 
     def _advance(self, batch: _Batch) -> None:
-        """Reads the last token of every text under way."""
+        """Reads the last token of every text under way, and drafts after it."""
         chunks = batch.cache.chunk
         if chunks is not None and chunks.present.shape[1] != self._neighbours * self._encoded:
             fresh = self._begin(batch.texts)  # the first answer has come with another K
@@ -298,15 +356,26 @@ class Generator:
                 continue
             tokens[row], live[row] = text.tokens[-1], True
             starts[row] = len(text.tokens) - 1 - text.first * self.chunk_length
-            if self.retrieve is not None and len(text.tokens) % self.chunk_length == 0:
-                chunk = np.asarray(text.tokens[-self.chunk_length :], np.int32)
-                completed.append(Completed(row, chunk, text.neighbours[-1]))
-        capacity = self.decoder.capacity_for(int(starts.max()) + 1)
+            whole = starts[row] + 1 >= self.chunk_length
+            if self.retrieve is not None and len(text.tokens) % self.stride == 0 and whole:
+                query = np.asarray(text.tokens[-self.chunk_length :], np.int32)
+                found = text.neighbours[-1]
+                assert found is not None
+                completed.append(Completed(row, query, found))
+        batch.block = None if moved or completed else self._with_drafts(batch, tokens, starts, live)
+        tokens = tokens if batch.block is None else batch.block
+        self.blocks += 1
+        capacity = self.decoder.capacity_for(int(starts.max()) + tokens.shape[1])
         if capacity > batch.cache.capacity:
             batch.cache = self.decoder.grow(batch.cache, capacity)
         if live.any():
             batch.logits, batch.cache = self.decoder.step(
-                batch.cache, tokens, starts, live=live, completed=completed
+                batch.cache,
+                tokens,
+                starts,
+                live=live,
+                completed=completed,
+                all_logits=batch.block is not None,
             )
         if moved:
             logits, cache, sources = self._prefill(list(moved.values()), batch.cache.capacity)
@@ -314,6 +383,28 @@ class Generator:
             batch.logits, batch.cache = self.decoder.replace_rows(
                 (batch.logits, batch.cache), (logits, cache), sources
             )
+
+    def _with_drafts(
+        self, batch: _Batch, tokens: np.ndarray, starts: np.ndarray, live: np.ndarray
+    ) -> np.ndarray | None:
+        """[B, T]: the last tokens [B, 1] and what probably follows; None where one token is read."""
+        if self.drafter is None:
+            return None
+        # A block ends before its chunk does: the chunk's neighbours are asked for with all of it.
+        limit = self.stride - 1 - int((starts[live] % self.stride).max())
+        places = {}
+        for row in np.flatnonzero(live).tolist():
+            text = batch.texts[row]
+            places[row] = text.drafting
+            left = text.setting.max_tokens - text.generated - 1
+            self.drafter.propose(
+                text.drafting,
+                text.tokens,
+                text.neighbours[-1] if text.neighbours else None,
+                # A penalty depends on the tokens before, which a block draws at once.
+                most=left if text.setting.repetition_penalty == 1 else 0,
+            )
+        return self.drafter.block(tokens, places, limit)
 
     def _drop_finished(self, batch: _Batch) -> None:
         """Goes on with fewer rows once a smaller bucket has room for the texts under way."""
@@ -335,9 +426,12 @@ class Generator:
             return
         due: list[tuple[_Text, bytes]] = []
         for text in texts:
-            for u in range(len(text.neighbours), len(text.tokens) // self.chunk_length):
-                chunk = text.tokens[u * self.chunk_length : (u + 1) * self.chunk_length]
-                due.append((text, np.asarray(chunk, np.int32).tobytes()))
+            for u in range(len(text.neighbours), len(text.tokens) // self.stride):
+                query = text.tokens[: (u + 1) * self.stride][-self.chunk_length :]
+                if len(query) < self.chunk_length:
+                    text.neighbours.append(None)
+                else:
+                    due.append((text, np.asarray(query, np.int32).tobytes()))
         queries = list(dict.fromkeys(chunk for _, chunk in due if chunk not in answers))
         if queries:
             answers.update(zip(queries, self._ask(queries), strict=True))
@@ -365,13 +459,21 @@ class Generator:
         return neighbours
 
 
+def _stacked(neighbours: list[np.ndarray | None]) -> np.ndarray | None:
+    """[n, K, R]; what was not retrieved, before the first whole query, is like the first that was."""
+    first = next((found for found in neighbours if found is not None), None)
+    if first is None:
+        return None
+    return np.stack([first if found is None else found for found in neighbours])
+
+
 def _finish(text: _Text) -> Generation:
     """The text as plain arrays."""
     return Generation(
         tokens=np.asarray(text.tokens, np.int32),
         prompt_length=text.prompt_length,
         log_probabilities=np.asarray(text.log_probabilities, np.float32),
-        neighbours=np.stack(text.neighbours) if text.neighbours else None,
+        neighbours=_stacked(text.neighbours),
         finished=text.ended == "eos",
         ended=text.ended,
         text=None if text.stream is None else text.stream.text,

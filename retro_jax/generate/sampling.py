@@ -195,24 +195,79 @@ def draw(
     Returns:
       [B] int32 tokens, and their log-probabilities [B] under the logits as they came.
     """
+    scores = _perturbed(logits, sampler, steps, barred, seen, needs)
+    tokens = jnp.argmax(scores, axis=-1)
+    return tokens.astype(jnp.int32), _log_probability(logits, tokens)
+
+
+@partial(jax.jit, static_argnames="needs")
+def draw_block(
+    logits: jax.Array,
+    sampler: Sampler,
+    *,
+    steps: jax.Array,
+    barred: jax.Array,
+    seen: jax.Array | None = None,
+    needs: Needs,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Draws a token after every token of a block, as `draw` would one after the other.
+
+    Args:
+      logits: [B, T, V]. steps: [B, T]. barred: [B, T]. The rest is as in `draw`; `seen` is that of the
+        first place, so texts with a penalty may use the first token alone.
+
+    Returns:
+      [B, T] tokens, their log-probabilities, and by how much each was ahead of the next in logits.
+    """
+    rows, length, vocabulary = logits.shape
+
+    def repeated(x: jax.Array) -> jax.Array:
+        return jnp.repeat(x, length, axis=0) if x.shape[0] == rows else x
+
+    flat = logits.reshape(rows * length, vocabulary)
+    sampler = Sampler(*map(repeated, sampler))
+    seen = None if seen is None else repeated(seen)
+    scores = _perturbed(flat, sampler, steps.reshape(-1), barred.reshape(-1), seen, needs)
+    tokens = jnp.argmax(scores, axis=-1)
+    others = jnp.where(jnp.arange(vocabulary) == tokens[:, None], -jnp.inf, scores)
+    ahead = jnp.max(scores, axis=-1) - jnp.max(others, axis=-1)
+    if needs.random:
+        ahead = ahead * jnp.where(sampler.temperature == 0, 1.0, sampler.temperature)
+    shape = (rows, length)
+    found = tokens.astype(jnp.int32), _log_probability(flat, tokens), ahead
+    return found[0].reshape(shape), found[1].reshape(shape), found[2].reshape(shape)
+
+
+def _perturbed(
+    logits: jax.Array,
+    sampler: Sampler,
+    steps: jax.Array,
+    barred: jax.Array,
+    seen: jax.Array | None,
+    needs: Needs,
+) -> jax.Array:
+    """[B, V] scores of which the largest is drawn: arguments as of `draw`."""
     scores = logits
     if needs.penalty and seen is not None:
         scores = jnp.where(seen, penalised(logits, sampler.penalty[:, None]), logits)
     vocabulary = jnp.arange(logits.shape[-1])
     may = sampler.allowed & (vocabulary != barred[:, None])
     scores = jnp.where(may, scores, -jnp.inf)
-    tokens = jnp.argmax(scores, axis=-1)
-    if needs.random:
-        greedy = sampler.temperature == 0
-        scores = scores / jnp.where(greedy, 1.0, sampler.temperature)[:, None]
-        if needs.order:
-            scores = keep_likeliest(scores, sampler.top_k[:, None], sampler.top_p[:, None])
-        scores = keep_near_best(scores, sampler.min_p[:, None])
-        drawn = jnp.argmax(scores + _noise(sampler.key, steps, logits.shape[-1]), axis=-1)
-        tokens = jnp.where(greedy, tokens, drawn)
+    if not needs.random:
+        return scores
+    greedy = (sampler.temperature == 0)[:, None]
+    drawn = scores / jnp.where(greedy, 1.0, sampler.temperature[:, None])
+    if needs.order:
+        drawn = keep_likeliest(drawn, sampler.top_k[:, None], sampler.top_p[:, None])
+    drawn = keep_near_best(drawn, sampler.min_p[:, None])
+    drawn = drawn + _noise(sampler.key, steps, logits.shape[-1])
+    return jnp.where(greedy, scores, drawn)
+
+
+def _log_probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """[B]: of one token of each row, in nats."""
     log_probabilities = jax.nn.log_softmax(logits, axis=-1)
-    log_probability = jnp.take_along_axis(log_probabilities, tokens[:, None], axis=-1)[:, 0]
-    return tokens.astype(jnp.int32), log_probability
+    return jnp.take_along_axis(log_probabilities, tokens[:, None], axis=-1)[:, 0]
 
 
 def penalised(logits: jax.Array, penalty: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from retro_jax.config import DecoderForm, ExecutionConfig, RetroConfig
-from retro_jax.model.backend import product
+from retro_jax.model.backend import few_rows_product, has_few_rows, product
 from retro_jax.parameters import parameter
 from retro_jax.sharding import FSDP, TENSOR, Shardings, draw_sharding, lay_out
 
@@ -26,6 +26,7 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 Module = TypeVar("Module", bound=nnx.Module)
+TILES = "_tiles"  # ends the name of a weight's tiles of columns
 
 
 def normal(
@@ -197,12 +198,19 @@ def affine(
 ) -> jax.Array:
     """The product with a module's weight, and its bias `name_bias` where the module has one.
 
+    A module made for decoding on a CPU has `name_tiles` too (backend.py).
+
     Args:
       module: with a `layout`. name: of the weight. x, contracted, out_sharding: of `product`.
     """
-    layout = module.layout
-    weight = layout.weight(getattr(module, name))
-    y = product(x, weight, contracted=contracted, out_sharding=out_sharding)
+    layout, param = module.layout, getattr(module, name)
+    tiles = getattr(module, f"{name}{TILES}", None)
+    if tiles is not None and has_few_rows(x, contracted):
+        shape = param.shape[contracted:]
+        y = few_rows_product(x, tiles[...], shape, contracted=contracted)
+    else:
+        weight = layout.weight(param)
+        y = product(x, weight, contracted=contracted, out_sharding=out_sharding)
     added = getattr(module, f"{name}_bias", None)
     return y if added is None else y + layout.weight(added)
 
