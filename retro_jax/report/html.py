@@ -148,7 +148,12 @@ def overlap_chart(curve: Sequence[OverlapPoint]) -> str:
     shares = [100 * point.at_most for point in curve]
     names = [name for name in CONDITION_NAMES if curve and name in curve[0].bits_per_byte]
     lines = [
-        Line(CONDITION_NAMES[n], shares, [p.bits_per_byte[n] for p in curve], _STYLES[n])
+        Line(
+            CONDITION_NAMES[n],
+            shares,
+            [p.bits_per_byte[n] for p in curve],
+            _STYLES.get(n, STYLES[-1]),
+        )
         for n in names
     ]
     return line_chart(lines, x_label="r(C) at most, %", y_label="bits per byte")
