@@ -33,6 +33,7 @@ from absl import flags
 
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.evaluation.prepare_text import prepare_slice
+from data_pipelines.evaluation.sample import sampled
 from data_pipelines.evaluation.splits import open_split, places_of
 from data_pipelines.evaluation.texts import TEXTS, SliceConfig, evaluation_text
 from launch.common import app, configurables
@@ -50,10 +51,12 @@ from launch.common.flags import (
     join_processes,
 )
 from launch.evaluation.conditions import (
+    IN_CONTEXT,
     KINDS,
     TOKENS,
     Condition,
     check_split,
+    context_condition,
     passes,
     swept_conditions,
 )
@@ -65,6 +68,7 @@ from launch.evaluation.slices import wanted_slices
 from launch.runs import trained_run
 from retro_jax.distributed import processes
 from retro_jax.errors import UserError
+from retro_jax.evaluate.in_context import check_context
 from retro_jax.evaluate.scorer import Scorer
 from retro_jax.evaluate.uncertainty import with_intervals
 from retro_jax.host_memory import keep_freed_memory
@@ -77,6 +81,7 @@ from retro_jax.report.evaluation_tables import (
 )
 from retro_jax.report.result_files import EVALUATION, windows_file, write_costs, write_overlap
 from retro_jax.report.tables import as_text
+from retro_jax.retrofit import context_length
 from retro_jax.storage import files
 
 STRIDE = flags.DEFINE_integer(
@@ -100,6 +105,9 @@ BATCH_SIZE = flags.DEFINE_integer(
 MAX_DOCUMENTS = flags.DEFINE_integer(
     "max_documents", None, "Score only the first so many documents of each corpus.", lower_bound=1
 )
+SAMPLE = flags.DEFINE_integer(
+    "sample_chunks", None, "Score only so many random chunks, in runs of four.", lower_bound=1
+)
 SLICES = flags.DEFINE_list(
     "slices",
     [],
@@ -114,6 +122,11 @@ BERT = flags.DEFINE_string(
     "bert_folder", None, "The BERT that made the database's keys, where it is no packaged one."
 )
 SWEEP = flags.DEFINE_list("sweep", [], "Also score with so many neighbours each, as in 1,2,5,10.")
+IN_CONTEXTS = flags.DEFINE_list(
+    "in_context",
+    [],
+    "Also score RETRO[OFF] with so many neighbours before the text, as in 1,2,4,8.",
+)
 DATABASES = flags.DEFINE_list(
     "database_shares", [], "Also retrieve from these shares of the database, as in 0.01,0.1."
 )
@@ -184,6 +197,7 @@ def _settings() -> list[EvaluationSettings]:
         batch_size=BATCH_SIZE.value,
         max_documents=MAX_DOCUMENTS.value,
         knn=KnnSettings(KNN_TOKENS.value, KNN_NEIGHBOURS.value, KNN_EXACT.value),
+        sample_chunks=SAMPLE.value,
     )
     return [dataclasses.replace(settings, overlap=x) for x in sorted(overlaps)] or [settings]
 
@@ -196,7 +210,11 @@ def _checked_conditions(
     for condition in conditions:
         trained_run.check_data(condition.run, data)
         for each in settings:
-            each.windows(condition.run.chunks)  # refused now, not after hours
+            cut = each.windows(condition.run.chunks)  # refused now, not after hours
+            if condition.kind == "context":
+                run, name = condition.run, condition.run.base or str(condition.run.directory)
+                limit = context_length(run.base) if run.base else run.batches.sequence_length
+                check_context(run.model, condition.neighbours, cut, limit=limit, model=name)
     return conditions
 
 
@@ -221,7 +239,10 @@ def _open(
         most = max(most, 1)  # r(C) needs the table even where no condition does
     split = open_split(data, name, neighbours=most, max_documents=MAX_DOCUMENTS.value)
     check_split(split, conditions)
-    lengths = Tokenizer.open(data / "tokenizer").byte_lengths
+    tokenizer = Tokenizer.open(data / "tokenizer")
+    lengths = tokenizer.byte_lengths
+    if SAMPLE.value is not None:
+        split = sampled(split, SAMPLE.value, tokenizer)
     return Work(workdir / EVALUATION, data, split, split.text_mask(lengths), lengths, scorer)
 
 
@@ -293,12 +314,18 @@ def _conditions(workdir: pathlib.Path, names: Sequence[str]) -> list[Condition]:
         counts=_numbers(SWEEP, 1, 1000, whole=True),
         shares=_numbers(DATABASES, 0, 1),
         limits=_numbers(NGRAMS, 0, 1),
+        in_context=_numbers(IN_CONTEXTS, 1, 1000, whole=True),
     )
     needing = [name for name in [*names, *(c.name for c in swept)] if name != "off"]
     if needing and not (k and retro.model.has_retrieval):
         name = needing[0] if needing[0] in KINDS else "on"
         raise UserError(f"--retrieval={name}: {retro.directory} was trained without, expected off")
-    conditions = [Condition(name, retro, k if name != "off" else 0, name) for name in names]
+    conditions = [
+        context_condition(retro, k)
+        if name == IN_CONTEXT
+        else Condition(name, retro, k if name != "off" else 0, name)
+        for name in names
+    ]
     baseline = retro
     if trained_run.is_trained(workdir / _BASELINE):
         baseline = trained_run.open_run(workdir / _BASELINE, bindings, averaged=AVERAGED.value)

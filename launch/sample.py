@@ -87,7 +87,7 @@ def main() -> None:
         "sampling": _asked(sampling),
         "neighbours": k,
         "model": run.identity(),
-        "execution": dataclasses.asdict(run.execution),
+        "execution": run.execution.facts(),
     }
     if k and latest(data):  # a changed database is searched again
         request["database"] = open_database(data).manifest.hash

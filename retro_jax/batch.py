@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from retro_jax.packed import Packed
+
 Array = Any  # NumPy on the host, JAX on the device
 
 
@@ -32,6 +34,9 @@ class RetroBatch:
       neighbours: [B, C, K, R] int32, or None for RETRO[OFF] and the baseline. Chunk u's neighbours
         were retrieved with chunk u as the query; the model reads them from the last token of
         chunk u onward.
+      states: what a frozen decoder computes of each neighbour (model.decoder.Retrieved.encoded), kept
+        from before, so that the model need not; or None.
+      below: [B, N, D], the residual stream that the first layer with CCA reads, kept likewise; or None.
     """
 
     tokens: Array
@@ -39,10 +44,12 @@ class RetroBatch:
     documents: Array
     corpus: Array
     neighbours: Array | None = None
+    states: Packed | None = None
+    below: Packed | None = None
 
     def without_neighbours(self) -> "RetroBatch":
-        """The same sequences with retrieval off."""
-        return dataclasses.replace(self, neighbours=None)
+        """The same sequences with retrieval off, and nothing kept."""
+        return dataclasses.replace(self, neighbours=None, states=None, below=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +108,7 @@ class ChunkText:
       neighbours: gives [len(ids), K, R] tokens for an array of ids (-1 as above); None is
         retrieval off.
       pad_id: the token that means "nothing here".
+      wanted: [n] bool, the chunks that are scored where a sample is; the others' losses are 0. None for all.
     """
 
     ids: np.ndarray
@@ -108,3 +116,4 @@ class ChunkText:
     chunks: Callable[[np.ndarray], np.ndarray]
     neighbours: Callable[[np.ndarray], np.ndarray] | None
     pad_id: int
+    wanted: np.ndarray | None = None

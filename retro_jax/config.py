@@ -12,6 +12,7 @@ NORMS = ("rms", "layer")
 FEED_FORWARDS = ("plain", "gated")
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "dots", "full")
+PACKED = ("float16", "int8")
 ATTENTION_KINDS = ("auto", "plain", "chunked", "fused")
 
 _SIZES = (
@@ -67,6 +68,8 @@ class DecoderForm:
       neighbour_layer: the layer whose input is the one encoding of a neighbour, for all CCA layers;
         0 for each CCA layer its own input.
       sink_id: the token before a neighbour, which heads that find nothing read.
+      cca_rank: rank of what is added to each projection of gated CCA, so that few numbers are trained
+        and the copies are not; 0 for nothing.
     """
 
     norm: str = "rms"
@@ -84,6 +87,7 @@ class DecoderForm:
     gated_cca: bool = False
     neighbour_layer: int = 0
     sink_id: int = 0
+    cca_rank: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rotary_divisors", tuple(self.rotary_divisors))
@@ -91,7 +95,7 @@ class DecoderForm:
         valid = self.feed_forward in FEED_FORWARDS
         require(valid, self, "feed_forward", f"one of {FEED_FORWARDS}")
         counts = ("num_kv_heads", "learned_positions", "rotary_dim", "neighbour_layer", "sink_id")
-        for field in counts:
+        for field in (*counts, "cca_rank"):
             require(getattr(self, field) >= 0, self, field, "a number of at least 0")
         require(self.rotary_dim % 2 == 0, self, "rotary_dim", "an even number, or 0 for all")
         require(self.rotary_base > 0, self, "rotary_base", "a positive number")
@@ -212,6 +216,8 @@ class RetroConfig:
         room, longest = form.learned_positions, 1 + self.neighbour_length
         fits = not (room and form.gated_cca) or longest <= room
         require(fits, form, "learned_positions", f"{longest} at least, for neighbours")
+        without = form.gated_cca or not form.cca_rank
+        require(without, form, "cca_rank", "0 without gated_cca")
         valid = form.sink_id < self.vocab_size
         require(valid, form, "sink_id", f"an id below vocab_size = {self.vocab_size}")
 
@@ -247,6 +253,8 @@ class RetroConfig:
             total += _encoder_and_cca(self)
         elif self.has_retrieval:
             of_layer = _decoder_attention(self) - self.form.out_bias * self.d_model + self.num_heads
+            inner, narrow = (n * self.head_dim for n in (self.num_heads, self.num_kv_heads))
+            of_layer += self.form.cca_rank * (3 * self.d_model + 2 * inner + 2 * narrow)
             total += len(self.cca_layers) * of_layer
         if embeddings:
             total += self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
@@ -327,6 +335,8 @@ class ExecutionConfig:
       attention_block: queries per block of chunked attention.
       loss_block: positions of every row per block of the loss, so that [B, N, V] never exists at
         once; 0 for one block.
+      kept_states: "float16" or "int8" keeps on disk what a frozen base computes of neighbours, and of
+        texts below the first CCA, with gated CCA (retrofit/kept_states.py); "" computes it each time.
     """
 
     activation_dtype: str = "float32"
@@ -335,6 +345,14 @@ class ExecutionConfig:
     attention: str = "auto"
     attention_block: int = 256
     loss_block: int = 1024
+    kept_states: str = ""
+
+    def facts(self) -> dict[str, Any]:
+        """The fields that a result records; one that came later only where it is not its default."""
+        facts = dataclasses.asdict(self)
+        if not self.kept_states:
+            del facts["kept_states"]
+        return facts
 
     def __post_init__(self) -> None:
         require(
@@ -351,6 +369,7 @@ class ExecutionConfig:
             f"one of {ATTENTION_KINDS}",
         )
         require(self.attention_block > 0, self, "attention_block", "a positive integer")
+        require(self.kept_states in ("", *PACKED), self, "kept_states", f"'' or one of {PACKED}")
         require(
             self.loss_block >= 0,
             self,

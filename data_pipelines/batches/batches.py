@@ -46,6 +46,8 @@ class BatchConfig:
       neighbours: K, neighbours per chunk; 0 for none (the baseline, RETRO[OFF]).
       neighbour_part: "both" the retrieved chunk and its continuation, or only the "chunk", or only
         the "continuation"; the rest is padding. The model is then always used this way.
+      neighbour_noise: part of the chunks that get the neighbours of another chunk, drawn at random from
+        the split, so that the model learns to leave unrelated ones alone.
       seed: seed of the order of sequences.
       mixture: weight of each corpus by name, with any positive sum; corpora not named are left out.
         Weights are exact to half a percent of themselves. None takes every sequence exactly once an
@@ -59,6 +61,7 @@ class BatchConfig:
     batch_size: int = 256
     neighbours: int = 2
     neighbour_part: str = "both"
+    neighbour_noise: float = 0.0
     seed: int = 0
     mixture: Mapping[str, float] | None = None
     prefetch: int = 4
@@ -72,6 +75,8 @@ class BatchConfig:
         require(self.batch_size > 0, self, "batch_size", "a positive number of rows")
         require(self.neighbours >= 0, self, "neighbours", "a number of neighbours, or 0 for none")
         require(self.neighbour_part in PARTS, self, "neighbour_part", f"one of {PARTS}")
+        noise = 0 <= self.neighbour_noise <= 1
+        require(noise, self, "neighbour_noise", "a number from 0 to 1")
         require(0 <= self.seed < 2**32, self, "seed", "an integer from 0 to 2**32 - 1")
         require(self.prefetch >= 0, self, "prefetch", "a number of batches, or 0 for none")
         weights = [1.0] if self.mixture is None else list(self.mixture.values())
@@ -190,7 +195,7 @@ class Batches:
             ids[corpus == c], past_seam[corpus == c] = self._rings[c].chunk_ids(
                 tickets[corpus == c, 1]
             )
-        return self._assemble(ids, past_seam, corpus)
+        return self._assemble(ids, past_seam, corpus, self._queries(ids, tickets))
 
     def document_ids(self, step: int) -> list[str]:
         """The ids of the documents that a global batch has chunks of, in their order in it.
@@ -231,8 +236,23 @@ class Batches:
         """C, chunks per sequence."""
         return self.config.sequence_length // CHUNK_LENGTH
 
-    def _assemble(self, ids: np.ndarray, past_seam: np.ndarray, corpus: np.ndarray) -> RetroBatch:
-        """Gathers the tokens of chunk ids [B, C] and of their neighbours."""
+    def _queries(self, ids: np.ndarray, tickets: np.ndarray) -> np.ndarray:
+        """[B, C]: the chunks whose neighbours chunks `ids` get, others for the part with noise."""
+        rate = self.config.neighbour_noise
+        if not rate or self._table is None:
+            return ids
+        queries = ids.copy()
+        for row, (corpus, ticket) in enumerate(tickets.tolist()):
+            key = np.array([_seed(self.config.seed, "noise"), corpus << 48 | ticket], np.uint64)
+            drawn, other = np.random.Philox(key=key).random_raw((2, ids.shape[1]))
+            noisy = (drawn / 2.0**64 < rate) & (ids[row] >= 0)
+            queries[row, noisy] = (other % np.uint64(len(self._table))).astype(np.int64)[noisy]
+        return queries
+
+    def _assemble(
+        self, ids: np.ndarray, past_seam: np.ndarray, corpus: np.ndarray, queries: np.ndarray
+    ) -> RetroBatch:
+        """Gathers the tokens of chunk ids [B, C] and of the neighbours of `queries`."""
         # A chunk's value is itself and its continuation, so the next token is one place further on.
         values = self._database.values(ids)
         documents = self._database.documents(ids)
@@ -242,7 +262,7 @@ class Batches:
             targets=values[..., 1 : CHUNK_LENGTH + 1].reshape(len(ids), -1),
             documents=documents.astype(np.int32),
             corpus=corpus.astype(np.int32),
-            neighbours=self._neighbours(ids),
+            neighbours=self._neighbours(queries),
         )
 
     def _neighbours(self, ids: np.ndarray) -> np.ndarray | None:

@@ -29,6 +29,8 @@ from retro_jax.storage import files
 KIND = "batches"
 RETRIEVED = "neighbours/train"  # in the lineage: what a run without neighbours does not depend on
 _SUFFIX = ".array_record"
+# Settings that manifests lack where they have these values.
+_LATER = {"neighbour_noise": 0.0}
 _BYTES = 256 << 20  # of a file, about
 
 
@@ -116,9 +118,10 @@ def prepare_batches(
         raise UserError(
             f"BatchConfig.questions is {config.questions!r}: expected '', as questions are written already"
         )
-    # How far ahead batches are made does not show in them.
+    # How far ahead batches are made does not show in them, nor does a setting that came later.
     free = ("prefetch", "questions")
     order = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
+    order = {k: v for k, v in order.items() if k not in _LATER or v != _LATER[k]}
     stage = Stage(directory, KIND, {"order": order, "steps": steps} | token_settings, parents)
     if stage.done:
         return stage.manifest()
@@ -219,7 +222,7 @@ class MaterialisedBatches(Batches):
           UserError: none there, damaged, or batches of other settings; it names them.
         """
         manifest = Manifest.open(directory, KIND, verify=verify)
-        order = manifest.settings["order"]
+        order = _LATER | manifest.settings["order"]
         for name, value in files.plain(config).items():
             fewer = name == "neighbours" and value <= order[name]  # the first of them are read
             if name in order and order[name] != value and not fewer:

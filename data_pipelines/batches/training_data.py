@@ -94,7 +94,9 @@ class TrainingData:
                 f"TrainConfig.evaluate_every is set and {self.directory} holds batches of the training "
                 "split only: expected 0, or --data with what launch.prepare has filled"
             )
-        config = dataclasses.replace(self.batches.config, mixture=None, prefetch=0)
+        config = dataclasses.replace(
+            self.batches.config, mixture=None, prefetch=0, neighbour_noise=0.0
+        )
         chunks = ChunkDatabase.open(self.directory / "chunks" / HELD_OUT)
         if not config.neighbours:
             return Batches(config, chunks)

@@ -34,6 +34,7 @@ class Split:
       name: of the split.
       ids: [n] int64, the chunks of the chosen documents, ascending.
       measures: [documents, 4] of a slice (data_pipelines.evaluation.texts), where they are not the text's own.
+      wanted: [n] bool, the chunks that are scored of a sample; None for all.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Split:
     retrieval: ChunkDatabase | None
     ids: np.ndarray
     measures: np.ndarray | None = None
+    wanted: np.ndarray | None = None
 
     def records(self) -> dict[int, SizedDocument]:
         """The chosen documents by number, with the denominators of what is scored."""
@@ -60,13 +62,14 @@ class Split:
         database = self.database
         tokens, owners = database.chunks(self.ids), database.documents(self.ids)
         mask = text_mask(tokens, owners, eos_id=database.eos_id, pad_id=database.pad_id)
+        wanted = True if self.wanted is None else self.wanted[:, None]
         if self.measures is None:
-            return mask
+            return mask & wanted
         ends = np.cumsum(np.where(mask, byte_lengths[tokens], 0)).reshape(tokens.shape)
         first = np.searchsorted(owners, owners)  # of each chunk's document; numbers ascend
         before = np.where(first > 0, ends[first - 1, -1], 0)
         start = self.measures[owners, MEASURE_NAMES.index("scored_from")]
-        return mask & (ends - before[:, None] > start[:, None])
+        return mask & (ends - before[:, None] > start[:, None]) & wanted
 
     def text(self, k: int) -> ChunkText:
         """What is scored, with k neighbours a chunk; 0 for retrieval off."""
@@ -76,6 +79,7 @@ class Split:
             chunks=self.database.chunks,
             neighbours=(lambda ids: self.neighbours(ids, k)) if k else None,
             pad_id=self.database.pad_id,
+            wanted=self.wanted,
         )
 
     def neighbours(self, ids: np.ndarray, k: int) -> np.ndarray:

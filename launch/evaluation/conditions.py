@@ -5,6 +5,8 @@ off, on       RETRO without neighbours, and with those that were retrieved
 random        with random chunks of the retrieval database: the worth of any text beside it
 oracle        with the neighbours of the predicted chunk, which no model could know: a bound
 k_4           as on, with 4 neighbours; all such conditions are scored in one pass
+context       retrieval off, with the neighbours before the text (--retrieval=in_context); context_4
+              with 4 of them
 database_0.1  as on, from a tenth of the retrieval database's documents (smaller shares are part
               of larger ones)
 tokens        as on, mixed with the votes of the token memory (launch/evaluation/tokens.py);
@@ -31,10 +33,12 @@ from launch.runs import trained_run
 from retro_jax.errors import UserError
 from retro_jax.evaluate import overlap
 from retro_jax.evaluate.scorer import ScoredModel
+from retro_jax.retrofit.kept_states import attach_of
 
 TOKENS, KNN = "tokens", "knn"
 TUNING_CHUNKS = 1024  # of the validation split, by which a token mixture is tuned
-KINDS = ("on", "off", "random", "oracle", TOKENS)  # of --retrieval
+IN_CONTEXT = "in_context"
+KINDS = ("on", "off", "random", "oracle", IN_CONTEXT, TOKENS)  # of --retrieval
 
 NeighbourTokens = Callable[[np.ndarray], np.ndarray]
 _GRAM = 13
@@ -58,7 +62,11 @@ class Condition:
 
 def scored_model(run: trained_run.Run) -> ScoredModel:
     """A run's model, as the scorer takes it."""
-    return ScoredModel(str(run.directory), run.mesh, lambda mesh: trained_run.load_model(run, mesh))
+    kept = run.execution.kept_states
+    attach = attach_of(run.directory, run.base, run.model, kept)
+    return ScoredModel(
+        str(run.directory), run.mesh, lambda mesh: trained_run.load_model(run, mesh), attach
+    )
 
 
 def swept_conditions(
@@ -68,16 +76,24 @@ def swept_conditions(
     counts: Sequence[float],
     shares: Sequence[float],
     limits: Sequence[float],
+    in_context: Sequence[float] = (),
 ) -> list[Condition]:
     """The conditions that vary RETRO[ON]: by k, by database, by the neighbours that are dropped.
 
     Args:
       retro: the model. k: neighbours a chunk, of those that do not vary them.
       counts: of neighbours. shares: of the database. limits: of shared 13-grams.
+      in_context: counts of neighbours before the text.
     """
     by_count = [Condition(f"k_{count:g}", retro, int(count), "k", count) for count in counts]
     by_share = [Condition(f"database_{s:g}", retro, k, "database", s) for s in shares]
-    return by_count + by_share + [Condition(f"ngrams_{x:g}", retro, k, "ngrams", x) for x in limits]
+    by_share += [Condition(f"ngrams_{x:g}", retro, k, "ngrams", x) for x in limits]
+    return by_count + by_share + [context_condition(retro, int(n), n) for n in in_context]
+
+
+def context_condition(retro: trained_run.Run, k: int, value: float = 0.0) -> Condition:
+    """Retrieval off, with k neighbours before the text; one of several k where a value is given."""
+    return Condition(f"context_{k}" if value else "context", retro, k, "context", value)
 
 
 def passes(conditions: Sequence[Condition]) -> list[list[Condition]]:

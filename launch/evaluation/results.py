@@ -27,6 +27,7 @@ from launch.evaluation.tokens import TokenMixture
 from retro_jax.distributed import processes
 from retro_jax.evaluate import bits_per_byte, score
 from retro_jax.evaluate.conditions import MIXED_WITH_TOKENS, condition_name
+from retro_jax.evaluate.in_context import chunk_losses, score_in_context
 from retro_jax.evaluate.k_sweep import sweep_losses
 from retro_jax.evaluate.scorer import Pass, Scorer, forget
 from retro_jax.evaluate.uncertainty import share_with_interval
@@ -104,7 +105,8 @@ def _head(work: Work, settings: EvaluationSettings, condition: Condition) -> dic
             "stride_chunks": cut.stride,
             "neighbours": condition.neighbours,
             "max_documents": settings.max_documents,
-            "execution": dataclasses.asdict(condition.run.execution),
+            "execution": condition.run.execution.facts(),
+            **({"sample_chunks": settings.sample_chunks} if settings.sample_chunks else {}),
             **(_knn_settings(settings.knn) if uses_knn(condition) else {}),
             **condition_settings(condition),
         },
@@ -141,7 +143,7 @@ def _measured(
 ) -> dict[str, dict[str, float | None]]:
     """The further figure that the text is measured by, under conditions with one model's logits."""
     measure = evaluation_text(work.split.name).measure
-    if measure is None or condition.kind in (KNN, "k", TOKENS):
+    if measure is None or condition.kind in (KNN, "k", "context", TOKENS):
         return {}
     return {measure: share_with_interval(documents_right(work, settings, condition))}
 
@@ -185,7 +187,10 @@ def _score(
     heads["ids"] = {"sha256": hashlib.sha256(split.ids.tobytes()).hexdigest()}
     partial = folder / f".partial-{_digest(heads)}"
     what = "k sweep" if sweep else condition_name(last.name)
-    one = Pass(scored_model(last.run), losses, cut, what, partial)
+    scoring = score.score_chunks
+    if last.kind == "context":
+        losses, scoring = chunk_losses, score_in_context
+    one = Pass(scored_model(last.run), losses, cut, what, partial, scoring)
     nll = work.scorer.nll(one, text)
     forget(one)
     return (nll if sweep else nll[None]), {}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.chunk_database.tokenizer import Tokenizer
+from data_pipelines.evaluation.sample import sampled
 from data_pipelines.evaluation.splits import Split, open_split
 from retro_jax.errors import UserError
 from retro_jax.evaluate import overlap
@@ -69,9 +70,12 @@ def scores_of(folder: pathlib.Path, result: Mapping[str, Any], data: pathlib.Pat
     split = open_split(
         data, settings["split"], neighbours=0, max_documents=settings["max_documents"]
     )
+    tokenizer = Tokenizer.open(data / "tokenizer")
+    if "sample_chunks" in settings:
+        split = sampled(split, settings["sample_chunks"], tokenizer)
     if split.database.manifest.hash != result["manifests"]["chunks"]:
         raise UserError(f"{data} holds other chunks than were scored: expected --data")
-    lengths = Tokenizer.open(data / "tokenizer").byte_lengths
+    lengths = tokenizer.byte_lengths
     results = {result["condition"]: result}
     return _sum(folder, results, split=split, text=split.text_mask(lengths), lengths=lengths)
 

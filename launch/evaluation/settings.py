@@ -33,6 +33,7 @@ class EvaluationSettings:
       batch_size: windows at once.
       max_documents: only the first so many documents of each corpus; None for all.
       knn: how kNN-LM is scored.
+      sample_chunks: how many random chunks are scored; None for all.
     """
 
     window_chunks: int | None = None
@@ -41,6 +42,7 @@ class EvaluationSettings:
     batch_size: int = 8
     max_documents: int | None = None
     knn: KnnSettings = KnnSettings()
+    sample_chunks: int | None = None
 
     def windows(self, trained_chunks: int) -> WindowConfig:
         """Windows of a model that was trained on sequences of so many chunks.

@@ -20,6 +20,7 @@ from retro_jax.storage import files
 from retro_jax.train import trained_model
 from retro_jax.train.checkpoint import CHECKPOINTS, SEAL, latest_step
 from retro_jax.train.record import CONFIG_FILE, PARENTS_FILE
+from retro_jax.train.warm_start import StartConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Run:
       model, execution, batches, mesh: the run's settings, from its config.gin.
       step: of the newest checkpoint. checkpoint: its identity, a hash.
       averaged: whether the moving average of the parameters is meant.
+      base: the existing model whose weights its decoder has, where checkpoints do not; "" for none.
     """
 
     directory: pathlib.Path
@@ -41,6 +43,7 @@ class Run:
     step: int
     checkpoint: str
     averaged: bool = False
+    base: str = ""
 
     @property
     def chunks(self) -> int:
@@ -101,6 +104,7 @@ def open_run(
         step=step,
         checkpoint=digest,
         averaged=averaged,
+        base=configurables.make(StartConfig).base,
     )
 
 
@@ -129,7 +133,12 @@ def load_model(run: Run, mesh: Mesh | None = None) -> tuple[nnx.GraphDef, nnx.St
       UserError: the newest checkpoint is damaged, or belongs to another model.
     """
     step, graphdef, restored = trained_model.load_model(
-        run.directory / CHECKPOINTS, run.model, run.execution, mesh=mesh, averaged=run.averaged
+        run.directory / CHECKPOINTS,
+        run.model,
+        run.execution,
+        mesh=mesh,
+        averaged=run.averaged,
+        base=run.base,
     )
     if step != run.step:
         raise UserError(

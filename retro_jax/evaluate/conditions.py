@@ -9,6 +9,7 @@ CONDITION_NAMES = {
     "on": "RETRO[ON]",
     "random": "random neighbours",
     "oracle": "oracle",
+    "context": "neighbours in context",
     "tokens": "RETRO[ON] + tokens",
     "baseline+tokens": "baseline + tokens",
     "on+knn": "RETRO[ON] + kNN-LM",
@@ -25,6 +26,7 @@ MIXED_WITH_TOKENS = {
 # Conditions that vary RETRO[ON], by the first part of their names: the meaning of the second.
 SWEPT_NAMES = {
     "k": "k = {:g}",
+    "context": "in context, k = {:g}",
     "database": "{:.4g} of the database",
     "ngrams": "13-grams at most {:.0%}",
 }

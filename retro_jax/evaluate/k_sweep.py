@@ -35,7 +35,7 @@ def sweep_losses(ks: Sequence[int]) -> Callable[[Retro, RetroBatch], jax.Array]:
 
     def losses(model: Retro, batch: RetroBatch) -> jax.Array:
         operators = WholeSequences(model.config, batch.documents)
-        h = model.before_retrieval(model.embed(batch.tokens, operators), operators)
+        h = model.below_retrieval(batch.tokens, operators, batch.below)
         retrieved = _encode(model, batch, h, operators)
         parts = [_losses(model, batch, h, retrieved, operators, group) for group in groups]
         return jnp.concatenate(parts)
@@ -57,6 +57,8 @@ def _encode(model: Retro, batch: RetroBatch, h: jax.Array, operators: WholeSeque
         raise ValueError("a sweep over k needs a batch with neighbours")
     neighbours = batch.neighbours
     batch_size, chunks, k, length = neighbours.shape
+    if batch.states is not None:
+        return Retrieved(batch.states, model.present(neighbours))
     if k <= _AT_ONCE:
         return model.encode(neighbours, h, batch.tokens, operators)
     pad_id = model.config.pad_id

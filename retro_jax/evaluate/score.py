@@ -71,6 +71,28 @@ def windows(num_chunks: int, chunks: int, stride: int) -> np.ndarray:
     return np.stack([starts, np.concatenate([[0], ends[:-1]]), ends], axis=1)
 
 
+def text_windows(text: ChunkText, config: WindowConfig) -> np.ndarray:
+    """The windows of a text, as `windows` gives them; of a sample those around its chunks.
+
+    A sampled chunk sees as many chunks before it as in the windows of the whole text. The first window
+    of a run of them also scores the chunk before, whose last position predicts the run's first token:
+    this token may see a chunk less.
+    """
+    if text.wanted is None:
+        return windows(len(text.ids), config.chunks, config.stride)
+    wanted, rows = text.wanted, []
+    if config.chunks == 1:
+        wanted = wanted | np.append(wanted[1:], False)
+    step = max(1, min(config.stride, config.chunks - 1))
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], wanted, [0]]))).reshape(-1, 2)
+    for first, last in edges.tolist():
+        for c in range(first, last, step):
+            start = max(0, c + step - config.chunks)
+            begin = max(start, c - 1) if c == first else c
+            rows.append((start, begin, min(c + step, last)))
+    return np.array(rows, np.int64).reshape(-1, 3)
+
+
 def window_batch(text: ChunkText, starts: np.ndarray, chunks: int) -> RetroBatch:
     """Reads the windows that begin at `starts` ([B], positions in text.ids) as one batch.
 
@@ -121,7 +143,7 @@ def score_chunks(
       for padding and for a document's first token, which nothing predicts. Without any chunk [0, 0].
     """
     scores: np.ndarray | None = None
-    for plan, losses in _one_behind(_losses(token_losses, text, config, rows)):
+    for plan, losses in one_behind(_losses(token_losses, text, config, rows)):
         nats = np.asarray(losses, np.float32)
         nats = nats.reshape(*nats.shape[:-2], config.batch_size, config.chunks, -1)
         if scores is None:
@@ -153,7 +175,7 @@ def batches(
     Yields:
       Rows of the plan, as `windows` gives them, and their batch: whole, or the given rows of it.
     """
-    plan = windows(len(text.ids), config.chunks, config.stride)
+    plan = text_windows(text, config)
     for first in range(0, len(plan), config.batch_size):
         part = plan[first : first + config.batch_size]
         starts = np.full(config.batch_size, len(text.ids), np.int64)
@@ -162,7 +184,7 @@ def batches(
         yield part, window_batch(text, row_starts, config.chunks)
 
 
-def _one_behind(items: Iterator[T]) -> Iterator[T]:
+def one_behind(items: Iterator[T]) -> Iterator[T]:
     """Passes items on one late, so that the device computes one while the last is fetched."""
     before: list[T] = []
     for item in items:

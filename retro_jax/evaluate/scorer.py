@@ -35,11 +35,13 @@ class ScoredModel:
     Attributes:
       name: the directory of its run; a Scorer loads a model of one name once.
       mesh: how devices are arranged. load: gives graphdef and parameters on a mesh.
+      attach: adds to a batch of NumPy arrays what is kept of it (retrofit.kept_states).
     """
 
     name: str
     mesh: MeshConfig
     load: Callable[[Mesh], tuple[nnx.GraphDef, nnx.State]]
+    attach: Callable[[RetroBatch], RetroBatch] = lambda batch: batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Pass:
       model: which one. losses: of it and a batch, [..., B, N].
       windows: how the text is cut. what: for the progress bar.
       partial: where finished segments are kept until all are done.
+      scoring: what calls the losses on a text, score.score_chunks or another of its form.
     """
 
     model: ScoredModel
@@ -57,6 +60,7 @@ class Pass:
     windows: score.WindowConfig
     what: str
     partial: pathlib.Path
+    scoring: Callable[..., np.ndarray] = score.score_chunks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +96,8 @@ class Scorer:
         """
         parts = segments(text.documents)
         paths = [one.partial / f"{i:05d}.npy" for i in range(len(parts))]
-        texts = [
-            dataclasses.replace(text, ids=text.ids[p], documents=text.documents[p]) for p in parts
-        ]
-        counts = [len(score.windows(len(t.ids), *_shape(one.windows))) for t in texts]
+        texts = [_part(text, p) for p in parts]
+        counts = [len(score.text_windows(t, one.windows)) for t in texts]
         present = processes.as_first([path.is_file() for path in paths])
         missing = [i for i in range(len(parts)) if not present[i]]
         results: dict[int, np.ndarray] = {}
@@ -105,7 +107,7 @@ class Scorer:
             bar.update(sum(counts) - sum(counts[i] for i in missing))
             with jax.set_mesh(with_what.mesh), bar:
                 for i in missing:
-                    results[i] = score.score_chunks(
+                    results[i] = one.scoring(
                         with_what.losses,
                         texts[i],
                         with_what.windows,
@@ -126,32 +128,36 @@ class Scorer:
         if key not in self._compiled:
             processes.connect(mesh)
             with jax.set_mesh(mesh):
-                self._compiled[key] = _compile(model.load(mesh), losses, mesh, rounded)
+                self._compiled[key] = _compile(model, losses, mesh, rounded)
         return dataclasses.replace(self._compiled[key], windows=rounded)
 
 
 def _compile(
-    model: tuple[nnx.GraphDef, nnx.State], losses: Losses, mesh: Mesh, windows: score.WindowConfig
+    scored: ScoredModel, losses: Losses, mesh: Mesh, windows: score.WindowConfig
 ) -> Compiled:
     """A program for the devices of this process, or for those of several, which share its answers."""
+    model = scored.load(mesh)
     if jax.process_count() == 1:
         whole = batch_sharding(mesh)
         function = score.compiled_token_losses(
-            *model, place=lambda batch: jax.device_put(batch, whole), losses=losses
+            *model, place=lambda batch: jax.device_put(scored.attach(batch), whole), losses=losses
         )
         return Compiled(mesh, function, windows, None)
     size, rows = windows.batch_size, local_rows(mesh, windows.batch_size)
     function = score.compiled_token_losses(
         *model,
-        place=lambda batch: global_batch(batch, mesh, size, rows),
+        place=lambda batch: global_batch(scored.attach(batch), mesh, size, rows),
         losses=lambda *arguments: replicated(losses(*arguments)),
     )
     return Compiled(mesh, function, windows, rows)
 
 
-def _shape(windows: score.WindowConfig) -> tuple[int, int]:
-    """Chunks and stride."""
-    return windows.chunks, windows.stride
+def _part(text: ChunkText, part: slice) -> ChunkText:
+    """Some documents of a text."""
+    wanted = None if text.wanted is None else text.wanted[part]
+    return dataclasses.replace(
+        text, ids=text.ids[part], documents=text.documents[part], wanted=wanted
+    )
 
 
 def _rounded(windows: score.WindowConfig, mesh: Any) -> score.WindowConfig:

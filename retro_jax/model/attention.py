@@ -89,7 +89,10 @@ class Attention(nnx.Module):
             fan_in=math.prod(heads),
             gain=residual_gain(config, widths.query),
         )
-        for name, param in _extra_parameters(form, widths, self.fused).items():
+        added = _extra_parameters(form, widths, self.fused)
+        if cross and form.cca_rank:
+            added |= _low_rank_parameters(form.cca_rank, widths, rngs)
+        for name, param in added.items():
             setattr(self, name, param)
         if form.qk_norm:
             self.query_norm, self.key_norm = (
@@ -227,6 +230,22 @@ def _extra_parameters(form: DecoderForm, widths: Widths, fused: bool) -> dict[st
     if form.out_bias:
         parameters["output_bias"] = bias((widths.query,), P(None))
     return parameters
+
+
+def _low_rank_parameters(rank: int, widths: Widths, rngs: nnx.Rngs) -> dict[str, nnx.Param]:
+    """Weights of low rank beside the projections, by name: random ones down, zeros up."""
+    heads = (widths.num_heads, widths.head_dim)
+    kv_heads = (2, widths.kv_heads or widths.num_heads, widths.head_dim)
+    inner = math.prod(heads)
+    down, wide = P(FSDP, None), P(TENSOR, None)
+    return {
+        "query_down": normal(rngs, (widths.query, rank), down, fan_in=widths.query),
+        "query_up": bias((rank, *heads), P(None, *wide)),
+        "key_value_down": normal(rngs, (widths.key, rank), down, fan_in=widths.key),
+        "key_value_up": bias((rank, *kv_heads), P(None, None, *wide)),
+        "output_down": normal(rngs, (*heads, rank), P(TENSOR, None, None), fan_in=inner),
+        "output_up": bias((rank, widths.query), P(None, FSDP)),
+    }
 
 
 def repeat_heads(x_IxSxGxW: jax.Array, num_heads: int) -> jax.Array:

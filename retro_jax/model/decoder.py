@@ -13,6 +13,7 @@ from retro_jax.config import RetroConfig
 from retro_jax.model.causal_attention import causal_attention
 from retro_jax.model.chunked_cross_attention import ChunkedCrossAttention, decoder_attention
 from retro_jax.model.layers import FeedForward, Layout, LearnedPositions, dropout
+from retro_jax.packed import Packed
 
 
 class DecoderLayer(nnx.Module):
@@ -32,12 +33,22 @@ class Retrieved:
 
     Attributes:
       encoded: [B, C, K, R, E], the encoder's output E. With DecoderForm.gated_cca the decoder's states
-        of the neighbours, [B, C, K, 1 + R, D], or [B, C, K, len(P), 1 + R, D] for each CCA layer.
+        of the neighbours, [B, C, K, 1 + R, D], or [B, C, K, len(P), 1 + R, D] for each CCA layer;
+        packed where they were kept.
       present: [B, C, K, R or 1 + R] bool, False at padding.
     """
 
-    encoded: jax.Array
+    encoded: Any  # jax.Array or Packed
     present: jax.Array
+
+    def of_layer(self, index: jax.Array | int | None) -> jax.Array:
+        """The states that a CCA layer reads: of all, or number `index` where each has its own."""
+        states = self.encoded
+        if index is not None:
+            states = jax.tree.map(
+                lambda x: jax.lax.dynamic_index_in_dim(x, index, axis=3, keepdims=False), states
+            )
+        return states.unpacked() if isinstance(states, Packed) else states
 
 
 class Operators(Protocol):
@@ -139,16 +150,14 @@ class WholeSequences:
         retrieved: Retrieved,
     ) -> jax.Array:
         """H + ATTN(H) + CCA(H, E of layer p)."""
-        encoded_BxCxKxRxE = self.encoded(retrieved, p)
+        encoded_BxCxKxRxE = self.encoded(retrieved, p).astype(h_BxNxD.dtype)
         branch_BxNxD = cca(h_BxNxD, encoded_BxCxKxRxE, retrieved.present, self.documents)
         return self.attend(layer, h_BxNxD, p) + self.dropped(branch_BxNxD, 4 * p + 1)
 
     def encoded(self, retrieved: Retrieved, p: jax.Array | int) -> jax.Array:
         """The encoding that CCA of layer p reads: [B, C, K, R, E], or [B, C, K, 1 + R, D]."""
-        if not self.config.form.gated_cca or self.config.form.neighbour_layer:
-            return retrieved.encoded
-        index = cca_number(self.config, p)
-        return jax.lax.dynamic_index_in_dim(retrieved.encoded, index, axis=3, keepdims=False)
+        one = not self.config.form.gated_cca or self.config.form.neighbour_layer
+        return retrieved.of_layer(None if one else cca_number(self.config, p))
 
     def cross_attend(
         self,

@@ -48,13 +48,16 @@ class Flops:
         return TRAINING * self.total
 
 
-def forward_flops(config: RetroConfig, sequence_length: int, neighbours: int) -> Flops:
+def forward_flops(
+    config: RetroConfig, sequence_length: int, neighbours: int, *, kept: bool = False
+) -> Flops:
     """Counts the forward pass.
 
     Args:
       config: the architecture.
       sequence_length: N, tokens per sequence.
       neighbours: K, neighbours per chunk; 0 for retrieval off.
+      kept: whether gated CCA reads kept states (retrofit.kept_states) instead of encoding neighbours.
 
     Returns:
       Operations for one token of the decoder, on average over the sequence.
@@ -67,13 +70,26 @@ def forward_flops(config: RetroConfig, sequence_length: int, neighbours: int) ->
         return dataclasses.replace(
             flops,
             cca=_gated_cca(config, sequence_length, neighbours),
-            encoder=_decoder_as_encoder(config, neighbours),
+            encoder=0.0 if kept else _decoder_as_encoder(config, neighbours),
         )
     return dataclasses.replace(
         flops,
         cca=_cca(config, sequence_length, neighbours),
         encoder=_encoder(config, neighbours),
     )
+
+
+def in_context_flops(config: RetroConfig, row: int) -> Flops:
+    """Counts the forward pass of neighbours before the text (evaluate.in_context).
+
+    Args:
+      config: the architecture. row: tokens of a row, of which one chunk is read out.
+
+    Returns:
+      Operations for one token of that chunk.
+    """
+    layers = config.num_layers * _decoder_layer(config, row) * row / config.chunk_length
+    return Flops(layers, 0.0, 0.0, 2.0 * config.d_model * config.vocab_size)
 
 
 def training_flops(config: RetroConfig, sequence_length: int, neighbours: int) -> float:
@@ -99,8 +115,9 @@ def _gated_cca(config: RetroConfig, sequence_length: int, neighbours: int) -> fl
     """All gated CCA layers, for one decoder token."""
     inner, narrow = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
     keys = neighbours * (1 + config.neighbour_length)
-    keys_values = 2 * 2 * config.d_model * narrow * keys / config.chunk_length
-    query = 2 * 2 * config.d_model * inner + 4 * keys * inner
+    d, rank = config.d_model, config.form.cca_rank
+    keys_values = 2 * (2 * d * narrow + rank * (d + 2 * narrow)) * keys / config.chunk_length
+    query = 2 * 2 * (d * inner + rank * (d + inner)) + 4 * keys * inner
     reads = (sequence_length - config.chunk_length + 1) / sequence_length
     return len(config.cca_layers) * (keys_values + reads * query)
 

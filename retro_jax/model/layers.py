@@ -196,7 +196,9 @@ def affine(
     contracted: int = 1,
     out_sharding: P | None,
 ) -> jax.Array:
-    """The product with a module's weight, and its bias `name_bias` where the module has one.
+    """The product with a module's weight, and what the module has to add to it.
+
+    That is a bias `name_bias`, and the product with `name_down`, then `name_up`: a weight of low rank.
 
     A module made for decoding on a CPU has `name_tiles` too (backend.py).
 
@@ -211,6 +213,11 @@ def affine(
     else:
         weight = layout.weight(param)
         y = product(x, weight, contracted=contracted, out_sharding=out_sharding)
+    if (down := getattr(module, f"{name}_down", None)) is not None:
+        rows = layout.shardings.rows(x.ndim - contracted + 1)
+        narrow = product(x, layout.weight(down), contracted=contracted, out_sharding=rows)
+        up = layout.weight(getattr(module, f"{name}_up"))
+        y = y + product(narrow, up, out_sharding=out_sharding)
     added = getattr(module, f"{name}_bias", None)
     return y if added is None else y + layout.weight(added)
 

@@ -49,6 +49,7 @@ from retro_jax.model.decoder import (
 from retro_jax.model.encoder import Encoder
 from retro_jax.model.layer_stack import Extras, stack_layers, take_extra, take_layer
 from retro_jax.model.layers import Embedding, Layout, LearnedPositions, make_norm, normal
+from retro_jax.packed import Packed
 from retro_jax.sharding import FSDP, TENSOR, Shardings
 
 
@@ -122,7 +123,14 @@ class Retro(nnx.Module):
 
     def token_losses(self, batch: RetroBatch, dropout_key: jax.Array | None = None) -> jax.Array:
         """[B, N] float32 negative log-likelihoods in nats, 0 where the target is pad_id."""
-        h_BxNxD = self.hidden_states(batch.tokens, batch.neighbours, batch.documents, dropout_key)
+        h_BxNxD = self.hidden_states(
+            batch.tokens,
+            batch.neighbours,
+            batch.documents,
+            dropout_key,
+            states=batch.states,
+            below=batch.below,
+        )
         return self.losses(h_BxNxD, batch.targets)
 
     def losses(self, h_BxNxD: jax.Array, targets_BxN: jax.Array) -> jax.Array:
@@ -141,18 +149,33 @@ class Retro(nnx.Module):
         neighbours: jax.Array | None = None,
         documents: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
+        *,
+        states: Packed | None = None,
+        below: Packed | None = None,
     ) -> jax.Array:
-        """The normalised activations that the read-out reads, [B, N, D]."""
+        """The normalised activations that the read-out reads, [B, N, D].
+
+        `states` and `below` are RetroBatch's, and are not read without neighbours.
+        """
         check_inputs(self.config, tokens, neighbours, documents)
         operators = WholeSequences(self.config, documents, dropout_key)
-        h_BxNxD = self.embed(tokens, operators)
         if neighbours is None or not self.config.has_retrieval:
-            h_BxNxD = self.without_retrieval(h_BxNxD, operators)
-        else:
-            h_BxNxD = self.before_retrieval(h_BxNxD, operators)
+            h_BxNxD = self.without_retrieval(self.embed(tokens, operators), operators)
+            return self.norm(h_BxNxD)
+        h_BxNxD = self.below_retrieval(tokens, operators, below)
+        if states is None:
             retrieved = self.encode(neighbours, h_BxNxD, tokens, operators)
-            h_BxNxD = self.after_retrieval(h_BxNxD, retrieved, operators)
-        return self.norm(h_BxNxD)
+        else:
+            retrieved = Retrieved(states, self.present(neighbours))
+        return self.norm(self.after_retrieval(h_BxNxD, retrieved, operators))
+
+    def below_retrieval(
+        self, tokens_BxN: jax.Array, operators: WholeSequences, kept: Packed | None = None
+    ) -> jax.Array:
+        """`before_retrieval` of embedded tokens, [B, N, D]; or as it was kept."""
+        if kept is not None:
+            return kept.unpacked().astype(self.layout.dtype)
+        return self.before_retrieval(self.embed(tokens_BxN, operators), operators)
 
     def embed(self, tokens_BxN: jax.Array, operators: EmbeddingOperators) -> jax.Array:
         """H = EMB(X), [B, N, D]."""
@@ -190,7 +213,7 @@ class Retro(nnx.Module):
     ) -> Retrieved:
         """E = ENCODER(RET, H), with H as `before_retrieval` returns it; gated CCA's E reads no H."""
         if self.config.form.gated_cca:
-            states = self._decoder_states(neighbours_BxCxKxR)
+            states = self.decoder_states(neighbours_BxCxKxR)
             return Retrieved(states, self.present(neighbours_BxCxKxR))
 
         def run(h_BxNxD: jax.Array) -> jax.Array:
@@ -213,7 +236,7 @@ class Retro(nnx.Module):
         # The sink of a neighbour that is all padding is not read.
         return jnp.concatenate([present_BxCxKxR[..., :1], present_BxCxKxR], axis=-1)
 
-    def _decoder_states(self, neighbours_BxCxKxR: jax.Array) -> jax.Array:
+    def decoder_states(self, neighbours_BxCxKxR: jax.Array) -> jax.Array:
         """The decoder's states of each neighbour alone, without gradients: Retrieved.encoded.
 
         The tokens of a neighbour do not read the padding after them.

@@ -138,6 +138,11 @@ def open_base(path: Path) -> BaseModel:
     return BaseModel(location, config, tensors, file.tensors)
 
 
+def context_length(path: Path) -> int:
+    """The longest context that a base model was trained for, in tokens."""
+    return open_base(path).config.context_length
+
+
 def read_config(folder: Path) -> BaseConfig:
     """The configuration in a Hugging Face folder's config.json.
 

@@ -28,7 +28,7 @@ from retro_jax.sharding import MESH_SHARDINGS, Shardings, check_mesh, parameter_
 from retro_jax.train.parameter_names import map_named, named_leaves
 
 # Fields of DecoderForm that no base decides.
-FITTED_FIELDS = ("gated_cca", "neighbour_layer", "sink_id")
+FITTED_FIELDS = ("gated_cca", "neighbour_layer", "sink_id", "cca_rank")
 _ACTIVATIONS = {"gelu": "gelu_exact", "gelu_new": "gelu", "relu": "relu", "silu": "silu"}
 _LAYER = {
     "attention_norm.scale": "attention.norm.scale",
@@ -191,7 +191,11 @@ def fitted_parameters(
     parameters = base_parameters(base, params)
     if not (config.has_retrieval and config.form.gated_cca):
         return parameters
-    structs = {name: leaf for name, leaf in params.items() if name.startswith("cca.")}
+    structs = {
+        name: leaf
+        for name, leaf in params.items()
+        if name.startswith("cca.") and not name.endswith("_down")  # those are random
+    }
     sources = {name: _source(name, parameters) for name in structs}
 
     def copy(layers: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -18,6 +18,7 @@ import logging
 import os
 import pathlib
 import shutil
+from collections.abc import Callable, Set
 from typing import Any
 
 import jax
@@ -49,17 +50,27 @@ class Checkpoints:
       directory: where they are.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, keep: int = 3, keep_every: int = 0):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        *,
+        keep: int = 3,
+        keep_every: int = 0,
+        left_out: Callable[[str], bool] | None = None,
+    ):
         """Opens the directory, and creates it when it is not there.
 
         Args:
           directory: of the checkpoints.
           keep: how many of the newest stay. keep_every: those at multiples of it stay for ever; 0
             for none.
+          left_out: arrays by name ("params.norm.scale") that are not written, as they are known; None
+            for none.
 
         Raises:
           UserError: Orbax cannot save under this path.
         """
+        self._left_out = left_out or (lambda name: False)
         self.directory = pathlib.Path(directory).absolute()
         check_path(self.directory)
         self._arrays: dict[str, list[Any]] = {}
@@ -85,7 +96,7 @@ class Checkpoints:
           OSError: the write before this one failed, as on a full disk.
         """
         self.wait()
-        leaves = named_leaves(state)
+        leaves = {n: leaf for n, leaf in named_leaves(state).items() if not self._left_out(n)}
         self._arrays = _describe(leaves)
         self._saving = int(state.step)
         self._manager.save(self._saving, args=ocp.args.StandardSave(leaves), force=True)
@@ -140,12 +151,19 @@ class Checkpoints:
         Args:
           abstract: shapes, dtypes and shardings of the state, as step.abstract_state gives them.
 
+        Returns:
+          The state; arrays that were left out are those of `abstract`.
+
         Raises:
           UserError: it belongs to another model or optimiser; names the array that differs.
         """
         step = from_first(self._newest_undamaged)
         self._manager.reload()
-        return _restore_state(self.directory / step, abstract) if step else None
+        if not step:
+            return None
+        there = saved_arrays(self.directory, int(step))
+        known = {n for n in named_leaves(abstract) if self._left_out(n) and n not in there}
+        return _restore_state(self.directory / step, abstract, known)
 
     def _newest_undamaged(self) -> str:
         """The newest checkpoint that is as it was sealed, or nothing; sets damaged ones aside."""
@@ -197,6 +215,7 @@ def restore_params(
     *,
     part: str = "params",
     all_of_it: bool = True,
+    may_lack: bool = False,
 ) -> tuple[int, Any]:
     """The parameters alone of a run's newest undamaged checkpoint; writes and renames nothing.
 
@@ -206,6 +225,7 @@ def restore_params(
       step: of which step, or None for the newest.
       part: "params", or "average" for the moving average of them.
       all_of_it: whether parameters that the tree does not have are refused.
+      may_lack: whether parameters that the checkpoint does not have stay as they are in the tree.
 
     Returns:
       The step, and a tree like `abstract_params` of arrays.
@@ -224,8 +244,10 @@ def restore_params(
         if problem is None:
             if not any(name.startswith(f"{part}.") for name in _read_arrays(path)):
                 raise UserError(f"{path} holds no {part}: expected TrainConfig.average_decay there")
-            whole = f"{part}." if all_of_it else None
-            return candidate, _restore(path, {part: abstract_params}, whole=whole)[part]
+            whole, tree = f"{part}." if all_of_it else None, {part: abstract_params}
+            there = _read_arrays(path)
+            known = {name for name in named_leaves(tree) if may_lack and name not in there}
+            return candidate, _restore(path, tree, whole, known)[part]
         _warn_damaged(path, problem)
     raise UserError(f"{directory}: no undamaged checkpoint, expected that of a training run")
 
@@ -272,12 +294,17 @@ def _hashes(path: pathlib.Path) -> dict[str, list[Any]]:
         }
 
 
-def _restore_state(path: pathlib.Path, abstract: TrainState) -> TrainState:
+def saved_arrays(directory: str | os.PathLike, step: int) -> set[str]:
+    """Names of the arrays in a checkpoint, as in "params.norm.scale"."""
+    return set(_read_arrays(pathlib.Path(directory) / str(step)))
+
+
+def _restore_state(path: pathlib.Path, abstract: TrainState, known: Set[str]) -> TrainState:
     """Reads a state; recent losses begin again where the checkpoint was written without."""
     begun = abstract.recent_loss
     if begun is None or _RECENT_LOSS in _read_arrays(path):
-        return _restore(path, abstract)
-    state = _restore(path, dataclasses.replace(abstract, recent_loss=None))
+        return _restore(path, abstract, known=known)
+    state = _restore(path, dataclasses.replace(abstract, recent_loss=None), known=known)
     zeros = np.zeros(begun.shape, begun.dtype)
     spread = jax.make_array_from_callback(begun.shape, begun.sharding, lambda i: zeros[i])
     return dataclasses.replace(state, recent_loss=spread)
@@ -288,12 +315,16 @@ def _read_arrays(path: pathlib.Path) -> dict[str, list[Any]]:
     return files.read_json(path / SEAL)["arrays"]
 
 
-def _restore(path: pathlib.Path, abstract: Any, whole: str | None = "") -> Any:
+def _restore(
+    path: pathlib.Path, abstract: Any, whole: str | None = "", known: Set[str] = frozenset()
+) -> Any:
     """Reads the arrays of a tree from an undamaged checkpoint.
 
-    All those whose names begin with `whole` have to be in the tree; none has to for None.
+    All those whose names begin with `whole` have to be in the tree; none has to for None. Those that
+    are `known` stay as they are in `abstract`.
     """
-    leaves = named_leaves(abstract)
+    every = named_leaves(abstract)
+    leaves = {name: leaf for name, leaf in every.items() if name not in known}
     together(lambda: _check_arrays(path, _describe(leaves), whole))
     args = ocp.args.PyTreeRestore(
         item=leaves,
@@ -302,7 +333,8 @@ def _restore(path: pathlib.Path, abstract: Any, whole: str | None = "") -> Any:
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         arrays = checkpointer.restore(path / _ITEM, args=args)
-    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in leaves])
+    values = [arrays[name] if name in leaves else leaf for name, leaf in every.items()]
+    return jax.tree.unflatten(jax.tree.structure(abstract), values)
 
 
 def _check_arrays(path: pathlib.Path, expected: dict[str, list[Any]], whole: str | None) -> None:

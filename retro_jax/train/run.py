@@ -35,6 +35,7 @@ from retro_jax.model.copying_init import begin_with_copying
 from retro_jax.model.flops import training_flops
 from retro_jax.retrofit import open_base
 from retro_jax.retrofit.decoder import check_decoder
+from retro_jax.retrofit.kept_states import STATES, KeptBatches, KeptStates, check_kept
 from retro_jax.sharding import (
     MESH_SHARDINGS,
     MeshConfig,
@@ -58,7 +59,14 @@ from retro_jax.train.held_out import evaluation_hook, held_out_evaluation
 from retro_jax.train.loop import Hook, StopRequest, TrainConfig
 from retro_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from retro_jax.train.utilisation import Machine, Profile, peak_flops
-from retro_jax.train.warm_start import StartConfig, begin, begin_with_base, trainable
+from retro_jax.train.warm_start import (
+    StartConfig,
+    begin,
+    begin_with_base,
+    complete_with_base,
+    known_from_base,
+    trainable,
+)
 from retro_jax.train.watchdog import Watchdog
 
 # Settings that may differ when a run resumes: the numbers do not depend on them.
@@ -94,6 +102,7 @@ class Plan:
       abstract: its state's shapes and shardings.
       first_state: builds the state before the first step, under jax.jit.
       step: the train step, under jax.jit.
+      left_out: arrays of the state that checkpoints need not have, as the base has them; None for none.
     """
 
     settings: Settings
@@ -104,6 +113,7 @@ class Plan:
     abstract: step.TrainState
     first_state: Callable[[], step.TrainState]
     step: step.TrainStep
+    left_out: Callable[[str], bool] | None = None
 
 
 def make_plan(
@@ -138,6 +148,8 @@ def make_plan(
     )
     if settings.start.base:
         check_decoder(settings.retro, open_base(settings.start.base))
+    if settings.execution.kept_states:
+        _check_kept(settings)
     make_model = model_maker(settings)
     trained = trainable(settings.start, abstract_parameters(make_model)[1])
     optimizer = make_optimizer(settings.optimizer, training.steps, trained)
@@ -163,7 +175,23 @@ def make_plan(
         step=step.compile_train_step(
             graphdef=graphdef, optimizer=optimizer, config=config, trainable=trained
         ),
+        left_out=known_from_base(settings.start, settings.retro, trained),
     )
+
+
+def _check_kept(settings: Settings) -> None:
+    """Refuses kept states where a step could change what they are computed from.
+
+    Raises:
+      UserError: names the setting.
+    """
+    form, start = settings.execution.kept_states, settings.start
+    check_kept(settings.retro, form)
+    if not start.base or not all(pattern.startswith("cca.") for pattern in start.trained):
+        raise UserError(
+            f"ExecutionConfig.kept_states is {form!r}: expected '', or a StartConfig.base of which"
+            " StartConfig.trained leaves all but cca.* as it is"
+        )
 
 
 def model_maker(settings: Settings) -> Callable[[], Retro]:
@@ -247,11 +275,19 @@ class Run:
         self._hooks: list[Hook] = []
         self._finished: bool | None = None  # as claim found it, for the next train
         self._evaluate = None
-        training = plan.settings.training
+        settings, training = plan.settings, plan.settings.training
+        self._kept: KeptStates | None = None
+        if settings.execution.kept_states:
+            self._kept = KeptStates(
+                self.directory.parent / STATES,
+                settings.start.base,
+                settings.retro,
+                settings.execution.kept_states,
+            )
         if training.evaluate_every:
             self._evaluate = held_out_evaluation(
                 plan.graphdef,
-                data.held_out(),
+                self._with_kept(data.held_out()),
                 plan.mesh,
                 count=training.evaluate_batches,
                 pad_id=plan.settings.retro.pad_id,
@@ -327,7 +363,11 @@ class Run:
         """
         settings = self.plan.settings
         _, graphdef, params = trained_model.load_model(
-            self.directory / CHECKPOINTS, settings.retro, settings.execution, averaged=averaged
+            self.directory / CHECKPOINTS,
+            settings.retro,
+            settings.execution,
+            averaged=averaged,
+            base=settings.start.base,
         )
         return nnx.merge(graphdef, params)
 
@@ -353,7 +393,10 @@ class Run:
         """`train` of a run that is not finished, with what has to be closed on a stack."""
         plan, training = self.plan, self.plan.settings.training
         checkpoints = Checkpoints(
-            self.directory / CHECKPOINTS, keep=training.keep, keep_every=training.keep_every
+            self.directory / CHECKPOINTS,
+            keep=training.keep,
+            keep_every=training.keep_every,
+            left_out=plan.left_out,
         )
 
         def close(kind: type[BaseException] | None, *_: Any) -> None:
@@ -372,7 +415,7 @@ class Run:
         stack.enter_context(jax.set_mesh(plan.mesh))
         state = loop.train(
             state,
-            stack.enter_context(batches_from(self.data.batches, plan.mesh, start)),
+            stack.enter_context(batches_from(self._with_kept(self.data.batches), plan.mesh, start)),
             step=plan.step,
             config=training,
             checkpoints=checkpoints,
@@ -384,15 +427,21 @@ class Run:
 
     def _begin(self, checkpoints: Checkpoints) -> step.TrainState:
         """The newest checkpoint, or the first state, with another run's parameters if so set."""
+        settings = self.plan.settings
         state = checkpoints.restore(self.plan.abstract)
         if state is not None:
-            return state
+            with jax.set_mesh(self.plan.mesh):
+                return complete_with_base(settings.start, state, settings.retro)
         with jax.set_mesh(self.plan.mesh):
             state = self.plan.first_state()
             start = self.plan.settings.start
             if start.base:
                 return begin_with_base(start, state, self.plan.settings.retro)
         return begin(start, state, pathlib.Path(start.run) / CHECKPOINTS) if start.run else state
+
+    def _with_kept(self, batches: BatchSource) -> BatchSource:
+        """Batches with what is kept of them, where something is."""
+        return batches if self._kept is None else KeptBatches(batches, self._kept)
 
     def _evaluations(self, observer: Observer) -> list[Hook]:
         """The evaluation on held-out batches, where it is set."""

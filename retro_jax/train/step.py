@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -16,7 +16,7 @@ from retro_jax.config import require
 from retro_jax.model.backend import options_for_one_use
 from retro_jax.sharding import parameter_shardings
 from retro_jax.train.optimizer import Trainable
-from retro_jax.train.parameter_names import map_named
+from retro_jax.train.parameter_names import map_named, named_leaves
 
 _RECENT = 0.99  # decay of the mean that a loss is compared with
 _WEIGHT_TO_JUDGE = 1 - _RECENT**20  # none is compared before 20 good ones
@@ -135,17 +135,23 @@ def train_step(
         batch = drop_neighbours(
             batch, neighbour_key, rate=config.neighbour_dropout, pad_id=config.pad_id
         )
-    model = functools.partial(_model, graphdef=graphdef, trainable=trainable)
-    sums, grads = _gradients(state.params, batch, dropout_key, model=model, config=config)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    if trainable is not None:
-        # Adding 0 would change the bits of -0.
-        params = map_named(
-            lambda name, new, old: new if trainable(name) else old, params, state.params
-        )
+    trained = _trained(state.params, trainable)
+
+    def model(parameters: Mapping[str, jax.Array]) -> Model:
+        return nnx.merge(graphdef, _with(state.params, parameters))
+
+    sums, grads = _gradients(trained, batch, dropout_key, model=model, config=config)
+    # The optimiser's zeros for the rest are never allocated: it does not read them.
+    every = map_named(
+        lambda name, leaf: grads[name] if name in grads else jnp.zeros_like(leaf), state.params
+    )
+    updates, opt_state = optimizer.update(every, state.opt_state, state.params)
+    # Adding 0 to the rest would change the bits of -0.
+    updated = optax.apply_updates(trained, _trained(updates, trainable))
+    params = _with(state.params, updated)
     tokens = _count(batch, config)
-    loss, grad_norm = sums.loss / jnp.maximum(tokens, 1), optax.tree.norm(grads)
+    grad_norm = optax.tree.norm(every if trainable is None else grads)
+    loss = sums.loss / jnp.maximum(tokens, 1)
     bad, recent, recent_loss = _judge(loss, grad_norm, state.recent_loss, config)
     metrics = StepMetrics(
         loss=loss,
@@ -167,24 +173,29 @@ def train_step(
     return (_unless(bad, after, state) if config.skip_bad_batches else after), metrics
 
 
-def _model(params: Any, *, graphdef: nnx.GraphDef, trainable: Trainable | None) -> Model:
-    """The model of some parameters; gradients of those that are not trained are never computed."""
-    if trainable is not None:
-        params = map_named(
-            lambda name, leaf: leaf if trainable(name) else jax.lax.stop_gradient(leaf), params
-        )
-    return nnx.merge(graphdef, params)
+def _trained(tree: Any, trainable: Trainable | None) -> dict[str, jax.Array]:
+    """The leaves of trained parameters by name: gradients of others are neither computed nor allocated."""
+    leaves = named_leaves(tree)
+    return {n: leaf for n, leaf in leaves.items() if trainable is None or trainable(n)}
+
+
+def _with(params: Any, parameters: Mapping[str, jax.Array]) -> Any:
+    """A tree of parameters with some of them replaced by name."""
+    return map_named(lambda name, leaf: parameters.get(name, leaf), params)
 
 
 def _gradients(
-    params: Any,
+    params: Mapping[str, jax.Array],
     batch: RetroBatch,
     key: jax.Array,
     *,
-    model: Callable[[Any], Model],
+    model: Callable[[Mapping[str, jax.Array]], Model],
     config: StepConfig,
-) -> tuple["_Sums", Any]:
-    """The sums of a batch, and the gradients of its mean loss, computed in config.accumulate parts."""
+) -> tuple["_Sums", dict[str, jax.Array]]:
+    """The sums of a batch, and the gradients of its mean loss by some parameters.
+
+    Both are computed in config.accumulate parts.
+    """
     tokens = _count(batch, config)
 
     def part(batch: RetroBatch, key: jax.Array) -> tuple[_Sums, Any]:

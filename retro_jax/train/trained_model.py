@@ -1,5 +1,6 @@
 """The model of a trained run, as its newest checkpoint has it."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -13,10 +14,12 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from retro_jax.config import ExecutionConfig, RetroConfig
 from retro_jax.errors import UserError
 from retro_jax.model import Retro
+from retro_jax.retrofit import open_base
 from retro_jax.sharding import MESH_SHARDINGS, Shardings, parameter_shardings
 from retro_jax.storage import files
 from retro_jax.train.checkpoint import CHECKPOINTS, restore_params
-from retro_jax.train.record import CONFIG_FILE, PARENTS_FILE, read_settings
+from retro_jax.train.record import CONFIG_FILE, PARENTS_FILE, read_settings, recorded_parents
+from retro_jax.train.warm_start import StartConfig, complete_parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +48,10 @@ def open_trained(directory: str | os.PathLike, *, averaged: bool = False) -> Tra
         raise UserError(f"{folder} has no {CONFIG_FILE}: expected a trained model (launch.train)")
     text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
     retro, execution = read_settings(text, RetroConfig), read_settings(text, ExecutionConfig)
-    step, graphdef, params = load_model(folder / CHECKPOINTS, retro, execution, averaged=averaged)
+    base = read_settings(text, StartConfig).base
+    step, graphdef, params = load_model(
+        folder / CHECKPOINTS, retro, execution, averaged=averaged, base=base
+    )
     parents = files.read_json(folder / PARENTS_FILE)
     return TrainedModel(f"{folder.name}-{step}", nnx.merge(graphdef, params), text, parents)
 
@@ -57,6 +63,7 @@ def load_model(
     *,
     mesh: Mesh | None = None,
     averaged: bool = False,
+    base: str = "",
 ) -> tuple[int, nnx.GraphDef, nnx.State]:
     """Restores the parameters of a run's newest undamaged checkpoint.
 
@@ -64,12 +71,13 @@ def load_model(
       checkpoints: the run's directory of them. retro, execution: of the model.
       mesh: where the parameters go; None for the first device.
       averaged: whether to restore the moving average of the parameters.
+      base: the existing model that has the parameters which the checkpoint does without; "" for none.
 
     Returns:
       The checkpoint's step, the model's graph definition and its parameters, for nnx.merge.
 
     Raises:
-      UserError: there is no such checkpoint, or it belongs to another model.
+      UserError: there is no such checkpoint, it belongs to another model, or the base is another one.
     """
     layout = Shardings() if mesh is None else MESH_SHARDINGS
     graphdef, params = nnx.split(
@@ -84,5 +92,20 @@ def load_model(
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     part = "average" if averaged else "params"
-    step, restored = restore_params(checkpoints, jax.tree.map(struct, params, shardings), part=part)
+    wanted = jax.tree.map(struct, params, shardings)
+    step, restored = restore_params(checkpoints, wanted, part=part, may_lack=bool(base))
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(restored)):
+        _check_base(pathlib.Path(checkpoints).parent, base)
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            restored = complete_parameters(base, restored, retro)
     return step, graphdef, restored
+
+
+def _check_base(run: pathlib.Path, base: str) -> None:
+    """Refuses another base than that of a run."""
+    wanted, found = (recorded_parents(run) or {}).get("base"), open_base(base).fingerprint()
+    if wanted not in (None, found):
+        raise UserError(
+            f"{run} was fitted to another base than {base}: expected weights {wanted[:12]}, found"
+            f" {found[:12]}"
+        )

@@ -12,12 +12,14 @@ or an existing language model, with gated CCA (DecoderForm.gated_cca) copied fro
 
     StartConfig.base = 'SmolLM2-135M'
     StartConfig.trained = ('cca.gate',)
+
+or of random values instead: StartConfig.fresh = ('cca.attention.*',).
 """
 
 import dataclasses
 import fnmatch
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +36,8 @@ from retro_jax.train.step import TrainState
 
 _ALL = ("*",)
 _SHOWN = 3
+_PARTS = ("params", "average")  # of a TrainState
+_ADDED = ("cca.", "encoder.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +67,7 @@ class StartConfig:
         for field in ("fresh", "trained"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
         require(bool(self.trained), self, "trained", "at least one pattern, as in ('*',)")
-        idle = self.run or not (self.step or self.averaged or self.fresh)
+        idle = self.run or not (self.step or self.averaged or (self.fresh and not self.base))
         require(not (self.run and self.base), self, "base", "'' where StartConfig.run is given")
         require(bool(idle), self, "run", "a run's directory, as step, averaged or fresh are given")
 
@@ -114,9 +118,57 @@ def begin_with_base(config: StartConfig, state: TrainState, retro: RetroConfig) 
       UserError: there is no such model, or it is another decoder.
     """
     parameters = fitted_parameters(open_base(config.base), retro, named_leaves(state.params))
+    parameters = {n: x for n, x in parameters.items() if not _matches(n, config.fresh)}
     params = map_named(lambda name, leaf: parameters.get(name, leaf), state.params)
     average = None if state.average is None else jax.tree.map(jnp.copy, params)
     return dataclasses.replace(state, params=params, average=average)
+
+
+def known_from_base(
+    config: StartConfig, retro: RetroConfig, trained: Trainable | None
+) -> Callable[[str], bool] | None:
+    """Which arrays of a state ("params.norm.scale") are the base's bit for bit; None where none is.
+
+    Checkpoints do without them: `complete_with_base` reads them again.
+
+    Args:
+      config: of the run. retro: the architecture. trained: as `trainable` gives it.
+    """
+    if not config.base or trained is None:
+        return None
+    added = () if retro.form.gated_cca else _ADDED
+
+    def known(name: str) -> bool:
+        part, _, parameter = name.partition(".")
+        own = trained(parameter) or _matches(parameter, config.fresh)
+        return part in _PARTS and not own and not parameter.startswith(added)
+
+    return known
+
+
+def complete_with_base(config: StartConfig, state: TrainState, retro: RetroConfig) -> TrainState:
+    """A restored state with the arrays that its checkpoint did without: see `known_from_base`."""
+    parts = {name: getattr(state, name) for name in _PARTS}
+    whole = {
+        name: complete_parameters(config.base, tree, retro)
+        for name, tree in parts.items()
+        if tree is not None
+    }
+    return dataclasses.replace(state, **whole)
+
+
+def complete_parameters(base: str, params: Any, retro: RetroConfig) -> Any:
+    """Parameters of which some are shapes only, those with the values of a base.
+
+    Args:
+      base: folder or GGUF file. params: arrays, and jax.ShapeDtypeStruct with shardings. retro: of the model.
+    """
+    named = named_leaves(params)
+    missing = [name for name, leaf in named.items() if isinstance(leaf, jax.ShapeDtypeStruct)]
+    if not missing:
+        return params
+    found = fitted_parameters(open_base(base), retro, named)
+    return map_named(lambda name, leaf: found[name] if name in missing else leaf, params)
 
 
 def wanted_parameters(config: StartConfig, params: Any) -> dict[str, jax.ShapeDtypeStruct]:

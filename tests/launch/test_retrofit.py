@@ -15,6 +15,7 @@ from retro_jax.retrofit import open_base
 from retro_jax.retrofit.adapter import load_adapter
 from retro_jax.retrofit.decoder import load_decoder
 from retro_jax.storage import files
+from retro_jax.train.checkpoint import CHECKPOINTS, saved_arrays
 from retro_jax.train.parameter_names import named_leaves
 from tests.data import make_old_workdir as made
 from tests.data_pipelines.chunk_database import base_tokenizers
@@ -33,6 +34,8 @@ TokenizerConfig.base = {base!r}
 NeighboursConfig.retriever = 'bm25'
 NeighboursConfig.recall_queries = 5
 BatchConfig.sequence_length = 128
+BatchConfig.neighbour_noise = 0.1
+ExecutionConfig.kept_states = 'float16'
 BatchConfig.batch_size = 8
 OptimizerConfig.max_learning_rate = 0.05
 OptimizerConfig.warmup_steps = 1
@@ -84,7 +87,7 @@ def decoder_of(place):
     return load_decoder(open_base(place / "base"), run.model.baseline())
 
 
-def test_gates_are_trained_and_a_table_has_on_and_off(place):
+def test_gates_are_trained_and_a_table_has_on_and_off(place, capsys):
     """From a folder of texts and a folder of weights to losses; OFF has the base's bits."""
     run = open_run(place / "W" / "retro")
     assert run.step == 20 and run.model.form.gated_cca and run.model.cca_layers == (1, 2)
@@ -94,10 +97,18 @@ def test_gates_are_trained_and_a_table_has_on_and_off(place):
         files.read_json(run.directory / "parents.json")["base"]
         == open_base(place / "base").fingerprint()
     )
-    assert call(evaluate.main, f"--workdir={place / 'W'}") == 0
+    where = f"--workdir={place / 'W'}"
+    limit = "--retrieval=in_context", "--num_neighbours=2", "--window_chunks=8"
+    assert call(evaluate.main, where, *limit) == 1
+    assert "are 768 tokens: expected at most 64, the context of" in capsys.readouterr().err
+    assert not (place / "W" / "evaluation").exists()
+    assert call(evaluate.main, where) == 0
     results = made.figures(place / "W" / "evaluation" / "test.json")
     on, off = (results[name]["bits_per_byte"] for name in ("on", "off"))
     assert on < off
+    names = {path.name.split("-")[0] for path in (place / "W" / "states").iterdir()}
+    assert names == {"neighbours"}  # CCA begins in layer 1
+    assert not any("layers." in name for name in saved_arrays(run.directory / CHECKPOINTS, 20))
 
     chunks = ChunkDatabase.open(place / "W" / "chunks" / "test")
     batch = chunks.chunks(np.arange(2))[None].reshape(1, -1)
@@ -178,3 +189,19 @@ def test_what_does_not_belong_together_is_refused(place, tmp_path, capsys):
     assert sorted(path.name for path in (place / "W").iterdir()) == before
     assert fit(place) == 0
     assert "trained already, 20 steps" in capsys.readouterr().out
+
+
+def test_a_sample_is_scored_beside_neighbours_in_context(place):
+    """Random neighbours, and k of them before the text; sums, bytes and files are of the sample alone."""
+    fields = files.read_json(place / "base" / "config.json") | {"max_position_embeddings": 1024}
+    (place / "base" / "config.json").write_bytes(files.to_json(fields))
+    asked = ["--retrieval=on,off,random,in_context", "--in_context=1", "--sample_chunks=4"]
+    assert call(evaluate.main, f"--workdir={place / 'W'}", *asked) == 0
+    results = made.figures(place / "W" / "evaluation" / "test.json")
+    assert set(results) == {"on", "off", "random", "context", "context_1"}
+    sizes = {(each["bytes"], each["tokens"]) for each in results.values()}
+    ((size, tokens),) = sizes
+    assert tokens <= 4 * 64 and 2 * tokens < size < 10 * tokens
+    assert len({each["bits_per_byte"] for each in results.values()}) == 5
+    table = (place / "W" / "evaluation" / "test.md").read_text()
+    assert "in context, k = 1" in table and "neighbours in context" in table

@@ -1,6 +1,7 @@
 """Fitting begins as the base, reads neighbours as its NumPy reference does, and trains gates alone."""
 
 import dataclasses
+import fnmatch
 import hashlib
 
 import jax
@@ -124,7 +125,7 @@ def test_one_cca_layer_is_one_gate_row(layers):
 
 @pytest.mark.parametrize("name", ["llama", "pythia", "gpt2"])
 def test_eight_devices_read_the_same(name):
-    config, batch = config_of(name), batch_of(rows=8)
+    config, batch = config_of(name, cca_rank=2), batch_of(rows=8)
     wanted = logits(with_gates(loaded(config, name)), batch)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     model = with_gates(loaded(config, name, mesh=mesh))
@@ -161,20 +162,29 @@ def digests(params) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("trained", [("cca.gate",), ("cca.*",)], ids=["gates", "new"])
+LOW_RANK = ("cca.gate", "cca.attention.*_down", "cca.attention.*_up")
+
+
+@pytest.mark.parametrize(
+    "trained", [("cca.gate",), ("cca.*",), LOW_RANK], ids=["gates", "new", "low rank"]
+)
 def test_only_what_is_trained_changes(tmp_path, trained):
     """Frozen tensors keep their bytes, moments are those of the trained ones, OFF stays the base."""
-    plan = make_plan(settings_of("llama", trained, gate_factor=2.0), BatchShape.of(DATA.batches))
+    retro = config_of("llama", cca_rank=2 if trained == LOW_RANK else 0)
+    settings = settings_of("llama", trained, gate_factor=2.0, retro=retro)
+    plan = make_plan(settings, BatchShape.of(DATA.batches))
     states, lines = {}, []
     run = Run(tmp_path / "retro", plan, DATA)
     run.on_metrics(lambda step, metrics: lines.append(metrics))
     run.every(1, lambda step, state: states.setdefault(step, digests(state.params)))
     assert run.train() == 20
-    before = digests(nnx.state(loaded(config_of("llama"), "llama")))
+    first = loaded(retro, "llama")
+    before = digests(nnx.state(first))
+    assert retro.num_parameters() == sum(x.size for x in jax.tree.leaves(nnx.state(first)))
     names = list(states[20])
     changed = {name for name in names if states[20][name] != before[name]}
-    wanted = {n for n in names if n == "cca.gate" or (trained == ("cca.*",) and n[:4] == "cca.")}
-    assert changed == wanted
+    wanted = {n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in trained)}
+    assert changed == wanted and len(wanted) == (7 if trained == LOW_RANK else len(wanted))
     of_state = named_leaves(plan.abstract.opt_state)
     moments = {name.rpartition("mu.")[2] for name in of_state if ".mu." in name}
     assert moments == wanted
