@@ -20,11 +20,11 @@ from typing import Any
 
 from absl import flags
 
-from launch import cluster_plans
-from launch.cluster_plans import Command, Gke, Job, Slurm, TpuVms
 from launch.common import app
 from launch.common.configurables import GIN_BINDINGS, GIN_FILE
 from launch.common.flags import DATA
+from retro_jax.distributed import cluster_plans
+from retro_jax.distributed.cluster_plans import Command, Gke, Job, Slurm, TpuVms
 from retro_jax.errors import UserError
 
 KINDS, ACTIONS = ("tpu", "gke", "slurm"), ("start", "logs", "stop")

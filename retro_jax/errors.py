@@ -1,5 +1,8 @@
 """The exceptions that mean "the input is wrong" or "try again", as against "the code is wrong"."""
 
+# Exit statuses of a command that was asked to stop and saved, and of one that lost another process.
+SAVED, LOST = 75, 76
+
 
 class UserError(ValueError):
     """Bad input, reported in one line that names the thing and the expected value.

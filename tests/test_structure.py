@@ -12,7 +12,7 @@ PACKAGES = ("retro_jax", "data_pipelines", "launch")
 GROUND = ("batch", "config", "errors", "storage", "distributed")
 LAUNCH_LINES = 5000
 # Files of launch/ itself that are no commands.
-NO_COMMANDS = {"__init__", "cluster_plans"}
+NO_COMMANDS = {"__init__"}
 # Packages that one folder alone may import.
 KEPT = {"gin": "launch", "tensorflow": "data_pipelines", "scann": "data_pipelines"}
 

@@ -12,6 +12,7 @@ Runs.sorted(corpus)      <- the rows of all runs within one range of the order a
 Runs may be written by many processes, into folders of their own.
 """
 
+import builtins
 import dataclasses
 import itertools
 import json
@@ -212,7 +213,7 @@ class Runs:
             total += len(matches)
         return total
 
-    def line(self, row: np.ndarray) -> bytes:
+    def line(self, row: np.ndarray) -> builtins.bytes:
         """The line of one row."""
         return next(read_lines(self.stems, row.reshape(1)))
 

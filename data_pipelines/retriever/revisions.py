@@ -415,8 +415,8 @@ def _corpora(
                     fact[field] -= of_record[field]
             cut = range(record.first_chunk, record.first_chunk + record.chunks)
             cuts.setdefault(record.corpus, []).append(cut)
-    for name, ranges in cuts.items():
-        corpora[name]["ranges"] = list(_without(corpora[name]["ranges"], ranges))
+    for name, removed_ranges in cuts.items():
+        corpora[name]["ranges"] = list(_without(corpora[name]["ranges"], removed_ranges))
     return corpora
 
 

@@ -25,6 +25,8 @@ from collections.abc import Callable
 
 from absl import flags
 
+from retro_jax.errors import LOST as LOST
+from retro_jax.errors import SAVED as SAVED
 from retro_jax.errors import LostPeerError, SharedError, UserError, describe
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the whole run, artefacts and models.")
@@ -34,8 +36,6 @@ flags.register_validator(
     message="expected a directory; prepared data in a bucket is given to launch.train as --data",
 )
 flags.DEFINE_bool("debug", False, "Show the traceback of every error.")
-
-SAVED, LOST = 75, 76
 
 _who: list[str] = []  # this process's name, where several make one run
 

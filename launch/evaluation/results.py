@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -171,10 +171,10 @@ def _score(
     last = max(conditions, key=lambda c: c.neighbours)
     cut = settings.windows(last.run.chunks)
     if last.kind == KNN:
-        scoring = knn_scoring(
+        knn = knn_scoring(
             last, cut, settings.knn, scorer=work.scorer, data=work.data, folder=folder
         )
-        nll, facts = scoring.score(split, work.text)
+        nll, facts = knn.score(split, work.text)
         return nll[None], {"knn": facts}
     if last.kind == TOKENS:
         nll, facts = _score_with_tokens(work, settings, last)
@@ -187,7 +187,7 @@ def _score(
     heads["ids"] = {"sha256": hashlib.sha256(split.ids.tobytes()).hexdigest()}
     partial = folder / f".partial-{_digest(heads)}"
     what = "k sweep" if sweep else condition_name(last.name)
-    scoring = score.score_chunks
+    scoring: Callable[..., np.ndarray] = score.score_chunks
     if last.kind == "context":
         losses, scoring = chunk_losses, score_in_context
     one = Pass(scored_model(last.run), losses, cut, what, partial, scoring)

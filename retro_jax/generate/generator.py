@@ -435,8 +435,8 @@ class Generator:
         queries = list(dict.fromkeys(chunk for _, chunk in due if chunk not in answers))
         if queries:
             answers.update(zip(queries, self._ask(queries), strict=True))
-        for text, query in due:
-            text.neighbours.append(answers[query])
+        for text, chunk in due:
+            text.neighbours.append(answers[chunk])
 
     def _ask(self, queries: list[bytes]) -> np.ndarray:
         """[n, K, R]: the result of `retrieve` for chunks."""

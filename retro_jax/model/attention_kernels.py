@@ -13,6 +13,7 @@ rows and heads.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -93,7 +94,7 @@ def fused_attention(
     Returns:
       [B, N, H, W] in the queries' dtype.
     """
-    kernel = cudnn_attention if platform == "gpu" else splash_attention
+    kernel: Callable[..., jax.Array] = cudnn_attention if platform == "gpu" else splash_attention
     key_BxNxHxW, value_BxNxHxW = (
         repeat_heads(x, query_BxNxHxW.shape[-2]) for x in (key_BxNxHxW, value_BxNxHxW)
     )
@@ -108,9 +109,12 @@ def fused_attention(
     if not shardings.active:
         return kernel(*arrays)
     heads, rows = shardings.heads(4), shardings.rows(2)
-    in_specs = (heads, heads, heads, None if segments_BxN is None else rows)
+    in_specs: tuple[PartitionSpec | None, ...] = (heads, heads, heads, rows)
+    if segments_BxN is None:
+        in_specs = (heads, heads, heads, None)
     if relative is not None:
-        in_specs = (*in_specs, heads, PartitionSpec(None, heads[2], None))
+        by_head = None if heads is None else PartitionSpec(None, heads[2], None)
+        in_specs = (*in_specs, heads, by_head)
     local = jax.shard_map(kernel, in_specs=in_specs, out_specs=heads, check_vma=False)
     return local(*arrays)
 

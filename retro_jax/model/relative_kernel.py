@@ -20,6 +20,7 @@ too: it computes a block's logits once, and adds to the gradients of queries (a 
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -270,7 +271,7 @@ def _backward(block: int, interpret: bool, residuals: Any, cotangent: Array) -> 
     )
 
 
-def _parameters(axes: tuple[str, ...]) -> Any:
+def _parameters(axes: Sequence[Any]) -> Any:
     """What the compiler is told: the grid's axes and how much of the chip's memory may be used."""
     return pltpu.CompilerParams(dimension_semantics=axes, vmem_limit_bytes=_VMEM_BYTES)
 

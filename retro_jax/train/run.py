@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 
 from retro_jax.config import ExecutionConfig, RetroConfig
 from retro_jax.distributed import processes
-from retro_jax.errors import SharedError, UserError
+from retro_jax.errors import LOST, SharedError, UserError
 from retro_jax.model import Retro
 from retro_jax.model.attention_kernels import check_attention
 from retro_jax.model.copying_init import begin_with_copying
@@ -77,7 +77,6 @@ FREE = (
     "StartConfig.base",  # parents.json has its fingerprint
     *(f"TrainConfig.{field}" for field in loop.FREE_SETTINGS),
 )
-_LOST = 76  # exit status of a process that lost the others, or hangs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -498,4 +497,4 @@ def _end_process(reason: str) -> None:
     """Ends a process that hangs, or waits for one that does."""
     message = f"error: {reason}; start all processes again, and the run resumes"
     print(message, file=sys.stderr, flush=True)
-    os._exit(_LOST)
+    os._exit(LOST)

@@ -144,7 +144,7 @@ def _flags(arguments):
 
 
 def test_the_loop_on_a_tpu_host_starts_again_what_can_go_on(tmp_path):
-    from launch.cluster_plans import _restarting
+    from retro_jax.distributed.cluster_plans import _restarting
 
     fake = tmp_path / "trainer"
     fake.write_text('#!/bin/bash\necho run >> runs\nexit $(sed -n "$(wc -l < runs)p" statuses)\n')

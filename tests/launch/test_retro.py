@@ -12,7 +12,7 @@ from launch import retro
 
 LAUNCH = pathlib.Path(retro.__file__).parent
 # Files of launch/ that are no commands of their own.
-OTHERS = {"__init__", "cluster_plans", "retro"}
+OTHERS = {"__init__", "retro"}
 
 
 def _call(*arguments: str) -> int:

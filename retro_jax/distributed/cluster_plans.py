@@ -13,9 +13,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from launch.common.app import LOST, SAVED
 from retro_jax.config import require
-from retro_jax.errors import UserError
+from retro_jax.errors import LOST, SAVED, UserError
 
 _RESTARTS = 100  # of a run, by the cluster itself
 _GRACE_SECONDS = 600  # between SIGTERM and SIGKILL, in which the run saves
