@@ -133,7 +133,7 @@ def _question(row: Any, place: str, number: str) -> Question:
     """One row."""
     if not isinstance(row, dict):
         raise UserError(f"{place} holds a {type(row).__name__}: expected a JSON object")
-    passages = ()
+    passages: tuple[Passage, ...] = ()
     if "ctxs" in row:
         passages = _passages(row["ctxs"], place)
     return Question(

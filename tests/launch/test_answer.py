@@ -29,7 +29,6 @@ NeighboursConfig.recall_queries = 0
 RetroConfig.cca_layers = (2,)
 TrainConfig.steps = 2
 TrainConfig.checkpoint_every = 2
-BatchConfig.batch_size = 2
 BatchConfig.sequence_length = 128
 BatchConfig.questions = 'some'
 """
