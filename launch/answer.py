@@ -30,6 +30,7 @@ from launch.common.flags import (
     question_files,
 )
 from launch.runs import trained_run
+from retro_jax.errors import UserError
 from retro_jax.generate.answers import greedy_answers
 from retro_jax.generate.generator import Generator
 from retro_jax.report.answer_tables import answers_table, figures, scored
@@ -43,7 +44,6 @@ ANSWER_TOKENS = flags.DEFINE_integer(
     "Tokens of an answer at most; the end of a line ends it too.",
     lower_bound=1,
 )
-AT_ONCE = flags.DEFINE_integer("answers_at_once", 32, "Questions answered at once.", lower_bound=1)
 
 
 def main() -> None:
@@ -61,6 +61,8 @@ def main() -> None:
     conditions = {name: k if name == "on" else 0 for name in RETRIEVAL.value or ("on", "off")}
     if not conditions.keys() <= {"on", "off"}:
         raise flags.Error(f"--retrieval={','.join(conditions)}: expected on, off or both")
+    if "on" in conditions and not (k and run.model.has_retrieval):
+        raise UserError(f"{run.directory} was trained without neighbours: expected --retrieval=off")
     model = nnx.merge(*trained_run.load_model(run))
     for name, file in asked.items():
         result = answers(data, run, model, file, conditions)
@@ -101,9 +103,7 @@ def answers(
             num_neighbours=k or None,
         )
         flat = [prompt.tokens for prompt in prompts]
-        texts = greedy_answers(
-            generator, flat, max_tokens=ANSWER_TOKENS.value, at_once=AT_ONCE.value
-        )
+        texts = greedy_answers(generator, flat, max_tokens=ANSWER_TOKENS.value)
         each = scored(texts, right)
         results[condition] = {"neighbours": k} | figures(each)
         for row, answer, prompt in zip(rows, each, prompts, strict=True):
