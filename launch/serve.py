@@ -42,6 +42,8 @@ def main() -> None:
     key = API_KEY.value or os.environ.get("RETRO_API_KEY")
     if HOST.value not in ("127.0.0.1", "localhost", "::1") and not key:
         raise flags.Error(f"--host={HOST.value}: expected --api_key, as others can reach it")
+    if DOCUMENTS.value and REVISION.value is not None:
+        raise flags.Error("--documents and --revision: expected one, as a change makes a revision")
     limits = Limits(ROWS.value, LENGTH.value, QUEUE.value, SECONDS.value)
     database = data if DATA.value else None
     generator = Generator.open(

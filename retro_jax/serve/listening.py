@@ -45,7 +45,9 @@ def listen(
             timeout_graceful_shutdown=int(limits.stop_seconds),
         )
     )
-    before = signal.signal(signal.SIGTERM, lambda *_: None)  # raised again when all is done
+    stopped: list[int] = []
+    # uvicorn raises the signal again when all is done.
+    before = signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
     print(f"{generator.name}: http://{host}:{port}, after compiling", flush=True)
     try:
         listener.run()
@@ -53,5 +55,5 @@ def listen(
         raise UserError(f"cannot listen at {host}:{port}: expected a free port") from error
     finally:
         signal.signal(signal.SIGTERM, before)
-    if not listener.started:
-        raise UserError(f"cannot listen at {host}:{port}: expected a free port")
+    if not listener.started and not stopped:
+        raise UserError("the server could not start: expected none of the errors above")

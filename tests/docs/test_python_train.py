@@ -123,7 +123,8 @@ def test_the_command_serves_until_it_is_asked_to_stop(names, capfd):
     thread = threading.Thread(target=client, daemon=True)
     thread.start()
     assert (
-        call(serve.main, f"--workdir={workdir}", f"--port={port}", "--max_rows=1", "--documents") == 0
+        call(serve.main, f"--workdir={workdir}", f"--port={port}", "--max_rows=1", "--documents")
+        == 0
     )
     thread.join()
     assert seen["text"] == values["result"].text
