@@ -33,6 +33,7 @@ ROWS = flags.DEFINE_integer("max_rows", Limits.rows, "Texts continued at once.",
 LENGTH = flags.DEFINE_integer("max_length", 0, "Tokens of a text. Default: the trained length.")
 QUEUE = flags.DEFINE_integer("max_queue", Limits.queue, "Texts that may wait.", lower_bound=1)
 SECONDS = flags.DEFINE_float("max_seconds", Limits.seconds, "Of a request.", lower_bound=0.1)
+WARM_UP = flags.DEFINE_bool("warm_up", True, "Compile everything before the first request.")
 
 
 def main() -> None:
@@ -55,7 +56,8 @@ def main() -> None:
         configurables.load(None, base=str(path) if path.is_file() else None)
         configurables.make(DocumentsConfig, corpora=(TextCorpus("served", ("",)),))
         change = functools.partial(change_documents, data, prepare.make_config())
-    listen(generator, limits, host=HOST.value, port=PORT.value, api_key=key, change=change)
+    more = {"api_key": key, "change": change, "warm_up": WARM_UP.value}
+    listen(generator, limits, host=HOST.value, port=PORT.value, **more)
 
 
 if __name__ == "__main__":
