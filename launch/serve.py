@@ -56,8 +56,8 @@ def main() -> None:
         configurables.load(None, base=str(path) if path.is_file() else None)
         configurables.make(DocumentsConfig, corpora=(TextCorpus("served", ("",)),))
         change = functools.partial(change_documents, data, prepare.make_config())
-    more = {"api_key": key, "change": change, "warm_up": WARM_UP.value}
-    listen(generator, limits, host=HOST.value, port=PORT.value, **more)
+    host, port, warm = HOST.value, PORT.value, WARM_UP.value
+    listen(generator, limits, host=host, port=port, api_key=key, change=change, warm_up=warm)
 
 
 if __name__ == "__main__":
