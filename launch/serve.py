@@ -33,6 +33,7 @@ ROWS = flags.DEFINE_integer("max_rows", Limits.rows, "Texts continued at once.",
 LENGTH = flags.DEFINE_integer("max_length", 0, "Tokens of a text. Default: the trained length.")
 QUEUE = flags.DEFINE_integer("max_queue", Limits.queue, "Texts that may wait.", lower_bound=1)
 SECONDS = flags.DEFINE_float("max_seconds", Limits.seconds, "Of a request.", lower_bound=0.1)
+WARM_UP = flags.DEFINE_bool("warm_up", True, "Compile everything before the first request.")
 
 
 def main() -> None:
@@ -42,6 +43,8 @@ def main() -> None:
     key = API_KEY.value or os.environ.get("RETRO_API_KEY")
     if HOST.value not in ("127.0.0.1", "localhost", "::1") and not key:
         raise flags.Error(f"--host={HOST.value}: expected --api_key, as others can reach it")
+    if DOCUMENTS.value and REVISION.value is not None:
+        raise flags.Error("--documents and --revision: expected one, as a change makes a revision")
     limits = Limits(ROWS.value, LENGTH.value, QUEUE.value, SECONDS.value)
     database = data if DATA.value else None
     generator = Generator.open(
@@ -53,7 +56,8 @@ def main() -> None:
         configurables.load(None, base=str(path) if path.is_file() else None)
         configurables.make(DocumentsConfig, corpora=(TextCorpus("served", ("",)),))
         change = functools.partial(change_documents, data, prepare.make_config())
-    listen(generator, limits, host=HOST.value, port=PORT.value, api_key=key, change=change)
+    host, port, warm = HOST.value, PORT.value, WARM_UP.value
+    listen(generator, limits, host=host, port=port, api_key=key, change=change, warm_up=warm)
 
 
 if __name__ == "__main__":

@@ -68,9 +68,11 @@ class LiveDatabase:
         return str(self._retriever.ranking.settings["score"])
 
     def search_some(self, count: int) -> None:
-        """Searches for so many of its own chunks, one at a time, as requests do."""
-        for chunk in np.linspace(0, len(self._database) - 1, count).astype(np.int64):
-            self.find(self._database.chunks(np.array([chunk])).astype(np.int32), 1)
+        """Searches for so many of its own chunks, one at a time and many at once, as requests do."""
+        ids = np.linspace(0, len(self._database) - 1, count).astype(np.int64)
+        chunks = self._database.chunks(ids).astype(np.int32)
+        for part in [*np.array_split(chunks, count), *np.array_split(chunks, 4)]:
+            self.find(part, 1)
 
     def find(self, chunks: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids int64 and scores float32 [n, k] of the nearest chunks of chunks [n, 64]; -1 for none."""

@@ -19,7 +19,7 @@ the first request (`warm_up`).
 import collections
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -37,66 +37,12 @@ from retro_jax.generate.sampling import (
     make_sampler,
     needs,
 )
+from retro_jax.generate.text_progress import Decode, Progress, Retrieve, RunningText
 from retro_jax.generate.text_stream import TextStream
 
 ALTERNATIVES = 5  # likeliest tokens that a text may ask for at each position
 _SHRINK_AFTER = 32  # steps with so few texts that fewer rows would do
 _FACTOR = 4  # between numbers of rows, and of chunks that are completed at once
-
-Retrieve = Callable[[np.ndarray], np.ndarray]
-Decode = Callable[[Sequence[int]], str]
-
-
-@dataclasses.dataclass(eq=False)
-class RunningText:
-    """A text that is continued.
-
-    Attributes:
-      tokens: prompt (with bos) and continuation. prompt_length: how many are the prompt.
-      sampling: its settings. number: among the samples of its prompt.
-      retrieve: gives neighbours [n, k, R] of complete chunks [n, M], k <= K; None is retrieval off.
-      alternatives: likeliest tokens to report at each position.
-      neighbours: [K, R] of each complete chunk. log_probabilities: of the continuation, in nats.
-      ended: "" under way; "eos", "stop" (a stop string), "length", "cancelled", "timeout" or "error".
-      error: what went wrong with this text alone.
-    """
-
-    tokens: list[int]
-    prompt_length: int
-    sampling: SamplingConfig
-    stream: TextStream
-    retrieve: Retrieve | None = None
-    number: int = 0
-    alternatives: int = 0
-    neighbours: list[np.ndarray] = dataclasses.field(default_factory=list)
-    log_probabilities: list[float] = dataclasses.field(default_factory=list)
-    ended: str = ""
-    error: Exception | None = None
-    first: int = 0
-
-    @property
-    def generated(self) -> int:
-        """Tokens generated so far."""
-        return len(self.log_probabilities)
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """What a step did to a text.
-
-    Attributes:
-      text: which one. piece: new text, which may be "" where it is held back.
-      token, log_probability: drawn now; None where the text ended without one.
-      alternatives: the likeliest tokens there, likeliest first, as (token, log-probability).
-      ended: as the text's; "" while it is under way.
-    """
-
-    text: RunningText
-    piece: str
-    token: int | None
-    log_probability: float | None
-    alternatives: tuple[tuple[int, float], ...]
-    ended: str
 
 
 @dataclasses.dataclass

@@ -21,9 +21,10 @@ from retro_jax.errors import UserError
 from retro_jax.evaluate.text_scores import TextScorer
 from retro_jax.generate.decoder import Decoder
 from retro_jax.generate.live_database import LiveDatabase, LiveDatabases, Lookup
-from retro_jax.generate.running_texts import ALTERNATIVES, RunningText, RunningTexts
+from retro_jax.generate.running_texts import ALTERNATIVES, RunningTexts
 from retro_jax.generate.sample import TextCodec
 from retro_jax.generate.sampling import SamplingConfig
+from retro_jax.generate.text_progress import RunningText
 from retro_jax.generate.text_stream import TextStream
 from retro_jax.model.retro import Retro
 

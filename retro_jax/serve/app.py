@@ -76,6 +76,7 @@ class Server:
         change: Change | None = None,
         page: Callable[[], str] | None = None,
         trace: Trace | None = None,
+        warm_up: bool = True,
         poll: float = 1.0,
     ) -> None:
         """Puts the parts together; nothing is compiled before the application starts.
@@ -85,12 +86,14 @@ class Server:
           api_key: that requests have to bring; None for none.
           change: changes the database's documents; None refuses to.
           page: gives the HTML at /, which needs no key. trace: answers what it asks /trace for.
+          warm_up: compiles everything before the first request; else each program at its first use.
           poll: seconds between looks for another revision.
         """
         self.limits, self.metrics = limits, Metrics()
         self.engine = Engine(generator.running(limits.rows), limits, self.metrics)
         self.service = CompletionService(generator, self.engine, limits)
         self._generator, self._change, self._poll = generator, change, poll
+        self._warm_up = warm_up
         self._page, self._trace, self._tracing = page, trace, asyncio.Lock()
         self._changing = asyncio.Lock()
         self._created = int(time.time())
@@ -120,9 +123,10 @@ class Server:
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         """Compiles, runs, and finishes what was accepted."""
-        await asyncio.to_thread(self.engine.running.warm_up)
-        if self._generator.databases is not None:
-            await asyncio.to_thread(self._generator.databases.warm_up)
+        if self._warm_up:
+            await asyncio.to_thread(self.engine.running.warm_up)
+            if self._generator.databases is not None:
+                await asyncio.to_thread(self._generator.databases.warm_up)
         self.engine.start()
         watching = asyncio.create_task(self._watch())
         try:
@@ -140,7 +144,7 @@ class Server:
                 told = ""
             except Exception as error:
                 if str(error) != told:
-                    _log.warning("the database's newest revision cannot be opened: %s", error)
+                    _log.info("the newest revision cannot be opened (yet): %s", error)
                 told = str(error)
             await asyncio.sleep(self._poll)
 

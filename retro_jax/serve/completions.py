@@ -14,9 +14,9 @@ import numpy as np
 from retro_jax.errors import UserError
 from retro_jax.evaluate.text_scores import TextScores
 from retro_jax.generate.live_database import LiveDatabase, Lookup
-from retro_jax.generate.running_texts import Progress, RunningText
 from retro_jax.generate.sampling import SamplingConfig
 from retro_jax.generate.text_generator import TextGenerator
+from retro_jax.generate.text_progress import Progress, RunningText
 from retro_jax.serve.engine import Engine, Job
 from retro_jax.serve.errors import RequestError, bad_request
 from retro_jax.serve.limits import Limits

@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from retro_jax.errors import UserError
-from retro_jax.generate.running_texts import Progress, RunningText, RunningTexts
+from retro_jax.generate.running_texts import RunningTexts
+from retro_jax.generate.text_progress import Progress, RunningText
 from retro_jax.serve.limits import Limits
 
 _log = logging.getLogger(__name__)

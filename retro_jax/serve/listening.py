@@ -17,11 +17,12 @@ def listen(
     port: int,
     api_key: str | None = None,
     change: Callable[[str, Sequence[tuple[str, str]], Sequence[str]], list[str]] | None = None,
+    warm_up: bool = True,
 ) -> None:
     """Serves until SIGTERM or Ctrl-C; then refuses new requests and finishes the running ones.
 
     Args:
-      generator, limits, api_key, change: as for `retro_jax.serve.app.Server`.
+      generator, limits, api_key, change, warm_up: as for `retro_jax.serve.app.Server`.
       host, port: where to listen.
 
     Raises:
@@ -34,7 +35,7 @@ def listen(
     except ImportError as error:
         message = "launch.serve needs it: expected pip install 'retro-jax[serve]'"
         raise UserError(f"{error.name} is not installed; {message}") from error
-    server = Server(generator, limits, api_key=api_key, change=change)
+    server = Server(generator, limits, api_key=api_key, change=change, warm_up=warm_up)
     logging.getLogger("retro_jax.serve").setLevel(logging.INFO)
     listener = uvicorn.Server(
         uvicorn.Config(
@@ -45,7 +46,9 @@ def listen(
             timeout_graceful_shutdown=int(limits.stop_seconds),
         )
     )
-    before = signal.signal(signal.SIGTERM, lambda *_: None)  # raised again when all is done
+    stopped: list[int] = []
+    # uvicorn raises the signal again when all is done.
+    before = signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
     print(f"{generator.name}: http://{host}:{port}, after compiling", flush=True)
     try:
         listener.run()
@@ -53,5 +56,5 @@ def listen(
         raise UserError(f"cannot listen at {host}:{port}: expected a free port") from error
     finally:
         signal.signal(signal.SIGTERM, before)
-    if not listener.started:
-        raise UserError(f"cannot listen at {host}:{port}: expected a free port")
+    if not listener.started and not stopped:
+        raise UserError("the server could not start: expected none of the errors above")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from retro_jax.generate.running_texts import Progress
+from retro_jax.generate.text_progress import Progress
 from retro_jax.serve.engine import Engine, Job, Watcher
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

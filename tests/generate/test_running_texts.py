@@ -7,8 +7,9 @@ import pytest
 from retro_jax.errors import UserError
 from retro_jax.generate.generator import Generator
 from retro_jax.generate.live_database import Lookup
-from retro_jax.generate.running_texts import RunningText, row_counts
+from retro_jax.generate.running_texts import row_counts
 from retro_jax.generate.sampling import SamplingConfig
+from retro_jax.generate.text_progress import RunningText
 from tests.model.tiny import make_model
 from tests.serve.fakes import CONFIG, FakeDatabase, make_generator
 

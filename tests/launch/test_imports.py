@@ -18,6 +18,9 @@ EXTRAS = (
     "ray",
     "gguf",
     "tokenizers",
+    "fastapi",
+    "uvicorn",
+    "pydantic",
     "gcsfs",
     "s3fs",
 )

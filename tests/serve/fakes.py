@@ -52,7 +52,7 @@ class FakeDatabase:
 
     def find(self, chunks, k):
         first = chunks.astype(np.int64) @ np.arange(1, chunks.shape[1] + 1) + 1000 * self.revision
-        if (chunks[:, -4:] == 28).all(axis=1).any():  # zzzz
+        if ((chunks[:, 0] == BOS) & (chunks[:, 1:] == 28).all(axis=1)).any():  # a prompt of z
             raise UserError("this chunk cannot be searched for: expected another one")
         return first[:, None] + np.arange(k), np.ones((len(chunks), k), np.float32)
 
