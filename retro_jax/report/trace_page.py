@@ -25,7 +25,6 @@ from retro_jax.report.trace_value import LEAST_COPY, LEAST_MATCH
 
 STEPS = 8  # of a colour
 _FULL_RANGE = (0.2, 4.0)  # nats of a change that gets the full colour
-_CHUNK = 64
 _HEADING = 80  # characters
 
 
@@ -123,8 +122,9 @@ def _reads(value: Mapping[str, Any], chunk: Mapping[str, Any]) -> bool:
 
 def _sum(value: Mapping[str, Any]) -> str:
     """What retrieval changed in all."""
+    count = _tokens(value["units"])
     if not value["retrieval"]:
-        return f"{len(value['units']):,} tokens, without retrieval."
+        return f"{count:,} tokens, without retrieval."
     readers = [
         unit
         for chunk in value["chunks"]
@@ -133,11 +133,17 @@ def _sum(value: Mapping[str, Any]) -> str:
     ]
     change = sum(unit["with"] - unit["without"] for unit in readers)
     word = "saved" if change >= 0 else "cost"
-    share = f", {abs(change) / len(readers):.3f} a token" if readers else ""
+    reading = _tokens(readers)
+    share = f", {abs(change) / reading:.3f} a token" if reading else ""
     return (
-        f"{len(value['units']):,} tokens, {len(readers):,} of them after neighbours were read: "
+        f"{count:,} tokens, {reading:,} of them after neighbours were read: "
         f"retrieval {word} {abs(change):.1f} nats{share}."
     )
+
+
+def _tokens(units: Sequence[Mapping[str, Any]]) -> int:
+    """The tokens of units."""
+    return sum(unit.get("tokens", 1) for unit in units)
 
 
 def _full_colour(value: Mapping[str, Any]) -> float:
@@ -171,7 +177,7 @@ def _chunk(value: Mapping[str, Any], number: int, full: float) -> str:
     inside = range(chunk["start"], chunk["stop"])
     text = "".join(_unit(value, i, marks, full) for i in inside)
     neighbours = "".join(
-        _neighbour(neighbour, slot, chunk["spans"])
+        _neighbour(neighbour, slot, chunk["spans"], value["chunk_length"])
         for slot, neighbour in enumerate(chunk["neighbours"])
         if neighbour is not None
     )
@@ -231,14 +237,16 @@ def _shown(unit: Mapping[str, Any]) -> str:
     return text.replace("\n", '<span class="end"></span>\n')
 
 
-def _neighbour(neighbour: Mapping[str, Any], slot: int, spans: Sequence[Mapping[str, Any]]) -> str:
-    """One neighbour: its source, its chunk and its continuation."""
+def _neighbour(
+    neighbour: Mapping[str, Any], slot: int, spans: Sequence[Mapping[str, Any]], length: int
+) -> str:
+    """One neighbour: its source, its chunk of `length` tokens, and its continuation."""
     marks = _marks(spans, slot)
     parts = ["", ""]
     for unit in neighbour["units"]:
         name = f' class="{marks[unit["token"]]}"' if unit["token"] in marks else ""
         span = f'<span data-t="{unit["token"]}"{name}>{_shown(unit)}</span>'
-        parts[unit["token"] >= _CHUNK] += span
+        parts[unit["token"] >= length] += span
     rest = f'<span class="continuation">{parts[1]}</span>' if parts[1] else ""
     revision = f" · revision {neighbour['revision']}" if neighbour["revision"] else ""
     place = f"chunk {neighbour['chunk']} of {neighbour['chunks']}"

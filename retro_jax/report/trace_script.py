@@ -158,7 +158,7 @@ const figures = (unit, value) => {
   const change = value.with - value.without;
   const head = element("p");
   head.append(element("code", unit.textContent.replace(/\n/g, "\u21b5")));
-  head.append(` token ${value.token + 1}` + (value.tokens ? `, ${value.tokens} tokens of one character` : ""));
+  head.append(` token ${value.token + 1}` + (value.tokens > 1 ? `, ${value.tokens} tokens of one character` : ""));
   box.append(element("h3", "Token"), head);
   if (!value.token) { box.append(element("p", "The first token: nothing predicts it.")); return box; }
   if (!value.reads) {

@@ -75,7 +75,10 @@ class TracedText(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """The text of one token, or of several that form one character: `tokens` up to `token`."""
+    """The text of one token, or of several that form one character: `tokens` up to `token`.
+
+    It is of no token of its own where bytes are left over of one that had text already.
+    """
 
     text: str
     token: int
@@ -152,8 +155,9 @@ def units(tokens: np.ndarray, library: Library) -> Iterator[Unit]:
                 yield Unit(text, i, pending)
                 pending = 0
             continue
-        if pending:
-            yield Unit(decoder.decode(b"", final=True), i - 1, pending)
+        left = decoder.decode(b"", final=True)
+        if left:
+            yield Unit(left, i - 1, pending)
             pending = 0
         yield Unit(library.label(token), i, 1, special=True)
 
@@ -168,7 +172,7 @@ def _unit(unit: Unit, result: Trace, library: Library) -> dict[str, Any]:
         "effects": [_rounded(effect) for effect in effects[0]],
         "responsible": int(largest_effect(effects)[0]),
     }
-    if unit.tokens > 1:
+    if unit.tokens != 1:
         value["tokens"] = unit.tokens
     memory = None if unit.token == 0 else _memory(result.tokens, unit.token, library)
     return value if memory is None else value | {"memory": memory}

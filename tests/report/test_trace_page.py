@@ -39,6 +39,8 @@ class Library:
             return b""
         if token in EURO:
             return "€".encode()[EURO.index(token)].to_bytes()
+        if token == 6:
+            return b"a\xe2"
         return HOSTILE.encode() if token == HOSTILE_TOKEN else f" t{token}".encode()
 
     def label(self, token: int) -> str:
@@ -138,6 +140,8 @@ def test_a_unit_is_a_token_or_a_whole_character():
     assert [chunk["start"] for chunk in value["chunks"]] == [0, 6, 14]
     cut = [(unit.text, unit.tokens) for unit in units(np.array([3, 4, BOS, 5]), Library())]
     assert cut == [("\ufffd", 2), ("bos", 1), ("\ufffd", 1)]
+    left = [(unit.text, unit.tokens) for unit in units(np.array([6, BOS]), Library())]
+    assert left == [("a", 1), ("\ufffd", 0), ("bos", 1)]
     json.dumps(value, allow_nan=False)
 
 
@@ -281,6 +285,7 @@ def test_tokens_have_the_colour_of_their_change_and_the_line_of_their_span():
     assert titles["7"] == "-1.00 nats, without retrieval -10.00"
     captions = "".join(data for _, _, data in parsed.texts)
     assert "chunk 3 of 12 · distance 0.250 · revision 4" in captions
+    assert trace_body(value).count('<span class="continuation"><span data-t="8"') == 2
 
 
 def test_a_text_without_retrieval_has_a_page_too():
@@ -300,7 +305,7 @@ def test_a_text_without_retrieval_has_a_page_too():
     )
     value = trace_value(bare, [], Library())
     text = trace_body(value)
-    assert "without retrieval." in text
+    assert "19 tokens, without retrieval." in text
     assert "No neighbours: retrieval is off." in text
     assert value["attention"] is None
 
