@@ -41,6 +41,8 @@ TEST = [
     "hypothesis",
     "setuptools>=68",
 ]
+# Headless Chromium for `python -m tests.report.browser`.
+BROWSER = ["playwright>=1.65"]
 DEV = ["ruff", "mypy", "mkdocs-material"]
 
 
@@ -150,6 +152,7 @@ setup(
         "gcs": ["gcsfs"],
         "s3": ["s3fs"],
         "dist": ["build", "twine"],
+        "browser": BROWSER,
         "test": DATA + TEST,
         "dev": DATA + TEST + DEV,
     },

@@ -20,9 +20,11 @@ from flax import nnx
 
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.evaluation.text_view import Viewer, sample_chunk_from_json
+from data_pipelines.evaluation.trace_sources import DatabaseLibrary
 from data_pipelines.retriever.live import LiveRetrieval
 from data_pipelines.retriever.retriever import Retriever
 from data_pipelines.retriever.revisions import latest, open_database
+from data_pipelines.token_memory.workdir_memory import open_existing
 from launch.common import app, configurables
 from launch.common.flags import (
     AVERAGED,
@@ -36,9 +38,12 @@ from launch.runs import trained_run
 from retro_jax.distributed.progress import progress_bar
 from retro_jax.errors import UserError
 from retro_jax.generate.sample import Generation, Generator, Sample, SamplingConfig, sample_text
+from retro_jax.model import Retro
 from retro_jax.report.result_files import SAMPLES
 from retro_jax.report.side_by_side import side_by_side
-from retro_jax.report.views import SampleChunk
+from retro_jax.report.trace_page import trace_page
+from retro_jax.report.trace_value import traced_text
+from retro_jax.report.views import NeighbourSource, SampleChunk
 from retro_jax.storage import files
 
 PROMPT = flags.DEFINE_multi_string("prompt", None, "The text to continue.")
@@ -52,6 +57,7 @@ REPETITION_PENALTY = flags.DEFINE_float(
 )
 STOP = flags.DEFINE_multi_string("stop", [], "The text ends before this string.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+TRACE = flags.DEFINE_string("trace", None, "Also write a page: what retrieval changed, by token.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Samples of each prompt.", lower_bound=1)
 
 _ID_DIGITS = 12
@@ -93,7 +99,9 @@ def main() -> None:
         request["database"] = open_database(data).manifest.hash
     digest = hashlib.sha256(files.to_json(request)).hexdigest()[:_ID_DIGITS]
     path = workdir / SAMPLES / f"{digest}.json"
-    if path.is_file():
+    if TRACE.value and not pathlib.Path(TRACE.value).absolute().parent.is_dir():
+        raise UserError(f"--trace={TRACE.value}: expected a file in a directory that is there")
+    if path.is_file() and not TRACE.value:
         result = files.read_json(path)
     else:
         texts = [prompt for prompt in prompts for _ in range(NUM_SAMPLES.value)]
@@ -103,7 +111,7 @@ def main() -> None:
             path.parent.mkdir(exist_ok=True)
         files.write_atomically(path, files.to_json(result))
     show(result)
-    print(f"written to {path}")
+    print(f"written to {' and '.join(filter(None, [str(path), TRACE.value]))}")
 
 
 def _asked(sampling: SamplingConfig) -> dict[str, Any]:
@@ -145,8 +153,9 @@ def make_samples(
         LiveRetrieval(Retriever.open(data), database, k, run.batches.neighbour_part) if k else None
     )
     special = tokenizer.special_ids - {tokenizer.eos_id}
+    model = nnx.merge(*trained_run.load_model(run))
     generator = Generator(
-        nnx.merge(*trained_run.load_model(run)),
+        model,
         chunks=run.chunks,
         eos_id=tokenizer.eos_id,
         retrieve=retrieve,
@@ -156,8 +165,35 @@ def make_samples(
     )
     with progress_bar(sampling.max_tokens, "sampling", "token") as bar:
         samples = sample_text(generator, tokenizer, prompts, sampling, on_step=bar.update)
+    if TRACE.value:
+        library = DatabaseLibrary(tokenizer, database, open_existing(database))
+        facts = [("model", f"{run.directory} at step {run.step}"), ("database", str(data))]
+        page = _page(model, run.chunks, samples, library, retrieve, facts)
+        files.write_atomically(pathlib.Path(TRACE.value), page.encode())
     viewer = Viewer(tokenizer, database)
     return [_to_json(sample, viewer, retrieve) for sample in samples]
+
+
+def _page(
+    model: Retro,
+    chunks: int,
+    samples: Sequence[Sample],
+    library: DatabaseLibrary,
+    retrieve: LiveRetrieval | None,
+    facts: Sequence[tuple[str, str]],
+) -> str:
+    """The page of --trace."""
+
+    def found(chunk: np.ndarray) -> Sequence[NeighbourSource | None]:
+        return [] if retrieve is None else library.sources(*retrieve.found(chunk), retrieve.score)
+
+    traces = [
+        traced_text(
+            model, s.generation, found, library, chunks=chunks, heading=s.prompt, facts=facts
+        )
+        for s in samples
+    ]
+    return trace_page(traces)
 
 
 def _to_json(sample: Sample, viewer: Viewer, retrieve: LiveRetrieval | None) -> dict[str, Any]:

@@ -1,5 +1,8 @@
 """The token memory of a workdir: beside each revision's chunks, built where it is missing."""
 
+import pathlib
+
+from data_pipelines.artefacts.manifest import MANIFEST_FILE
 from data_pipelines.artefacts.runner import InProcess, Runner
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.token_memory.build import TokenMemoryConfig, prepare_token_memory
@@ -24,8 +27,21 @@ def prepare_and_open(
     Raises:
       UserError: a memory that is damaged or of another database.
     """
-    databases = getattr(database, "parts", (database,))
-    directories = [part.directory.parent.parent / FOLDER for part in databases]
-    for directory, part in zip(directories, databases, strict=True):
+    places = _places(database)
+    for directory, part in places:
         prepare_token_memory(directory, part, config, runner=runner)
+    return TokenMemory.open([directory for directory, _ in places], database)
+
+
+def open_existing(database: ChunkDatabase) -> TokenMemory | None:
+    """The token memory of a retrieval database; None where a part of it has not been built."""
+    directories = [directory for directory, _ in _places(database)]
+    if not all((directory / MANIFEST_FILE).is_file() for directory in directories):
+        return None
     return TokenMemory.open(directories, database)
+
+
+def _places(database: ChunkDatabase) -> list[tuple[pathlib.Path, ChunkDatabase]]:
+    """The folder of each part's memory, and the part."""
+    parts = getattr(database, "parts", (database,))
+    return [(part.directory.parent.parent / FOLDER, part) for part in parts]

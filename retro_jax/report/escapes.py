@@ -1,8 +1,8 @@
 """Text of any origin as HTML that shows every character and obeys none.
 
     <b>            &lt;b&gt;                 markup is text
-    NUL, ESC       ␀ ␛                       a control character is its picture
-    U+202E         ⟨U+202E⟩                  what turns the direction of text, or is not seen, is named
+    NUL, ESC       ⟨U+0000⟩ ⟨U+001B⟩         a control character is named: fonts lack its picture
+    U+202E         ⟨U+202E⟩                  what turns the direction of text, or is not seen, too
 
 Line ends and tabs stay, as pages keep white space. So do the joiners inside words and emoji.
 """
@@ -18,7 +18,7 @@ _CANDIDATES = re.compile(r"[^\n\t -~]")
 
 
 def visible(text: str) -> str:
-    """The text with pictures or names for characters that are not seen, or that reorder others."""
+    """The text with names for characters that are not seen, or that reorder others."""
     return _CANDIDATES.sub(lambda match: _shown(match[0]), text)
 
 
@@ -28,12 +28,7 @@ def escape(text: str) -> str:
 
 
 def _shown(character: str) -> str:
-    """One character, or its picture or name."""
+    """One character, or its name."""
     if character in _KEPT or unicodedata.category(character) not in _HIDDEN:
         return character
-    code = ord(character)
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if code == 0x7F:
-        return "\u2421"
-    return f"\u27e8U+{code:04X}\u27e9"
+    return f"\u27e8U+{ord(character):04X}\u27e9"

@@ -78,8 +78,8 @@ mark { background: var(--shared); color: inherit; border-radius: 2px; }
 .legend .ramp { width: 200px; height: 12px; border-radius: 3px; background: linear-gradient(90deg,
   rgba(var(--less), 0.75), rgba(var(--less), 0) 50%, rgba(var(--more), 0) 50%, rgba(var(--more), 0.75)); }
 details > summary { cursor: pointer; color: var(--dim); font-size: 13px; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 18px; margin: 10px 0; font-size: 13.5px; }
-dt { color: var(--dim); } dd { margin: 0; overflow-wrap: anywhere; }
+dl { display: grid; grid-template-columns: fit-content(40%) minmax(0, 1fr); gap: 2px 18px; margin: 10px 0; font-size: 13.5px; }
+dt { color: var(--dim); } dt, dd { overflow-wrap: anywhere; } dd { margin: 0; }
 """
 
 _FULL_COLOUR_RANGE = (0.25, 4.0)  # bits per token
@@ -302,11 +302,11 @@ def _span(span: Span, full: float) -> str:
     return f'<span{underline} style="{ground}" title="{span.gain:+.2f} bits">{text}</span>'
 
 
-def page(title: str, body: str) -> str:
-    """A whole HTML document; `title` is plain text, `body` HTML."""
+def page(title: str, body: str, *, head: str = "") -> str:
+    """A whole HTML document; `title` is plain text, `body` HTML, `head` more of its head."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}{STYLE_SHEET}</style></head>\n"
+        f"<title>{escape(title)}</title><style>{_STYLE}{STYLE_SHEET}</style>{head}</head>\n"
         f"<body><main>\n{body}\n</main></body></html>\n"
     )

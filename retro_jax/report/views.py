@@ -3,7 +3,7 @@
 import codecs
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -36,6 +36,33 @@ class NeighbourView:
     chunk: Sequence[Span]
     continuation: Sequence[Span]
     score: str = "distance"
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceDocument:
+    """A document that a page names: its id, its corpus, and what gives all its tokens [m]."""
+
+    id: str
+    corpus: str
+    tokens: Callable[[], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class NeighbourSource:
+    """Where a retrieved neighbour stands.
+
+    Attributes:
+      document: which contains it. chunk: which of the document's `chunks` it is, from 1.
+      score: to the query. kind: what the score is called: "distance" or "BM25".
+      revision: of the database.
+    """
+
+    document: SourceDocument
+    chunk: int
+    chunks: int
+    score: float
+    kind: str = "distance"
+    revision: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

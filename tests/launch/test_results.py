@@ -1,5 +1,6 @@
 """Evaluate, sample and report on a slice of the real corpora, with a RETRO of a few steps."""
 
+import html
 import importlib
 import json
 import math
@@ -236,6 +237,7 @@ def test_neighbours_of_a_split_are_what_the_retriever_finds(prepared_workdir: pa
         (sample.main, ["--prompt=x", "--top_p=0"], 1, "SamplingConfig.top_p is 0.0"),
         (sample.main, ["--prompt=x", "--retrieval=on,off"], 2, "expected on or off"),
         (sample.main, ["--prompt=x", "--workdir=/nowhere"], 1, "has no checkpoint"),
+        (sample.main, ["--prompt=x", "--trace=/nowhere/x.html"], 1, "in a directory that is there"),
         (report.main, ["--split=train"], 1, "train.json is missing: expected the result of"),
     ],
 )
@@ -254,8 +256,8 @@ SETTINGS = ["--max_tokens=70", "--temperature=0.9", "--top_k=20", "--seed=5"]
 @pytest.fixture(scope="module")
 def sampled(trained: list[str], workdir: pathlib.Path) -> dict:
     """What launch.sample wrote."""
-    before = set(workdir.glob("samples/*.json"))
-    assert call(sample.main, *trained, *PROMPTS, *SETTINGS) == 0
+    before, page = set(workdir.glob("samples/*.json")), f"--trace={workdir / 'trace.html'}"
+    assert call(sample.main, *trained, *PROMPTS, *SETTINGS, page) == 0
     (path,) = set(workdir.glob("samples/*.json")) - before
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -297,6 +299,27 @@ def test_the_same_request_is_read_and_shown_again(
     assert "sample 2 of 2" in shown
     assert "import json" in shown
     assert "● " + sampled["samples"][0]["chunks"][0]["neighbours"][0]["document"] in shown
+
+
+def test_a_page_shows_what_retrieval_changed_in_them(sampled: dict, workdir: pathlib.Path):
+    """As the generator saw it, past the trained length too; each chunk beside what it read."""
+    page = (workdir / "trace.html").read_text(encoding="utf-8")
+    parts = re.findall(r'class="values">(.*?)</script>', page)
+    articles = page.split('<article class="trace">')[1:]
+    assert len(sampled["samples"][1]["tokens"]) > 4 * 64
+    for one, part, article in zip(sampled["samples"], parts, articles, strict=True):
+        units = json.loads(part)["units"]
+        shown = {unit["token"]: unit["with"] for unit in units if "tokens" not in unit}
+        given = dict(enumerate(one["log_probabilities"], one["prompt_length"]))
+        both = sorted(shown.keys() & given.keys())
+        assert len(both) > 40
+        wanted = [given[place] for place in both]
+        assert [shown[place] for place in both] == pytest.approx(wanted, abs=1e-3)
+        assert any(unit["with"] != unit["without"] for unit in units)
+        chunks = article.split('<section class="card chunk')[1:]
+        for before, chunk in zip(one["chunks"], chunks[1:], strict=False):
+            for view in before["neighbours"]:
+                assert html.escape(view["document"]) in chunk
 
 
 def test_samples_without_retrieval(trained: list[str], workdir: pathlib.Path, capsys):

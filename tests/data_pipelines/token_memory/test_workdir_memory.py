@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
+from data_pipelines.chunk_database.tokenizer import Tokenizer
+from data_pipelines.evaluation.trace_sources import DatabaseLibrary
 from data_pipelines.retriever import revisions
-from data_pipelines.token_memory.workdir_memory import FOLDER, prepare_and_open
+from data_pipelines.token_memory.workdir_memory import FOLDER, open_existing, prepare_and_open
 from tests.conftest_prepared import run_prepare
 from tests.data_pipelines.small import tree
 
@@ -43,7 +45,10 @@ NeighboursConfig.train = 1
 
 def test_every_revision_has_its_own_and_is_built_once(workdir):
     database = revisions.open_database(workdir)
+    assert open_existing(database) is None
     memory = prepare_and_open(database)
+    found = open_existing(database)
+    assert found is not None and found.hashes == memory.hashes
     assert (workdir / FOLDER).is_dir()
     assert (workdir / "revisions" / "00001" / FOLDER).is_dir()
     before = tree(workdir)
@@ -56,6 +61,26 @@ def test_every_revision_has_its_own_and_is_built_once(workdir):
     assert database.num_documents - 1 in match.documents
     older = prepare_and_open(revisions.open_database(workdir, 0))
     assert database.num_documents - 1 not in older.match(last[:9]).documents
+
+
+def test_a_library_names_documents_of_any_revision_and_gives_their_tokens(workdir):
+    database, tokenizer = revisions.open_database(workdir), Tokenizer.open(workdir / "tokenizer")
+    library = DatabaseLibrary(tokenizer, database, prepare_and_open(database))
+    record = database.record(database.num_documents - 1)
+    found, none = library.sources(np.array([record.first_chunk, -1]), np.array([2.5, 0]), "bm25")
+    assert none is None
+    assert (found.document.id, found.document.corpus) == (record.id, "new")
+    assert (found.chunk, found.chunks, found.score, found.kind) == (1, record.chunks, 2.5, "BM25")
+    assert found.revision == database.manifest.revision == 1
+    tokens = found.document.tokens()
+    (path,) = (workdir.parent / "new").glob(f"{record.id.removesuffix('.txt')}.txt")
+    assert b"".join(map(library.piece, tokens.tolist())).decode() == path.read_text()
+    assert [library.label(int(token)) for token in tokens[[0, -1]]] == ["bos", "eos"]
+    votes = library.votes(tokens[:9])
+    assert votes is not None and votes.length == 9
+    voter = library.document(int(votes.documents[0]))
+    assert tokens[9] in votes.tokens and voter.id in {r.id for r in database.records()}
+    assert DatabaseLibrary(tokenizer, database).votes(tokens[:9]) is None
 
 
 def test_removed_documents_do_not_vote(workdir):
