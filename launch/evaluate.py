@@ -3,6 +3,7 @@
     python -m launch.evaluate --workdir=W
     python -m launch.evaluate --workdir=W --retrieval=on,off,random,oracle --sweep=1,2,5,10 --knn
     python -m launch.evaluate --workdir=W --slices=wikitext103 --slice_paths=wikitext103=wiki.test.tokens
+    python -m launch.evaluate --workdir=W --revisions=0,1,2 --retrieval=on,off,tokens
 
 Reads the newest checkpoint of W/retro, and of W/baseline where one was trained. Every token is scored
 once, in windows of the trained length that advance by half of it. docs/evaluation.md explains each
@@ -10,7 +11,10 @@ condition and figure. Writes, in W/evaluation:
 
     SPLIT.json, SPLIT.md           the last printed results, with every sum and figure
     SPLIT-documents.npz            sums by document, for intervals and comparisons
+    SPLIT-size.json                bits by the size of the database, of three --database_shares or more
+    SPLIT-credit.csv SPLIT-remove.txt  what each document of the database saved (--credit)
     SPLIT-windows.json             figures of each --overlap, where there are several
+    SPLIT-revisions.json           figures of each of --revisions, where there are any
     SPLIT-cost.svg                 bits per byte by operations and by bytes read of all conditions
     SPLIT-overlap.json .csv .svg   the same figures by overlap with the training data, r(C) <= alpha
     SPLIT-CONDITION-STEP-ID.json   one condition of one checkpoint; found again, it is reused
@@ -32,10 +36,12 @@ from typing import Any
 from absl import flags
 
 from data_pipelines.chunk_database.tokenizer import Tokenizer
-from data_pipelines.evaluation.prepare_text import prepare_slice
+from data_pipelines.evaluation.credit import write_credit
+from data_pipelines.evaluation.database_share import check_shares
+from data_pipelines.evaluation.prepare_text import prepare_tables
 from data_pipelines.evaluation.sample import sampled
 from data_pipelines.evaluation.splits import open_split, places_of
-from data_pipelines.evaluation.texts import TEXTS, SliceConfig, evaluation_text
+from data_pipelines.evaluation.texts import TEXTS, evaluation_text
 from launch.common import app, configurables
 from launch.common.flags import (
     AVERAGED,
@@ -55,19 +61,20 @@ from launch.evaluation.conditions import (
     KINDS,
     TOKENS,
     Condition,
-    check_split,
     context_condition,
     passes,
     swept_conditions,
 )
 from launch.evaluation.costs import with_costs
 from launch.evaluation.results import Work, evaluate
+from launch.evaluation.revisions import write_revisions
 from launch.evaluation.scores import keep_scores
 from launch.evaluation.settings import EvaluationSettings, KnnSettings
 from launch.evaluation.slices import wanted_slices
 from launch.runs import trained_run
 from retro_jax.distributed import processes
 from retro_jax.errors import UserError
+from retro_jax.evaluate import size_law
 from retro_jax.evaluate.in_context import check_context
 from retro_jax.evaluate.scorer import Scorer
 from retro_jax.evaluate.uncertainty import with_intervals
@@ -79,7 +86,14 @@ from retro_jax.report.evaluation_tables import (
     markdown,
     window_tables,
 )
-from retro_jax.report.result_files import EVALUATION, windows_file, write_costs, write_overlap
+from retro_jax.report.result_files import (
+    EVALUATION,
+    windows_file,
+    write_costs,
+    write_overlap,
+    write_size_law,
+)
+from retro_jax.report.revision_view import revision_tables
 from retro_jax.report.tables import as_text
 from retro_jax.retrofit import context_length
 from retro_jax.storage import files
@@ -116,6 +130,22 @@ SLICES = flags.DEFINE_list(
 )
 PATHS = flags.DEFINE_list(
     "slice_paths", [], "Where slices are read, as in pile=/data/val.jsonl.zst; needed once."
+)
+
+REVISIONS = flags.DEFINE_list(
+    "revisions",
+    [],
+    "Score with the database at each of these revisions, as in 0,1,2: one model, no training. What is "
+    "shown is of the last, and all are also shown beside each other.",
+)
+
+CREDIT = flags.DEFINE_float(
+    "credit",
+    None,
+    "Also write the bits that each document of the database saved, and a --remove list of this share of "
+    "them, of least credit.",
+    lower_bound=0,
+    upper_bound=1,
 )
 
 BERT = flags.DEFINE_string(
@@ -169,12 +199,18 @@ def main() -> None:
     scorer = Scorer()
     with processes.noticing_loss():
         configs = wanted_slices(SLICES.value, PATHS.value, MAX_DOCUMENTS.value)
-        names = [_prepared(data, config) for config in configs]
-        for number, name in enumerate(names or [SPLIT.value]):
+        revisions = [*map(int, _numbers(REVISIONS, 0, 99_999, whole=True))]
+        prepare_tables(data, SPLIT.value, configs, revisions, bert_folder=BERT.value)
+        for number, name in enumerate([config.key for config in configs] or [SPLIT.value]):
             opening = functools.partial(_open, workdir, data, name, conditions, scorer)
             if number:
                 _say("")
-            _evaluate_all(processes.together(opening), settings, conditions)
+            if revisions:
+                calls = {r: functools.partial(opening, r) for r in revisions}
+                opened = {r: processes.together(call) for r, call in calls.items()}
+                _evaluate_revisions(opened, settings[-1], conditions)
+            else:
+                _evaluate_all(processes.together(opening), settings, conditions)
 
 
 def _settings() -> list[EvaluationSettings]:
@@ -186,6 +222,8 @@ def _settings() -> list[EvaluationSettings]:
     overlaps: set[float] = set()
     if STRIDE.value is not None and OVERLAP.value:
         raise flags.Error("--overlap and --stride_chunks: expected one of them")
+    if REVISIONS.value and len(OVERLAP.value) > 1:
+        raise flags.Error("--overlap with --revisions: expected one share")
     for value in OVERLAP.value:
         share = _number(value)
         if not 0 <= share <= 1:
@@ -218,32 +256,28 @@ def _checked_conditions(
     return conditions
 
 
-def _prepared(data: pathlib.Path, config: SliceConfig) -> str:
-    """The name of a slice, which the first process has prepared at need."""
-    report = functools.partial(print, flush=True)
-    return processes.from_first(
-        lambda: prepare_slice(data, config, bert_folder=BERT.value, report=report)
-    )
-
-
 def _open(
     workdir: pathlib.Path,
     data: pathlib.Path,
     name: str,
     conditions: Sequence[Condition],
     scorer: Scorer,
+    revision: int | None = None,
 ) -> Work:
     """A split or slice with the tables that the conditions read."""
     most = max(condition.neighbours for condition in conditions)
     if places_of(data, name).neighbours.is_dir():
         most = max(most, 1)  # r(C) needs the table even where no condition does
-    split = open_split(data, name, neighbours=most, max_documents=MAX_DOCUMENTS.value)
-    check_split(split, conditions)
+    limit = MAX_DOCUMENTS.value
+    split = open_split(data, name, neighbours=most, max_documents=limit, revision=revision)
+    if any(condition.kind == "database" for condition in conditions):
+        check_shares(split)
     tokenizer = Tokenizer.open(data / "tokenizer")
     lengths = tokenizer.byte_lengths
     if SAMPLE.value is not None:
         split = sampled(split, SAMPLE.value, tokenizer)
-    return Work(workdir / EVALUATION, data, split, split.text_mask(lengths), lengths, scorer)
+    text = split.text_mask(lengths)
+    return Work(workdir / EVALUATION, data, split, text, lengths, scorer, revision)
 
 
 def _say(text: str) -> None:
@@ -256,18 +290,39 @@ def _evaluate_all(
     work: Work, settings: Sequence[EvaluationSettings], conditions: Sequence[Condition]
 ) -> None:
     """Scores a split under all conditions; the first process writes and prints every form of it."""
-    by_overlap: dict[float | None, dict[str, Any]] = {}
-    for each in settings:
-        results: dict[str, Any] = {}
-        for together in passes(conditions):
-            results |= evaluate(work, each, together)
-        if processes.is_first():
-            results = with_costs(work, each, conditions, results)
-        by_overlap[each.overlap] = results
+    by_overlap = {each.overlap: _evaluate(work, each, conditions) for each in settings}
     processes.together(lambda: _publish(work, by_overlap) if processes.is_first() else None)
 
 
-def _publish(work: Work, by_overlap: Mapping[Any, Mapping[str, Any]]) -> None:
+def _evaluate(
+    work: Work, settings: EvaluationSettings, conditions: Sequence[Condition]
+) -> dict[str, Any]:
+    """The results of all conditions by name, with their costs; empty but in the first process."""
+    results: dict[str, Any] = {}
+    for together in passes(conditions):
+        results |= evaluate(work, settings, together)
+    return with_costs(work, settings, conditions, results) if processes.is_first() else results
+
+
+def _evaluate_revisions(
+    works: Mapping[int, Work], settings: EvaluationSettings, conditions: Sequence[Condition]
+) -> None:
+    """Scores a split against revisions of the database; publishes the last, with a table of all."""
+    found = {r: _evaluate(work, settings, conditions) for r, work in works.items()}
+    last = max(works)
+
+    def publish() -> None:
+        by_revision = write_revisions(works, found)
+        _publish(works[last], {settings.overlap: found[last]}, by_revision)
+
+    processes.together(lambda: publish() if processes.is_first() else None)
+
+
+def _publish(
+    work: Work,
+    by_overlap: Mapping[Any, Mapping[str, Any]],
+    by_revision: Mapping[str, Any] | None = None,
+) -> None:
     """Writes every form of the results, then prints them: those of the largest overlap, then all."""
     name, results = work.split.name, list(by_overlap.values())[-1]
     scored = keep_scores(
@@ -287,9 +342,20 @@ def _publish(work: Work, by_overlap: Mapping[Any, Mapping[str, Any]]) -> None:
         files.write_atomically(windows_file(work.folder, name), files.to_json(several))
         for table in window_tables(several):
             lines.append(f"\n{table.title}\n{as_text(table)}")
+    law = write_size_law(work.folder, name, scored)
+    lines += [f"\n{size_law.describe(law)}"] if law else []
+    if CREDIT.value is not None:
+        scored_text, share, revision = (work.split, work.text), CREDIT.value, work.revision
+        told = write_credit(
+            work.folder, work.data, *scored_text, results, share=share, revision=revision
+        )
+        lines.append(f"\n{told}")
     costs = write_costs(work.folder, name, results)
     lines += [f"\n{costs.title}\n{as_text(costs)}"] if costs else []
-    text = markdown(results, overlap, several, evaluation_text(name).published)
+    for table in revision_tables(by_revision) if by_revision else ():
+        lines.append(f"\n{table.title}\n{as_text(table)}")
+    published = evaluation_text(name).published
+    text = markdown(results, overlap, several, published, by_revision, law)
     files.write_atomically(work.folder / f"{name}.md", text.encode())
     print("\n".join(lines))
 

@@ -40,8 +40,10 @@ from retro_jax.report.result_files import (
     SAMPLES,
     overlap_files,
     read_comparisons,
+    revisions_file,
     windows_file,
 )
+from retro_jax.report.revision_view import revision_tables
 from retro_jax.report.views import (
     ChartView,
     ChunkView,
@@ -83,7 +85,9 @@ def main() -> None:
         chunks=_chunks(data, results, *scored) if scored else [],
         samples=list(_samples(workdir / SAMPLES, run)),
         charts=[
-            *charts.window_charts(_several(workdir / EVALUATION, results, SPLIT.value)),
+            *charts.window_charts(
+                _several(windows_file(workdir / EVALUATION, SPLIT.value), results)
+            ),
             *_charts(results, scored),
         ],
         tables=list(_tables(workdir / EVALUATION, results, SPLIT.value)),
@@ -148,13 +152,14 @@ def _tables(folder: pathlib.Path, results: Mapping[str, Any], split: str) -> Ite
     compared = read_comparisons(folder, split, results)
     if compared:
         yield comparisons(compared)
-    several = _several(folder, results, split)
+    several = _several(windows_file(folder, split), results)
     yield from window_tables(several) if several else ()
+    by_revision = _several(revisions_file(folder, split), results)
+    yield from revision_tables(by_revision) if by_revision else ()
 
 
-def _several(folder: pathlib.Path, results: Mapping[str, Any], split: str) -> dict[str, Any] | None:
-    """The figures of several overlaps of windows, where they belong to the same models."""
-    path = windows_file(folder, split)
+def _several(path: pathlib.Path, results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The figures of a file by overlap or revision, where they belong to the same models."""
     figures = files.read_json(path) if path.is_file() else None
     models = {name: result["model"] for name, result in results.items()}
     return figures if figures and figures["models"] == models else None

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from absl import flags
 from flax import nnx
 

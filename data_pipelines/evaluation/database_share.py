@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from data_pipelines.artefacts.manifest import MANIFEST_FILE
+from data_pipelines.corpora import SPLITS
 from data_pipelines.documents.documents import stable_fraction
 from data_pipelines.evaluation.splits import Split, places_of
 from data_pipelines.retriever.index import compare_all
@@ -21,9 +22,26 @@ from data_pipelines.retriever.queries import OwnDocuments
 from data_pipelines.retriever.retrieval_database import Database
 from data_pipelines.retriever.retriever import Retriever
 from retro_jax.distributed.progress import progress_bar
+from retro_jax.errors import UserError
 from retro_jax.storage.files import read_array, write_array
 
 _QUERIES = 1 << 13  # that pass over the keys together
+
+
+def check_shares(split: Split) -> None:
+    """Refuses shares of the database for its own documents, or for tables not made by keys.
+
+    Raises:
+      UserError: the database's own split, or a table of BM25.
+    """
+    if split.table is not None and split.table.retriever != "dense":
+        raise UserError(
+            f"--database_shares: {split.table.directory} was made by the retriever"
+            f" {split.table.retriever!r}: expected 'dense'"
+        )
+    if split.retrieval and split.retrieval.manifest.hash == split.database.manifest.hash:
+        others = ", ".join(name for name in SPLITS if name != "train")
+        raise UserError(f"--database_shares of the training split itself: expected {others}")
 
 
 def subsampled(
@@ -51,7 +69,7 @@ def subsampled(
     rows = np.flatnonzero((ids < 0).any(axis=1))
     candidates = np.flatnonzero(mask)
     if len(rows) and len(candidates):
-        keys = Database.open(data).keys
+        keys = Database.open(data, split.retrieval.manifest.revision).keys
         embed, owners = (
             _embeddings(split, keys, data),
             OwnDocuments(split.database, split.retrieval),

@@ -30,7 +30,9 @@ from data_pipelines.retriever.embedder import find_model
 from data_pipelines.retriever.index_kind import IndexPlan
 from data_pipelines.retriever.retrieval_database import Database
 from data_pipelines.retriever.retriever import Ranking
+from data_pipelines.retriever.revisions import open_database
 from data_pipelines.token_memory.memory import LONGEST, MOST_VOTES, TokenMemory
+from data_pipelines.token_memory.workdir_memory import prepare_and_open
 from retro_jax.errors import UserError
 
 NEIGHBOUR_LENGTH = 2 * CHUNK_LENGTH
@@ -60,6 +62,34 @@ class LookupCost:
             self.bytes_kept + other.bytes_kept,
             max(self.tokens, other.tokens),
         )
+
+
+def condition_cost(
+    data: pathlib.Path,
+    revision: int | None,
+    *,
+    neighbours: int = 0,
+    share: float = 1.0,
+    searched: bool = True,
+    tokens: bool = False,
+    datastore: "LookupCost | None" = None,
+) -> LookupCost | None:
+    """The cost of all memories of a condition; None where parts of the database are not there.
+
+    Args:
+      data: W. revision: of its database; None for the newest. neighbours: a chunk's. share, searched:
+        as for `neighbour_cost`. tokens: whether a token memory is asked. datastore: kNN-LM's part.
+    """
+    cost = datastore or LookupCost()
+    try:
+        if neighbours:
+            database, ranking = Database.open(data, revision), Ranking.of(data)
+            cost += neighbour_cost(database, ranking, neighbours, share=share, searched=searched)
+        if tokens:
+            cost += token_memory_cost(prepare_and_open(open_database(data, revision)))
+    except UserError:
+        return None
+    return cost
 
 
 def search_cost(plan: IndexPlan, keys: float, dimension: int) -> tuple[float, float]:
@@ -130,15 +160,16 @@ def token_memory_cost(memory: TokenMemory) -> LookupCost:
     return LookupCost(0.0, read, kept, _tokens(database))
 
 
-def datastore_cost(tokens: int, dimension: int, plan: IndexPlan, width: int) -> LookupCost:
+def datastore_cost(tokens: int, dimension: int, plan: IndexPlan, text: ChunkDatabase) -> LookupCost:
     """The cost of kNN-LM's look-up: a key of 16-bit floats for each token, and the token.
 
     Args:
-      tokens: in the datastore. dimension: of a key. plan: of its index. width: bytes of a token.
+      tokens: in the datastore. dimension: of a key. plan: of its index. text: whose tokens they are.
     """
     operations, read = search_cost(plan, tokens, dimension)
     codes = plan.dimensions_per_block and math.ceil(dimension / plan.dimensions_per_block) / 2
-    return LookupCost(operations, read, tokens * (2 * dimension + width + codes), tokens)
+    size = 2 * dimension + _token_bytes(text) + codes
+    return LookupCost(operations, read, tokens * size, tokens)
 
 
 def _embedding(manifest: Manifest) -> float:

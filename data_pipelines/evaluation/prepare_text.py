@@ -1,20 +1,25 @@
 """Prepares a text for evaluation: chunks, keys and neighbours beside those of the splits."""
 
+import functools
 import logging
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from data_pipelines.artefacts.manifest import MANIFEST_FILE
+from data_pipelines.artefacts.manifest import MANIFEST_FILE, Manifest
 from data_pipelines.chunk_database.database import ChunkDatabase, prepare_chunks
 from data_pipelines.documents.documents import KIND as DOCUMENTS
 from data_pipelines.evaluation.splits import slice_table
 from data_pipelines.evaluation.texts import SliceConfig, check_source, prepare_texts
+from data_pipelines.retriever.bm25 import KIND as BM25
+from data_pipelines.retriever.bm25 import Bm25Config, prepare_bm25
 from data_pipelines.retriever.keys import Keys, KeysConfig, prepare_keys
+from data_pipelines.retriever.neighbours import KIND as NEIGHBOURS
 from data_pipelines.retriever.neighbours import prepare_neighbours
 from data_pipelines.retriever.queries import Queries
-from data_pipelines.retriever.retriever import Retriever
-from data_pipelines.retriever.revisions import latest
+from data_pipelines.retriever.retriever import Ranking, Retriever
+from data_pipelines.retriever.revisions import checked, folder_of, latest, open_database
 from data_pipelines.workdir.stages import only_one
+from retro_jax.distributed import processes
 
 FOLDER = "slices"
 _NEIGHBOURS = 40  # of the paper's evaluation; fewer can be used of them
@@ -25,16 +30,17 @@ def prepare_slice(
     data: pathlib.Path,
     config: SliceConfig,
     *,
+    revision: int | None = None,
     bert_folder: str | None = None,
     report: Callable[[str], object] = logging.getLogger(__name__).info,
 ) -> str:
     """Prepares a slice with the data's tokeniser and retrieval database, or what is missing of it.
 
-    After an update of the database that is a table against its newest revision.
+    For another revision of the database that is another table.
 
     Args:
       data: W.
-      config: the text.
+      config: the text. revision: of the database; None for the newest.
       bert_folder: the BERT that made the database's keys, where it is no packaged one.
       report: receives a line when there is anything to do.
 
@@ -45,7 +51,8 @@ def prepare_slice(
       UserError: a path where nothing is, or other files than those that were prepared by this name.
     """
     folder = data / FOLDER / config.key
-    table = slice_table(folder, latest(data))
+    revision = latest(data) if revision is None else revision
+    table = slice_table(folder, revision)
     if (table / MANIFEST_FILE).is_file():
         check_source(folder, config)
         return config.key
@@ -53,7 +60,7 @@ def prepare_slice(
         report(f"preparing {config.key} ...")
         prepare_texts(folder, config)
         prepare_chunks(folder / "chunks", folder / DOCUMENTS, data / "tokenizer")
-        retriever = Retriever.open(data, model=bert_folder)
+        retriever = Retriever.open(data, model=bert_folder, revision=revision)
         chunks = ChunkDatabase.open(folder / "chunks")
         queries: Queries = chunks
         if retriever.ranking.by_keys:
@@ -69,3 +76,74 @@ def prepare_slice(
             recall_queries=_RECALL_QUERIES,
         )
     return config.key
+
+
+def prepare_split(
+    data: pathlib.Path,
+    name: str,
+    revision: int,
+    *,
+    report: Callable[[str], object] = logging.getLogger(__name__).info,
+) -> None:
+    """Finds the neighbours of a held-out split in a revision of the database, if no table has them.
+
+    Args:
+      data: W. name: of the split. revision: of the database. report: as for `prepare_slice`.
+
+    Raises:
+      UserError: the database has no such revision, or the split no table of revision 0.
+    """
+    folder = folder_of(data, checked(data, revision))
+    table = folder / NEIGHBOURS / name
+    if (table / MANIFEST_FILE).is_file():
+        return
+    settings = Manifest.read(data / NEIGHBOURS / name).settings
+    with only_one(data):
+        report(f"finding the neighbours of {name} in revision {revision} ...")
+        ranking = Ranking.of(data)
+        if ranking.by_terms and not (folder / BM25 / MANIFEST_FILE).is_file():
+            terms = Manifest.read(data / BM25).settings
+            prepare_bm25(
+                folder / BM25, open_database(data, revision), Bm25Config(terms["k1"], terms["b"])
+            )
+        chunks = ChunkDatabase.open(data / "chunks" / name)
+        queries = Keys.open(data / "keys" / name, chunks) if ranking.by_keys else chunks
+        retriever = Retriever.open(data, revision=revision)
+        k, sample = settings["k"], settings["recall_queries"]
+        prepare_neighbours(table, queries, retriever, k=k, recall_queries=sample)
+
+
+def prepare_tables(
+    data: pathlib.Path,
+    split: str,
+    texts: Sequence[SliceConfig],
+    revisions: Sequence[int],
+    *,
+    bert_folder: str | None,
+) -> None:
+    """The first process makes the missing tables of texts, or of a split, against revisions.
+
+    The validation split has one too: mixtures are tuned on it.
+
+    Args:
+      data: of the prepared data. split: scored where there are no texts. texts: beside the splits.
+      revisions: of the database; none for the newest. bert_folder: of a BERT that is not packaged.
+
+    Raises:
+      UserError: a revision that is gone.
+    """
+    report = functools.partial(print, flush=True)
+
+    def prepare() -> str:
+        for revision in revisions:
+            checked(data, revision)
+        for text in texts:
+            for revision in revisions or [latest(data)]:
+                prepare_slice(data, text, revision=revision, bert_folder=bert_folder, report=report)
+        held_out = {"validation", *([] if texts else [split])} - {"train"}
+        for name in sorted(held_out):
+            for revision in revisions if (data / NEIGHBOURS / name).is_dir() else ():
+                prepare_split(data, name, revision, report=report)
+        return ""
+
+    processes.from_first(prepare)

@@ -94,6 +94,18 @@ class Split:
             raise ValueError("the split was opened without neighbours")
         return self.retrieval.values(np.where(ids[:, None] >= 0, found, -1))
 
+    def read_documents(self, k: int) -> np.ndarray:
+        """[n, k] int64: documents of the neighbours that are read while each of ids is predicted.
+
+        These are the neighbours of the chunk before it; -1 for the first chunk of a document.
+        """
+        assert self.table is not None and self.retrieval is not None
+        owners = self.database.documents(self.ids)
+        before = np.maximum(self.ids - 1, 0)
+        follows = (self.ids > 0) & (self.database.documents(before) == owners)
+        ids = np.where(follows[:, None], self.table.ids(before, k), -1)
+        return np.where(ids >= 0, self.retrieval.documents(ids), -1)
+
     def hashes(self, with_neighbours: bool) -> dict[str, str]:
         """Hashes of the artefacts that a result depends on."""
         used = {"chunks": self.database.manifest.hash}
@@ -103,7 +115,12 @@ class Split:
 
 
 def open_split(
-    data: pathlib.Path, name: str, *, neighbours: int, max_documents: int | None = None
+    data: pathlib.Path,
+    name: str,
+    *,
+    neighbours: int,
+    max_documents: int | None = None,
+    revision: int | None = None,
 ) -> Split:
     """Opens a split.
 
@@ -111,25 +128,27 @@ def open_split(
       data: W, or the directory of the prepared data. name: of the split.
       neighbours: how many the table must have; 0 for no table at all.
       max_documents: only the first so many documents of each corpus (they are in random order).
+      revision: of the database that is retrieved from; None for the newest.
 
     Raises:
       UserError: an unknown or empty split, no table or too small a one, artefacts that do not
         belong together.
     """
-    places = places_of(data, name)
-    database = open_database(data) if name == "train" else ChunkDatabase.open(places.chunks)
+    places = places_of(data, name, revision)
+    is_train = name == "train"
+    database = open_database(data, revision) if is_train else ChunkDatabase.open(places.chunks)
     ids = choose_chunks(database, max_documents)
     if not len(ids):
         raise UserError(f"{places.chunks} holds no document: expected some to score")
     measures = read_measures(places.measures) if places.measures else None
     if not neighbours:
         return Split(name, database, None, None, ids, measures)
-    retrieval = open_database(data)
+    retrieval = open_database(data, revision)
     if places.measures:
         if not (places.neighbours / MANIFEST_FILE).is_file():
             raise UserError(
-                f"{places.neighbours} is missing: the database is at revision"
-                f" {retrieval.manifest.revision} now; expected launch.evaluate --slices={name}, which"
+                f"{places.neighbours} is missing, of the database's revision"
+                f" {retrieval.manifest.revision}: expected launch.evaluate --slices={name}, which"
                 " finds the slice's neighbours in it"
             )
         table = NeighbourTable.open(places.neighbours, database, retrieval)
@@ -170,8 +189,10 @@ class Places:
     measures: pathlib.Path | None
 
 
-def places_of(data: pathlib.Path, name: str) -> Places:
+def places_of(data: pathlib.Path, name: str, revision: int | None = None) -> Places:
     """Where a split of the prepared data is, or a slice that evaluation prepared.
+
+    The neighbours of a slice are those in a revision of the database; None for the newest.
 
     Raises:
       UserError: there is neither.
@@ -184,7 +205,7 @@ def places_of(data: pathlib.Path, name: str) -> Places:
         )
     if name in slices:
         folder = data / "slices" / name
-        table = slice_table(folder, latest(data))
+        table = slice_table(folder, latest(data) if revision is None else revision)
         return Places(folder / "chunks", folder / "keys", table, folder)
     splits += slices
     expected = f"one of {', '.join(splits)}" if splits else "what launch.prepare makes"

@@ -104,6 +104,19 @@ def clear_unfinished(workdir: Path) -> None:
         shutil.rmtree(folder)
 
 
+def checked(workdir: Path, revision: int) -> int:
+    """A revision that is there.
+
+    Raises:
+      UserError: it is gone, or never was.
+    """
+    newest = latest(workdir)
+    if not 0 <= revision <= newest:
+        have = f"the revisions 0 to {newest}" if newest else "revision 0 alone"
+        raise UserError(f"revision {revision}: {workdir} has {have}")
+    return revision
+
+
 def find(workdir: Path, digest: str) -> int:
     """The revision whose database has this hash; a UserError if there is none."""
     for revision in range(1, latest(workdir) + 1):
@@ -129,7 +142,7 @@ def open_database(
       UserError: something is missing, damaged, or does not belong to the rest.
     """
     folder = pathlib.Path(workdir)
-    revision = latest(folder) if revision is None else revision
+    revision = latest(folder) if revision is None else checked(folder, revision)
     first = base_of(folder, revision)
     base = ChunkDatabase.open(folder_of(folder, first) / "chunks" / "train", verify=verify)
     if not revision:

@@ -1,9 +1,10 @@
 """Looks up the longest ending of a text that occurs in a database, and what followed it there."""
 
 import dataclasses
+import functools
 import itertools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -15,6 +16,10 @@ from retro_jax.errors import UserError
 
 LONGEST = 32  # tokens of an ending that are compared, unless a caller says otherwise
 MOST_VOTES = 64  # occurrences that vote, unless a caller says otherwise
+_SPARE = 64  # times as many are looked at, where some may not vote
+
+
+Located = tuple[np.ndarray, np.ndarray, np.ndarray]  # chunks, places and documents of votes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,21 +29,45 @@ class Match:
     Attributes:
       length: tokens of the ending; 0 where not even the last token occurs.
       tokens: [v] int64, the token after each occurrence: its vote.
-      chunks: [v] int64 ids of the chunks in which these tokens are. places: [v] int64, where in them.
-      documents: [v] int64 numbers of the documents in which they are.
       occurrences: of the ending, before some were chosen to vote.
+      locate: finds where these tokens are, when that is first asked.
     """
 
     length: int
     tokens: np.ndarray
-    chunks: np.ndarray
-    places: np.ndarray
-    documents: np.ndarray
     occurrences: int
+    locate: Callable[[], Located]
+
+    @functools.cached_property
+    def _located(self) -> Located:
+        """Chunks, places and documents of the votes."""
+        return self.locate()
+
+    @property
+    def chunks(self) -> np.ndarray:
+        """[v] int64 ids of the chunks in which the tokens are."""
+        return self._located[0]
+
+    @property
+    def places(self) -> np.ndarray:
+        """[v] int64, where in their chunks the tokens are."""
+        return self._located[1]
+
+    @property
+    def documents(self) -> np.ndarray:
+        """[v] int64 numbers of the documents in which the tokens are."""
+        return self._located[2]
 
     def share(self, token: int) -> float:
         """The share of the votes that a token has, from 0 to 1."""
         return float(np.mean(self.tokens == token)) if len(self.tokens) else 0.0
+
+    def chosen(self, rows: np.ndarray) -> "Match":
+        """The same with some of its votes."""
+        located = tuple(column[rows] for column in self._located)
+        return dataclasses.replace(
+            self, tokens=self.tokens[rows], locate=lambda: cast(Located, located)
+        )
 
 
 class TokenMemory:
@@ -118,13 +147,13 @@ class TokenMemory:
         if not len(ending) or ending[-1] == self.database.eos_id:
             return _nothing()
         queries = [part.encode(ending) for part in self._parts]
-        lengths = [part.longest(query) for part, query in zip(self._parts, queries)]
+        found = [part.longest(query) for part, query in zip(self._parts, queries)]
         barred = self.database.removed
         if exclude is not None and len(exclude):
             barred = np.union1d(barred, exclude)
-        for length in range(max(lengths, default=0), 0, -1):
-            reaching = [i for i in range(len(self._parts)) if lengths[i] >= length]
-            ranges = [self._parts[i].range_of(queries[i], length) for i in reaching]
+        for length in range(max((each for each, _ in found), default=0), 0, -1):
+            reaching = [i for i, each in enumerate(found) if each[0] >= length]
+            ranges = [self._parts[i].range_of(queries[i], length, found[i][1]) for i in reaching]
             match = self._votes([self._parts[i] for i in reaching], ranges, most_votes, barred)
             if match is not None:
                 return dataclasses.replace(match, length=length)
@@ -139,48 +168,46 @@ class TokenMemory:
     ) -> Match | None:
         """The votes of the endings in ranges of the order; None where no document may vote."""
         total = sum(map(len, ranges))
-        if most and total > most:
-            subset = self._chosen(parts, ranges, np.arange(most) * total // most, barred)
-            if len(subset.tokens):
-                return dataclasses.replace(subset, occurrences=total)
-        every = self._chosen(parts, ranges, np.arange(total), barred)
-        if most and len(every.tokens) > most:
-            rows = np.arange(most) * len(every.tokens) // most
-            every = _subset(every, rows)
-        return every if len(every.tokens) else None
+        if not len(barred):
+            return self._match(parts, ranges, min(most, total) if most else total, total)
+        # A removed document takes no other's place: where one is met, more occurrences are looked at.
+        tries = [(most, most), (_SPARE * most, 1)]
+        for count, least in [*(each for each in tries if 0 < each[0] < total), (total, 1)]:
+            match = self._match(parts, ranges, count, total)
+            rows = np.flatnonzero(~np.isin(match.documents, barred))
+            if len(rows) >= least:
+                among = len(rows) if count == total else total
+                if 0 < most < len(rows):
+                    rows = rows[np.arange(most) * len(rows) // most]
+                return dataclasses.replace(match.chosen(rows), occurrences=among)
+        return None
 
-    def _chosen(
-        self,
-        parts: "Sequence[_Part]",
-        ranges: Sequence[range],
-        numbers: np.ndarray,
-        barred: np.ndarray,
+    def _match(
+        self, parts: "Sequence[_Part]", ranges: Sequence[range], count: int, total: int
     ) -> Match:
-        """The votes with these numbers, counted over all ranges, of documents that may vote."""
-        bounds = np.cumsum([0, *map(len, ranges)]).tolist()
-        columns = []
-        for part, span, (low, high) in zip(parts, ranges, itertools.pairwise(bounds)):
-            inside = numbers[(numbers >= low) & (numbers < high)] - low + span.start
-            columns.append(part.following(inside))
-        tokens, chunks, places = (np.concatenate(column) for column in zip(*columns))
-        documents = self.database.documents(chunks)
-        if len(barred):
-            free = ~np.isin(documents, barred)
-            match = Match(0, tokens, chunks, places, documents, int(free.sum()))
-            return _subset(match, free)
-        return Match(0, tokens, chunks, places, documents, len(tokens))
+        """The votes of so many endings, in equal distances over all ranges, of any documents."""
+        numbers = np.arange(count) if count == total else np.arange(count) * total // count
+        if len(parts) == 1:
+            following = [parts[0].following(numbers + ranges[0].start)]
+        else:
+            bounds, following = np.cumsum([0, *map(len, ranges)]).tolist(), []
+            for part, span, (low, high) in zip(parts, ranges, itertools.pairwise(bounds)):
+                inside = numbers[(numbers >= low) & (numbers < high)]
+                following.append(part.following(inside - low + span.start))
 
+        def locate() -> Located:
+            pairs = [part.located(each) for part, each in zip(parts, following, strict=True)]
+            chunks, places = (np.concatenate(column) for column in zip(*pairs, strict=True))
+            return chunks, places, self.database.documents(chunks)
 
-def _subset(match: Match, rows: np.ndarray) -> Match:
-    """A match with some of its votes."""
-    names = ("tokens", "chunks", "places", "documents")
-    return dataclasses.replace(match, **{name: getattr(match, name)[rows] for name in names})
+        tokens = [part.tokens(each) for part, each in zip(parts, following, strict=True)]
+        return Match(0, tokens[0] if len(tokens) == 1 else np.concatenate(tokens), total, locate)
 
 
 def _nothing() -> Match:
     """No match."""
     none = np.zeros(0, np.int64)
-    return Match(0, none, none, none, none, 0)
+    return Match(0, none, 0, lambda: (none, none, none))
 
 
 def _memory(array: np.ndarray) -> memoryview:
@@ -216,43 +243,63 @@ class _Part:
         """An ending as the text has it: backwards, big-endian."""
         return ending[::-1].astype(f">u{self._width}").tobytes()
 
-    def longest(self, query: bytes) -> int:
-        """Tokens of the longest ending that occurs."""
-        position = self._first(query)
-        return max(self._shared(i, query) for i in (position - 1, position))
+    def longest(self, query: bytes) -> tuple[int, int]:
+        """Tokens of the longest ending that occurs, and the first place whose ending is not below it."""
+        position = self._first(query, 0, len(self._places))
+        return max(self._shared(i, query) for i in (position - 1, position)), position
 
-    def range_of(self, query: bytes, length: int) -> range:
-        """The places in the order of the endings that share their last `length` tokens with it."""
+    def range_of(self, query: bytes, length: int, near: int) -> range:
+        """The places in the order of the endings that share their last `length` tokens with it.
+
+        They are around the place that `longest` gave, and looked for from there outwards.
+        """
         prefix = query[: length * self._width]
-        return range(self._first(prefix), self._first(prefix, after=True))
+        low, step = near - 1, 1
+        while low >= 0 and self._ending(low, len(prefix)) >= prefix:
+            low, step = low - step, 2 * step
+        high, step = near, 1
+        while high < len(self._places) and self._ending(high, len(prefix)) <= prefix:
+            high, step = high + step, 2 * step
+        first = self._first(prefix, max(low + 1, 0), near)
+        return range(first, self._first(prefix, near, min(high, len(self._places)), after=True))
 
-    def following(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The tokens after endings, given by their places in the order; their chunks and places."""
-        backwards = self._order[numbers].astype(np.int64) - 1
-        forwards = len(self._text) - 1 - backwards
+    def following(self, numbers: np.ndarray) -> np.ndarray:
+        """Where in the text the tokens after endings are, given by their places in the order."""
+        return self._order[numbers].astype(np.int64) - 1
+
+    def tokens(self, following: np.ndarray) -> np.ndarray:
+        """The tokens there."""
+        return self._text[following].astype(np.int64)
+
+    def located(self, following: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Their chunks, and their places in these."""
+        forwards = len(self._text) - 1 - following
         chunks = np.searchsorted(self._starts, forwards, side="right") - 1
-        tokens = self._text[backwards].astype(np.int64)
-        return tokens, chunks + self._first_chunk, forwards - self._starts[chunks]
+        return chunks + self._first_chunk, forwards - self._starts[chunks]
 
-    def _first(self, query: bytes, after: bool = False) -> int:
-        """The first place in the order whose ending is not below the query, or above what it begins."""
-        low, high, size = 0, len(self._places), len(query)
+    def _first(self, query: bytes, low: int, high: int, after: bool = False) -> int:
+        """The first place of a range whose ending is not below the query, or above what it begins."""
+        size, places, text, width = len(query), self._places, self._bytes, self._width
         while low < high:
             middle = (low + high) // 2
-            at = self._places[middle] * self._width
-            ending = bytes(self._bytes[at : at + size])
+            at = places[middle] * width
+            ending = bytes(text[at : at + size])
             if ending < query or (after and ending == query):
                 low = middle + 1
             else:
                 high = middle
         return low
 
+    def _ending(self, position: int, size: int) -> bytes:
+        """The first bytes of an ending of the order."""
+        at = self._places[position] * self._width
+        return bytes(self._bytes[at : at + size])
+
     def _shared(self, position: int, query: bytes) -> int:
         """Tokens that an ending of the order shares with the query."""
         if not 0 <= position < len(self._places):
             return 0
-        at = self._places[position] * self._width
-        ending = bytes(self._bytes[at : at + len(query)])
+        ending = self._ending(position, len(query))
         size = min(len(ending), len(query))
         differing = int.from_bytes(ending[:size], "big") ^ int.from_bytes(query[:size], "big")
         return (size - (differing.bit_length() + 7) // 8) // self._width

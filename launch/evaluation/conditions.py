@@ -19,18 +19,22 @@ ngrams_0.5    as on, without neighbours that contain more than half of the 13-gr
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from data_pipelines.batches.batches import keep_part
-from data_pipelines.corpora import SPLITS
 from data_pipelines.evaluation import database_share
+from data_pipelines.evaluation.neighbour_choice import (
+    NeighbourTokens,
+    oracle_neighbours,
+    random_neighbours,
+    unlike_neighbours,
+)
 from data_pipelines.evaluation.splits import Split
 from data_pipelines.token_memory.memory import LONGEST, MOST_VOTES
 from launch.runs import trained_run
-from retro_jax.errors import UserError
 from retro_jax.evaluate import overlap
 from retro_jax.evaluate.scorer import ScoredModel
 from retro_jax.retrofit.kept_states import attach_of
@@ -40,7 +44,6 @@ TUNING_CHUNKS = 1024  # of the validation split, by which a token mixture is tun
 IN_CONTEXT = "in_context"
 KINDS = ("on", "off", "random", "oracle", IN_CONTEXT, TOKENS)  # of --retrieval
 
-NeighbourTokens = Callable[[np.ndarray], np.ndarray]
 _GRAM = 13
 
 
@@ -126,13 +129,13 @@ def _whole_neighbours(
     if condition.kind == "database":
         table = database_share.subsampled(split, condition.value, k, folder=folder, data=data)
         return lambda ids: split.values(ids, table[np.searchsorted(split.ids, np.maximum(ids, 0))])
-    makers: dict[str, Callable[[Split, Condition], NeighbourTokens]] = {
-        "random": _random,
-        "oracle": _oracle,
-        "ngrams": _unlike,
-    }
-    if condition.kind in makers:
-        return makers[condition.kind](split, condition)
+    if condition.kind == "random":
+        return random_neighbours(split, k)
+    if condition.kind == "oracle":
+        return oracle_neighbours(split, k)
+    if condition.kind == "ngrams":
+        grams = overlap.shared_ngrams
+        return unlike_neighbours(split, k, limit=condition.value, size=_GRAM, shared_ngrams=grams)
     return lambda ids: split.neighbours(ids, k)
 
 
@@ -152,65 +155,3 @@ def condition_settings(condition: Condition) -> dict[str, Any]:
     if condition.kind in ("random", "oracle"):
         return {"neighbours_are": condition.kind}
     return {}
-
-
-def _random(split: Split, condition: Condition) -> NeighbourTokens:
-    """Chunks drawn from the whole database as it is now; the same ones for a chunk each time."""
-    assert split.retrieval is not None
-    shape = (len(split.database), condition.neighbours)
-    places = np.random.Generator(np.random.Philox(0)).integers(
-        0, split.retrieval.live_chunks, shape
-    )
-    drawn = split.retrieval.live_ids(places)
-    return lambda ids: split.values(ids, drawn[np.maximum(ids, 0)])
-
-
-def _oracle(split: Split, condition: Condition) -> NeighbourTokens:
-    """The neighbours of the chunk that follows in the same document; none for its last chunk."""
-    assert split.table is not None
-    table, database = split.table, split.database
-
-    def read(ids: np.ndarray) -> np.ndarray:
-        following = np.where((ids >= 0) & (ids + 1 < len(database)), ids + 1, -1)
-        same = database.documents(following) == database.documents(ids)
-        following = np.where(same, following, -1)
-        return split.values(following, table.ids(np.maximum(following, 0), condition.neighbours))
-
-    return read
-
-
-def _unlike(split: Split, condition: Condition) -> NeighbourTokens:
-    """The first k of the table's neighbours that share few 13-grams with their chunk and its successor."""
-    assert split.table is not None and split.retrieval is not None
-    table, database, retrieval = split.table, split.database, split.retrieval
-    ignored = {database.pad_id, database.bos_id, database.eos_id}
-
-    def read(ids: np.ndarray) -> np.ndarray:
-        neighbours = table.ids(np.maximum(ids, 0), table.k)
-        shares = overlap.shared_ngrams(
-            database.values(ids), retrieval.values(neighbours), ignored, _GRAM
-        )
-        mask = (neighbours >= 0) & (shares <= condition.value)
-        order = np.argsort(~mask, axis=1, kind="stable")[:, : condition.neighbours]
-        subset = np.take_along_axis(np.where(mask, neighbours, -1), order, axis=1)
-        return split.values(ids, subset)
-
-    return read
-
-
-def check_split(split: Split, conditions: Sequence[Condition]) -> None:
-    """Refuses shares of the database for its own documents, or for tables not made by keys.
-
-    Raises:
-      UserError: the database's own split, or a table of BM25, with --database_shares.
-    """
-    shares = any(condition.kind == "database" for condition in conditions)
-    if shares and split.table is not None and split.table.retriever != "dense":
-        raise UserError(
-            f"--database_shares: {split.table.directory} was made by the retriever"
-            f" {split.table.retriever!r}: expected 'dense'"
-        )
-    is_database = split.retrieval and split.retrieval.manifest.hash == split.database.manifest.hash
-    if is_database and shares:
-        others = ", ".join(name for name in SPLITS if name != "train")
-        raise UserError(f"--database_shares of the training split itself: expected {others}")

@@ -2,13 +2,11 @@
 
 The model is the baseline, or RETRO[ON]: then its activations are those with neighbours, in the
 datastore as in the text. The datastore contains the first chunks of the training split, whose
-documents are in random order within each corpus: W/evaluation/knn-*.npy. Weight and temperature are tuned on the validation split.
-ScaNN searches a large datastore, with the index that a retrieval database of as many keys would
-have; --knn_exact compares every key instead, which takes a hundred times as long for a million.
+documents are in random order within each corpus: W/evaluation/knn-*.npy. Weight and temperature are
+tuned on the validation split. ScaNN searches a large datastore; --knn_exact compares every key instead, which takes a hundred times as long for a million.
 """
 
 import dataclasses
-import functools
 import hashlib
 import pathlib
 from collections.abc import Callable, Sequence
@@ -18,8 +16,12 @@ import jax
 import numpy as np
 
 from data_pipelines.evaluation.splits import Split, first_documents, open_split
-from data_pipelines.retriever import index
-from data_pipelines.retriever.exact import ExactSearcher
+from data_pipelines.retriever.datastore import (
+    LookUp,
+    search_datastore,
+    search_recall,
+    spread_chunks,
+)
 from launch.evaluation.conditions import Condition, neighbour_tokens, scored_model
 from launch.evaluation.settings import KnnSettings
 from retro_jax.batch import ChunkText, RetroBatch
@@ -34,10 +36,7 @@ from retro_jax.storage.files import read_array, write_array
 
 _SEARCHED = 1 << 12  # tokens that pass over the datastore together
 _RECALL_QUERIES = 128  # of which the neighbours are compared with the true ones
-_REORDERED = 4  # candidates that ScaNN compares again exactly, for each neighbour
 _TUNING_CHUNKS = 512  # of the validation split
-
-_LookUp = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]  # places and distances
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +53,7 @@ class KnnScoring:
 
     Attributes:
       condition: the model and its neighbours. windows: of texts. settings: of the datastore and its
-        search. scorer: keeps the loaded model. data, folder: as everywhere.
+        search. scorer: keeps the loaded model. data, folder: as everywhere. revision: of the database.
     """
 
     condition: Condition
@@ -63,6 +62,7 @@ class KnnScoring:
     scorer: Scorer
     data: pathlib.Path
     folder: pathlib.Path
+    revision: int | None = None
 
     def score(self, split: Split, text: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
         """[n, 64] nats of a split, and the tuned settings.
@@ -71,9 +71,9 @@ class KnnScoring:
           split: the text to score. text: [n, 64] bool, the tokens that count.
         """
         store = self._store()
-        look_up, how = search(store.keys, self.settings)
-        tuning = open_split(self.data, "validation", neighbours=self.condition.neighbours)
-        tuning, mask = first_documents(tuning, _TUNING_CHUNKS)
+        settings = self.settings
+        look_up, how = search_datastore(store.keys, settings.neighbours, exact=settings.exact)
+        tuning, mask = first_documents(self._split("validation"), _TUNING_CHUNKS)
         results, _ = self._find(tuning, mask, store.values, look_up)
         unit = _median(results.distances.min(axis=1)) or 1.0
         config = knn_lm.tune(results, unit, neighbours=results.distances.shape[1])
@@ -85,12 +85,12 @@ class KnnScoring:
         sample = next(queries)[1]
         k = results.distances.shape[1]
         facts = dataclasses.asdict(config) | {"unit": unit, "search": how}
-        facts |= {"recall": _recall(look_up, sample[:_RECALL_QUERIES], store.keys, k)}
+        facts |= {"recall": search_recall(look_up, sample[:_RECALL_QUERIES], store.keys, k)}
         facts |= {"datastore_tokens": len(store.values)}
         return nll.astype(np.float32), facts
 
     def _find(
-        self, split: Split, text: np.ndarray, values_of: np.ndarray, look_up: _LookUp
+        self, split: Split, text: np.ndarray, values_of: np.ndarray, look_up: LookUp
     ) -> tuple[knn_lm.Found, np.ndarray]:
         """The datastore's matches for each token that counts, and [n, 64] of the model alone."""
         source = self._text(split)
@@ -116,6 +116,11 @@ class KnnScoring:
         targets = split.database.chunks(split.ids).ravel()[here]
         return knn_lm.Found(nll[text], targets, distances[here], values[here]), nll
 
+    def _split(self, name: str) -> Split:
+        """A split with the condition's neighbours."""
+        k = self.condition.neighbours
+        return open_split(self.data, name, neighbours=k, revision=self.revision)
+
     def _text(self, split: Split) -> ChunkText:
         """A split as the model reads it."""
         tokens = neighbour_tokens(split, self.condition, self.folder, self.data)
@@ -134,9 +139,8 @@ class KnnScoring:
 
     def _store(self) -> _Store:
         """The datastore, read where it is there already."""
-        k = self.condition.neighbours
-        split = open_split(self.data, "train", neighbours=k)
-        split = dataclasses.replace(split, ids=datastore_chunks(split, self.settings.tokens))
+        k, split = self.condition.neighbours, self._split("train")
+        split = dataclasses.replace(split, ids=spread_chunks(split.database, self.settings.tokens))
         parts = [self.condition.run.checkpoint[:12], split.database.manifest.hash[:12]]
         if split.table is not None:
             parts.append(f"{k}-{split.table.manifest.hash[:12]}")
@@ -182,36 +186,11 @@ def knn_scoring(
     scorer: Scorer,
     data: pathlib.Path,
     folder: pathlib.Path,
+    revision: int | None = None,
 ) -> KnnScoring:
     """A scoring whose batches every device has an equal part of."""
     rounded = scorer.compiled(scored_model(condition.run), _hidden_states, windows).windows
-    return KnnScoring(condition, rounded, settings, scorer, data, folder)
-
-
-def plan_of(tokens: int, dimension: int, settings: KnnSettings) -> index.IndexPlan:
-    """The index of a datastore of so many keys."""
-    kind = "brute_force" if settings.exact else "auto"
-    plan = index.plan_index(tokens, dimension, index.IndexConfig(kind=kind))
-    return dataclasses.replace(plan, reorder=_REORDERED * settings.neighbours)
-
-
-def search(keys: np.ndarray, settings: KnnSettings) -> tuple[_LookUp, str]:
-    """Finds the k nearest keys of queries: places [n, k], -1 for none, and distances; its name."""
-    plan = plan_of(len(keys), keys.shape[1], settings)
-    if plan.kind == "brute_force":
-        return ExactSearcher(keys, on_devices=False).search, "exact"
-    sample = index.IndexConfig.training_sample
-    built = index.KINDS[plan.kind].build(keys.astype(np.float32), plan, sample)
-    return built.search, f"ScaNN ({plan.kind})"
-
-
-def _recall(look_up: _LookUp, queries: np.ndarray, keys: np.ndarray, k: int) -> float:
-    """The share of the k nearest keys that the search returns."""
-    hits, true = (
-        look_up(queries, k)[0],
-        ExactSearcher(keys, on_devices=False).search(queries, k)[0],
-    )
-    return float(np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(hits, true, strict=True)]))
+    return KnnScoring(condition, rounded, settings, scorer, data, folder, revision)
 
 
 def _median(distances: np.ndarray) -> float:
@@ -223,12 +202,3 @@ def _median(distances: np.ndarray) -> float:
 def _hidden_states(model: Retro, batch: RetroBatch) -> jax.Array:
     """[B, N, D]; with retrieval off where the batch has no neighbours."""
     return model.hidden_states(batch.tokens, batch.neighbours, batch.documents)
-
-
-def datastore_chunks(split: Split, tokens: int) -> np.ndarray:
-    """Ids of the first chunks of each corpus, in proportion, of about so many tokens in all."""
-    corpora = split.database.manifest.fact("corpora")  # which revisions of a database state too
-    share = min(1.0, tokens / max(1, sum(corpus["tokens"] for corpus in corpora.values())))
-    ranges = [part for parts in split.database.corpora.values() for part in parts]
-    ids = [np.arange(part.start, part.start + round(share * len(part))) for part in ranges]
-    return functools.reduce(np.union1d, ids, np.zeros(0, np.int64)).astype(np.int64)

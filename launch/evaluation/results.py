@@ -45,7 +45,7 @@ class Work:
     Attributes:
       folder: W/evaluation. data: the directory of the prepared data. split: of it, or a slice.
       text: [n, 64] bool, the tokens of the split that count. lengths: [V] bytes of each token.
-      scorer: computes their losses.
+      scorer: computes their losses. revision: of the database; None for the newest.
     """
 
     folder: pathlib.Path
@@ -54,6 +54,7 @@ class Work:
     text: np.ndarray
     lengths: np.ndarray
     scorer: Scorer
+    revision: int | None = None
 
 
 def evaluate(
@@ -119,13 +120,19 @@ def _memory_hashes(work: Work, condition: Condition) -> dict[str, str]:
     """What a condition looks up beside its neighbours, and the text that tunes its mixture."""
     k, hashes = condition.neighbours, {}
     if condition.kind == TOKENS:
-        hashes["token_memory"] = open_database(work.data).manifest.hash
-        tuning = open_split(work.data, "validation", neighbours=k).hashes(bool(k))
+        hashes["token_memory"] = open_database(work.data, work.revision).manifest.hash
+        tuning = _open_split(work, "validation", k).hashes(bool(k))
         hashes |= {f"tuning_{name}": digest for name, digest in tuning.items()}
-    if uses_knn(condition) and (k or latest(work.data)):
-        store = open_split(work.data, "train", neighbours=k).hashes(bool(k))
+    newest = latest(work.data) if work.revision is None else work.revision
+    if uses_knn(condition) and (k or newest):
+        store = _open_split(work, "train", k).hashes(bool(k))
         hashes |= {f"datastore_{name}": digest for name, digest in store.items()}
     return hashes
+
+
+def _open_split(work: Work, name: str, neighbours: int) -> Split:
+    """Another split, against the same revision of the database."""
+    return open_split(work.data, name, neighbours=neighbours, revision=work.revision)
 
 
 def _knn_settings(settings: KnnSettings) -> dict[str, Any]:
@@ -172,7 +179,13 @@ def _score(
     cut = settings.windows(last.run.chunks)
     if last.kind == KNN:
         knn = knn_scoring(
-            last, cut, settings.knn, scorer=work.scorer, data=work.data, folder=folder
+            last,
+            cut,
+            settings.knn,
+            scorer=work.scorer,
+            data=work.data,
+            folder=folder,
+            revision=work.revision,
         )
         nll, facts = knn.score(split, work.text)
         return nll[None], {"knn": facts}
@@ -209,7 +222,7 @@ def _score_with_tokens(
         other = dataclasses.replace(work, split=split, text=text)
         return _score(other, settings, [alone])[0][0]
 
-    mixture = TokenMixture(alone.neighbours, nll_of, data=work.data, folder=work.folder)
+    mixture = TokenMixture(alone.neighbours, nll_of, work.data, work.folder, work.revision)
     return mixture.mix(work.split, work.text, nll)
 
 

@@ -47,7 +47,7 @@ def keep_scores(
         stored = read_scored_text(path)
         if stored.is_of(_source(split, results)):
             return stored
-    scored = _sum(folder, results, split=split, text=text, lengths=lengths)
+    scored = sum_scores(folder, results, split=split, text=text, lengths=lengths)
     write_scored_text(path, scored)
     return scored
 
@@ -77,7 +77,8 @@ def scores_of(folder: pathlib.Path, result: Mapping[str, Any], data: pathlib.Pat
         raise UserError(f"{data} holds other chunks than were scored: expected --data")
     lengths = tokenizer.byte_lengths
     results = {result["condition"]: result}
-    return _sum(folder, results, split=split, text=split.text_mask(lengths), lengths=lengths)
+    text = split.text_mask(lengths)
+    return sum_scores(folder, results, split=split, text=text, lengths=lengths)
 
 
 def compare_results(
@@ -107,7 +108,7 @@ def _source(split: Split, results: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _sum(
+def sum_scores(
     folder: pathlib.Path,
     results: Mapping[str, Any],
     *,
@@ -115,7 +116,7 @@ def _sum(
     text: np.ndarray,
     lengths: np.ndarray,
 ) -> ScoredText:
-    """Sums the arrays of results."""
+    """Sums the arrays of results by document; arguments as `keep_scores` takes them."""
     tokens, owners = split.database.chunks(split.ids), split.database.documents(split.ids)
     source, nats = _source(split, results), {}
     for name in sorted(results, key=condition_order):

@@ -10,8 +10,10 @@ from retro_jax.evaluate.conditions import (
     condition_order,
     swept,
 )
+from retro_jax.evaluate.size_law import describe
 from retro_jax.report.cost_view import cost_table
 from retro_jax.report.published import beside_paper
+from retro_jax.report.revision_view import revision_tables
 from retro_jax.report.tables import as_markdown, as_text, interval, section
 from retro_jax.report.views import OverlapPoint, PublishedFigures, Table
 
@@ -144,6 +146,8 @@ def markdown(
     overlap: Mapping[str, Any] | None,
     several: Mapping[str, Any] | None = None,
     published: PublishedFigures | None = None,
+    by_revision: Mapping[str, Any] | None = None,
+    law: Mapping[str, Any] | None = None,
 ) -> str:
     """The whole file.
 
@@ -151,11 +155,15 @@ def markdown(
       results: by condition, of launch.evaluate. overlap: the result of write_overlap, if any.
       several: the result of `compared`, where windows of several overlaps were scored.
       published: the paper's figures of the text.
+      by_revision: of revision_view.revision_tables, where several revisions were scored.
+      law: of size_law.size_law, where shares of the database were scored.
     """
     split = next(iter(results.values()))["settings"]["split"]
     parts = [f"# Evaluation: {split}", *_figures(results)]
     for table in window_tables(several) if several else ():
         parts += [f"{table.title}:", as_markdown(table)]
+    parts += [f"## By size of the database\n\n{describe(law)}."] if law else []
+    parts += map(section, revision_tables(by_revision) if by_revision else ())
     beside = beside_paper(results, published)
     parts += [section(beside)] if beside else []
     costs = cost_table(results)

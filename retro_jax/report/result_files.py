@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from retro_jax.evaluate import overlap
+from retro_jax.evaluate import overlap, size_law
 from retro_jax.evaluate.scored_text import ScoredText
 from retro_jax.evaluate.uncertainty import PAIRS, plain
 from retro_jax.report.cost_view import cost_chart, cost_table
@@ -44,6 +44,11 @@ def windows_file(folder: pathlib.Path, split: str) -> pathlib.Path:
     return folder / f"{split}-windows.json"
 
 
+def revisions_file(folder: pathlib.Path, split: str) -> pathlib.Path:
+    """Where the figures of several revisions are, in W/evaluation."""
+    return folder / f"{split}-revisions.json"
+
+
 def read_comparisons(folder: pathlib.Path, split: str, results: Mapping[str, Any]) -> list[Any]:
     """The files of launch.compare in W/evaluation of a split's results, and not of older ones."""
     comparisons = []
@@ -62,6 +67,16 @@ def write_costs(folder: pathlib.Path, split: str, results: Mapping[str, Any]) ->
     if chart is not None:
         files.write_atomically(folder / f"{split}-cost.svg", as_file(chart.svg).encode())
     return cost_table(results)
+
+
+def write_size_law(folder: pathlib.Path, split: str, scored: ScoredText) -> dict[str, Any] | None:
+    """Writes SPLIT-size.json where enough shares of the database were scored; returns its contents."""
+    law = size_law.size_law(scored)
+    if law is None:
+        return None
+    contents = {"source": scored.source, **law}
+    files.write_atomically(folder / f"{split}-size.json", files.to_json(contents))
+    return contents
 
 
 def write_overlap(

@@ -29,6 +29,7 @@ from data_pipelines.evaluation.texts import SliceConfig
 from data_pipelines.retriever import revisions
 from data_pipelines.retriever.bm25 import Bm25, Bm25Config, prepare_bm25
 from data_pipelines.retriever.compacted import NewIds
+from data_pipelines.retriever.datastore import spread_chunks
 from data_pipelines.retriever.keys import Keys
 from data_pipelines.retriever.retrieval_database import Database
 from data_pipelines.retriever.retriever import Retriever
@@ -37,7 +38,6 @@ from data_pipelines.token_memory.workdir_memory import prepare_and_open
 from data_pipelines.workdir import compaction, summary, update, verify
 from data_pipelines.workdir.preparation import Preparation, materialise
 from launch.evaluation.conditions import Condition, neighbour_tokens
-from launch.evaluation.knn import datastore_chunks
 from retro_jax.errors import UserError
 from retro_jax.storage import files
 from tests.data_pipelines.chunk_database import base_tokenizers
@@ -240,7 +240,7 @@ def test_token_memory_and_datastore_of_knn(places):
 
     def datastore(work):
         split = open_split(work, "train", neighbours=0)
-        return set(chunks_of(split.database.chunks(datastore_chunks(split, 1 << 30))))
+        return set(chunks_of(split.database.chunks(spread_chunks(split.database, 1 << 30))))
 
     same(places, votes)
     same(places, datastore)

@@ -1,6 +1,7 @@
 """Counts of look-ups: of searches by hand, of the BERT against the products of its program."""
 
 import math
+import types
 
 import jax
 import numpy as np
@@ -57,7 +58,8 @@ def test_a_search_reads_what_its_plan_says(plan, operations, read):
 
 
 def test_costs_of_one_database_add_up():
-    store = datastore_cost(1000, 8, IndexPlan("hashing", 0, 0, 4, 10), 2)
+    text = types.SimpleNamespace(vocab_size=300, pad_id=0)
+    store = datastore_cost(1000, 8, IndexPlan("hashing", 0, 0, 4, 10), text)
     assert store.bytes_kept == 1000 * (2 * 8 + 2 + 1)  # keys, tokens, two codes of 4 bits
     both = store + LookupCost(1.0, 2.0, 3.0, 900)
     assert (both.operations, both.tokens) == (store.operations + 1, 1000)

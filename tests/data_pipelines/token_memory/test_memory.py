@@ -120,6 +120,9 @@ def test_many_occurrences_choose_some_of_documents_that_may_vote(tmp_path):
     assert (alone.tokens.tolist(), alone.documents.tolist()) == ([7], [2])
     assert alone.share(7) == 1 and alone.share(8) == 0
     assert memory.match(text, exclude=np.array([2])).length == 0  # no document may vote
+    memory.database.removed = np.array([0])  # takes no other's place among the votes
+    left = memory.match(text, most_votes=10)
+    assert len(left.tokens) == 10 and 0 not in left.documents
 
 
 def test_an_empty_text_and_the_end_of_a_document_have_no_match(tmp_path):

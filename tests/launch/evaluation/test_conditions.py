@@ -11,11 +11,10 @@ from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.evaluation.database_share import kept_chunks
 from data_pipelines.evaluation.splits import open_split
 from data_pipelines.retriever import index_config, revisions
+from data_pipelines.retriever.datastore import search_datastore
 from data_pipelines.retriever.neighbours import NeighbourTable
 from data_pipelines.retriever.retriever import Retriever
 from launch import evaluate, report
-from launch.evaluation import knn
-from launch.evaluation.settings import KnnSettings
 from retro_jax.evaluate import score, scorer
 from tests.launch.trained import call
 
@@ -24,19 +23,23 @@ from tests.launch.trained import call
 def varied(evaluated: dict, trained: list[str], workdir: pathlib.Path) -> dict:
     """The test split with every kind of neighbours."""
     wanted = "--retrieval=on,off,random,oracle"
-    sweep = ["--sweep=1,2,10", "--database_shares=0,0.5,1", "--ngram_limits=0,1"]
+    sweep = ["--sweep=1,2,10", "--database_shares=0,0.2,0.5,1", "--ngram_limits=0,1"]
     assert call(evaluate.main, *trained, wanted, *sweep, "--overlap=0.5") == 0
     found = json.loads((workdir / "evaluation" / "test.json").read_text())
     assert call(evaluate.main, *trained) == 0  # the summary again
     return found
 
 
-def test_conditions_that_are_the_same_score_the_same(varied: dict, evaluated: dict):
+def test_conditions_that_are_the_same_score_the_same(
+    varied: dict, evaluated: dict, workdir: pathlib.Path
+):
     assert varied["on"]["nll"] == evaluated["on"]["nll"]  # half of a window is the default
     nats = {name: result["all"]["nats"] for name, result in varied.items()}
     same = [("k_2", "on"), ("database_1", "on"), ("ngrams_1", "on"), ("database_0", "off")]
     for name, other in same:
         assert nats[name] == pytest.approx(nats[other], rel=1e-6)
+    law = json.loads((workdir / "evaluation" / "test-size.json").read_text())
+    assert law["sizes"] == [0.2, 0.5, 1.0] and law["gain"]["low"] <= law["gain"]["high"]
     others = ("on", "off", "random", "oracle", "k_1", "k_10", "database_0.5", "ngrams_0")
     assert len({round(nats[name], 2) for name in others}) == len(others)
     assert {result["all"]["tokens"] for result in varied.values()} == {
@@ -119,7 +122,7 @@ def test_a_large_datastore_is_searched_by_scann_unless_every_key_is_asked_for(ex
     rng = np.random.default_rng(0)
     keys = rng.normal(size=(2000, 32)).astype(np.float16)
     queries = rng.normal(size=(50, 32)).astype(np.float32)
-    look_up, how = knn.search(keys, KnnSettings(neighbours=8, exact=exact))
+    look_up, how = search_datastore(keys, 8, exact=exact)
     assert how == ("exact" if exact else "ScaNN (hashing)")
     places, distances = look_up(queries, 8)
     every = ((queries[:, None] - keys.astype(np.float32)) ** 2).sum(-1)

@@ -123,12 +123,34 @@ def test_the_mixture_of_a_token_is_that_of_its_parts(mixed: dict, places: list[s
 
 
 def test_it_is_read_again_and_shown(mixed: dict, places: list[str], monkeypatch, capsys):
-    monkeypatch.setattr("launch.evaluation.tokens.votes_on", lambda *_, **__: pytest.fail("again"))
+    monkeypatch.setattr(
+        "data_pipelines.evaluation.stored_votes.votes_on", lambda *_, **__: pytest.fail("again")
+    )
     assert call(evaluate.main, *places, "--retrieval=on,tokens", *KNN) == 0
     assert "RETRO[ON] + tokens" in capsys.readouterr().out
     assert call(report.main, *places) == 0
     work = pathlib.Path(places[0].partition("=")[2])
     assert "Cost against bits" in (work / report.FILE).read_text(encoding="utf-8")
+
+
+def test_credit_names_documents_that_launch_prepare_can_remove(
+    mixed: dict, places: list[str], capsys
+):
+    work, data = (pathlib.Path(flag.partition("=")[2]) for flag in places)
+    assert call(evaluate.main, *places, "--retrieval=on,off,tokens", "--credit=0.5") == 0
+    assert f"launch.prepare --remove=@{work}/evaluation/test-remove.txt" in capsys.readouterr().out
+    database = revisions.open_database(data)
+    names = (work / "evaluation" / "test-remove.txt").read_text().splitlines()
+    assert len(names) == round(database.num_documents / 2)
+    pairs = [(name.partition("/")[0], name.partition("/")[2]) for name in names]
+    assert len(revisions.numbers_of(database, pairs)) == len(names)
+    lines = (work / "evaluation" / "test-credit.csv").read_text().splitlines()[1:]
+    assert len(lines) == database.num_documents
+    on, tokens = (_results(places)[name]["all"]["nats"] for name in ("on", "tokens"))
+    votes = sum(float(line.rpartition(",")[2]) for line in lines)
+    assert votes > (on - tokens) / np.log(2)  # wrong votes are nobody's cost
+    assert call(evaluate.main, *places, "--retrieval=random", "--credit=0.5") == 1
+    assert "--credit: expected --retrieval=on,off" in capsys.readouterr().err
 
 
 def test_a_removed_document_does_not_vote(mixed: dict, places: list[str], tmp_path):

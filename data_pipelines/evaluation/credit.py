@@ -1,0 +1,137 @@
+"""Which documents of a database are worth keeping: the bits that each saved on a text.
+
+A chunk's gain by retrieval is divided among the documents of its neighbours. A token's gain by the token
+memory belongs to one document that voted for it, or, where none did, to nobody: the cost of a wrong vote
+is the mixture's. Of several that say the same, one has the credit, so a copy can go.
+"""
+
+import csv
+import dataclasses
+import io
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.evaluation.splits import Split
+from data_pipelines.evaluation.stored_votes import memory_of, stored_votes
+from data_pipelines.retriever.revisions import open_database
+from retro_jax.errors import UserError
+from retro_jax.storage import files
+from retro_jax.storage.files import read_array
+
+
+@dataclasses.dataclass(frozen=True)
+class Credit:
+    """The bits saved by each of D documents.
+
+    Attributes:
+      neighbours: [D] by being retrieved; negative where they misled. votes: [D] by voting.
+    """
+
+    neighbours: np.ndarray
+    votes: np.ndarray
+
+    @property
+    def total(self) -> np.ndarray:
+        """[D], both together."""
+        return self.neighbours + self.votes
+
+
+def neighbour_credit(gains: np.ndarray, documents: np.ndarray, count: int) -> np.ndarray:
+    """[count] bits by document.
+
+    Args:
+      gains: [n] bits that retrieval saved on what each chunk's neighbours are read for.
+      documents: [n, k] of these neighbours; -1 for none. count: documents of the database.
+    """
+    there = documents >= 0
+    share = gains / np.maximum(there.sum(axis=1), 1)
+    spread = np.broadcast_to(share[:, None], documents.shape)
+    return np.bincount(documents[there], spread[there], minlength=count)
+
+
+def vote_credit(gains: np.ndarray, documents: np.ndarray, count: int) -> np.ndarray:
+    """[count] bits by document.
+
+    Args:
+      gains: [t] bits that the memory saved on each token. documents: [t] one that voted for it; -1.
+      count: documents of the database.
+    """
+    there = documents >= 0
+    return np.bincount(documents[there], gains[there], minlength=count)
+
+
+def least_useful(credit: np.ndarray, sizes: np.ndarray, share: float) -> np.ndarray:
+    """Numbers of the documents to remove, ascending: a share of those that are there, of least credit.
+
+    Of equal credit the larger ones go first.
+
+    Args:
+      credit: [D] bits. sizes: [D] chunks; 0 for documents that are gone. share: from 0 to 1.
+    """
+    live = np.flatnonzero(sizes > 0)
+    order = live[np.lexsort((live, -sizes[live], credit[live]))]
+    return np.sort(order[: round(share * len(live))])
+
+
+def write_credit(
+    folder: pathlib.Path,
+    data: pathlib.Path,
+    split: Split,
+    text: np.ndarray,
+    results: Mapping[str, Any],
+    *,
+    share: float,
+    revision: int | None = None,
+) -> str:
+    """Writes W/evaluation/SPLIT-credit.csv, and SPLIT-remove.txt for launch.prepare --remove.
+
+    Args:
+      folder: W/evaluation. data: of the prepared data. split: that was scored, with its table.
+      text: [n, 64] bool, its tokens that count. results: of launch.evaluate by condition.
+      share: of the documents that the list has, those of least credit. revision: of the database;
+        None for the newest.
+
+    Returns:
+      A line about both.
+
+    Raises:
+      UserError: neither "on" and "off" nor "on" and "tokens" were scored.
+    """
+    pairs = [pair for pair in (("off", "on"), ("on", "tokens")) if set(pair) <= set(results)]
+    if not pairs or split.table is None:
+        raise UserError("--credit: expected --retrieval=on,off, with tokens or without")
+    database = open_database(data, revision)
+    count, bits = database.num_documents, [np.zeros(database.num_documents)] * 2
+    for before, after in pairs:
+        nats = [read_array(folder / results[name]["nll"]) for name in (before, after)]
+        gains = np.where(text, nats[0] - nats[1], 0.0) / np.log(2)
+        if after == "tokens":
+            votes = stored_votes(memory_of(database), split, text, folder)
+            bits[1] = vote_credit(gains[text], votes.documents, count)
+        else:
+            k = results[after]["settings"]["neighbours"]
+            bits[0] = neighbour_credit(gains.sum(axis=1), split.read_documents(k), count)
+    credit, records = Credit(*bits), list(database.records())
+    sizes = np.array([record.chunks for record in records])
+    sizes[database.removed] = 0
+    removed = least_useful(credit.total, sizes, share)
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["corpus", "id", "chunks", "bits_by_neighbours", "bits_by_votes"])
+    for number in np.argsort(credit.total, kind="stable").tolist():
+        if sizes[number]:
+            record = records[number]
+            of_each = [f"{each[number]:.3f}" for each in (credit.neighbours, credit.votes)]
+            writer.writerow([record.corpus, record.id, record.chunks, *of_each])
+    files.write_atomically(folder / f"{split.name}-credit.csv", table.getvalue().encode())
+    path = folder / f"{split.name}-remove.txt"
+    lines = [f"{records[i].corpus}/{records[i].id}\n" for i in removed.tolist()]
+    files.write_atomically(path, "".join(lines).encode())
+    helping, live = int(((credit.total > 0) & (sizes > 0)).sum()), int((sizes > 0).sum())
+    return (
+        f"{helping:,} of {live:,} documents of the database saved bits; {len(lines):,} of least credit,"
+        f" {int(sizes[removed].sum()):,} of {int(sizes.sum()):,} chunks: launch.prepare --remove=@{path}"
+    )
