@@ -40,6 +40,7 @@ from launch.evaluation.conditions import Condition, neighbour_tokens
 from launch.evaluation.knn import datastore_chunks
 from retro_jax.errors import UserError
 from retro_jax.storage import files
+from tests.conftest_prepared import run_prepare
 from tests.data_pipelines.chunk_database import base_tokenizers
 from tests.data_pipelines.retriever import bert_folder
 from tests.data_pipelines.small import tree
@@ -430,7 +431,7 @@ def places_missing(work: pathlib.Path) -> bool:
     return not (folder / "neighbours" / "train" / "manifest.json").is_file()
 
 
-def test_updates_and_preparations_of_a_purged_workdir(places, tmp_path):
+def test_updates_and_preparations_of_a_purged_workdir(places, tmp_path, capsys):
     work = shutil.copytree(places.works[2], tmp_path / "W")
     lines: list[str] = []
     config = places.config
@@ -454,5 +455,10 @@ def test_updates_and_preparations_of_a_purged_workdir(places, tmp_path):
     assert len(revisions.open_database(work)) == database.live_chunks
     compaction.purge(p)
     assert lines[-1] == "revision 5: 0.0 MB of revisions 0 to 4 deleted"
-    with pytest.raises(UserError, match="has one database as it is: expected some --append"):
-        compaction.compact(Preparation(places.fresh, config, InProcess(), print))
+    capsys.readouterr()
+    assert run_prepare(work, None, "--purge") == 0
+    assert capsys.readouterr().out == f"{lines[-1]}\n"
+    assert run_prepare(places.fresh, None, "--compact") == 1
+    error = capsys.readouterr().err
+    assert "has one database as it is: expected some --append or --remove before" in error
+    assert error.count("\n") == 1
