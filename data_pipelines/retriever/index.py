@@ -101,7 +101,7 @@ def prepare_index(
     }
     if not config.visit_shards:
         return stage.finish(facts, [])
-    facts["sizes"] = [part.fact("keys") for part in parts]
+    facts |= {"keys": count, "sizes": [part.fact("keys") for part in parts]}
     return stage.finish(facts, [CELLS, SHARDS])
 
 
@@ -120,7 +120,7 @@ def _route(
     with files.writing(folder):
         folder.mkdir(exist_ok=True)
     parts = tuple(keys.database.shards)
-    work = RouteKeys(files.absolute(stage.directory), keys)
+    work = RouteKeys(files.absolute(stage.directory), keys, config.shard_copies)
     missing = [i for i in range(len(parts)) if not mapped_arrays.there(folder / f"{i:05d}", 2)]
     sizes = [len(part) for part in parts]
     run_counted(runner, work, missing, sizes, what="routes", unit="chunk")
@@ -133,14 +133,16 @@ class RouteKeys:
 
     directory: str
     keys: Keys
+    copies: int
 
     def __call__(self, index: int, report: Callable[[int], object] = silent) -> int:
         """Leaves the chunk ids of each index shard, ascending, and where each shard's end."""
         folder, part = pathlib.Path(self.directory), self.keys.database.shards[index]
         routes, ids, shards = Routes.open(folder), [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         for block_ids, block in self.keys.blocks(within=part):
-            ids.append(block_ids)
-            shards.append(routes.of_keys(block))
+            nearest = routes.visits(block, self.copies)
+            ids.append(np.repeat(block_ids, nearest.shape[1]))
+            shards.append(nearest.ravel())
             report(len(block_ids))
         every = np.concatenate(shards)
         order = np.argsort(every, kind="stable")
@@ -190,7 +192,7 @@ class BuildShard:
 def _settings(config: IndexConfig) -> dict[str, Any]:
     """The settings in a manifest; later options only where they are used."""
     fields = dataclasses.asdict(config)
-    for name in ("shard_keys", "recall_target", "visit_shards"):
+    for name in ("shard_keys", "recall_target", "visit_shards", "shard_copies"):
         if fields[name] == getattr(IndexConfig, name):
             del fields[name]
     return {"config": fields, "distance": "squared_l2"}
@@ -464,8 +466,8 @@ class Index:
         return cls(folder, manifest, shards, routed)
 
     def __len__(self) -> int:
-        """Keys."""
-        return sum(map(len, self.shards))
+        """Keys; copies do not count."""
+        return self.manifest.fact("keys")
 
     @property
     def complete(self) -> bool:

@@ -16,7 +16,7 @@ from data_pipelines.retriever.keys import Keys
 from data_pipelines.retriever.sampling import sample_ids
 
 CELLS, SHARDS = "cells.npy", "cell-shards.npy"
-_CELLS_PER_SHARD = 16
+_CELLS_PER_SHARD = 64
 _SAMPLES_PER_CELL = 64  # keys by which a cell is placed
 _ROUNDS = 10
 _SLACK = 1.1  # of a shard over its equal part of the sample
@@ -62,18 +62,15 @@ class Routes:
             if stage.missing([name]):
                 stage.write_array(name, array)
 
-    def of_keys(self, keys: np.ndarray) -> np.ndarray:
-        """[n] int64: the shards of keys [n, d]."""
-        return self.shards[_nearest(keys, self.cells)]
-
     def visits(self, queries: np.ndarray, most: int) -> np.ndarray:
-        """[n, most] int64: the shards that queries [n, d] visit, the nearest first."""
+        """[n, most] int64: the shards nearest to queries, or keys, [n, d], the nearest first."""
         most = min(most, self.count)
+        order = np.argsort(self.shards, kind="stable")
+        firsts = np.searchsorted(self.shards[order], np.arange(self.count))
         every = [np.zeros((0, most), np.int64)]
         for first in range(0, len(queries), _BLOCK):
             nearness = _nearness(queries[first : first + _BLOCK], self.cells)
-            best = np.full((len(nearness), self.count), -np.inf, np.float32)
-            np.maximum.at(best.T, self.shards, nearness.T)
+            best = np.maximum.reduceat(nearness[:, order], firsts, axis=1)
             every.append(np.argsort(-best, axis=1, kind="stable")[:, :most])
         return np.concatenate(every)
 

@@ -67,7 +67,8 @@ def test_shards_have_all_keys_once_and_near_ones_together(workdir):
     np.testing.assert_array_equal(again.shards, routes.shards)
     assert set(routes.shards) == set(range(SHARDS))
     visits = routes.visits(keys[ids[:50]], 3)
-    np.testing.assert_array_equal(visits[:, 0], routes.of_keys(keys[ids[:50]]))
+    nearest = ((keys[ids[:50], None] - routes.cells) ** 2).sum(-1).argmin(1)
+    np.testing.assert_array_equal(visits[:, 0], routes.shards[nearest])
     assert all(len(set(row)) == 3 for row in visits.tolist())
 
 
@@ -124,3 +125,18 @@ def test_what_an_update_adds_follows_the_routes(workdir, tmp_path, chunks, shard
     _, distances = database.index.search(queries, 5)
     share = recall(distances, queries, every, 5, np.tile(gone, (100, 1)))
     assert share == 1 if old.visit == SHARDS else 0.9 < share <= 1
+
+
+def test_copies_in_several_shards_are_found_once(workdir, tmp_path):
+    """With a copy of each key in its two nearest shards, few shards have more of the neighbours."""
+    keys = part(tmp_path / "W", "old", CHUNKS, 0, visit_shards=2, shard_copies=2)
+    index, every = Index.open(tmp_path / "W" / "index", keys), keys.rows(np.arange(CHUNKS))
+    there = int((~np.isnan(every[:, 0])).sum())
+    assert (len(index), sum(index.manifest.fact("sizes"))) == (there, 2 * there)
+    queries = clustered(200, seed=5)
+    ids, distances = index.search(queries, 5)
+    assert all(len(set(row)) == 5 for row in ids.tolist())
+    single = Database.open(workdir).index
+    share = recall(distances, queries, every, 5)
+    assert share >= recall(single.search(queries, 5)[1], queries, every, 5) or single.complete
+    assert share > 0.97
