@@ -18,7 +18,11 @@ import pytest
 from data_pipelines import workdir as module
 from data_pipelines.artefacts.runner import InProcess
 from data_pipelines.batches.batches import BatchConfig
-from data_pipelines.batches.training_data import open_training_data, revision_of
+from data_pipelines.batches.training_data import (
+    copy_training_data,
+    open_training_data,
+    revision_of,
+)
 from data_pipelines.chunk_database.database import ChunkDatabase, prepare_chunks
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.corpora import SourceFile, compression
@@ -328,7 +332,7 @@ def test_a_compaction_is_one_database_of_the_same_bytes(places, tmp_path):
         assert prepared(compacted / name) == prepared(updated / name), "nothing older is touched"
 
 
-def test_runs_go_on_with_the_same_batches(places):
+def test_runs_go_on_with_the_same_batches(places, tmp_path):
     config = BatchConfig(sequence_length=256, batch_size=3, neighbours=2, mixture={"code": 1.0})
     first = open_training_data(places.works[0], config)
     for work in places.works:
@@ -353,6 +357,11 @@ def test_runs_go_on_with_the_same_batches(places):
         revision_of(places.works[2], oldest)
     with pytest.raises(UserError, match="train was purged, only its manifest is left: expected"):
         revisions.open_database(places.works[2], 1)
+    copied = copy_training_data(
+        f"file://{places.works[2]}", config, tmp_path, held_out=False, parents=first.parents
+    )
+    assert copied.parents == first.parents
+    np.testing.assert_array_equal(copied.batches.rows(5).tokens, first.batches.rows(5).tokens)
 
 
 def test_purged_text_is_in_no_file(places):
