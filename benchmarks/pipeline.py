@@ -11,6 +11,9 @@ rates per second of one core, and the peak memory of all its processes together.
 encoder, and neighbours have less meaning, but bytes, shapes and machinery are the same, in a sixth of
 the time for N = 1. The output says so.
 
+--shard_megabytes=0.003 with --megabytes=10 makes some 4,000 tiny shards, to be compared with 8. `files` are
+those that one process has open.
+
 With --workdir, artefacts stay: after an interruption, the same command resumes. A stage begun earlier
 is marked, as its time covers the rest only. Results are in WORKDIR/pipeline.json, and in --output.
 """
@@ -37,7 +40,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Keep the artefacts here.")
 _LAYERS = flags.DEFINE_integer("layers", None, "Of MiniLM; all by default.", lower_bound=1)
 _PROCESSES = flags.DEFINE_integer("processes", 1, "As for launch.prepare.", lower_bound=1)
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 32_000, "Of the tokeniser.")
-_SHARD_MEGABYTES = flags.DEFINE_integer("shard_megabytes", 16, "Of documents.", lower_bound=1)
+_SHARD_MEGABYTES = flags.DEFINE_float("shard_megabytes", 16, "Of documents.", lower_bound=0.001)
 _RECALL = flags.DEFINE_integer(
     "recall_queries", 1000, "Chunks of each split whose neighbours are also found by brute force."
 )
@@ -91,6 +94,7 @@ class Usage:
     tree: int
     anonymous: int
     bound: int
+    open_files: int = 0
     resumed: bool = False
 
 
@@ -181,13 +185,16 @@ def show(results: Results, facts: dict[str, Any]) -> None:
     print(", ".join(f"{count:,} {name}" for name, count in sums.items()))
     print(f"encoder: {facts['encoder']}; padding of its batches {facts['key_padding']:.1%}")
     heads = [f"{name}/s" for name in sums] + [f"{name}/core s" for name in sums]
-    print(f"{'stage':11} {'wall s':>8} {'core s':>8} {'peak MB':>8} {'anon MB':>8} ", end="")
+    print(
+        f"{'stage':11} {'wall s':>8} {'core s':>8} {'peak MB':>8} {'anon MB':>8} {'files':>6} ",
+        end="",
+    )
     print(" ".join(f"{head:>16}" for head in heads))
     for stage, usage in results.stages.items():
         rates = [count / usage.wall for count in sums.values()]
         rates += [count / usage.processor for count in sums.values()]
         figures = " ".join(f"{rate:16,.0f}" for rate in rates)
-        memory = f"{usage.tree / 1e6:8,.0f} {usage.anonymous / 1e6:8,.0f}"
+        memory = f"{usage.tree / 1e6:8,.0f} {usage.anonymous / 1e6:8,.0f} {usage.open_files:6,}"
         mark = "  (resumed: time and rates of the rest only)" if usage.resumed else ""
         print(f"{stage:11} {usage.wall:8.1f} {usage.processor:8.1f} {memory} {figures}{mark}")
     wall = sum(usage.wall for usage in results.stages.values())
@@ -213,7 +220,7 @@ def main(_: list[str]) -> None:
         settings = workdir / "pipeline.gin"
         text = _SETTINGS.format(
             code=_MEGABYTES.value * 1_000_000,
-            shard=_SHARD_MEGABYTES.value << 20,
+            shard=int(_SHARD_MEGABYTES.value * (1 << 20)),
             vocabulary=_VOCAB_SIZE.value,
             model=model,
             recall=_RECALL.value,

@@ -19,11 +19,13 @@ class Peak:
       anonymous: the part of it that belongs to no file, and must fit into memory.
       bound: the sum of each process's highest resident size, for the processes of one moment. Nothing
         between two looks escapes this, but shared pages count again and peaks of different moments add up.
+      open_files: of the process that has most.
     """
 
     tree: int = 0
     anonymous: int = 0
     bound: int = 0
+    open_files: int = 0
 
 
 def descendants(parent: int) -> Iterator[int]:
@@ -74,9 +76,18 @@ def _watch(root: int, peak: Peak, over: threading.Event) -> None:
             tree += kilobytes.get("Pss", 0)
             anonymous += kilobytes.get("Pss_Anon", 0)
             bound += kilobytes.get("VmHWM", 0)
+            peak.open_files = max(peak.open_files, _open_files(process))
         peak.tree = max(peak.tree, 1024 * tree)
         peak.anonymous = max(peak.anonymous, 1024 * anonymous)
         peak.bound = max(peak.bound, 1024 * bound)
+
+
+def _open_files(process: int) -> int:
+    """How many files a process has open; 0 if it has gone."""
+    try:
+        return sum(1 for _ in os.scandir(f"/proc/{process}/fd"))
+    except OSError:
+        return 0
 
 
 def _kilobytes(process: int) -> dict[str, int]:

@@ -113,6 +113,12 @@ class MappedFiles:
         buffer = (ctypes.c_char * size).from_address(self._address)
         self.data = np.frombuffer(memoryview(buffer), np.uint8)
         self._there = np.zeros(len(self._paths), bool)
+        self._missing = len(self._paths)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of them are mapped."""
+        return not self._missing
 
     def load(self, numbers: np.ndarray) -> None:
         """Maps those of some files that are not; call it under LOCK.
@@ -145,6 +151,7 @@ class MappedFiles:
                 f" {len(_mapped):,} maps (sysctl vm.max_map_count)"
             ) from error
         self._there[number] = True
+        self._missing -= 1
         _mapped[id(self), number] = weakref.ref(self)
 
     def _make_room(self, keep: np.ndarray) -> None:
@@ -169,6 +176,7 @@ class MappedFiles:
         place, size = self._address + int(self.starts[number]), self._sizes[number]
         _system.map(place, size, _NO_ACCESS, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _FIXED, -1)
         self._there[number] = False
+        self._missing += 1
 
 
 def _forget(owner: int, address: int, size: int) -> None:

@@ -198,7 +198,21 @@ _work: list[Callable[[Any], Any]] = []  # of this worker
 def _begin_worker(work: bytes) -> None:
     """Unpickles the work of a worker once: what it opens and loads stays for its next shards."""
     _die_with_parent()
-    _work[:] = [pickle.loads(work)]
+    try:
+        _work[:] = [pickle.loads(work)]
+    except Exception as error:  # a file that is gone: said by the first shard, as its own error
+        _work[:] = [_Refusal(error)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Refusal:
+    """In place of work that could not be unpickled."""
+
+    error: Exception
+
+    def __call__(self, shard: Any) -> Any:
+        """Raises the error."""
+        raise self.error
 
 
 def _call(shard: Any) -> Any:

@@ -16,6 +16,8 @@ import numpy as np
 from data_pipelines.artefacts.mapped_files import LOCK, MappedFiles
 from retro_jax.errors import UserError
 
+_BUCKETS = 16  # of ids for each shard, in a table of the shards that they begin in
+
 
 class Header(NamedTuple):
     """What the header of a .npy file says: bytes before the array, its shape and its type."""
@@ -87,6 +89,9 @@ class ShardedRows:
         self.shapes = [header.shape for header in headers]
         self.bounds = np.cumsum([0, *(shape[0] for shape in self.shapes)], dtype=np.int64)
         self.dtype = headers[0].dtype if headers else np.dtype(np.int64)
+        self._shift = max(0, (len(self) // (_BUCKETS * (len(headers) + 1))).bit_length() - 1)
+        buckets = np.arange((len(self) >> self._shift) + 2, dtype=np.int64) << self._shift
+        self._low = self._search(np.minimum(buckets, max(0, len(self) - 1)))
         kinds = {(header.dtype, header.shape[1:]): None for header in headers if header.shape[0]}
         self._groups = [_Group(self._paths, headers, *kind) for kind in kinds]
 
@@ -113,18 +118,31 @@ class ShardedRows:
         if not len(there):
             return
         ids = ids if len(there) == len(ids) else ids[there]
-        shards = np.searchsorted(self.bounds, ids, side="right") - 1
-        within = ids - self.bounds[shards]
-        for group in self._groups:
-            mask = None if len(self._groups) == 1 else np.flatnonzero(group.numbers[shards] >= 0)
-            part = slice(None) if mask is None else mask
-            if mask is not None and not len(mask):
-                continue
-            found = group.take(shards[part], within[part], rows.shape[1:])
-            if mask is None and len(there) == len(rows):
+        shards = self._shards_of(ids)
+        if len(self._groups) == 1:
+            found = self._groups[0].take(shards, ids, rows.shape[1:])
+            if len(there) == len(rows):
                 rows[...] = found
             else:
-                rows[there if mask is None else there[mask]] = found
+                rows[there] = found
+            return
+        for group in self._groups:
+            part = np.flatnonzero(group.numbers[shards] >= 0)
+            if len(part):
+                rows[there[part]] = group.take(shards[part], ids[part], rows.shape[1:])
+
+    def _shards_of(self, ids: np.ndarray) -> np.ndarray:
+        """[n] int64: the shards of rows [n]; of most the table says it, of others a search."""
+        buckets = ids >> self._shift
+        shards = self._low[buckets]
+        unsure = np.flatnonzero(shards != self._low[buckets + 1])
+        if len(unsure):
+            shards[unsure] = self._search(ids[unsure])
+        return shards
+
+    def _search(self, ids: np.ndarray) -> np.ndarray:
+        """[n] int64: the shards of rows [n]."""
+        return np.searchsorted(self.bounds, ids, side="right") - 1
 
 
 class _Group:
@@ -152,19 +170,24 @@ class _Group:
         offsets = np.array([headers[i].offset for i in members], np.int64)
         sizes = [headers[i].offset + headers[i].shape[0] * self._width for i in members]
         self._files = MappedFiles([paths[i] for i in members], sizes)
-        self._firsts = self._files.starts + offsets
+        lengths = np.array([h.shape[0] for h in headers], np.int64)
+        before = (np.cumsum(lengths) - lengths)[members]  # rows of the whole before each shard
+        self._origins = np.zeros(len(paths), np.int64)  # of each shard, where row 0 would be
+        self._origins[members] = self._files.starts + offsets - before * self._width
 
-    def take(self, shards: np.ndarray, within: np.ndarray, inner: tuple[int, ...]) -> np.ndarray:
-        """[n, *inner] rows `within` [n] of shards [n]; the first columns of them."""
-        numbers = self.numbers[shards]
+    def take(self, shards: np.ndarray, ids: np.ndarray, inner: tuple[int, ...]) -> np.ndarray:
+        """[n, *inner] rows `ids` [n] of the whole, which are in shards [n]; the first columns of them."""
         step, width = self._dtype.itemsize, math.prod(inner) * self._dtype.itemsize
         data = self._files.data
         # Every item of the files as the beginning of a row: overlapping, and read at some places only.
         rows = np.ndarray(
             ((len(data) - width) // step + 1,), np.dtype((np.void, width)), data, 0, (step,)
         )
-        places = (self._firsts[numbers] + within * self._width) // step
+        places = self._origins[shards] + ids * self._width
+        if step > 1:
+            places //= step
         with LOCK:
-            self._files.load(numbers)
+            if not self._files.complete:
+                self._files.load(self.numbers[shards])
             found = rows[places]
         return found.view(self._dtype).reshape(len(found), *inner)

@@ -298,10 +298,9 @@ class ChunkDatabase:
         """[..., 128] int32: chunks `ids` [...] and their continuations; all padding for -1."""
         ids = np.asarray(ids, np.int64)
         following = np.where((ids >= 0) & (ids + 1 < len(self)), ids + 1, -1)
-        same = self.documents(following) == self.documents(ids)
-        return np.concatenate(
-            [self.chunks(ids), self.chunks(np.where(same, following, -1))], axis=-1
-        )
+        owners, following_owners = self.documents(np.stack([ids, following]))
+        following = np.where(owners == following_owners, following, -1)
+        return np.concatenate([*self.chunks(np.stack([ids, following]))], axis=-1)
 
     def record(self, d: int) -> DocumentRecord:
         """What is known of document number d."""

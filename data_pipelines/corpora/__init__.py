@@ -11,7 +11,7 @@ import platform
 import sysconfig
 from collections.abc import Callable, Iterator
 
-from data_pipelines.corpora.config import CODE_KINDS, KINDS, SPLITS, CorpusConfig
+from data_pipelines.corpora.config import CODE_KINDS, KINDS, LABELLED_KINDS, SPLITS, CorpusConfig
 from data_pipelines.corpora.document import (
     Document,
     Reading,
@@ -21,8 +21,8 @@ from data_pipelines.corpora.document import (
     short_label,
 )
 from data_pipelines.corpora.in_memory import TextCorpus
-from data_pipelines.corpora.json_lines import read_json_lines, read_text
-from data_pipelines.corpora.parquet import read_parquet
+from data_pipelines.corpora.json_lines import parts_of_lines, read_json_lines, read_text
+from data_pipelines.corpora.parquet import parts_of_rows, read_parquet
 from data_pipelines.corpora.sources import SourceFile, find_files
 from data_pipelines.corpora.wikipedia import FILE, installed_file, read_wikipedia
 from data_pipelines.corpora.wikitext import ROWS_LOOKED_AT, are_lines, read_articles
@@ -40,6 +40,7 @@ __all__ = [
     "TextCorpus",
     "check_reading",
     "files_of",
+    "parts_of",
     "places_of",
     "read_corpus",
     "read_file",
@@ -91,6 +92,20 @@ def files_of(config: CorpusConfig) -> Iterator[SourceFile]:
     yield from find_files(root, config)
 
 
+def parts_of(config: CorpusConfig, file: SourceFile, most: int) -> Iterator[SourceFile]:
+    """A file in parts that workers read by themselves: about so many bytes of lines, or row groups.
+
+    Compressed files and other kinds are one part, and so are rows that are lines of WikiText.
+    """
+    cut = {"parquet": parts_of_rows}.get(config.kind, parts_of_lines)
+    plain = config.kind == "parquet" or file.suffix == ".jsonl"
+    cannot = file.size <= most or config.kind not in LABELLED_KINDS or not plain
+    if cannot or (_may_be_lines(config) and _has_lines(config, file)):
+        yield file
+    else:
+        yield from cut(file, most)
+
+
 def read_file(config: CorpusConfig, file: SourceFile, reading: Reading) -> Iterator[Document]:
     """The documents of one file of a corpus, and as `read_corpus`."""
     if config.kind == "stdlib" and config.path is None:
@@ -136,7 +151,7 @@ def _id_of(record: Record, config: CorpusConfig) -> str:
 def _records(config: CorpusConfig, file: SourceFile, reading: Reading) -> Iterator[Record]:
     """The records of a file; rows that are WikiText's lines are put together as articles."""
     records = _READERS[config.kind](config, file, reading)
-    if config.kind not in ("jsonl", "parquet") or config.label_path or config.id_field:
+    if file.stop or not _may_be_lines(config):
         yield from records
         return
     first = list(itertools.islice(records, ROWS_LOOKED_AT))
@@ -147,6 +162,17 @@ def _records(config: CorpusConfig, file: SourceFile, reading: Reading) -> Iterat
         "%s has a line of WikiText in each row: its articles are put together again", file.path
     )
     yield from read_articles(config, file, reading)
+
+
+def _may_be_lines(config: CorpusConfig) -> bool:
+    """Whether rows are looked at for lines of WikiText."""
+    return config.kind in ("jsonl", "parquet") and not (config.label_path or config.id_field)
+
+
+def _has_lines(config: CorpusConfig, file: SourceFile) -> bool:
+    """Whether the first rows of a file are lines of WikiText."""
+    records = _READERS[config.kind](config, file, Reading(skip_bad=True))
+    return are_lines([record.text for record in itertools.islice(records, ROWS_LOOKED_AT)])
 
 
 def check_reading(config: CorpusConfig, reading: Reading) -> None:

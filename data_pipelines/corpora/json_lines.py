@@ -1,13 +1,15 @@
 """JSON lines, plain or compressed: one object a line, its text in one field."""
 
+import dataclasses
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from data_pipelines.corpora.compression import BYTE_ORDER_MARK, read_lines, read_whole
 from data_pipelines.corpora.config import CorpusConfig
 from data_pipelines.corpora.document import Reading, Record, check_unicode, record_of
-from data_pipelines.corpora.sources import SourceFile, find_files
+from data_pipelines.corpora.sources import SourceFile, find_files, open_file
 
 
 def read_json_lines(config: CorpusConfig, file: SourceFile, reading: Reading) -> Iterator[Record]:
@@ -28,17 +30,45 @@ def _read(
     config: CorpusConfig, file: SourceFile, reading: Reading
 ) -> Iterator[tuple[Record, dict[str, Any]]]:
     """Documents with the objects that they are from."""
-    offset = 0
-    for number, line in enumerate(read_lines(file), 1):
+    lines = _lines_within(file) if file.stop else enumerate(_with_offsets(read_lines(file)), 1)
+    for number, (offset, line) in lines:
         text = reading.decode(line.removeprefix(BYTE_ORDER_MARK), file.path, offset)
-        offset += len(line) + 1
         if text is not None and text.strip():
-            location = f"{file.path}:{number}"
+            # In a part of a file nobody has counted the lines before it.
+            location = f"{file.path}:{number}" if number else f"{file.path} at byte {offset:,}"
             fields = _parse(text, location, reading)
             if fields is not None:
                 record = record_of(fields, f"{file.name}:{number}", location, config, reading)
                 if record is not None:
                     yield record, fields
+
+
+def _with_offsets(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Lines with the bytes before each."""
+    offset = 0
+    for line in lines:
+        yield offset, line
+        offset += len(line) + 1
+
+
+def _lines_within(file: SourceFile) -> Iterator[tuple[int, tuple[int, bytes]]]:
+    """The lines that begin in a part of a plain file, each with number 0 and the bytes before it."""
+    with open_file(file) as opened:
+        offset = file.start
+        if offset:  # a line that began before belongs to the part before, whole
+            opened.seek(offset - 1)
+            offset += len(opened.readline()) - 1
+        while offset < file.stop and (line := opened.readline()):
+            yield 0, (offset, line.removesuffix(b"\n"))
+            offset += len(line)
+
+
+def parts_of_lines(file: SourceFile, most: int) -> Iterator[SourceFile]:
+    """A plain file in parts of about so many bytes."""
+    count = -(-file.size // most)
+    cuts = [file.size * i // count for i in range(count + 1)]
+    for start, stop in itertools.pairwise(cuts):
+        yield dataclasses.replace(file, size=stop - start, start=start, stop=stop)
 
 
 def _parse(line: str, location: str, reading: Reading) -> dict[str, Any] | None:

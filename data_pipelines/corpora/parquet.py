@@ -1,5 +1,7 @@
 """Parquet files, as Hugging Face's datasets are published: one document a row, its text in a column."""
 
+import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,8 +20,9 @@ def read_parquet(config: CorpusConfig, file: SourceFile, reading: Reading) -> It
         try:
             table = parquet.ParquetFile(opened)
             columns = [_checked(name, table.schema_arrow, file) for name in _columns(config)]
-            number = 0
-            for group in range(table.num_row_groups):
+            groups = range(file.start, file.stop or table.num_row_groups)
+            number = sum(table.metadata.row_group(i).num_rows for i in range(groups.start))
+            for group in groups:
                 batches = table.iter_batches(
                     _ROWS, row_groups=[group], columns=columns, use_threads=False
                 )
@@ -39,6 +42,24 @@ def read_parquet(config: CorpusConfig, file: SourceFile, reading: Reading) -> It
             raise UserError(
                 f"{file.path} is damaged ({reason}): expected a whole Parquet file"
             ) from error
+
+
+def parts_of_rows(file: SourceFile, most: int) -> Iterator[SourceFile]:
+    """A file in parts of some row groups each, of about so many bytes or one row group."""
+    pyarrow, parquet = _import_pyarrow()
+    try:
+        with open_file(file) as opened:
+            count = parquet.ParquetFile(opened).num_row_groups
+    except (pyarrow.ArrowException, OSError):
+        count = 0  # whoever reads it reports that
+    parts = min(count, -(-file.size // most))
+    if parts < 2:
+        yield file
+        return
+    cuts = [count * i // parts for i in range(parts + 1)]
+    for start, stop in itertools.pairwise(cuts):
+        size = file.size * (stop - start) // count
+        yield dataclasses.replace(file, size=size, start=start, stop=stop)
 
 
 def _rows(batch: Any, path: str, before: int, reading: Reading) -> Iterator[dict[str, Any] | None]:

@@ -34,12 +34,16 @@ class SourceFile:
       path: where it is: a path of this machine or a URL.
       size: its bytes.
       stamp: something that is another when the file has changed.
+      start, stop: of a part of a file, the bytes in which its lines begin, or its row groups; 0 and 0
+        for all of it. The size is then about that of the part.
     """
 
     name: str
     path: str
     size: int
     stamp: str
+    start: int = 0
+    stop: int = 0
 
     @property
     def suffix(self) -> str:

@@ -162,8 +162,8 @@ class Runs:
         return sum(stop - start for spans in self._spans for start, stop in spans.values())
 
     @property
-    def bytes(self) -> int:
-        """Their lines."""
+    def size(self) -> int:
+        """Bytes of their lines."""
         return sum(pathlib.Path(stem + _LINES).stat().st_size for stem in self.stems)
 
     def sorted(self, corpus: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -29,6 +29,7 @@ from data_pipelines.corpora import (
     SourceFile,
     check_reading,
     files_of,
+    parts_of,
     read_file,
 )
 from data_pipelines.documents.external_sort import Entry, Runs, RunWriter
@@ -37,8 +38,9 @@ from retro_jax.errors import UserError
 from retro_jax.storage import files
 
 _LISTING, _STARTS, _IDENTITY, _FACTS = "listing.jsonl", "starts.npy", "identity.json", "facts.json"
-_FORMAT = 2  # of a portion: what another version left is read again
+_FORMAT = 3  # of a portion: what another version left is read again
 _PORTION_FILES, _PORTION_BYTES = 1000, 16 << 20
+_PART_BYTES = 64 << 20  # of a larger file of JSON lines or Parquet, which several workers read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +165,8 @@ def _list(folder: pathlib.Path, corpus: CorpusConfig, sorting: Sorting) -> None:
     with files.temporary_name(folder / _LISTING) as temporary:
         offset = count = size = 0
         with open(temporary, "wb") as listing:
-            for file in files_of(corpus):
+            parts = (parts_of(corpus, file, _PART_BYTES) for file in files_of(corpus))
+            for file in itertools.chain.from_iterable(parts):
                 line = json.dumps(list(vars(file).values())).encode() + b"\n"
                 if not starts or count == _PORTION_FILES or size + file.size > _PORTION_BYTES:
                     starts.append((offset, 0, 0))

@@ -140,7 +140,7 @@ def plan_shards(
     Raises:
       UserError: two documents of one id, or two corpora of one name.
     """
-    every = sum(runs.bytes for _, _, runs in read.values())
+    every = sum(runs.size for _, _, runs in read.values())
     shard_bytes = max(shard_bytes, every // MOST_SHARDS)
     plans = {split: ShardPlan(folder, split, shard_bytes) for split in SPLITS}
     stems = [stem for _, _, runs in read.values() for stem in runs.stems]

@@ -39,6 +39,10 @@ class IndexConfig:
       training_sample: keys on which leaves and codes are trained, at most.
       shard_keys: keys per index shard, at most; 0 for 3 GB of them in float32.
       recall_target: recall of the kind "exact" on TPUs; 1 for all neighbours.
+      visit_shards: index shards that a query visits, the nearest of several that keys are divided among
+        by a coarse clustering; 0 visits all, and divides keys by the order of their chunks.
+      shard_copies: with `visit_shards`, how many of the nearest index shards have a key: more of its
+        neighbours are found in few shards, and the index is so many times as large.
     """
 
     kind: str = "auto"
@@ -49,14 +53,17 @@ class IndexConfig:
     training_sample: int = 100_000
     shard_keys: int = 0
     recall_target: float = 1.0
+    visit_shards: int = 0
+    shard_copies: int = 1
 
     def __post_init__(self) -> None:
         require(self.kind in ("auto", *KINDS), self, "kind", f"one of {('auto', *KINDS)}")
-        for field in ("num_leaves", "leaves_to_search", "dimensions_per_block", "shard_keys"):
+        numbers = ("num_leaves", "leaves_to_search", "dimensions_per_block", "shard_keys")
+        for field in (*numbers, "visit_shards"):
             value = getattr(self, field)
             require(isinstance(value, int) and value >= 0, self, field, "a number, or 0 to choose")
         require(0 < self.recall_target <= 1, self, "recall_target", "a share from 0 to 1")
-        for field in ("reorder", "training_sample"):
+        for field in ("reorder", "training_sample", "shard_copies"):
             require(getattr(self, field) > 0, self, field, "a positive number")
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from data_pipelines.retriever.exact import ExactSearcher
 from data_pipelines.retriever.index_kind import IndexPlan
 from data_pipelines.retriever.keys import Keys
-from data_pipelines.retriever.neighbours import sample_ids
+from data_pipelines.retriever.sampling import sample_ids
 from data_pipelines.retriever.scann_index import Scann, ScannIndex
 from retro_jax.config import require
 from retro_jax.errors import UserError

@@ -5,8 +5,9 @@ document: corpus and id identify a document, so that this is true of every split
 
 Where the index has several shards, one of them is in memory at a time:
 
-    query shard q, index shard s --search--> .tmp-found-s-q      for every q, then the next s
-    .tmp-found-0-q, .tmp-found-1-q, ... --merge--> shard q of the table
+    query shard q --routes--> .tmp-visited-q                     the index shards of each query, if few
+    some query shards g, index shard s --search--> .tmp-found-s-g    for every g, then the next s
+    .tmp-found-0-g, .tmp-found-1-g, ... --merge--> shard q of the table, q in g
 
 The table of a database that was updated is made from the one before: of its rows, neighbours that were
 removed go, what the new index shards find comes in, and only rows that lost a neighbour are searched
@@ -21,22 +22,24 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from data_pipelines.artefacts import bucket_copy
+from data_pipelines.artefacts import bucket_copy, mapped_arrays
 from data_pipelines.artefacts.manifest import Manifest, Parents, Path, Stage, shard_name
 from data_pipelines.artefacts.runner import InProcess, Runner, run_counted, silent
 from data_pipelines.artefacts.sharded_rows import ShardedRows
 from data_pipelines.chunk_database.database import ChunkDatabase
-from data_pipelines.retriever.candidates import Found, merge, nothing
-from data_pipelines.retriever.keys import BlockSource, Keys
+from data_pipelines.retriever.candidates import Found, nothing
+from data_pipelines.retriever.keys import BLOCK, BlockSource, Keys
 from data_pipelines.retriever.queries import OwnDocuments, Queries, StoredChunks, chunks_of
 from data_pipelines.retriever.retriever import RETRIEVERS, Ranking, Retriever
 from data_pipelines.retriever.revisions import folder_of
+from data_pipelines.retriever.sampling import sample_ids
 from retro_jax.config import require
 from retro_jax.errors import UserError
 from retro_jax.storage import files
 
 KIND = "neighbours"
 IDS, SCORES = "neighbours", "scores"
+_MOST_SEARCHES = 20_000  # searches of an index shard for some query shards, each of which is a task
 _SOURCE_ROWS = 20_000  # that say how many neighbours belong to their query's corpus
 _QUANTILE_ROWS = 10_000_000  # of a larger table every so many-th row
 
@@ -117,16 +120,27 @@ def prepare_neighbours(
     work = NeighbourShard(files.absolute(directory), queries, retriever, k, owners, base)
     sizes = [len(ids) for ids in chunks.shards]
     if len(retriever.search.parts) > 1:
-        parts = range(len(retriever.search.parts))
-        pairs = [(s, q) for s in parts for q in work.asks(s, missing)]
-        searches = [i for i, pair in enumerate(pairs) if not work.found_path(*pair).is_file()]
-        search = FindShard(work, tuple(pairs))
-        of_pairs = [sizes[q] for _, q in pairs]
-        run_counted(runner, search, searches, of_pairs, what="candidates", unit="chunk")
+        _find_candidates(work, missing, sizes, runner)
     run_counted(runner, work, missing, sizes, what="neighbours", unit="chunk")
     ordered = [ids for ids, _ in names] + [scores for _, scores in names]
     facts = _facts(stage, names, work, recall_queries, runner)
     return stage.finish(facts, ordered, revision=retriever.database.manifest.revision)
+
+
+def _find_candidates(
+    work: "NeighbourShard", missing: Sequence[int], sizes: Sequence[int], runner: Runner
+) -> None:
+    """Searches every index shard for the chunks that visit it."""
+    if work.routed:
+        unknown = [q for q in missing if not mapped_arrays.there(work.visited_path(q), 1)]
+        run_counted(runner, VisitShard(work), unknown, sizes, what="routes", unit="chunk")
+    groups, parts = work.groups, range(len(work.retriever.search.parts))
+    wanted = [g for g in range(len(groups)) if set(groups[g]) & set(missing)]
+    pairs = [(s, g) for s in parts for g in wanted if work.asks(s, groups[g])]
+    searches = [i for i, (s, g) in enumerate(pairs) if not work.has_found(s, g)]
+    of_pairs = [sum(sizes[q] for q in groups[g]) for _, g in pairs]
+    search = FindShard(work, tuple(pairs))
+    run_counted(runner, search, searches, of_pairs, what="candidates", unit="chunk")
 
 
 def table_parents(queries: Queries, retriever: Retriever, base: "NeighbourTable | None") -> Parents:
@@ -282,7 +296,7 @@ class NeighbourShard:
         parts = self.retriever.search.parts
         numbers = [s for s in range(len(parts)) if self.asks(s, [index])]
         if len(parts) > 1:
-            results = [read_found(self.found_path(s, index)) for s in numbers]
+            results = [self._collected(index, numbers)] if numbers else []
         else:
             results = [self.find(parts[s], index, report) for s in numbers]
         if self._is_old(index):
@@ -328,10 +342,16 @@ class NeighbourShard:
             return list(queries)
         return [q for q in queries if not self._is_old(q)]
 
-    def find(self, part: Any, index: int, report: Callable[[int], object]) -> Found:
-        """The candidates of one part of the database for the chunks of query shard `index`."""
+    def find(
+        self,
+        part: Any,
+        index: int,
+        report: Callable[[int], object],
+        visitors: np.ndarray | None = None,
+    ) -> Found:
+        """The candidates of one part of the database for query shard `index`, or some chunks of it."""
         every: list[Found] = []
-        for block in self._blocks(index):
+        for block in self._blocks(index) if visitors is None else _cut(visitors):
             chunks = StoredChunks(self.queries, block)
             own = self.own.of(block)
             every.append(self.retriever.search.candidates(part, chunks, self.k, own))
@@ -340,9 +360,73 @@ class NeighbourShard:
             return nothing(0, self.k)
         return np.concatenate([ids for ids, _ in every]), np.concatenate([s for _, s in every])
 
-    def found_path(self, shard: int, index: int) -> pathlib.Path:
-        """Where the candidates of a query shard from an index shard wait."""
-        return pathlib.Path(self.directory, f"{files.TEMPORARY}found-{shard:05d}-{index:05d}.npy")
+    @property
+    def routed(self) -> bool:
+        """Whether a chunk visits some of the index's shards only."""
+        return self.wants_accelerator and bool(self.retriever.index.routed)
+
+    @property
+    def groups(self) -> list[range]:
+        """The query shards that are searched for together: few enough tasks and files."""
+        shards, parts = len(self.database.shards), len(self.retriever.search.parts)
+        size = max(1, -(-shards * parts // _MOST_SEARCHES))
+        return [range(q, min(q + size, shards)) for q in range(0, shards, size)]
+
+    def visited_path(self, index: int) -> pathlib.Path:
+        """Where the index shards that a query shard's chunks visit wait."""
+        return pathlib.Path(self.directory, f"{files.TEMPORARY}visited-{index:05d}")
+
+    def visitors(self, shard: int, index: int) -> np.ndarray:
+        """[n] int64: the chunks of query shard `index` that visit an index shard."""
+        chunks = np.array(self.database.shards[index], np.int64)
+        if not self.routed:
+            return chunks
+        (visited,) = mapped_arrays.mapped(self.visited_path(index), 1)
+        return chunks[(visited == shard).any(1)]
+
+    def found_path(self, shard: int, group: int) -> pathlib.Path:
+        """Where the candidates of some query shards from an index shard wait."""
+        return pathlib.Path(self.directory, f"{files.TEMPORARY}found-{shard:05d}-{group:05d}")
+
+    def has_found(self, shard: int, group: int) -> bool:
+        """Whether they are there: of which chunks, their ids and their scores."""
+        return mapped_arrays.there(self.found_path(shard, group), 3)
+
+    def _collected(self, index: int, shards: Sequence[int]) -> Found:
+        """The best candidates of query shard `index` from several index shards, one after the other."""
+        chunks = self.database.shards[index]
+        group = next(g for g, members in enumerate(self.groups) if index in members)
+        best: Found | None = None
+        for shard in shards:
+            rows, ids, scores = mapped_arrays.mapped(self.found_path(shard, group), 3)
+            part = slice(*np.searchsorted(rows, (chunks.start, chunks.stop)).tolist())
+            at = rows[part] - chunks.start
+            if best is None:
+                best = nothing(len(chunks), ids.shape[1])
+            old = best[0][at], best[1][at]
+            best[0][at], best[1][at] = self.retriever.search.merged(
+                [old, (np.array(ids[part]), np.array(scores[part]))], self.k
+            )
+        assert best is not None
+        if self.routed:
+            self._fill(best, index)
+        return best
+
+    def _fill(self, best: Found, index: int) -> None:
+        """Searches all index shards for the chunks that found too few where they looked."""
+        assert isinstance(self.queries, Keys)
+        lacking = np.flatnonzero(best[0][:, -1] < 0)
+        chunks = np.array(self.database.shards[index])[lacking]
+        (visited,) = mapped_arrays.mapped(self.visited_path(index), 1)
+        found = best[0][lacking], best[1][lacking]
+        self.retriever.index.fill(
+            found,
+            np.array(visited[lacking]),
+            self.queries.rows(chunks),
+            self.own.of(chunks),
+            release=True,
+        )
+        best[0][lacking], best[1][lacking] = found
 
     def _is_old(self, index: int) -> bool:
         """Whether the table of the previous revision has the rows of query shard `index`."""
@@ -358,11 +442,9 @@ class NeighbourShard:
         ids, scores = np.where(lost, -1, ids), np.where(lost, np.inf, scores).astype(np.float32)
         rows = np.flatnonzero(lost.any(1))
         if len(rows):
-            own, keys, results = self.own.of(chunks[rows]), self.queries.rows(chunks[rows]), []
-            for shard in self.retriever.index.shards:
-                results.append(shard.search(keys, self.k, own))
-                shard.release()
-            ids[rows], scores[rows] = merge(results, self.k)
+            own, keys = self.own.of(chunks[rows]), self.queries.rows(chunks[rows])
+            found = self.retriever.index.search(keys, self.k, own, release=True)
+            ids[rows], scores[rows] = found
         return ids, scores
 
     def _blocks(self, index: int) -> Iterator[np.ndarray]:
@@ -419,8 +501,29 @@ class TruthOfRange:
 
 
 @dataclasses.dataclass(frozen=True)
+class VisitShard:
+    """Finds the index shards that the chunks of a query shard visit."""
+
+    work: NeighbourShard
+
+    def __call__(self, index: int, report: Callable[[int], object] = silent) -> int:
+        """Leaves their numbers in a file."""
+        chunks, queries = self.work.database.shards[index], self.work.queries
+        assert isinstance(queries, Keys)
+        parts = [
+            self.work.retriever.index.visited(queries.rows(block)).astype(np.int32)
+            for block in _cut(np.array(chunks, np.int64))
+        ]
+        none = self.work.retriever.index.visited(np.zeros((0, queries.dimension), np.float32))
+        visited = np.concatenate([none.astype(np.int32), *parts])
+        mapped_arrays.write(self.work.visited_path(index), [visited])
+        report(len(chunks))
+        return len(chunks)
+
+
+@dataclasses.dataclass(frozen=True)
 class FindShard:
-    """Searches one index shard for one query shard, (s, q), and leaves the candidates in a file."""
+    """Searches one index shard for some query shards, (s, g), and leaves the candidates in files."""
 
     work: NeighbourShard
     pairs: tuple[tuple[int, int], ...]
@@ -429,25 +532,31 @@ class FindShard:
 
     def __call__(self, index: int, report: Callable[[int], object] = silent) -> int:
         """Searches pair `index`; pairs of one index shard follow each other, so one is in memory."""
-        s, q = self.pairs[index]
-        shards = self.work.retriever.search.parts
+        (s, g), work = self.pairs[index], self.work
+        shards = work.retriever.search.parts
         for other in (*shards[:s], *shards[s + 1 :]):  # a worker keeps what an earlier task loaded
             other.release()
-        results = self.work.find(shards[s], q, report)
-        files.write_arrays(self.work.found_path(s, q), results)
-        return len(results[0])
+        rows, ids, scores = [np.zeros(0, np.int64)], [], []
+        for q in work.asks(s, work.groups[g]):
+            visitors = work.visitors(s, q)
+            found = work.find(shards[s], q, report, visitors)
+            rows.append(visitors)
+            ids.append(found[0])
+            scores.append(found[1])
+        arrays = [np.concatenate(rows), _stacked(ids), _stacked(scores)]
+        mapped_arrays.write(work.found_path(s, g), arrays)
+        return len(arrays[0])
 
 
-def read_found(path: pathlib.Path) -> Found:
-    """The candidates that `FindShard` left."""
-    ids, scores = files.read_arrays(path, 2)
-    return ids, scores
+def _cut(ids: np.ndarray) -> Iterator[np.ndarray]:
+    """Chunk ids, some at a time."""
+    return (ids[first : first + BLOCK] for first in range(0, len(ids), BLOCK))
 
 
-def sample_ids(total: int, sample: int, seed: int = 0) -> np.ndarray:
-    """Some of range(total), in order; the same ones each time."""
-    random = np.random.Generator(np.random.Philox(seed))
-    return np.sort(random.choice(total, min(sample, total), replace=False))
+def _stacked(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Arrays [n, m] of which those without rows may have another m."""
+    filled = [part for part in parts if len(part)]
+    return np.concatenate(filled or [parts[0]])
 
 
 def sample_live(database: ChunkDatabase, sample: int, seed: int = 0) -> np.ndarray:

@@ -28,7 +28,7 @@ from data_pipelines.artefacts.manifest import MANIFEST_FILE, Manifest, Path, Sta
 from data_pipelines.artefacts.sharded_rows import ShardedRows
 from data_pipelines.chunk_database.database import KIND as CHUNKS_KIND
 from data_pipelines.chunk_database.database import ChunkDatabase, DocumentRecord
-from data_pipelines.retriever.index import Index
+from data_pipelines.retriever.index import Index, IndexShard, RoutedShards
 from data_pipelines.retriever.keys import KIND as KEYS_KIND
 from data_pipelines.retriever.keys import Keys
 from retro_jax.errors import UserError
@@ -262,17 +262,20 @@ def open_index(keys: Keys, workdir: Path, *, verify: bool = False) -> Index:
     """
     if not isinstance(keys, JoinedKeys):
         return Index.open(pathlib.Path(workdir) / "index", keys, verify=verify)
-    shards, manifests, first = [], [], 0
+    shards: list[IndexShard] = []
+    routed: list[RoutedShards] = []
+    manifests, first = [], 0
     for part in keys.parts:
         index = Index.open(beside(part.database, "index"), part, verify=verify)
         chunks = range(first, first + len(part))
+        routed += [dataclasses.replace(group, first=len(shards)) for group in index.routed]
         shards += [shard.moved(keys, chunks) for shard in index.shards]
         manifests.append(index.manifest)
         first += len(part)
     count = sum(manifest.fact("keys") for manifest in manifests)
     plan = max(manifests, key=lambda manifest: manifest.fact("keys")).fact("plan")
     manifest = _joined("index", keys.database, manifests, {"keys": count, "plan": plan})
-    return Index(keys.directory, manifest, shards)
+    return Index(keys.directory, manifest, shards, routed)
 
 
 def publish(
@@ -428,8 +431,8 @@ def _corpora(
                     fact[field] -= of_record[field]
             cut = range(record.first_chunk, record.first_chunk + record.chunks)
             cuts.setdefault(record.corpus, []).append(cut)
-    for name, removed_ranges in cuts.items():
-        corpora[name]["ranges"] = list(_without(corpora[name]["ranges"], removed_ranges))
+    for name, of_corpus in cuts.items():
+        corpora[name]["ranges"] = list(_without(corpora[name]["ranges"], of_corpus))
     return corpora
 
 

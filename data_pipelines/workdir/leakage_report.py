@@ -15,7 +15,7 @@ from data_pipelines.corpora import SPLITS
 from data_pipelines.documents.documents import read_documents, read_shard
 from data_pipelines.leakage import minhash
 from data_pipelines.leakage.near_documents import KIND, prepare_leakage, read_withdrawn
-from data_pipelines.retriever.neighbours import sample_ids
+from data_pipelines.retriever.sampling import sample_ids
 from data_pipelines.workdir.preparation import Preparation
 from retro_jax.errors import UserError
 from retro_jax.storage import files

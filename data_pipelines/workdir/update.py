@@ -93,7 +93,9 @@ def _append(
         return ChunkDatabase.open(chunks)
     prepare_keys(folder / "keys" / "train", chunks, tokenizer, p.config.keys, runner=p.runner)
     keys = Keys.open(folder / "keys" / "train", ChunkDatabase.open(chunks))
-    prepare_index(folder / "index", keys, p.config.index, runner=p.runner)
+    routed = revisions.open_index(revisions.open_keys(database, p.directory), p.directory).routed
+    routes = routed[0].routes if routed else None
+    prepare_index(folder / "index", keys, p.config.index, runner=p.runner, routes=routes)
     return keys
 
 

@@ -13,10 +13,11 @@ from data_pipelines.chunk_database.database import ChunkDatabase, chunk_rows
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.corpora import SPLITS
 from data_pipelines.leakage.near_documents import kept_counts, kept_documents
-from data_pipelines.retriever.neighbours import NeighbourTable, recall, sample_ids
+from data_pipelines.retriever.neighbours import NeighbourTable, recall
 from data_pipelines.retriever.queries import OwnDocuments, Queries, StoredChunks, chunks_of
 from data_pipelines.retriever.retriever import Retriever
 from data_pipelines.retriever.revisions import folder_of, latest
+from data_pipelines.retriever.sampling import sample_ids
 from data_pipelines.workdir import leakage_report
 from data_pipelines.workdir.leakage_report import HELD_OUT
 from data_pipelines.workdir.preparation import open_keys, queries_of

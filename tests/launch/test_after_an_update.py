@@ -18,7 +18,11 @@ import pytest
 from data_pipelines import workdir as module
 from data_pipelines.artefacts.runner import InProcess
 from data_pipelines.batches.batches import BatchConfig
-from data_pipelines.batches.training_data import open_training_data, revision_of
+from data_pipelines.batches.training_data import (
+    copy_training_data,
+    open_training_data,
+    revision_of,
+)
 from data_pipelines.chunk_database.database import ChunkDatabase, prepare_chunks
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.corpora import SourceFile, compression
@@ -40,6 +44,7 @@ from data_pipelines.workdir.preparation import Preparation, materialise
 from launch.evaluation.conditions import Condition, neighbour_tokens
 from retro_jax.errors import UserError
 from retro_jax.storage import files
+from tests.conftest_prepared import run_prepare
 from tests.data_pipelines.chunk_database import base_tokenizers
 from tests.data_pipelines.retriever import bert_folder
 from tests.data_pipelines.small import tree
@@ -327,7 +332,7 @@ def test_a_compaction_is_one_database_of_the_same_bytes(places, tmp_path):
         assert prepared(compacted / name) == prepared(updated / name), "nothing older is touched"
 
 
-def test_runs_go_on_with_the_same_batches(places):
+def test_runs_go_on_with_the_same_batches(places, tmp_path):
     config = BatchConfig(sequence_length=256, batch_size=3, neighbours=2, mixture={"code": 1.0})
     first = open_training_data(places.works[0], config)
     for work in places.works:
@@ -352,6 +357,11 @@ def test_runs_go_on_with_the_same_batches(places):
         revision_of(places.works[2], oldest)
     with pytest.raises(UserError, match="train was purged, only its manifest is left: expected"):
         revisions.open_database(places.works[2], 1)
+    copied = copy_training_data(
+        f"file://{places.works[2]}", config, tmp_path, held_out=False, parents=first.parents
+    )
+    assert copied.parents == first.parents
+    np.testing.assert_array_equal(copied.batches.rows(5).tokens, first.batches.rows(5).tokens)
 
 
 def test_purged_text_is_in_no_file(places):
@@ -430,7 +440,7 @@ def places_missing(work: pathlib.Path) -> bool:
     return not (folder / "neighbours" / "train" / "manifest.json").is_file()
 
 
-def test_updates_and_preparations_of_a_purged_workdir(places, tmp_path):
+def test_updates_and_preparations_of_a_purged_workdir(places, tmp_path, capsys):
     work = shutil.copytree(places.works[2], tmp_path / "W")
     lines: list[str] = []
     config = places.config
@@ -454,5 +464,10 @@ def test_updates_and_preparations_of_a_purged_workdir(places, tmp_path):
     assert len(revisions.open_database(work)) == database.live_chunks
     compaction.purge(p)
     assert lines[-1] == "revision 5: 0.0 MB of revisions 0 to 4 deleted"
-    with pytest.raises(UserError, match="has one database as it is: expected some --append"):
-        compaction.compact(Preparation(places.fresh, config, InProcess(), print))
+    capsys.readouterr()
+    assert run_prepare(work, None, "--purge") == 0
+    assert capsys.readouterr().out == f"{lines[-1]}\n"
+    assert run_prepare(places.fresh, None, "--compact") == 1
+    error = capsys.readouterr().err
+    assert "has one database as it is: expected some --append or --remove before" in error
+    assert error.count("\n") == 1

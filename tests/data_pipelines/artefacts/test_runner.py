@@ -85,6 +85,24 @@ def test_failure_keeps_its_message(tmp_path, runner):
         list(runner.run(Write(str(tmp_path)), ["good", "bad"]))
 
 
+class Gone:
+    """Work that opens something when it is unpickled."""
+
+    def __setstate__(self, fields: dict) -> None:
+        raise UserError("shard.npy is missing: expected it")
+
+    def __getstate__(self) -> dict:
+        return {"shards": 1}
+
+    def __call__(self, shard: int) -> None:
+        raise NotImplementedError
+
+
+def test_work_that_cannot_be_opened_keeps_its_message():
+    with pytest.raises(UserError, match=r"^shard.npy is missing: expected it$"):
+        list(LocalProcesses(2).run(Gone(), [1, 2]))
+
+
 def test_a_worker_that_is_killed_again_and_again_is_one_line(tmp_path):
     with pytest.raises(UserError, match="worker processes were killed 2 times in a row"):
         list(LocalProcesses(2, retries=1).run(Write(str(tmp_path)), ["a", "killed", "b"]))
