@@ -176,16 +176,16 @@ def _unlike(split: Split, condition: Condition) -> NeighbourTokens:
 
 
 def check_split(split: Split, conditions: Sequence[Condition]) -> None:
-    """Refuses shares of the database for its own documents, or for tables not made by keys.
+    """Refuses shares of the database for its own documents, or where its keys name candidates only.
 
     Raises:
-      UserError: the database's own split, or a table of BM25, with --database_shares.
+      UserError: the database's own split, or a table of dense+bm25, with --database_shares.
     """
     shares = any(condition.kind == "database" for condition in conditions)
-    if shares and split.table is not None and split.table.retriever != "dense":
+    if shares and split.table is not None and split.table.retriever == "dense+bm25":
         raise UserError(
             f"--database_shares: {split.table.directory} was made by the retriever"
-            f" {split.table.retriever!r}: expected 'dense'"
+            f" {split.table.retriever!r}: expected 'dense' or 'bm25'"
         )
     is_database = split.retrieval and split.retrieval.manifest.hash == split.database.manifest.hash
     if is_database and shares:
