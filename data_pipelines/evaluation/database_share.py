@@ -3,7 +3,7 @@
 A document is in a share s of the database when a hash of its name, as a number from 0 to 1, is below
 s, so that a smaller database is part of a larger. Removed documents are in no share. Neighbours of the
 table that are in the part are the part's nearest; where these are fewer than k, every key of the part
-is compared.
+is compared, or every chunk of it scored by BM25.
 """
 
 import hashlib
@@ -29,15 +29,15 @@ _QUERIES = 1 << 13  # that pass over the keys together
 
 
 def check_shares(split: Split) -> None:
-    """Refuses shares of the database for its own documents, or for tables not made by keys.
+    """Refuses shares of the database for its own documents, or where its keys name candidates only.
 
     Raises:
-      UserError: the database's own split, or a table of BM25.
+      UserError: the database's own split, or a table of dense+bm25.
     """
-    if split.table is not None and split.table.retriever != "dense":
+    if split.table is not None and split.table.retriever == "dense+bm25":
         raise UserError(
             f"--database_shares: {split.table.directory} was made by the retriever"
-            f" {split.table.retriever!r}: expected 'dense'"
+            f" {split.table.retriever!r}: expected 'dense' or 'bm25'"
         )
     if split.retrieval and split.retrieval.manifest.hash == split.database.manifest.hash:
         others = ", ".join(name for name in SPLITS if name != "train")
@@ -67,21 +67,42 @@ def subsampled(
     ids = np.take_along_axis(np.where(inside, neighbours, -1), order, axis=1)
     ids = np.pad(ids, ((0, 0), (0, k - ids.shape[1])), constant_values=-1)
     rows = np.flatnonzero((ids < 0).any(axis=1))
-    candidates = np.flatnonzero(mask)
-    if len(rows) and len(candidates):
-        keys = Database.open(data, split.retrieval.manifest.revision).keys
-        embed, owners = (
-            _embeddings(split, keys, data),
-            OwnDocuments(split.database, split.retrieval),
-        )
+    if len(rows) and mask.any():
+        find = (_best if split.table.retriever == "bm25" else _nearest)(split, mask, k, data)
         with progress_bar(len(rows), f"{share:.3g} of the database", "chunk") as bar:
             for first in range(0, len(rows), _QUERIES):
                 part = rows[first : first + _QUERIES]
-                queries, exclude = embed(split.ids[part]), owners.of(split.ids[part])
-                ids[part] = compare_all(keys, queries, k, exclude, candidates)[0]
+                ids[part] = find(split.ids[part])
                 bar.update(len(part))
     write_array(path, ids)
     return ids
+
+
+def _nearest(
+    split: Split, mask: np.ndarray, k: int, data: pathlib.Path
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Finds the k nearest by keys of the chunks in a mask, for chunks of a split [n]: ids [n, k]."""
+    assert split.retrieval is not None
+    keys = Database.open(data, split.retrieval.manifest.revision).keys
+    candidates = np.flatnonzero(mask)
+    embed, owners = _embeddings(split, keys, data), _owners(split)
+    return lambda ids: compare_all(keys, embed(ids), k, owners.of(ids), candidates)[0]
+
+
+def _best(
+    split: Split, mask: np.ndarray, k: int, data: pathlib.Path
+) -> Callable[[np.ndarray], np.ndarray]:
+    """As `_nearest`, the best by BM25."""
+    assert split.retrieval is not None
+    bm25 = Database.open(data, split.retrieval.manifest.revision).bm25
+    owners = _owners(split)
+    return lambda ids: bm25.search(split.database.chunks(ids), k, owners.of(ids), mask)[0]
+
+
+def _owners(split: Split) -> OwnDocuments:
+    """What tells the document of the retrieval database that a chunk of a split is of."""
+    assert split.retrieval is not None
+    return OwnDocuments(split.database, split.retrieval)
 
 
 def _embeddings(split: Split, keys: Keys, data: pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:

@@ -220,7 +220,11 @@ class Bm25:
         return np.pad(ids, missing, constant_values=-1), scores
 
     def search(
-        self, tokens: np.ndarray, k: int, exclude_documents: np.ndarray | None = None
+        self,
+        tokens: np.ndarray,
+        k: int,
+        exclude_documents: np.ndarray | None = None,
+        among: np.ndarray | None = None,
     ) -> Found:
         """Finds the k best chunks of the whole database.
 
@@ -228,6 +232,7 @@ class Bm25:
           tokens: [n, 64] of the queries.
           k: how many.
           exclude_documents: [n] numbers of the database's documents to leave out; -1 for none.
+          among: [chunks of the database] bool, those to choose from; None for all.
 
         Returns:
           Chunk ids [n, k] int64 and scores [n, k] float32, descending (equal ones by id); -1 and minus
@@ -239,18 +244,22 @@ class Bm25:
         terms = _is_term(tokens, self.database)
         for row in np.flatnonzero(terms.any(1)).tolist():
             owner = -1 if exclude_documents is None else int(exclude_documents[row])
-            ids = self._candidates(tokens[row][terms[row]], k, owner)
+            ids = self._candidates(tokens[row][terms[row]], k, owner, among)
             query = tokens[row : row + 1]
             for every, best in zip(found, self.best_of(query, ids[None], k)):
                 every[row] = best[0]
         return found
 
-    def _candidates(self, terms: np.ndarray, k: int, exclude: int) -> np.ndarray:
+    def _candidates(
+        self, terms: np.ndarray, k: int, exclude: int, among: np.ndarray | None
+    ) -> np.ndarray:
         """Ids of some more chunks than the k best for one query, in any order."""
         index, ids, documents = self._loaded
         scores = index.get_scores_from_ids(terms.tolist())
         first, last = np.searchsorted(documents, (exclude, exclude + 1)) if exclude >= 0 else (0, 0)
         scores[first:last] = 0
+        if among is not None:
+            scores[~among[ids]] = 0
         least = 0.0
         if len(scores) > k + _SPARE:
             least = float(np.partition(scores, -k - _SPARE)[-k - _SPARE])

@@ -25,8 +25,7 @@ from retro_jax.model.positions import Relative, frequencies, sinusoids
 from retro_jax.model.retro import Retro
 from retro_jax.sharding import lay_out, replicated
 
-# Logits that the token before has over its own neighbours in the encoder are about 2 * _SHARPNESS.
-_SHARPNESS = 2.0
+_SHARPNESS = 2.0  # of the head that reads the token before
 # Only sinusoids that turn this fast (radians per token) distinguish one token from the next.
 _SLOWEST = 0.1
 
@@ -68,49 +67,60 @@ def begin_with_copying(model: Retro) -> None:
     width, head_dim = seen_DxH.shape
 
     # |query|^2 is about head_dim: where the tokens are equal the logit is about its root.
-    _store(cca.query, _whole(cca.query).at[:, :, 0].set(seen_DxH))
+    store(cca.query, whole(cca.query).at[:, :, 0].set(seen_DxH))
     key_DxH = 1.5 * head_dim / math.sqrt(width) * written_HxD.T
-    key_value = _whole(cca.key_value).at[:, :, 0, 0].set(key_DxH)
-    _store(cca.key_value, key_value)
+    key_value = whole(cca.key_value).at[:, :, 0, 0].set(key_DxH)
+    store(cca.key_value, key_value)
     if isinstance(cca.positions, Relative):
-        _store(cca.relative, _whole(cca.relative).at[:, :, 0].set(0.0))
+        store(cca.relative, whole(cca.relative).at[:, :, 0].set(0.0))
 
     # Reading by V and writing by its transpose is a projection, scaled by head_dim / width.
     value_LxDxH = key_value[:, :, 1, 0]
     gain = 2.0 * math.sqrt(width) / head_dim
-    output = _whole(cca.output).at[:, 0].set(gain * jnp.swapaxes(value_LxDxH, 1, 2))
-    _store(cca.output, output)
+    output = whole(cca.output).at[:, 0].set(gain * jnp.swapaxes(value_LxDxH, 1, 2))
+    store(cca.output, output)
 
 
-def _whole(param: nnx.Param) -> jax.Array:
+def whole(param: nnx.Param) -> jax.Array:
     """A parameter's values, on a mesh whole on every device."""
     value = param[...]
     return value if jax.typeof(value).sharding.mesh.empty else replicated(value)
 
 
-def _store(param: nnx.Param, value: jax.Array) -> None:
+def store(param: nnx.Param, value: jax.Array) -> None:
     """Sets a parameter, split as it was."""
     sharding = jax.typeof(param[...]).sharding
     param[...] = value if sharding.mesh.empty else lay_out(value, sharding.spec)
 
 
+def read_earlier(attention: Attention, head: int, *, distance: int, sharpness: float) -> None:
+    """Makes a head of layer 1 read the token that is `distance` before its own.
+
+    Args:
+      attention: stacked, with relative positions; changed in place. head: which.
+      sharpness: logits of that token over its own neighbours are about twice it.
+    """
+    fused = whole(attention.query_key_value).at[0, :, 0, head].multiply(0.1)
+    store(attention.query_key_value, fused)
+    width, head_dim = fused.shape[1], fused.shape[-1]
+
+    # v.R(d) is largest at the distance: the sum of cos(w (d - distance)) over the fast frequencies w.
+    there_D = sinusoids(jnp.full(1, float(distance)), width)[0]
+    fast_D = jnp.tile(frequencies(width) > _SLOWEST, 2)
+    column_D = sharpness / math.sqrt(head_dim) * jnp.where(fast_D, there_D, 0.0)
+    relative_DxH = jnp.broadcast_to(column_D[:, None], (width, head_dim))
+    store(attention.relative, whole(attention.relative).at[0, :, head].set(relative_DxH))
+    store(attention.position_bias, whole(attention.position_bias).at[0, head].set(1.0))
+
+
 def _read_token_before(attention: Attention) -> tuple[jax.Array, jax.Array]:
     """Makes head 0 of layer 1 read the token before: its value map [D, H] and output map [H, D]."""
-    fused = _whole(attention.query_key_value).at[0, :, 0, 0].multiply(0.1)
-    _store(attention.query_key_value, fused)
-    output = _whole(attention.output)
-    value_DxH, output_HxD = fused[0, :, 2, 0], output[0, 0]
+    read_earlier(attention, 0, distance=1, sharpness=_SHARPNESS)
+    output = whole(attention.output)
+    value_DxH, output_HxD = whole(attention.query_key_value)[0, :, 2, 0], output[0, 0]
     width, head_dim = value_DxH.shape
-
-    # v.R(d) is largest at distance 1: the sum of cos(w (d - 1)) over the fast frequencies w.
-    at_one_D = sinusoids(jnp.ones(1), width)[0]
-    fast_D = jnp.tile(frequencies(width) > _SLOWEST, 2)
-    column_D = _SHARPNESS / math.sqrt(head_dim) * jnp.where(fast_D, at_one_D, 0.0)
-    relative_DxH = jnp.broadcast_to(column_D[:, None], (width, head_dim))
-    _store(attention.relative, _whole(attention.relative).at[0, :, 0].set(relative_DxH))
-    _store(attention.position_bias, _whole(attention.position_bias).at[0, 0].set(1.0))
 
     # Of norm 1, as an embedding is.
     output_HxD = output_HxD / (jnp.std(output_HxD) * math.sqrt(head_dim * width))
-    _store(attention.output, output.at[0, 0].set(output_HxD))
+    store(attention.output, output.at[0, 0].set(output_HxD))
     return value_DxH, output_HxD

@@ -26,7 +26,8 @@ from retro_jax.train.checkpoint import Checkpoints
 from retro_jax.train.curves import Observer
 from retro_jax.train.step import StepMetrics, TrainState, TrainStep
 
-INITIAL_RETRIEVAL = ("random", "copying")
+INITIAL_RETRIEVAL = ("random", "copying", "endings")
+INITIAL_ATTENTION = ("random", "endings")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,12 @@ class TrainConfig:
       steps: updates of the whole run; the schedule's length.
       seed: seed of the initial parameters and of dropout.
       initial_retrieval: "random" values of encoder and CCA, or "copying": the first heads of both
-        begin as a circuit that copies from neighbours (model/copying_init.py).
+        begin as a circuit that copies what follows the same token in a neighbour
+        (model/copying_init.py), or "endings": what follows the same last few tokens
+        (model/ending_init.py).
+      initial_attention: "random" values of the decoder's attention, of a RETRO or a baseline, or
+        "endings": its first two layers begin as a circuit that copies what follows the same last few
+        tokens in the text so far (model/ending_init.py).
       neighbour_dropout: fraction of the sequences trained without their neighbours.
       log_every: steps per line of metrics.jsonl.
       checkpoint_every: steps between checkpoints, a multiple of log_every, so that a resumed curve
@@ -60,6 +66,7 @@ class TrainConfig:
     steps: int
     seed: int = 0
     initial_retrieval: str = "random"
+    initial_attention: str = "random"
     neighbour_dropout: float = 0.0
     log_every: int = 10
     checkpoint_every: int = 1000
@@ -88,6 +95,10 @@ class TrainConfig:
         require(0 <= self.seed < 2**32, self, "seed", "an integer from 0 to 2**32 - 1")
         supported = self.initial_retrieval in INITIAL_RETRIEVAL
         require(supported, self, "initial_retrieval", f"one of {INITIAL_RETRIEVAL}")
+        supported = self.initial_attention in INITIAL_ATTENTION
+        require(supported, self, "initial_attention", f"one of {INITIAL_ATTENTION}")
+        alone = self.initial_retrieval == "copying" and self.initial_attention != "random"
+        require(not alone, self, "initial_attention", "'random' with initial_retrieval 'copying'")
         valid = 0 <= self.neighbour_dropout <= 1
         require(valid, self, "neighbour_dropout", "a number from 0 to 1")
         whole = self.checkpoint_every % self.log_every == 0

@@ -32,6 +32,7 @@ from retro_jax.errors import LOST, SharedError, UserError
 from retro_jax.model import Retro
 from retro_jax.model.attention_kernels import check_attention
 from retro_jax.model.copying_init import begin_with_copying
+from retro_jax.model.ending_init import begin_with_endings
 from retro_jax.model.flops import training_flops
 from retro_jax.retrofit import open_base
 from retro_jax.retrofit.decoder import check_decoder
@@ -199,8 +200,14 @@ def model_maker(settings: Settings) -> Callable[[], Retro]:
     def make() -> Retro:
         rngs = nnx.Rngs(settings.training.seed)
         model = Retro(settings.retro, settings.execution, shardings=MESH_SHARDINGS, rngs=rngs)
-        if settings.training.initial_retrieval == "copying":
+        training = settings.training
+        if training.initial_retrieval == "copying":
             begin_with_copying(model)
+        begin_with_endings(
+            model,
+            neighbours=training.initial_retrieval == "endings",
+            text=training.initial_attention == "endings",
+        )
         return model
 
     return make

@@ -1,7 +1,9 @@
 """launch.prepare with retriever = 'bm25': without a key, updated, checked, shown, and asked live."""
 
+import dataclasses
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from data_pipelines.artefacts.manifest import Stage
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.corpora import SPLITS
 from data_pipelines.evaluation import prepare_text
+from data_pipelines.evaluation.database_share import kept_chunks, subsampled
 from data_pipelines.evaluation.splits import open_split
 from data_pipelines.evaluation.texts import SliceConfig
 from data_pipelines.retriever.bm25 import Bm25
@@ -125,11 +128,28 @@ def test_slices_use_the_same_retriever(workdir, tmp_path):
     assert split.table.retriever == "bm25"
     found, _ = Retriever.open(workdir).neighbours(split.database.chunks(split.ids), 3)
     np.testing.assert_array_equal(split.table.ids(split.ids, 3), found)
+    check_share(workdir, split, tmp_path)
+
+
+def check_share(workdir, split, folder):
+    """The neighbours from half of the documents are the best of this half, every chunk scored."""
+    mask, tokens = kept_chunks(split, 0.5), split.database.chunks(split.ids)
+    assert 0 < mask.sum() < len(mask)
+    scores = Bm25.open(workdir / "bm25", split.retrieval).score(
+        tokens, np.tile(np.flatnonzero(mask), (len(tokens), 1))
+    )
+    found = subsampled(split, 0.5, 9, folder=folder, data=workdir)
+    for row, best in zip(scores, found, strict=True):
+        order = np.lexsort((np.flatnonzero(mask), -row))[:9]
+        wanted = np.where(row[order] > 0, np.flatnonzero(mask)[order], -1)
+        np.testing.assert_array_equal(best, wanted)
     part = Condition("database_0.5", None, 3, "database", 0.5)
+    check_split(split, [part])
+    table = types.SimpleNamespace(retriever="dense+bm25", directory="T")
     with pytest.raises(
-        UserError, match=r"--database_shares: .* retriever 'bm25': expected 'dense'"
+        UserError, match=r"T was made by .* 'dense.bm25': expected 'dense' or 'bm25'"
     ):
-        check_split(split, [part])
+        check_split(dataclasses.replace(split, table=table), [part])
 
 
 def test_a_killed_removal_is_repeated_or_replaced(workdir, tmp_path, capsys, monkeypatch):
