@@ -162,7 +162,10 @@ class MappedFiles:
         _warn_once(most)
         own = set(keep.tolist())
         for key in list(_mapped):
-            owner, number = _mapped[key](), key[1]
+            reference, number = _mapped.get(key), key[1]
+            if reference is None:  # its object went away just now
+                continue
+            owner = reference()
             if owner is self and number in own:
                 continue  # it is about to be read
             if owner is not None:
