@@ -161,18 +161,17 @@ class MappedFiles:
             return
         _warn_once(most)
         own = set(keep.tolist())
-        for key in list(_mapped):
-            reference, number = _mapped.get(key), key[1]
-            if reference is None:  # its object went away just now
+        for _ in range(len(_mapped)):
+            if len(_mapped) < most:
+                return
+            key = next(iter(_mapped))
+            owner, number = _mapped[key](), key[1]
+            if owner is self and number in own:  # it is about to be read
+                _mapped.move_to_end(key)
                 continue
-            owner = reference()
-            if owner is self and number in own:
-                continue  # it is about to be read
             if owner is not None:
                 owner._unmap(number)
             _mapped.pop(key, None)
-            if len(_mapped) < most:
-                return
 
     def _unmap(self, number: int) -> None:
         """Puts nothing in the place of a file."""
