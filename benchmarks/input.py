@@ -7,7 +7,8 @@ for 4,000,000 chunks), the worst case for reading. Reads batches of it by random
 and through the iterator with its prefetching thread.
 
 On 2 cores that others used too (NumPy 2.4, Grain 0.2.18): 16.7 M tokens per second of processor, 6 M
-per second of wall time at a load of 7; every token came with eight of its neighbours'.
+per second of wall time at a load of 7; every token came with eight of its neighbours'. docs/performance.md
+compares 8 and 4,000 shards.
 """
 
 import itertools

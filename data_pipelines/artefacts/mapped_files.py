@@ -17,7 +17,6 @@ import logging
 import mmap
 import os
 import pathlib
-import sys
 import threading
 import weakref
 from collections.abc import Sequence
@@ -109,7 +108,8 @@ class MappedFiles:
                 f"{len(self._paths)} files of {size:,} bytes cannot be mapped ({error.strerror}):"
                 " expected a higher limit of addresses (ulimit -v)"
             ) from error
-        self._end = weakref.finalize(self, _forget, id(self), self._address, size)
+        end = weakref.finalize(self, _forget, id(self), self._address, size)
+        end.atexit = False  # a thread may still read when the process ends, which unmaps all
         buffer = (ctypes.c_char * size).from_address(self._address)
         self.data = np.frombuffer(memoryview(buffer), np.uint8)
         self._there = np.zeros(len(self._paths), bool)
@@ -161,15 +161,17 @@ class MappedFiles:
             return
         _warn_once(most)
         own = set(keep.tolist())
-        for key in list(_mapped):
+        for _ in range(len(_mapped)):
+            if len(_mapped) < most:
+                return
+            key = next(iter(_mapped))
             owner, number = _mapped[key](), key[1]
-            if owner is self and number in own:
-                continue  # it is about to be read
+            if owner is self and number in own:  # it is about to be read
+                _mapped.move_to_end(key)
+                continue
             if owner is not None:
                 owner._unmap(number)
             _mapped.pop(key, None)
-            if len(_mapped) < most:
-                return
 
     def _unmap(self, number: int) -> None:
         """Puts nothing in the place of a file."""
@@ -184,8 +186,7 @@ def _forget(owner: int, address: int, size: int) -> None:
     with LOCK:
         for key in [key for key in _mapped if key[0] == owner]:
             del _mapped[key]
-        if not sys.is_finalizing():
-            _system.unmap(address, size)
+        _system.unmap(address, size)
 
 
 _warned: list[int] = []

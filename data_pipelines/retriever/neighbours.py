@@ -117,7 +117,9 @@ def prepare_neighbours(
     names = [_shard_names(i) for i in range(len(chunks.shards))]
     missing = [i for i, pair in enumerate(names) if stage.missing(pair)]
     owners = OwnDocuments(chunks, retriever.database)
-    work = NeighbourShard(files.absolute(directory), queries, retriever, k, owners, base)
+    work = NeighbourShard(
+        files.absolute(directory), queries, retriever, k, owners, base, _MOST_SEARCHES
+    )
     sizes = [len(ids) for ids in chunks.shards]
     if len(retriever.search.parts) > 1:
         _find_candidates(work, missing, sizes, runner)
@@ -276,6 +278,7 @@ class NeighbourShard:
       directory: the table's.
       queries, retriever, k, base: as for `prepare_neighbours`.
       own: the documents of the queries.
+      most_searches: of an index shard for some query shards, each of which is a task.
     """
 
     directory: str
@@ -284,6 +287,7 @@ class NeighbourShard:
     k: int
     own: OwnDocuments
     base: "NeighbourTable | None" = None
+    most_searches: int = _MOST_SEARCHES
 
     @property
     def wants_accelerator(self) -> bool:
@@ -369,7 +373,7 @@ class NeighbourShard:
     def groups(self) -> list[range]:
         """The query shards that are searched for together: few enough tasks and files."""
         shards, parts = len(self.database.shards), len(self.retriever.search.parts)
-        size = max(1, -(-shards * parts // _MOST_SEARCHES))
+        size = max(1, -(-shards * parts // self.most_searches))
         return [range(q, min(q + size, shards)) for q in range(0, shards, size)]
 
     def visited_path(self, index: int) -> pathlib.Path:

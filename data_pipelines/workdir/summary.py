@@ -7,6 +7,7 @@ from typing import Any
 from data_pipelines.artefacts.manifest import MANIFEST_FILE, Manifest, is_purged
 from data_pipelines.chunk_database.database import CHUNK_LENGTH
 from data_pipelines.corpora import SPLITS
+from data_pipelines.leakage.near_documents import read_withdrawn
 from data_pipelines.retriever import revisions
 from retro_jax.errors import UserError
 from retro_jax.report.views import Table
@@ -79,13 +80,26 @@ def _leakage_rows(directory: pathlib.Path) -> list[list[str]]:
     none = [_NOTHING] * (len(SPLITS) - 1)
     rows = []
     places = [revisions.folder_of(directory, r) for r in range(revisions.latest(directory) + 1)]
-    documents = [m for place in places if (m := _manifest(place / "leakage", "leakage"))]
+    documents = {
+        place: m for place in places if (m := _manifest(place / "leakage", "leakage")) is not None
+    }
     if documents:
-        threshold = documents[0].settings["threshold"]
-        names = {"withdrawn": f"withdrawn documents, from {threshold:g}", "equal": "of these equal"}
-        names["duplicates"] = "documents equal to others of the split"
-        for fact, name in names.items():
-            rows.append([name, _count(sum(m.fact(fact) for m in documents)), *none])
+        # One that was withdrawn is not in the database, so an update withdraws it again.
+        withdrawn = {
+            (line["corpus"], line["id"]): line["equal"]
+            for place, manifest in documents.items()
+            for i in range(len(manifest.shards))
+            for line in read_withdrawn(place / "leakage", i)
+        }
+        threshold = next(iter(documents.values())).settings["threshold"]
+        counts = {
+            f"withdrawn documents, from {threshold:g}": len(withdrawn),
+            "of these equal": sum(withdrawn.values()),
+            "documents equal to others of the split": sum(
+                m.fact("duplicates") for m in documents.values()
+            ),
+        }
+        rows += [[name, _count(count), *none] for name, count in counts.items()]
     chunks = [m for place in places if (m := _manifest(place / "duplicates", "duplicates"))]
     if chunks:
         held_out = [split for split in SPLITS if split != "train"]

@@ -160,8 +160,9 @@ def _checks(
     """The checks of what is there, with their names."""
     for name in there:
         yield name, functools.partial(check_files, directory, name, artefacts[name])
-        if artefacts[name].kind == "leakage":
-            path = directory / name
+        path = directory / name
+        gone = is_purged(path.parent / "documents" / "train")
+        if artefacts[name].kind == "leakage" and not gone:
             again = functools.partial(leakage_report.check, directory, path, sample, seed)
             yield f"{name} again", again
     newest = latest(directory)

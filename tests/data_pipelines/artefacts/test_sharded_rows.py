@@ -65,13 +65,14 @@ def open_files() -> int:
 
 def test_no_file_stays_open_and_nothing_is_mapped_before_the_need(tmp_path):
     paths, whole = written(tmp_path, "u2", (64,), [2] * 300)
+    gc.collect()
     files, maps = open_files(), len(mapped_files.mapped())
     shards = ShardedRows(paths)
     assert len(mapped_files.mapped()) == maps
     rows = np.empty((600, 64), np.int32)
     shards.gather(np.arange(600), rows)
     np.testing.assert_array_equal(rows, whole)
-    assert open_files() == files
+    assert open_files() <= files
     assert len(mapped_files.mapped()) == maps + 300
     del shards
     gc.collect()

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from data_pipelines.artefacts.runner import LocalProcesses
+from data_pipelines.artefacts.runner import InProcess
 from data_pipelines.retriever import revisions
 from data_pipelines.retriever.index import Index, IndexConfig, prepare_index
 from data_pipelines.retriever.neighbours import NeighbourTable, prepare_neighbours
@@ -87,13 +87,22 @@ def test_few_shards_have_nearly_all_neighbours(workdir):
     assert ((many >= 0).sum(1) == (~np.isnan(keys[:, 0])).sum()).all(), "too few: all are searched"
 
 
-@pytest.mark.parametrize("runner", [None, LocalProcesses(2)])
+class Pickling:
+    """A runner whose workers unpickle the work, as those of processes do."""
+
+    threads, in_process = 1, False
+
+    def run(self, work, shards):
+        work = pickle.loads(pickle.dumps(work))
+        return ((shard, work(shard)) for shard in shards)
+
+
+@pytest.mark.parametrize("runner", [InProcess(), Pickling()])
 def test_tables_are_what_the_index_finds(workdir, tmp_path, runner, monkeypatch):
     monkeypatch.setattr("data_pipelines.retriever.neighbours._MOST_SEARCHES", 12)
     retriever = Retriever(Database.open(workdir))
-    more = {} if runner is None else {"runner": runner}
     manifest = prepare_neighbours(
-        tmp_path / "t", retriever.keys, retriever, k=4, recall_queries=99, **more
+        tmp_path / "t", retriever.keys, retriever, k=4, recall_queries=99, runner=runner
     )
     table = NeighbourTable.open(tmp_path / "t", retriever.database, retriever.database)
     ids = np.arange(CHUNKS)
