@@ -141,7 +141,7 @@ def measured(workdir: pathlib.Path) -> dict[str, Any]:
         name: files.read_json(answers_file(folder, name))
         for name in ("changed-before", "kept-before", "changed-after", "kept-after")
     }
-    edits = files.read_json(workdir / "dictionary" / "edits.json")
+    edits = files.read_json(workdir / "dictionary" / "edits.json")["edits"]
     before, after = (asked[f"changed-{when}"]["questions"] for when in ("before", "after"))
     rows = []
     for edit, old, new in zip(edits, before, after, strict=True):

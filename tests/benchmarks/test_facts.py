@@ -86,7 +86,7 @@ def test_edits_change_the_database_and_nothing_else(tmp_path, capsys):
         "changed": 6,
         "kept": 10,
     }
-    edits = json.loads((tmp_path / "F" / "edits.json").read_text())
+    edits = json.loads((tmp_path / "F" / "edits.json").read_text())["edits"]
     assert [edit["kind"] for edit in edits] == ["gloss", "word"] * 3
     different = [old["id"] for old, new in zip(rows["facts"], rows["edited"]) if old != new]
     assert different == [edit["term"] for edit in edits] == [row["id"] for row in rows["changed"]]
