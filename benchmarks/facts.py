@@ -7,7 +7,7 @@ DEBIAN is an unpacked dictionary (benchmarks/glosses.py says how). The command p
 glosses with the tokeniser of SmolLM2-135M-Instruct, fits gates on questions about some of its terms,
 and asks for others. Then it edits the glosses of 200 of these in the database alone, and asks again.
 Nothing is trained after the edit. After a stop, the same command goes on. With --from_scratch a RETRO of
-1.5M parameters is trained on the questions alone, with a database four times as large.
+1.6M parameters is trained on the questions alone, with a database four times as large.
 
 It prints, and writes to W/facts.md and W/facts.json:
 
@@ -141,7 +141,7 @@ def measured(workdir: pathlib.Path) -> dict[str, Any]:
         name: files.read_json(answers_file(folder, name))
         for name in ("changed-before", "kept-before", "changed-after", "kept-after")
     }
-    edits = files.read_json(workdir / "dictionary" / "edits.json")
+    edits = files.read_json(workdir / "dictionary" / "edits.json")["edits"]
     before, after = (asked[f"changed-{when}"]["questions"] for when in ("before", "after"))
     rows = []
     for edit, old, new in zip(edits, before, after, strict=True):

@@ -160,7 +160,7 @@ def write(folder: pathlib.Path, facts: Sequence[Fact]) -> None:
         {"term": old.term, "before": old.gloss, "after": new.gloss, "kind": kind}
         for old, (kind, new) in zip(before, after, strict=True)
     ]
-    files.write_atomically(folder / "edits.json", files.to_json(edits))
+    files.write_atomically(folder / "edits.json", files.to_json({"edits": edits}))
     names = "".join(f"{CORPUS}/{old.term}\n" for old in before)
     files.write_atomically(folder / "removed.txt", names.encode())
 

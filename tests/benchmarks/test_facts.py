@@ -68,7 +68,7 @@ def test_terms_and_glosses_are_read(tmp_path, name, text, expected):
 
 def test_edits_change_the_database_and_nothing_else(tmp_path, capsys):
     lines = "".join(
-        f"{i:08d} {i % 3:02d} n 01 term{i} 0 000 | some kind of thing called {w}\n"
+        f"{i:08d} {i % 3:02d} n 01 term{i} 0 000 | one kind of a {w}\n"
         for i, w in enumerate(f"{a}{b}{c}xyzw" for a in "abcd" for b in "efgh" for c in "ijkl")
     )
     (tmp_path / "usr/share/wordnet").mkdir(parents=True)
@@ -86,7 +86,7 @@ def test_edits_change_the_database_and_nothing_else(tmp_path, capsys):
         "changed": 6,
         "kept": 10,
     }
-    edits = json.loads((tmp_path / "F" / "edits.json").read_text())
+    edits = json.loads((tmp_path / "F" / "edits.json").read_text())["edits"]
     assert [edit["kind"] for edit in edits] == ["gloss", "word"] * 3
     different = [old["id"] for old, new in zip(rows["facts"], rows["edited"]) if old != new]
     assert different == [edit["term"] for edit in edits] == [row["id"] for row in rows["changed"]]

@@ -27,8 +27,8 @@ TokenizerConfig.vocab_size = 320
 NeighboursConfig.retriever = 'bm25'
 NeighboursConfig.recall_queries = 0
 RetroConfig.cca_layers = (2,)
-TrainConfig.steps = 2
-TrainConfig.checkpoint_every = 2
+TrainConfig.steps = 4
+TrainConfig.checkpoint_every = 4
 BatchConfig.sequence_length = 128
 BatchConfig.questions = 'some'
 """
