@@ -37,6 +37,7 @@ from data_pipelines.evaluation.texts import TEXTS, SliceConfig, evaluation_text
 from launch.common import app, configurables
 from launch.common.flags import (
     AVERAGED,
+    BERT_FOLDER,
     COORDINATOR_ADDRESS,
     DATA,
     NUM_NEIGHBOURS,
@@ -108,9 +109,6 @@ PATHS = flags.DEFINE_list(
     "slice_paths", [], "Where slices are read, as in pile=/data/val.jsonl.zst; needed once."
 )
 
-BERT = flags.DEFINE_string(
-    "bert_folder", None, "The BERT that made the database's keys, where it is no packaged one."
-)
 SWEEP = flags.DEFINE_list("sweep", [], "Also score with so many neighbours each, as in 1,2,5,10.")
 DATABASES = flags.DEFINE_list(
     "database_shares", [], "Also retrieve from these shares of the database, as in 0.01,0.1."
@@ -200,7 +198,7 @@ def _prepared(data: pathlib.Path, config: SliceConfig) -> str:
     """The name of a slice, which the first process has prepared at need."""
     report = functools.partial(print, flush=True)
     return processes.from_first(
-        lambda: prepare_slice(data, config, bert_folder=BERT.value, report=report)
+        lambda: prepare_slice(data, config, bert_folder=BERT_FOLDER.value, report=report)
     )
 
 

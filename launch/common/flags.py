@@ -28,6 +28,10 @@ MAX_TOKENS = flags.DEFINE_integer(
 AVERAGED = flags.DEFINE_bool(
     "averaged", False, "Use the moving average of the parameters (TrainConfig.average_decay)."
 )
+BASE = flags.DEFINE_string("base", None, "The model: a Hugging Face folder or a .gguf file.")
+BERT_FOLDER = flags.DEFINE_string(
+    "bert_folder", None, "The BERT that made the database's keys, where it is no packaged one."
+)
 COORDINATOR_ADDRESS = flags.DEFINE_string(
     "coordinator_address", None, "HOST:PORT of process 0, where several processes train together."
 )
