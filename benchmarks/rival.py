@@ -1,4 +1,4 @@
-"""The PyPI package retro-pytorch as a rival to take turns with: a process behind two pipes."""
+"""The PyPI packages retro-pytorch and transformers to take turns with: processes behind two pipes."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from retro_jax.config import RetroConfig
 from retro_jax.errors import UserError
 
 _WORKER = pathlib.Path(__file__).with_name("rival_worker.py")
+_GENERATION_WORKER = pathlib.Path(__file__).with_name("generation_worker.py")
 
 
 def settings(config: RetroConfig, *, rows: int, length: int, neighbours: int) -> dict[str, Any]:
@@ -52,26 +53,30 @@ def settings(config: RetroConfig, *, rows: int, length: int, neighbours: int) ->
     return {"model": model, "batch": batch}
 
 
-class RetroPytorch:
-    """The worker process. Its threads sleep while they wait, so that turns do not disturb each other."""
+class Rival:
+    """A worker process. Its threads sleep while they wait, so that turns do not disturb each other.
 
-    def __init__(self, python: str, work: dict[str, Any], *, forward_only: bool, cuda: bool):
+    Attributes:
+      facts: what it says of itself.
+    """
+
+    def __init__(self, name: str, python: str, worker: pathlib.Path, work: dict[str, Any]):
         """Starts it and waits until it has made its first step.
+
+        Args:
+          name: in messages. python: its interpreter. worker: the file that it runs.
+          work: its settings; it is told the number of threads too.
 
         Raises:
           UserError: the interpreter is not there, or lacks a package of the worker.
         """
-        work = work | {
-            "forward_only": forward_only,
-            "cuda": cuda,
-            "threads": os.cpu_count(),
-        }
+        self._name = name
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder) / "settings.json"
-            path.write_text(json.dumps(work))
+            path.write_text(json.dumps(work | {"threads": os.cpu_count()}))
             try:
                 self._process = subprocess.Popen(
-                    [python, str(_WORKER), str(path)],
+                    [python, str(worker), str(path)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
@@ -81,28 +86,55 @@ class RetroPytorch:
             except OSError as error:
                 raise UserError(
                     f"--rival_python={python} does not run ({error.strerror}): expected an "
-                    "interpreter with torch, einops and retro-pytorch; --help tells how to make one"
+                    f"interpreter with torch and {name}; --help tells how to make one"
                 ) from error
-            self.facts = self._answer()
+            self.facts = self.ask()
 
-    def turn(self) -> Turn:
-        """One step over there, timed over there."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        answer = self._answer()
-        return Turn(answer["wall"], answer["processor"])
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._process.communicate()
-
-    def _answer(self) -> dict[str, Any]:
+    def ask(self) -> dict[str, Any]:
         """The next line of JSON."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             _, errors = self._process.communicate()
             last = errors.strip().splitlines()[-1:] or ["no message"]
-            raise UserError(f"retro-pytorch stopped: {last[0]}")
+            raise UserError(f"{self._name} stopped: {last[0]}")
         return json.loads(line)
+
+    def step(self) -> dict[str, Any]:
+        """The answer to one step over there."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return self.ask()
+
+    def turn(self) -> Turn:
+        """One step over there, timed over there."""
+        answer = self.step()
+        return Turn(answer["wall"], answer["processor"])
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.communicate()
+
+
+class RetroPytorch(Rival):
+    """The package's RETRO, training or reading."""
+
+    def __init__(self, python: str, work: dict[str, Any], *, forward_only: bool, cuda: bool):
+        """As for Rival; `work` is that of `settings`."""
+        work = work | {"forward_only": forward_only, "cuda": cuda}
+        super().__init__("retro-pytorch", python, _WORKER, work)
+
+
+class Transformers(Rival):
+    """transformers' generation with its own cache, greedily."""
+
+    def __init__(self, python: str, folder: pathlib.Path, prompts: list[list[int]], *, tokens: int):
+        """As for Rival.
+
+        Args:
+          folder: a model in Hugging Face's layout. prompts: of equal length, continued together.
+          tokens: that each is continued by.
+        """
+        work = {"folder": str(folder), "prompts": prompts, "tokens": tokens}
+        super().__init__("transformers", python, _GENERATION_WORKER, work)

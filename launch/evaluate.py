@@ -45,6 +45,7 @@ from data_pipelines.evaluation.texts import TEXTS, evaluation_text
 from launch.common import app, configurables
 from launch.common.flags import (
     AVERAGED,
+    BERT_FOLDER,
     COORDINATOR_ADDRESS,
     DATA,
     NUM_NEIGHBOURS,
@@ -148,9 +149,6 @@ CREDIT = flags.DEFINE_float(
     upper_bound=1,
 )
 
-BERT = flags.DEFINE_string(
-    "bert_folder", None, "The BERT that made the database's keys, where it is no packaged one."
-)
 SWEEP = flags.DEFINE_list("sweep", [], "Also score with so many neighbours each, as in 1,2,5,10.")
 IN_CONTEXTS = flags.DEFINE_list(
     "in_context",
@@ -200,7 +198,7 @@ def main() -> None:
     with processes.noticing_loss():
         configs = wanted_slices(SLICES.value, PATHS.value, MAX_DOCUMENTS.value)
         revisions = [*map(int, _numbers(REVISIONS, 0, 99_999, whole=True))]
-        prepare_tables(data, SPLIT.value, configs, revisions, bert_folder=BERT.value)
+        prepare_tables(data, SPLIT.value, configs, revisions, bert_folder=BERT_FOLDER.value)
         for number, name in enumerate([config.key for config in configs] or [SPLIT.value]):
             opening = functools.partial(_open, workdir, data, name, conditions, scorer)
             if number:

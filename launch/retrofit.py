@@ -26,6 +26,7 @@ from data_pipelines.batches.training_data import TrainingData
 from data_pipelines.chunk_database.base_tokenizer import check_base_tokenizer
 from launch import train
 from launch.common import app, configurables
+from launch.common.flags import BASE
 from launch.runs.settings import make_settings
 from launch.runs.trained_run import load_model, open_run, refuse_gin_file
 from retro_jax.host_memory import keep_freed_memory
@@ -33,8 +34,6 @@ from retro_jax.retrofit import open_base
 from retro_jax.retrofit.adapter import export_adapter
 from retro_jax.retrofit.decoder import check_decoder, decoder_form, decoder_settings
 from retro_jax.train.run import Settings
-
-BASE = flags.DEFINE_string("base", None, "The model: a Hugging Face folder or a .gguf file.")
 
 EXPORT = flags.DEFINE_string(
     "export", None, "Write gates, CCA and encoder of the trained run into this directory, and stop."

@@ -2,6 +2,7 @@
 
     python -m launch.sample --workdir=W --prompt="The history of the city"
     python -m launch.sample --workdir=W --prompt="def main(" --prompt="import " --temperature=0.7 --seed=3
+    python -m launch.sample --base=MODEL --prompt="Once upon"      an existing model alone
 
 Neighbours are retrieved from W's database as soon as a chunk of 64 tokens is complete, in the prompt
 too, and read while the next chunk is generated. Everything is written to W/samples/ID.json; the same
@@ -12,39 +13,51 @@ import dataclasses
 import hashlib
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from absl import flags
 from flax import nnx
 
+from data_pipelines.chunk_database.base_tokenizer import check_base_tokenizer, open_base_tokenizer
+from data_pipelines.chunk_database.database import CHUNK_LENGTH
 from data_pipelines.chunk_database.tokenizer import Tokenizer
-from data_pipelines.evaluation.text_view import Viewer, sample_chunk_from_json
+from data_pipelines.evaluation.sampled_text import as_text, sampled_chunks
 from data_pipelines.evaluation.trace_sources import DatabaseLibrary
-from data_pipelines.retriever.live import LiveRetrieval
-from data_pipelines.retriever.retriever import Retriever
-from data_pipelines.retriever.revisions import latest, open_database
-from data_pipelines.token_memory.workdir_memory import open_existing
+from data_pipelines.retriever.live import LiveRetrieval, excluded_numbers
+from data_pipelines.retriever.live_settings import LiveSettings
+from data_pipelines.retriever.revisions import open_database
+from data_pipelines.token_memory.drafts import MemoryDrafts, memory_votes
+from data_pipelines.token_memory.memory import TokenMemory
+from data_pipelines.token_memory.workdir_memory import open_existing, prepare_and_open
 from launch.common import app, configurables
 from launch.common.flags import (
     AVERAGED,
+    BASE,
+    BERT_FOLDER,
     DATA,
     MAX_TOKENS,
     NUM_NEIGHBOURS,
     RETRIEVAL,
+    REVISION,
     data_directory,
 )
 from launch.runs import trained_run
+from retro_jax.config import ExecutionConfig
 from retro_jax.distributed.progress import progress_bar
 from retro_jax.errors import UserError
-from retro_jax.generate.sample import Generation, Generator, Sample, SamplingConfig, sample_text
+from retro_jax.evaluate.token_mixture import tuned_weights
+from retro_jax.generate.drafts import LookUp
+from retro_jax.generate.mixture import Mixture
+from retro_jax.generate.sample import Generator, Sample, SamplingConfig, sample_text
 from retro_jax.model import Retro
 from retro_jax.report.result_files import SAMPLES
-from retro_jax.report.side_by_side import side_by_side
 from retro_jax.report.trace_page import trace_page
 from retro_jax.report.trace_value import traced_text
-from retro_jax.report.views import NeighbourSource, SampleChunk
+from retro_jax.report.views import NeighbourSource
+from retro_jax.retrofit import open_base
+from retro_jax.retrofit.decoder import decoder_config, load_decoder
 from retro_jax.storage import files
 
 PROMPT = flags.DEFINE_multi_string("prompt", None, "The text to continue.")
@@ -58,18 +71,59 @@ REPETITION_PENALTY = flags.DEFINE_float(
 )
 STOP = flags.DEFINE_multi_string("stop", [], "The text ends before this string.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
-TRACE = flags.DEFINE_string("trace", None, "Also write a page: what retrieval changed, by token.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Samples of each prompt.", lower_bound=1)
 
+TRACE = flags.DEFINE_string("trace", None, "Also write a page: what retrieval changed, by token.")
+EXCLUDE = flags.DEFINE_list(
+    "exclude_documents", [], "Never retrieved, as in CORPUS/ID,CORPUS/ID: of --data's database."
+)
+DATABASES = flags.DEFINE_list(
+    "more_databases", [], "Workdirs that are searched too, as in V,U=1: U gives one neighbour each."
+)
+FIXED = flags.DEFINE_string(
+    "neighbours_file", "", "The neighbours of every chunk, a JSON line with a text each."
+)
+
+STRIDE = flags.DEFINE_integer(
+    "retrieval_stride", 64, "Tokens between retrievals: 64, as in training, or a divisor."
+)
+DRAFTS = flags.DEFINE_enum(
+    "drafts",
+    "off",
+    ["off", "text", "database"],
+    "Read several tokens at once that followed the text's ending in neighbours and in the text, or in "
+    "the whole database too; the text stays the same.",
+)
+MIXTURE = flags.DEFINE_bool(
+    "token_memory", False, "Mix the model with W's token memory, as launch.evaluate tuned it."
+)
+
 _ID_DIGITS = 12
-# Settings that are part of a request only where they are set: older requests had none of them.
-_OPTIONAL = ("min_p", "repetition_penalty", "allowed_tokens", "forbidden_tokens", "stop")
+_MOST_CHUNKS = 128  # of an existing model's window
+
+
+@dataclasses.dataclass(frozen=True)
+class _Writer:
+    """What continues the texts: a trained run, or an existing model alone.
+
+    Attributes:
+      identity: what a result records of it. execution: how it is computed.
+      chunks: of its window. load: reads its parameters.
+      data: of the database, or None. neighbours: K, 0 for none. part: BatchConfig.neighbour_part.
+    """
+
+    identity: dict[str, Any]
+    execution: ExecutionConfig
+    tokenizer: Tokenizer
+    chunks: int
+    load: Callable[[], Retro]
+    data: pathlib.Path | None = None
+    neighbours: int = 0
+    part: str = "both"
 
 
 def main() -> None:
     """Draws samples, or reads earlier ones, and prints them."""
-    workdir = pathlib.Path(app.required(app.WORKDIR, "the directory of a run"))
-    data = data_directory(DATA.value or workdir)
     trained_run.refuse_gin_file()
     prompts = app.required(PROMPT, "a text to continue")
     sampling = SamplingConfig(
@@ -83,47 +137,91 @@ def main() -> None:
         repetition_penalty=REPETITION_PENALTY.value,
         stop=tuple(STOP.value),
     )
+    retrieval = LiveSettings(
+        revision=REVISION.value,
+        exclude=tuple(EXCLUDE.value),
+        more=tuple(DATABASES.value),
+        file=FIXED.value,
+        stride=STRIDE.value,
+        bert_folder=BERT_FOLDER.value,
+    )
+    writer = _base_alone() if BASE.value is not None else _trained()
+    if writer.data is None or not writer.neighbours:
+        retrieval.check_off()
+    if TRACE.value:
+        _check_trace(writer, TRACE.value)
+    request = {
+        "prompts": prompts,
+        "num_samples": NUM_SAMPLES.value,
+        "sampling": sampling.record(),
+        "neighbours": writer.neighbours,
+        "model": writer.identity,
+        "execution": dataclasses.asdict(writer.execution),
+    }
+    if writer.data is not None and writer.neighbours:
+        request |= retrieval.identity(writer.data)
+    if MIXTURE.value:
+        request["token_memory"] = list(_memory(writer, MIXTURE).hashes)
+    digest = hashlib.sha256(files.to_json(request)).hexdigest()[:_ID_DIGITS]
+    path = None
+    if app.WORKDIR.value is not None:
+        path = pathlib.Path(app.WORKDIR.value) / SAMPLES / f"{digest}.json"
+    if path is not None and path.is_file() and not TRACE.value:
+        result = files.read_json(path)
+    else:
+        texts = [prompt for prompt in prompts for _ in range(NUM_SAMPLES.value)]
+        result = request | make_samples(writer, retrieval, sampling=sampling, prompts=texts)
+        if path is not None:
+            with files.writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            files.write_atomically(path, files.to_json(result))
+    print(as_text(result, min(shutil.get_terminal_size((120, 40)).columns, 200)))
+    if written := [str(each) for each in (path, TRACE.value) if each]:
+        print(f"written to {' and '.join(written)}")
+
+
+def _trained() -> _Writer:
+    """The run W/retro."""
+    workdir = pathlib.Path(app.required(app.WORKDIR, "the directory of a run"))
+    data = data_directory(DATA.value or workdir)
     run = trained_run.open_run(
         workdir / "retro", configurables.GIN_BINDINGS.value, averaged=AVERAGED.value
     )
     trained_run.check_data(run, data)
-    k = _neighbours(run)
-    request = {
-        "prompts": prompts,
-        "num_samples": NUM_SAMPLES.value,
-        "sampling": _asked(sampling),
-        "neighbours": k,
-        "model": run.identity(),
-        "execution": run.execution.facts(),
-    }
-    if k and latest(data):  # a changed database is searched again
-        request["database"] = open_database(data).manifest.hash
-    digest = hashlib.sha256(files.to_json(request)).hexdigest()[:_ID_DIGITS]
-    path = workdir / SAMPLES / f"{digest}.json"
-    if TRACE.value and not pathlib.Path(TRACE.value).absolute().parent.is_dir():
-        raise UserError(f"--trace={TRACE.value}: expected a file in a directory that is there")
-    if path.is_file() and not TRACE.value:
-        result = files.read_json(path)
-    else:
-        texts = [prompt for prompt in prompts for _ in range(NUM_SAMPLES.value)]
-        samples = make_samples(data, run, k, sampling=sampling, prompts=texts)
-        result = {**request, "samples": samples}
-        with files.writing(path):
-            path.parent.mkdir(exist_ok=True)
-        files.write_atomically(path, files.to_json(result))
-    show(result)
-    print(f"written to {' and '.join(filter(None, [str(path), TRACE.value]))}")
+    return _Writer(
+        run.identity(),
+        run.execution,
+        Tokenizer.open(data / "tokenizer"),
+        run.chunks,
+        lambda: nnx.merge(*trained_run.load_model(run)),
+        data,
+        _neighbours(run),
+        run.batches.neighbour_part,
+    )
 
 
-def _asked(sampling: SamplingConfig) -> dict[str, Any]:
-    """The settings of a request, as JSON gives them back."""
-    settings = dataclasses.asdict(sampling)
-    for name in _OPTIONAL:
-        if settings[name] == getattr(SamplingConfig, name):
-            del settings[name]
-        elif isinstance(settings[name], tuple):
-            settings[name] = list(settings[name])
-    return settings
+def _base_alone() -> _Writer:
+    """The model of --base, which has no memory."""
+    if RETRIEVAL.value not in (None, ["off"]):
+        raise UserError(
+            f"--retrieval={','.join(RETRIEVAL.value)} with --base: expected off, or --workdir of a"
+            " run that launch.retrofit fitted, without --base"
+        )
+    base = open_base(app.required(BASE, "a Hugging Face folder or a .gguf file"))
+    tokenizer = open_base_tokenizer(base.path, vocab_size=base.config.vocab_size)
+    config, execution = decoder_config(base.config, pad_id=tokenizer.pad_id), ExecutionConfig()
+    data = None
+    if DATA.value is not None:  # drafts come from there
+        data = data_directory(DATA.value)
+        check_base_tokenizer(data / "tokenizer", base.path, vocab_size=base.config.vocab_size)
+    return _Writer(
+        {"base": base.fingerprint()},
+        execution,
+        tokenizer,
+        max(1, min(base.config.context_length // config.chunk_length, _MOST_CHUNKS)),
+        lambda: load_decoder(base, config, execution),
+        data,
+    )
 
 
 def _neighbours(run: trained_run.Run) -> int:
@@ -139,117 +237,126 @@ def _neighbours(run: trained_run.Run) -> int:
     return k
 
 
-def make_samples(
-    data: pathlib.Path,
-    run: trained_run.Run,
-    k: int,
-    *,
-    sampling: SamplingConfig,
-    prompts: Sequence[str],
-) -> list[dict[str, Any]]:
-    """A sample of each prompt, with the neighbours of each chunk, as JSON takes it."""
-    tokenizer = Tokenizer.open(data / "tokenizer")
-    database = open_database(data)
-    retrieve = (
-        LiveRetrieval(Retriever.open(data), database, k, run.batches.neighbour_part) if k else None
-    )
-    special = tokenizer.special_ids - {tokenizer.eos_id}
-    model = nnx.merge(*trained_run.load_model(run))
-    generator = Generator(
-        model,
-        chunks=run.chunks,
-        eos_id=tokenizer.eos_id,
-        retrieve=retrieve,
-        forbidden=[*special, *range(tokenizer.vocab_size, run.model.vocab_size)],
-        decode=tokenizer.decode if sampling.stop else None,
-        num_neighbours=k or None,
-    )
-    with progress_bar(sampling.max_tokens, "sampling", "token") as bar:
-        samples = sample_text(generator, tokenizer, prompts, sampling, on_step=bar.update)
-    if TRACE.value:
-        library = DatabaseLibrary(tokenizer, database, open_existing(database))
-        facts = [("model", f"{run.directory} at step {run.step}"), ("database", str(data))]
-        page = _page(model, run.chunks, samples, library, retrieve, facts)
-        files.write_atomically(pathlib.Path(TRACE.value), page.encode())
-    viewer = Viewer(tokenizer, database)
-    return [_to_json(sample, viewer, retrieve) for sample in samples]
+def _memory(writer: _Writer, flag: flags.FlagHolder) -> TokenMemory:
+    """The token memory of the database, which a flag asks for; built where it is missing."""
+    if writer.data is None:
+        raise UserError(
+            f"--{flag.name}={flag.value} without a database: expected --data or a trained --workdir"
+        )
+    return prepare_and_open(open_database(writer.data, REVISION.value))
+
+
+def _look_up(writer: _Writer) -> LookUp | None:
+    """Drafts from the whole database, but for excluded documents."""
+    if DRAFTS.value != "database":
+        return None
+    memory = _memory(writer, DRAFTS)
+    return MemoryDrafts(memory, excluded_numbers(memory.database, EXCLUDE.value))
+
+
+def _mixture(writer: _Writer) -> Mixture | None:
+    """The token memory's votes, with the weights that launch.evaluate tuned."""
+    if not MIXTURE.value:
+        return None
+    memory = _memory(writer, MIXTURE)
+    excluded = excluded_numbers(memory.database, EXCLUDE.value)
+    workdir = app.required(app.WORKDIR, "the directory of a run")
+    weights = tuned_weights(pathlib.Path(workdir) / "evaluation", writer.identity)
+    return Mixture(memory_votes(memory, excluded), weights)
+
+
+def _check_trace(writer: _Writer, page: str) -> None:
+    """Refuses --trace where it cannot be made or written."""
+    if not pathlib.Path(page).absolute().parent.is_dir():
+        raise UserError(f"--trace={page}: expected a file in a directory that is there")
+    if writer.data is None or FIXED.value or STRIDE.value != CHUNK_LENGTH:
+        raise UserError(f"--trace={page}: expected a database, retrieved from at every chunk's end")
 
 
 def _page(
-    model: Retro,
-    chunks: int,
-    samples: Sequence[Sample],
-    library: DatabaseLibrary,
-    retrieve: LiveRetrieval | None,
-    facts: Sequence[tuple[str, str]],
+    model: Retro, writer: _Writer, samples: Sequence[Sample], retrieve: LiveRetrieval | None
 ) -> str:
     """The page of --trace."""
+    assert writer.data is not None
+    databases = [each.chunks for each in retrieve.databases] if retrieve is not None else []
+    libraries = [
+        DatabaseLibrary(writer.tokenizer, chunks, open_existing(chunks))
+        for chunks in databases or [open_database(writer.data)]
+    ]
 
     def found(chunk: np.ndarray) -> Sequence[NeighbourSource | None]:
-        return [] if retrieve is None else library.sources(*retrieve.found(chunk), retrieve.score)
+        if retrieve is None:
+            return []
+        sources = [
+            libraries[place.source].sources(
+                np.array([place.chunk]), np.array([place.score]), retrieve.score
+            )[0]
+            for place in retrieve.found(chunk)
+        ]
+        return [*sources, *[None] * (writer.neighbours - len(sources))]
 
-    traces = [
-        traced_text(
-            model, s.generation, found, library, chunks=chunks, heading=s.prompt, facts=facts
-        )
-        for s in samples
-    ]
-    return trace_page(traces)
-
-
-def _to_json(sample: Sample, viewer: Viewer, retrieve: LiveRetrieval | None) -> dict[str, Any]:
-    """A sample with its chunks and their neighbours."""
-    generation = sample.generation
-    return {
-        "prompt": sample.prompt,
-        "text": sample.text,
-        "finished": generation.finished,
-        "tokens": generation.tokens.tolist(),
-        "prompt_length": generation.prompt_length,
-        "log_probabilities": generation.log_probabilities.tolist(),
-        "chunks": [dataclasses.asdict(c) for c in _chunks(generation, viewer, retrieve)],
-    }
-
-
-def _chunks(
-    generation: Generation, viewer: Viewer, retrieve: LiveRetrieval | None
-) -> list[SampleChunk]:
-    """The chunks of a sample; runs that a neighbour shares with the chunk after it are marked."""
-    length, tokens = viewer.chunk_length, generation.tokens
-    used = 0 if generation.neighbours is None else len(generation.neighbours)
-    chunks = []
-    for u, start in enumerate(range(0, len(tokens), length)):
-        chunk = tokens[start : start + length]
-        prompt = min(max(generation.prompt_length - start, 0), length)
-        views = []
-        if retrieve is not None and u < used:
-            following = tokens[start + length : start + 2 * length]
-            views = viewer.neighbours(*retrieve.found(chunk), following, retrieve.score)
-        chunks.append(SampleChunk(viewer.text(chunk[:prompt]), viewer.text(chunk[prompt:]), views))
-    return chunks
-
-
-def _shown(name: str, value: Any) -> str:
-    """A setting of sampling and its value."""
-    return f"{name} {value:g}" if isinstance(value, int | float) else f"{name} {value}"
-
-
-def show(result: dict[str, Any]) -> None:
-    """Prints samples, chunk by chunk, with the neighbours of each beside it."""
-    width = min(shutil.get_terminal_size((120, 40)).columns, 200)
-    settings = ", ".join(
-        _shown(*setting) for setting in result["sampling"].items() if setting[1] not in ((), [])
+    facts = [("model", str(app.WORKDIR.value)), ("database", str(writer.data))]
+    return trace_page(
+        [
+            traced_text(
+                model,
+                sample.generation,
+                found,
+                libraries[0],
+                chunks=writer.chunks,
+                heading=sample.prompt,
+                facts=facts,
+            )
+            for sample in samples
+        ]
     )
-    for number, sample in enumerate(result["samples"], 1):
-        count = len(sample["tokens"]) - sample["prompt_length"]
-        end = "ended by the model" if sample["finished"] else "stopped"
-        heading = (
-            f" sample {number} of {len(result['samples'])}: {count} tokens, {end} ({settings}) "
-        )
-        print(f"{heading:─^{width}}")
-        chunks = [sample_chunk_from_json(fields) for fields in sample["chunks"]]
-        print(side_by_side(chunks, width))
-    print("─" * width)
+
+
+def make_samples(
+    writer: _Writer, retrieval: LiveSettings, *, sampling: SamplingConfig, prompts: Sequence[str]
+) -> dict[str, Any]:
+    """A sample of each prompt, with the neighbours of each chunk, as JSON takes it."""
+    tokenizer, retrieve = writer.tokenizer, None
+    if writer.data is not None and writer.neighbours:
+        retrieve = retrieval.open(writer.data, tokenizer, writer.neighbours, writer.part)
+    model = writer.load()
+    special = tokenizer.special_ids - {tokenizer.eos_id}
+    generator = Generator(
+        model,
+        chunks=writer.chunks,
+        eos_id=tokenizer.eos_id,
+        retrieve=retrieve,
+        forbidden=[*special, *range(tokenizer.vocab_size, model.config.vocab_size)],
+        decode=tokenizer.decode if sampling.stop else None,
+        num_neighbours=writer.neighbours or None,
+        drafts=DRAFTS.value != "off",
+        look_up=_look_up(writer),
+        mixture=_mixture(writer),
+        retrieval_stride=retrieval.stride if retrieve is not None else None,
+    )
+    with progress_bar(sampling.max_tokens, "sampling", "token") as bar:
+        samples = sample_text(generator, tokenizer, prompts, sampling, on_step=bar.update)
+    made: dict[str, Any] = {"samples": []}
+    places = retrieve if isinstance(retrieve, LiveRetrieval) else None
+    if TRACE.value:
+        page = _page(model, writer, samples, places)
+        files.write_atomically(pathlib.Path(TRACE.value), page.encode())
+    for sample in samples:
+        text = sample.generation
+        fields = {
+            "prompt": sample.prompt,
+            "text": sample.text,
+            "finished": text.finished,
+            "tokens": text.tokens.tolist(),
+            "prompt_length": text.prompt_length,
+            "log_probabilities": text.log_probabilities.tolist(),
+        }
+        views = sampled_chunks(text.tokens, text.prompt_length, tokenizer, places)
+        made["samples"].append(fields | {"chunks": [dataclasses.asdict(view) for view in views]})
+    if isinstance(retrieve, LiveRetrieval) and len(retrieve.databases) > 1:
+        pairs = zip(retrieve.identity(), retrieve.shares(), strict=True)
+        return made | {"databases": [{**place, "share": share} for place, share in pairs]}
+    return made
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,7 +34,7 @@ from data_pipelines.chunk_database.encodings import (
     byte_level_model,
     sentencepiece_bytes,
 )
-from data_pipelines.chunk_database.tokenizer import BYTES_FILE, ENDS_FILE, KIND
+from data_pipelines.chunk_database.tokenizer import BYTES_FILE, ENDS_FILE, KIND, Tokenizer
 from retro_jax.errors import UserError
 from retro_jax.storage import files
 from retro_jax.storage.gguf_file import open_gguf
@@ -121,6 +122,14 @@ def prepare_base_tokenizer(
         "spelt_bytes": {str(byte): i for byte, i in source.spelt.items()},
     }
     return stage.finish(facts, [name, BYTES_FILE, ENDS_FILE])
+
+
+def open_base_tokenizer(base: Path, *, vocab_size: int | None = None) -> Tokenizer:
+    """A base model's tokeniser without a workdir; arguments and errors are those of prepare_base_tokenizer."""
+    with tempfile.TemporaryDirectory() as folder:
+        directory = pathlib.Path(folder) / "tokenizer"
+        prepare_base_tokenizer(directory, base, vocab_size=vocab_size)
+        return Tokenizer.open(directory)
 
 
 def check_base_tokenizer(directory: Path, base: Path, *, vocab_size: int) -> Manifest:

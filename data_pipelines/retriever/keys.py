@@ -84,8 +84,12 @@ class ChunkEncoder:
         return vectors, computed
 
     def keys(self, tokens: np.ndarray) -> np.ndarray:
-        """Keys of chunks [n, 64] as [n, d] float32, rounded as stored ones; NaN without text."""
-        return as_float32(self.stored(self.pieces(tokens))[0])
+        """Keys of chunks [n, 64] as [n, d] float32, rounded as stored ones; NaN without text.
+
+        The same ones as `pieces` and `stored` give; a few texts need no TensorFlow.
+        """
+        texts = [self._tokenizer.decode(row) for row in tokens]
+        return as_float32(self.stored(self._embedder.word_piece.encode_few(texts))[0])
 
     def counts(self, pieces: WordPieces) -> dict[str, int]:
         """Chunks with text, positions of their word pieces, and how many were too long."""

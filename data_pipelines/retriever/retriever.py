@@ -174,12 +174,27 @@ class Retriever:
         """
         if self._tokenizer is None:
             raise UserError(f"{self.keys.directory}: expected a tokeniser to embed with")
-        return _encoder(self.keys, self._tokenizer, self._model)
+        return _encoder(self.keys, self._tokenizer, self._bert)
+
+    @functools.cached_property
+    def _bert(self) -> BertFolder:
+        """The BERT that made the keys."""
+        return _bert_of(self.keys, self._model)
+
+    def check_model(self) -> None:
+        """Finds the BERT that queries need, long before the first of them.
+
+        Raises:
+          UserError: it is not there, or is not the one that made the keys.
+        """
+        if self.ranking.by_keys:
+            _ = self._bert
 
     @classmethod
     def encoder_of(cls, workdir: Path, keys: Keys, *, model: str | None = None) -> ChunkEncoder:
         """What embeds chunks as some keys of a workdir were made; errors as for `encoder`."""
-        return _encoder(keys, Tokenizer.open(pathlib.Path(workdir) / "tokenizer"), model)
+        tokenizer = Tokenizer.open(pathlib.Path(workdir) / "tokenizer")
+        return _encoder(keys, tokenizer, _bert_of(keys, model))
 
     def retrieve(
         self, tokens: np.ndarray, k: int, exclude_documents: np.ndarray | None = None
@@ -210,14 +225,19 @@ class Retriever:
         return self.search.find(chunks, k, exclude_documents)
 
 
-def _encoder(keys: Keys, tokenizer: Tokenizer, model: str | None) -> ChunkEncoder:
-    """The encoder that made some keys; a UserError if it is not there."""
-    settings = keys.manifest.settings
-    made_by = settings["embedder"]
+def _encoder(keys: Keys, tokenizer: Tokenizer, bert: BertFolder) -> ChunkEncoder:
+    """The encoder that made some keys."""
+    return ChunkEncoder(tokenizer, Embedder.shared(bert), keys.manifest.settings["dtype"])
+
+
+def _bert_of(keys: Keys, model: str | None) -> BertFolder:
+    """The BERT that made some keys; a UserError if it is not there."""
+    made_by = keys.manifest.settings["embedder"]
     name = model or made_by["model"]
     if model is None and name not in PACKAGED_MODELS:
         raise UserError(
-            f"{keys.directory} was made by the BERT folder {name!r}: expected model= its path"
+            f"{keys.directory} was made by the BERT folder {name!r}: expected its path"
+            " (--bert_folder, or model= in Python)"
         )
     folder = BertFolder.open(name)
     if files.plain(folder.identity) | {"model": ""} != made_by | {"model": ""}:
@@ -226,7 +246,7 @@ def _encoder(keys: Keys, tokenizer: Tokenizer, model: str | None) -> ChunkEncode
             f"model.safetensors {made_by['sha256']['model.safetensors'][:12]}, found "
             f"{folder.identity['sha256']['model.safetensors'][:12]}, or other settings"
         )
-    return ChunkEncoder(tokenizer, Embedder.shared(folder), settings["dtype"])
+    return folder
 
 
 def _check_tokenizer(database: ChunkDatabase, tokenizer: Tokenizer) -> None:

@@ -34,6 +34,10 @@ QUESTIONS = flags.DEFINE_multi_string(
 AVERAGED = flags.DEFINE_bool(
     "averaged", False, "Use the moving average of the parameters (TrainConfig.average_decay)."
 )
+BASE = flags.DEFINE_string("base", None, "The model: a Hugging Face folder or a .gguf file.")
+BERT_FOLDER = flags.DEFINE_string(
+    "bert_folder", None, "The BERT that made the database's keys, where it is no packaged one."
+)
 REVISION = flags.DEFINE_integer(
     "revision", None, "Of the database; the newest unless given.", lower_bound=0
 )

@@ -11,12 +11,14 @@ expectation-maximisation, which has one optimum, as the loss is convex in each w
 """
 
 import dataclasses
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from retro_jax.errors import UserError
+from retro_jax.storage import files
 
 # The least length of each class of lengths, and the least agreement of each class of agreements.
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 11, 16, 24, 32)
@@ -92,6 +94,26 @@ def mixed_nll(model_nll: np.ndarray, votes: Votes, weights: np.ndarray) -> np.nd
         model = np.log1p(-w) - model_nll.astype(np.float64)
         memory = np.log(w) + np.log(votes.shares)
     return -np.logaddexp(model, memory)
+
+
+def tuned_weights(folder: pathlib.Path, model: Mapping[str, Any]) -> np.ndarray:
+    """The weights of the mixture of a model and its neighbours, of an earlier evaluation.
+
+    Args:
+      folder: W/evaluation. model: the run's identity, as results record it.
+
+    Raises:
+      UserError: there is none of this checkpoint.
+    """
+    for path in sorted(folder.glob("*.json")):
+        result = files.read_json(path)
+        entry = result.get("tokens") if isinstance(result, dict) else None
+        if isinstance(entry, dict) and entry.get("model") == model:
+            return np.array(entry["tokens"]["weights"])
+    raise UserError(
+        f"{folder} has no token mixture of this checkpoint: expected launch.evaluate --retrieval=tokens"
+        " before"
+    )
 
 
 def summary(model_nll: np.ndarray, votes: Votes, weights: np.ndarray) -> list[dict[str, Any]]:

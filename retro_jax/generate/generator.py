@@ -295,14 +295,16 @@ class Generator:
         for row, text in enumerate(batch.texts):
             steps[row] = text.generated + np.arange(length)
             barred[row, steps[row] < text.setting.min_tokens] = self.eos_id
-        how = {"seen": batch.seen, "needs": batch.needs}
+        seen, needed = batch.seen, batch.needs
         if batch.block is None:
-            found = draw(logits, batch.sampler, steps=steps[:, 0], barred=barred[:, 0], **how)
-            tokens, scores = (x[:, None] for x in jax.device_get(found))
+            places: dict[str, Any] = {"steps": steps[:, 0], "barred": barred[:, 0]}
+            found = jax.device_get(draw(logits, batch.sampler, **places, seen=seen, needs=needed))
+            tokens, scores = (x[:, None] for x in found)
             ahead = np.full(tokens.shape, np.inf)
         else:
-            found = draw_block(logits, batch.sampler, steps=steps, barred=barred, **how)
-            tokens, scores, ahead = jax.device_get(found)
+            places = {"steps": steps, "barred": barred}
+            drawn_block = draw_block(logits, batch.sampler, **places, seen=seen, needs=needed)
+            tokens, scores, ahead = jax.device_get(drawn_block)
         drawn = []
         for row, text in enumerate(batch.texts):
             count = 1
@@ -435,8 +437,8 @@ class Generator:
         queries = list(dict.fromkeys(chunk for _, chunk in due if chunk not in answers))
         if queries:
             answers.update(zip(queries, self._ask(queries), strict=True))
-        for text, chunk in due:
-            text.neighbours.append(answers[chunk])
+        for text, asked in due:
+            text.neighbours.append(answers[asked])
 
     def _ask(self, queries: list[bytes]) -> np.ndarray:
         """[n, K, R]: the result of `retrieve` for chunks."""

@@ -12,7 +12,7 @@ draw that hangs on it may differ.)
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,16 @@ class SamplingConfig:
     allowed_tokens: tuple[int, ...] = ()
     forbidden_tokens: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
+
+    def record(self) -> dict[str, Any]:
+        """The settings as JSON gives them back; later ones only where they are set."""
+        settings = dataclasses.asdict(self)
+        for name in ("min_p", "repetition_penalty", "allowed_tokens", "forbidden_tokens", "stop"):
+            if settings[name] == getattr(SamplingConfig, name):
+                del settings[name]
+            elif isinstance(settings[name], tuple):
+                settings[name] = list(settings[name])
+        return settings
 
     def __post_init__(self) -> None:
         require(self.max_tokens > 0, self, "max_tokens", "a positive integer")

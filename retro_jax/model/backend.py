@@ -31,7 +31,7 @@ from jax.sharding import PartitionSpec as P
 from retro_jax.sharding import target_platform
 
 _TILE = 32  # columns
-_FEW_ROWS = 16
+_FEW_ROWS = 32
 
 
 def product(

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import generate
+from benchmarks import generate, generate_against
 from launch.common import app
 
 
@@ -30,3 +30,11 @@ def test_numbers_that_do_not_fit_are_refused(capsys, flag: str, message: str):
     assert app.execute(generate.main, ["benchmark", "--preset=tiny", flag]) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_rivals_need_an_interpreter_and_a_name(capsys):
+    main = generate_against.main
+    assert app.execute(main, ["benchmark"]) == 2
+    assert "--rival_torch is missing: expected an interpreter" in capsys.readouterr().err
+    assert app.execute(main, ["benchmark", "--rival_torch=/nowhere", "--rivals=x"]) == 2
+    assert "--rivals=x: expected transformers or retro-pytorch" in capsys.readouterr().err

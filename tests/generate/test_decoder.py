@@ -16,7 +16,6 @@ from retro_jax.model import Retro
 from retro_jax.sharding import MESH_SHARDINGS, MeshConfig, make_mesh, parameter_shardings
 from tests.generate.cached import K, Texts, cached, completed, make_texts, uncached, window
 from tests.model.tiny import TINY, make_model
-from tests.retrofit.base_files import NAMES
 from tests.retrofit.test_fitting import config_of, loaded, with_gates
 
 CHUNKS = 4
@@ -171,13 +170,16 @@ def test_buckets():
     ]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "llama_tied"])
-def test_fitted_models(name: str):
-    """Of each base's form, retrieval on (open gates in layer 2) and off, which is the base alone.
+@pytest.mark.parametrize(
+    ("name", "one_layer"), [("gpt2", 0), ("llama", 2), ("pythia", 2), ("qwen3", 0)]
+)
+def test_fitted_models(name: str, one_layer: int):
+    """Of each form, retrieval on (open gates in layer 2) and off, which is the base alone.
 
-    Every second one reads neighbours' states of one layer for all.
+    Learned positions, heads that share keys, a parallel residual, norms of heads; neighbours' states
+    of one layer for all CCA layers, or of each.
     """
-    model = fitted(name, neighbour_layer=2 * (NAMES.index(name) % 2))
+    model = fitted(name, neighbour_layer=one_layer)
     on = make_texts(model.config, 2, 3, retrieval=True)
     off = dataclasses.replace(on, neighbours=None)
     decoder, wanted = Decoder(model, chunks=3), uncached(model, on)[:, :-1]

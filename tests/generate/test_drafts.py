@@ -54,18 +54,18 @@ def test_drafts_that_fail_are_not_read_until_they_would_have_stayed():
     costs, acceptance = block_costs(), Acceptance()
 
     def size() -> int:
-        return block_size([(15, acceptance.share(9))], 16, costs)
+        return block_size([(7, acceptance.share(9))], 8, costs)
 
-    assert size() >= 8
-    for _ in range(2):
+    assert size() > 1
+    while acceptance.share(9) > 0.1:
         acceptance.observe(9, 0, lost=True)
     assert size() == 1
-    for _ in range(20):
+    for _ in range(40):
         acceptance.observe(9, 1, lost=False)
-    assert size() >= 8
-    assert block_size([(15, 0.99)], 5, costs) <= 4  # a block ends before its chunk
-    # Half of the texts have nothing to gain.
-    assert block_size([(15, 0.9), (0, 0.0)], 16, costs) <= block_size([(15, 0.9)], 16, costs)
+    assert size() == 8
+    assert block_size([(7, 0.99)], 5, costs) == 4  # a block ends before its chunk
+    # Most texts have nothing to gain, and wait longer.
+    assert block_size([(7, 0.9)] + [(0, 0.0)] * 30, 8, costs) == 1
 
 
 @pytest.fixture(name="model", scope="module")
@@ -76,7 +76,7 @@ def _model():
 
 def test_texts_are_the_same_with_and_without(model, monkeypatch):
     """Greedy and drawn ones, of several lengths, in one batch, past a chunk's end; some drafts stay."""
-    monkeypatch.setattr(drafting, "block_costs", lambda: {1: 1.0, 2: 9.0, 4: 1.2, 8: 9.0, 16: 9.0})
+    monkeypatch.setattr(drafting, "block_costs", lambda: {1: 1.0, 4: 1.2, 8: 9.0})
     draw = np.random.default_rng(0)
     prompts = [draw.integers(3, 30, length).astype(np.int32) for length in (20, 50)]
     prompts += [np.tile(prompts[0], 2)]  # repeats itself

@@ -8,7 +8,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from data_pipelines.chunk_database import ChunkDatabase
-from launch import evaluate, prepare, retrofit
+from launch import evaluate, prepare, retrofit, sample
 from launch.runs.trained_run import load_model, open_run
 from retro_jax.errors import UserError
 from retro_jax.retrofit import open_base
@@ -205,3 +205,34 @@ def test_a_sample_is_scored_beside_neighbours_in_context(place):
     assert len({each["bits_per_byte"] for each in results.values()}) == 5
     table = (place / "W" / "evaluation" / "test.md").read_text()
     assert "in context, k = 1" in table and "neighbours in context" in table
+
+
+def test_fitted_and_existing_models_continue_texts(place, tmp_path, capsys):
+    """With retrieval and without, and a base alone, which needs no workdir."""
+    where, long = f"--workdir={place / 'W'}", "--prompt=" + "word1 word2 " * 9
+    asked = ["--prompt=word1 word2", "--max_tokens=9", "--temperature=0"]
+    assert call(sample.main, where, long, *asked[1:]) == 0
+    assert call(sample.main, where, *asked, "--retrieval=off") == 0
+    (on, off) = (
+        files.read_json(path)
+        for path in sorted(
+            (place / "W" / "samples").glob("*.json"), key=lambda p: p.stat().st_mtime
+        )
+    )
+    assert on["neighbours"] == 2 and on["samples"][0]["chunks"][0]["neighbours"]
+    again = tmp_path / "again"
+    again.mkdir()
+    capsys.readouterr()
+    assert call(sample.main, f"--base={place / 'base'}", f"--workdir={again}", *asked) == 0
+    (path,) = (again / "samples").glob("*.json")
+    alone = files.read_json(path)
+    # The fitted model with retrieval off is the base.
+    assert alone["samples"][0]["tokens"] == off["samples"][0]["tokens"]
+    assert alone["model"] == {"base": open_base(place / "base").fingerprint()}
+    path.unlink()
+    assert call(sample.main, f"--base={place / 'base'}", *asked, "--token_memory") == 1
+    assert "--token_memory=True without a database" in capsys.readouterr().err
+    assert call(sample.main, where, *asked, "--token_memory") == 1
+    assert "has no token mixture of this checkpoint" in capsys.readouterr().err
+    assert call(sample.main, f"--base={place / 'base'}", *asked, "--retrieval=on") == 1
+    assert "--retrieval=on with --base: expected off" in capsys.readouterr().err

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 
 from data_pipelines.retriever import embedder as module
-from data_pipelines.retriever.embedder import BertFolder, Embedder, WordPiece, find_model
+from data_pipelines.retriever.embedder import (
+    BertFolder,
+    Embedder,
+    WordPiece,
+    find_model,
+    is_plain,
+)
 from retro_jax.errors import UserError
 from tests.data_pipelines.retriever import bert_folder
 from tests.data_pipelines.retriever.bert_folder import VOCABULARY
@@ -224,3 +230,28 @@ def test_a_missing_tensorflow_is_told_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     with pytest.raises(UserError, match=r"TensorFlow cannot be imported.*retro-jax\[data\]"):
         module.import_tensorflow()
+
+
+@pytest.mark.parametrize("lower_case", [True, False])
+def test_a_few_plain_texts_have_the_same_pieces_without_tensorflow(
+    minilm, reference, lower_case, monkeypatch
+):
+    """On every plain character, alone and in words, with MiniLM's vocabulary; others need TensorFlow."""
+    cut = WordPiece(minilm.model.vocabulary, lower_case)
+    plain = [c for c in map(chr, range(0x3000)) if is_plain(c)]
+    assert len(plain) == 98 + 18 + 63 + 122 + 96 + 17
+    texts = [f"{c}{c} x{c}y {c}. A{c}" for c in plain]
+    texts += [chr(i) * 40 + " [SEP] ##ing [UNK] don't --x" for i in range(33, 127)]
+    texts += [row["text"] for row in reference if is_plain(row["text"])]
+    texts += [(pathlib.Path(module.__file__).read_text())[i * 300 :][:300] for i in range(30)]
+    texts = [text for text in texts if is_plain(text)]
+    wanted = cut.encode(texts)
+    found = [cut.encode_few([text]) for text in texts]
+    for i, pieces in enumerate(found):
+        assert pieces.ids.tolist() == wanted.ids[wanted.ends[i] : wanted.ends[i + 1]].tolist(), (
+            texts[i]
+        )
+    for text in ("straße", "\u03a3", "日本", "a\u0301", "x" * 60, "\u2026", "\u00ad"):
+        assert not is_plain(text)
+    monkeypatch.setattr(module, "import_tensorflow", lambda: pytest.fail("TensorFlow is imported"))
+    assert WordPiece(minilm.model.vocabulary, lower_case).encode_few(["The river"]).lengths == [2]

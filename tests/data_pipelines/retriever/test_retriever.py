@@ -6,9 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.chunk_database.database import ChunkDatabase
+from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.retriever import candidates, index
 from data_pipelines.retriever.index import IndexConfig, compare_all, prepare_index
 from data_pipelines.retriever.keys import Keys, KeysConfig, prepare_keys
+from data_pipelines.retriever.live_settings import LiveSettings
 from data_pipelines.retriever.retriever import Retriever
 from retro_jax.errors import UserError
 from tests.data_pipelines.retriever import bert_folder
@@ -188,11 +190,17 @@ def test_without_exclusion_a_stored_chunk_finds_itself(opened):
 
 
 def test_refuses_another_model_than_that_of_the_keys(workdir, tmp_path):
-    chunk = np.ones((1, 64), np.int32)
-    with pytest.raises(
-        UserError, match=r"made by the BERT folder 'bert': expected model= its path"
-    ):
+    chunk, message = (
+        np.ones((1, 64), np.int32),
+        r"made by the BERT folder 'bert': expected its path",
+    )
+    with pytest.raises(UserError, match=message):
         Retriever.open(workdir).retrieve(chunk, 1)
+    # Live retrieval says so when it is opened, unless the preparation says where it is.
+    with pytest.raises(UserError, match=message):
+        LiveSettings().open(workdir, Tokenizer.open(workdir / "tokenizer"), 2)
+    bert = str(workdir.parent / "bert")
+    LiveSettings(bert_folder=bert).open(workdir, Tokenizer.open(workdir / "tokenizer"), 2)
     other = bert_folder.write(tmp_path / "bert", arrays=bert_folder.weights(seed=1))
     with pytest.raises(UserError, match=rf"{other} is not the BERT that made {workdir}/keys/train"):
         Retriever.open(workdir, model=str(other)).retrieve(chunk, 1)

@@ -1,0 +1,61 @@
+"""A generated text chunk by chunk, each with its neighbours and where they are from."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.chunk_database.database import CHUNK_LENGTH
+from data_pipelines.chunk_database.tokenizer import Tokenizer
+from data_pipelines.evaluation.text_view import Viewer, sample_chunk_from_json
+from data_pipelines.retriever.live import LiveRetrieval
+from retro_jax.report.side_by_side import side_by_side
+from retro_jax.report.views import NeighbourView, SampleChunk
+
+
+def sampled_chunks(
+    tokens: np.ndarray, prompt_length: int, tokenizer: Tokenizer, retrieve: LiveRetrieval | None
+) -> list[SampleChunk]:
+    """The chunks of a text; runs that a neighbour shares with the chunk after it are marked.
+
+    Args:
+      tokens: [n] of the whole text. prompt_length: how many are the prompt.
+      retrieve: what gave the chunks their neighbours; None where nothing is known of these.
+    """
+    chunks = []
+    for start in range(0, len(tokens), CHUNK_LENGTH):
+        chunk = tokens[start : start + CHUNK_LENGTH]
+        prompt = min(max(prompt_length - start, 0), CHUNK_LENGTH)
+        views: list[NeighbourView] = []
+        if retrieve is not None:
+            following = tokens[start + CHUNK_LENGTH : start + 2 * CHUNK_LENGTH]
+            for place in retrieve.found(chunk):
+                viewer = Viewer(tokenizer, retrieve.databases[place.source].chunks)
+                found = np.array([place.chunk]), np.array([place.score])
+                views += viewer.neighbours(*found, following, retrieve.score)
+        given, made = (tokenizer.decode(part) for part in (chunk[:prompt], chunk[prompt:]))
+        chunks.append(SampleChunk(given, made, views))
+    return chunks
+
+
+def as_text(result: Mapping[str, Any], width: int) -> str:
+    """Samples as launch.sample records them, the neighbours of each chunk beside it."""
+    settings = ", ".join(
+        _shown(*setting) for setting in result["sampling"].items() if setting[1] not in ((), [])
+    )
+    lines = []
+    for number, sample in enumerate(result["samples"], 1):
+        count = len(sample["tokens"]) - sample["prompt_length"]
+        end = "ended by the model" if sample["finished"] else "stopped"
+        heading = (
+            f" sample {number} of {len(result['samples'])}: {count} tokens, {end} ({settings}) "
+        )
+        lines.append(f"{heading:─^{width}}")
+        chunks = [sample_chunk_from_json(fields) for fields in sample["chunks"]]
+        lines.append(side_by_side(chunks, width))
+    return "\n".join([*lines, "─" * width])
+
+
+def _shown(name: str, value: Any) -> str:
+    """A setting of sampling and its value."""
+    return f"{name} {value:g}" if isinstance(value, int | float) else f"{name} {value}"

@@ -1,0 +1,89 @@
+"""What is retrieved while a text is generated, as one value: of which databases, without what."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from data_pipelines.artefacts.manifest import Path
+from data_pipelines.chunk_database.database import CHUNK_LENGTH
+from data_pipelines.chunk_database.tokenizer import Tokenizer
+from data_pipelines.retriever.live import (
+    FixedNeighbours,
+    LiveRetrieval,
+    Source,
+    document_names,
+)
+from data_pipelines.retriever.revisions import latest, open_database
+from retro_jax.config import require
+from retro_jax.errors import UserError
+from retro_jax.storage import files
+
+
+@dataclasses.dataclass(frozen=True)
+class LiveSettings:
+    """Where a text's neighbours come from; the defaults are the newest revision of one database.
+
+    Attributes:
+      revision: of the first database; None for the newest.
+      exclude: its documents that are never retrieved, as CORPUS/ID.
+      more: workdirs that are searched too, DIRECTORY or DIRECTORY=NEIGHBOURS (live.py).
+      file: fixed neighbours instead, JSON lines with a text each; "" for none.
+      stride: tokens between retrievals, a divisor of 64.
+      bert_folder: the BERT of the first database's keys, where it is no packaged one.
+    """
+
+    revision: int | None = None
+    exclude: tuple[str, ...] = ()
+    more: tuple[str, ...] = ()
+    file: str = ""
+    stride: int = CHUNK_LENGTH
+    bert_folder: str | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("exclude", "more"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        divides = self.stride > 0 and CHUNK_LENGTH % self.stride == 0
+        require(divides, self, "stride", f"a divisor of {CHUNK_LENGTH}")
+        alone = self.revision is None and not self.exclude and not self.more
+        require(not self.file or alone, self, "file", '"" with a revision, exclude or more')
+
+    def check_off(self) -> None:
+        """Raises a UserError for settings that have no meaning without retrieval."""
+        for field in ("revision", "exclude", "more", "file"):
+            empty = getattr(self, field) == getattr(LiveSettings, field)
+            require(empty, self, field, "none with retrieval off")
+
+    def identity(self, data: pathlib.Path) -> dict[str, Any]:
+        """What neighbours depend on, by hash, where it is more than revision 0 of W's database."""
+        found: dict[str, Any] = {} if self.stride == CHUNK_LENGTH else {"stride": self.stride}
+        if self.file:
+            path = pathlib.Path(self.file)
+            if not path.is_file():
+                raise UserError(f"{path} is missing: expected neighbours as JSON lines")
+            return found | {"neighbours_file": files.measure(path)[1]}
+        # A changed database is searched again.
+        if latest(data) or self.revision is not None:
+            found["database"] = open_database(data, self.revision).manifest.hash
+        if self.exclude:
+            found["excluded"] = list(self.exclude)
+        sources = [Source.parse(text) for text in self.more]
+        if sources:
+            pairs = [
+                [open_database(each.workdir).manifest.hash, each.neighbours] for each in sources
+            ]
+            found["more_databases"] = pairs
+        return found
+
+    def open(
+        self, data: Path, tokenizer: Tokenizer, k: int, part: str = "both"
+    ) -> LiveRetrieval | FixedNeighbours:
+        """Opens what gives chunks their k neighbours; `part` is BatchConfig.neighbour_part.
+
+        Raises:
+          UserError: a database, a document, a BERT or the file is missing, or is of another kind.
+        """
+        if self.file:
+            return FixedNeighbours.open(self.file, tokenizer, k)
+        exclude = document_names(self.exclude)
+        first = Source(data, self.revision, exclude=exclude, bert_folder=self.bert_folder)
+        return LiveRetrieval.open([first, *map(Source.parse, self.more)], k, part)
