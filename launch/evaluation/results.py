@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -185,10 +185,10 @@ def _score(
     text = dataclasses.replace(split.text(0), neighbours=tokens)
     partial = folder / f".partial-{_digest({c.name: _head(work, settings, c) for c in conditions})}"
     what = "k sweep" if sweep else condition_name(last.name)
-    scoring = score.score_chunks
+    method: Callable[..., np.ndarray] = score.score_chunks
     if last.kind == "context":
-        losses, scoring = chunk_losses, score_in_context
-    one = Pass(scored_model(last.run), losses, cut, what, partial, scoring)
+        losses, method = chunk_losses, score_in_context
+    one = Pass(scored_model(last.run), losses, cut, what, partial, method)
     nll = work.scorer.nll(one, text)
     forget(one)
     return (nll if sweep else nll[None]), {}
