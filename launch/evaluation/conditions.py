@@ -37,7 +37,7 @@ from data_pipelines.token_memory.memory import LONGEST, MOST_VOTES
 from launch.runs import trained_run
 from retro_jax.evaluate import overlap
 from retro_jax.evaluate.scorer import ScoredModel
-from retro_jax.retrofit.kept_states import attach_of
+from retro_jax.retrofit.kept_states import kept_of
 
 TOKENS, KNN = "tokens", "knn"
 TUNING_CHUNKS = 1024  # of the validation split, by which a token mixture is tuned
@@ -65,10 +65,9 @@ class Condition:
 
 def scored_model(run: trained_run.Run) -> ScoredModel:
     """A run's model, as the scorer takes it."""
-    kept = run.execution.kept_states
-    attach = attach_of(run.directory, run.base, run.model, kept)
+    kept = kept_of(run.directory, run.base, run.model, run.execution.kept_states)
     return ScoredModel(
-        str(run.directory), run.mesh, lambda mesh: trained_run.load_model(run, mesh), attach
+        str(run.directory), run.mesh, lambda mesh: trained_run.load_model(run, mesh), kept
     )
 
 

@@ -200,10 +200,10 @@ def _score(
     heads["ids"] = {"sha256": hashlib.sha256(split.ids.tobytes()).hexdigest()}
     partial = folder / f".partial-{_digest(heads)}"
     what = "k sweep" if sweep else condition_name(last.name)
-    scoring: Callable[..., np.ndarray] = score.score_chunks
+    method: Callable[..., np.ndarray] = score.score_chunks
     if last.kind == "context":
-        losses, scoring = chunk_losses, score_in_context
-    one = Pass(scored_model(last.run), losses, cut, what, partial, scoring)
+        losses, method = chunk_losses, score_in_context
+    one = Pass(scored_model(last.run), losses, cut, what, partial, method)
     nll = work.scorer.nll(one, text)
     forget(one)
     return (nll if sweep else nll[None]), {}

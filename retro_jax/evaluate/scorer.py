@@ -18,6 +18,7 @@ from retro_jax.distributed.progress import progress_bar
 from retro_jax.errors import UserError
 from retro_jax.evaluate import score
 from retro_jax.model import Retro
+from retro_jax.retrofit.kept_states import KeptStates
 from retro_jax.sharding import MeshConfig, batch_sharding, make_mesh, replicated
 from retro_jax.storage.files import read_array, write_array
 from retro_jax.train.global_batches import global_batch, local_rows
@@ -35,13 +36,17 @@ class ScoredModel:
     Attributes:
       name: the directory of its run; a Scorer loads a model of one name once.
       mesh: how devices are arranged. load: gives graphdef and parameters on a mesh.
-      attach: adds to a batch of NumPy arrays what is kept of it (retrofit.kept_states).
+      kept: what is kept of its batches; None for nothing.
     """
 
     name: str
     mesh: MeshConfig
     load: Callable[[Mesh], tuple[nnx.GraphDef, nnx.State]]
-    attach: Callable[[RetroBatch], RetroBatch] = lambda batch: batch
+    kept: KeptStates | None = None
+
+    def attach(self, batch: RetroBatch) -> RetroBatch:
+        """A batch of NumPy arrays with what is kept of it."""
+        return batch if self.kept is None else self.kept.attach(batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +122,8 @@ class Scorer:
                     _refuse_infinite(results[i], one.model)
                     if len(parts) > 1:
                         write_array(paths[i], results[i])
+            if one.model.kept is not None:
+                one.model.kept.flush()
         every = [results[i] if i in results else read_array(path) for i, path in enumerate(paths)]
         return np.concatenate(every, axis=-2)
 

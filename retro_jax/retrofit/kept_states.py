@@ -5,8 +5,8 @@ what the first CCA layer reads of a text. Both are found by a hash of the tokens
 of the database, run of W and condition of an evaluation shares them.
 
     W/states/neighbours-ID/manifest.json      the base's fingerprint, layers, lengths, format
-    W/states/neighbours-ID/P-00000-keys.npy   [n, 16] hashes; P is the process that wrote
-    W/states/neighbours-ID/P-00000-values.npy, -scales.npy   packed.Packed, mapped into memory
+    W/states/neighbours-ID/PART-keys.npy      [n, 16] hashes; a part's name is its time and a random one
+    W/states/neighbours-ID/PART-values.npy, -scales.npy      packed.Packed, mapped into memory
     W/states/texts-ID/...                     likewise, one entry a sequence
 
 Retrieval off reads none of it: it stays the base bit for bit.
@@ -15,7 +15,9 @@ Retrieval off reads none of it: it stays the base bit for bit.
 import dataclasses
 import functools
 import hashlib
+import os
 import pathlib
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
@@ -103,9 +105,8 @@ class StateFolder:
         with files.writing(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
         files.write_atomically(self.directory / _MANIFEST, files.to_json(self._about))
-        prefix = f"{jax.process_index():03d}"
-        number = len(list(self.directory.glob(f"{prefix}-*-keys.npy")))
-        path = self.directory / f"{prefix}-{number:05d}-keys.npy"
+        # Another process, of this run or another, may write at the same time.
+        path = self.directory / f"{time.time_ns():020d}-{os.urandom(4).hex()}-keys.npy"
         arrays = {"values": packed.values, "scales": packed.scales, "keys": keys}
         for name, array in arrays.items():  # keys last: with them the part is there
             if array is not None:
@@ -295,17 +296,14 @@ class KeptBatches:
         return self._source.document_ids(step)
 
 
-def attach_of(
-    run: pathlib.Path, base: str, retro: RetroConfig, form: str
-) -> Callable[[RetroBatch], RetroBatch]:
-    """What adds its kept states to a batch of a trained run; the batch as it is where none are kept.
+@functools.lru_cache(maxsize=2)
+def kept_of(run: pathlib.Path, base: str, retro: RetroConfig, form: str) -> KeptStates | None:
+    """The kept states of a run, the same object for each caller; None where it keeps none.
 
     Args:
       run: its directory. base: of the run. retro: its model. form: ExecutionConfig.kept_states.
     """
-    return (
-        KeptStates(run.parent / STATES, base, retro, form).attach if form else lambda batch: batch
-    )
+    return KeptStates(run.parent / STATES, base, retro, form) if form else None
 
 
 def check_kept(retro: RetroConfig, form: str) -> None:

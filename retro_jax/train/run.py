@@ -36,7 +36,7 @@ from retro_jax.model.ending_init import begin_with_endings
 from retro_jax.model.flops import training_flops
 from retro_jax.retrofit import open_base
 from retro_jax.retrofit.decoder import check_decoder
-from retro_jax.retrofit.kept_states import STATES, KeptBatches, KeptStates, check_kept
+from retro_jax.retrofit.kept_states import KeptBatches, check_kept, kept_of
 from retro_jax.sharding import (
     MESH_SHARDINGS,
     MeshConfig,
@@ -282,14 +282,8 @@ class Run:
         self._finished: bool | None = None  # as claim found it, for the next train
         self._evaluate = None
         settings, training = plan.settings, plan.settings.training
-        self._kept: KeptStates | None = None
-        if settings.execution.kept_states:
-            self._kept = KeptStates(
-                self.directory.parent / STATES,
-                settings.start.base,
-                settings.retro,
-                settings.execution.kept_states,
-            )
+        kept = settings.execution.kept_states
+        self._kept = kept_of(self.directory, settings.start.base, settings.retro, kept)
         if training.evaluate_every:
             self._evaluate = held_out_evaluation(
                 plan.graphdef,
@@ -443,7 +437,10 @@ class Run:
             start = self.plan.settings.start
             if start.base:
                 return begin_with_base(start, state, self.plan.settings.retro)
-        return begin(start, state, pathlib.Path(start.run) / CHECKPOINTS) if start.run else state
+            if start.run:
+                checkpoints_of_other = pathlib.Path(start.run) / CHECKPOINTS
+                return begin(start, state, checkpoints_of_other, self.plan.settings.retro)
+        return state
 
     def _with_kept(self, batches: BatchSource) -> BatchSource:
         """Batches with what is kept of them, where something is."""
@@ -488,6 +485,8 @@ class Run:
             f"{kind} of {retro.num_parameters():,} parameters on {device}",
             f"sequences an epoch: {corpora}; {tokens}; the first one compiles",
         ]
+        if self._kept is not None:
+            lines.append(self._kept.summary())
         if start:
             lines.append(f"going on from step {start} of {self.plan.settings.training.steps}")
         return lines

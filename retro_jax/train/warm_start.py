@@ -16,9 +16,11 @@ or an existing language model, with gated CCA (DecoderForm.gated_cca) copied fro
 or of random values instead: StartConfig.fresh = ('cca.attention.*',).
 """
 
+import ast
 import dataclasses
 import fnmatch
 import os
+import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -32,6 +34,7 @@ from retro_jax.retrofit.decoder import fitted_parameters
 from retro_jax.train.checkpoint import restore_params
 from retro_jax.train.optimizer import Trainable
 from retro_jax.train.parameter_names import map_named, named_leaves
+from retro_jax.train.record import CONFIG_FILE, parse_settings
 from retro_jax.train.step import TrainState
 
 _ALL = ("*",)
@@ -89,23 +92,46 @@ def trainable(config: StartConfig, params: Any) -> Trainable | None:
     return lambda name: _matches(name, config.trained)
 
 
-def begin(config: StartConfig, state: TrainState, checkpoints: str | os.PathLike) -> TrainState:
+def begin(
+    config: StartConfig,
+    state: TrainState,
+    checkpoints: str | os.PathLike,
+    retro: RetroConfig | None = None,
+) -> TrainState:
     """The first state of a run with the parameters of another.
 
     Args:
       config: of the run. state: made of its seed. checkpoints: of the run to begin with.
+      retro: the architecture; needed where the other run was fitted to a base.
 
     Raises:
       UserError: the other run lacks a parameter that is not `fresh`, or has another shape of it.
     """
     parameters = wanted_parameters(config, state.params)
     part = "average" if config.averaged else "params"
+    base = recorded_base(pathlib.Path(checkpoints).parent)
     _, arrays = restore_params(
-        checkpoints, parameters, config.step or None, part=part, all_of_it=False
+        checkpoints,
+        parameters,
+        config.step or None,
+        part=part,
+        all_of_it=False,
+        may_lack=bool(base),
     )
+    if base and retro is not None:
+        arrays = complete_parameters(base, arrays, retro)
     params = map_named(lambda name, leaf: arrays.get(name, leaf), state.params)
     average = None if state.average is None else jax.tree.map(jnp.copy, params)
     return dataclasses.replace(state, params=params, average=average)
+
+
+def recorded_base(run: pathlib.Path) -> str:
+    """The base that a run was fitted to, as its record says; "" for none."""
+    path = run / CONFIG_FILE
+    if not path.is_file():
+        return ""
+    recorded = parse_settings(path.read_text(encoding="utf-8"))
+    return str(ast.literal_eval(recorded.get("StartConfig.base", "''")))
 
 
 def begin_with_base(config: StartConfig, state: TrainState, retro: RetroConfig) -> TrainState:

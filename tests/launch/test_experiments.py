@@ -17,6 +17,9 @@ RUNS = sorted(path.name for path in FOLDER.glob("*.gin") if path.name != "publis
 # The paper's table of sizes: maximum learning rate and sequences a batch.
 PUBLISHED = {"172m": (2e-4, 256), "425m": (2e-4, 256), "1.5b": (2e-4, 256), "7.5b": (1e-4, 1024)}
 
+# What the base of an experiment in fitting decides.
+OF_SMOLLM2 = {"d_model": 576, "num_layers": 30, "num_heads": 9, "head_dim": 64, "d_ff": 1536}
+
 
 @pytest.mark.parametrize("name", RUNS)
 def test_every_configuration_that_an_experiment_binds_can_be_made(name):
@@ -29,6 +32,8 @@ def test_every_configuration_that_an_experiment_binds_can_be_made(name):
     for each in set(configurables.TABLE) - {"CorpusConfig"}:  # those are made with DocumentsConfig
         if f"\n{each}." in text:
             open_fields = {"vocab_size": tokenizer.vocab_size} if each == "RetroConfig" else {}
+            if each == "RetroConfig" and "RetroConfig.d_model" not in text:
+                open_fields |= OF_SMOLLM2  # as launch.retrofit gives them
             made[each] = configurables.make(configurables.configurable(each), **open_fields)
     assert made["DocumentsConfig"].corpora
     if "RetroConfig" in made:

@@ -16,6 +16,7 @@ from retro_jax.retrofit.kept_states import KeptStates
 from retro_jax.train.checkpoint import CHECKPOINTS, saved_arrays
 from retro_jax.train.global_batches import BatchShape
 from retro_jax.train.run import Run, make_plan
+from retro_jax.train.warm_start import StartConfig
 from tests.retrofit.base_files import FOLDER
 from tests.retrofit.test_fitting import (
     batch_of,
@@ -116,6 +117,13 @@ def test_a_run_trains_on_kept_states_and_saves_no_base(tmp_path):
     again = Run(tmp_path / "kept" / "retro", run.plan, DATA)
     again.train()
     assert digests(nnx.state(again.model())) == trained
+
+    start = StartConfig(run=str(run.directory), trained=("cca.gate",))
+    more = make_plan(dataclasses.replace(settings, start=start), BatchShape.of(DATA.batches))
+    tuned = Run(tmp_path / "more" / "retro", more, DATA)
+    tuned.train()
+    found = digests(nnx.state(tuned.model()))
+    assert {name for name in found if found[name] != trained[name]} == {"cca.gate"}
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,22 @@ def test_one_part_of_the_neighbours_is_the_rest_as_padding(mixed, part, kept):
     np.testing.assert_array_equal(some.neighbours, expected)
 
 
+def test_noise_gives_a_part_of_the_chunks_another_chunks_neighbours(mixed):
+    """The rest is as without; any division of rows has the same; all of them are some chunk's."""
+    database, table = mixed
+    batches = Batches(config(batch_size=64, neighbour_noise=0.3), database, table, database)
+    plain = Batches(config(batch_size=64), database, table, database).rows(2)
+    noisy = batches.rows(2)
+    np.testing.assert_array_equal(noisy.tokens, plain.tokens)
+    present = plain.documents >= 0
+    differs = (noisy.neighbours != plain.neighbours).any(axis=(2, 3))
+    assert not differs[~present].any() and 0.2 < differs[present].mean() < 0.4
+    every = database.values(table.ids(np.arange(len(database)), 2))
+    known = {one.tobytes() for one in every.astype(noisy.neighbours.dtype)}
+    assert {one.tobytes() for one in noisy.neighbours[differs]} <= known
+    np.testing.assert_array_equal(batches.rows(2, [5, 1]).neighbours, noisy.neighbours[[5, 1]])
+
+
 def test_seeds_differ_and_repeat(mixed):
     database, _ = mixed
     first, again, other = (
