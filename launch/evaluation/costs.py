@@ -50,8 +50,8 @@ def _cost(
         tokens=condition.kind == TOKENS,
         beside=store,
     )
-    if lookup is None:
-        return {"operations": operations} | dict.fromkeys(_LOOKUP)
-    kept = lookup.bytes_kept / lookup.tokens if lookup.tokens else 0.0
-    found = (lookup.operations, lookup.bytes_read, kept, lookup.bytes_kept, lookup.tokens)
-    return {"operations": operations} | dict(zip(_LOOKUP, found, strict=True))
+    found: list[float | None] = [None] * len(_LOOKUP)
+    if lookup is not None:
+        kept = lookup.bytes_kept / lookup.tokens if lookup.tokens else 0.0
+        found = [lookup.operations, lookup.bytes_read, kept, lookup.bytes_kept, lookup.tokens]
+    return {"operations": operations, **dict(zip(_LOOKUP, found, strict=True))}
