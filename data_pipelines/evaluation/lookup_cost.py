@@ -72,15 +72,15 @@ def condition_cost(
     share: float = 1.0,
     searched: bool = True,
     tokens: bool = False,
-    datastore: "LookupCost | None" = None,
+    beside: LookupCost = LookupCost(),
 ) -> LookupCost | None:
     """The cost of all memories of a condition; None where parts of the database are not there.
 
     Args:
       data: W. revision: of its database; None for the newest. neighbours: a chunk's. share, searched:
-        as for `neighbour_cost`. tokens: whether a token memory is asked. datastore: kNN-LM's part.
+        as for `neighbour_cost`. tokens: whether a token memory is asked. beside: kNN-LM's part.
     """
-    cost = datastore or LookupCost()
+    cost = beside
     try:
         if neighbours:
             database, ranking = Database.open(data, revision), Ranking.of(data)

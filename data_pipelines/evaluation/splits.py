@@ -147,8 +147,8 @@ def open_split(
     if places.measures:
         if not (places.neighbours / MANIFEST_FILE).is_file():
             raise UserError(
-                f"{places.neighbours} is missing, of the database's revision"
-                f" {retrieval.manifest.revision}: expected launch.evaluate --slices={name}, which"
+                f"{places.neighbours} is missing: the database is at revision"
+                f" {retrieval.manifest.revision} now; expected launch.evaluate --slices={name}, which"
                 " finds the slice's neighbours in it"
             )
         table = NeighbourTable.open(places.neighbours, database, retrieval)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_pipelines.evaluation.lookup_cost import condition_cost, datastore_cost
+from data_pipelines.evaluation.lookup_cost import LookupCost, condition_cost, datastore_cost
 from data_pipelines.retriever.datastore import plan_datastore
 from launch.evaluation.conditions import TOKENS, Condition, uses_knn
 from launch.evaluation.results import Work
@@ -29,7 +29,7 @@ def _cost(
     work: Work, settings: EvaluationSettings, condition: Condition, results: Mapping[str, Any]
 ) -> dict[str, float | None]:
     """Figures a token; those of look-ups are None where parts of the database are not there."""
-    model, store = condition.run.model, None
+    model, store = condition.run.model, LookupCost()
     length = settings.windows(condition.run.chunks).chunks * model.chunk_length
     operations = forward_flops(model, length, condition.neighbours).total
     if condition.kind == "context":  # a row of neighbours and text for each chunk that is read out
@@ -48,17 +48,10 @@ def _cost(
         share=condition.value if condition.kind == "database" else 1.0,
         searched=condition.kind != "random",
         tokens=condition.kind == TOKENS,
-        datastore=store,
+        beside=store,
     )
-    if lookup is None:
-        return {"operations": operations} | dict.fromkeys(_LOOKUP)
-    kept = lookup.bytes_kept / lookup.tokens if lookup.tokens else 0.0
-    found: tuple[float | None, ...] = (
-        lookup.operations,
-        lookup.bytes_read,
-        kept,
-        lookup.bytes_kept,
-        lookup.tokens,
-    )
-    costs: dict[str, float | None] = {"operations": operations}
-    return costs | dict(zip(_LOOKUP, found, strict=True))
+    found: list[float | None] = [None] * len(_LOOKUP)
+    if lookup is not None:
+        kept = lookup.bytes_kept / lookup.tokens if lookup.tokens else 0.0
+        found = [lookup.operations, lookup.bytes_read, kept, lookup.bytes_kept, lookup.tokens]
+    return {"operations": operations, **dict(zip(_LOOKUP, found, strict=True))}

@@ -17,7 +17,7 @@ from retro_jax.evaluate.scored_text import ScoredText
 from retro_jax.evaluate.uncertainty import SAMPLES, plain
 
 MORE = 10  # times as much text, of which the gain is stated
-_EXPONENTS = np.geomspace(0.02, 2.0, 100)
+_EXPONENTS = np.geomspace(0.02, 2.0, 400)
 _FEWEST = 3  # sizes
 
 
