@@ -11,7 +11,7 @@ rates per second of one core, and the peak memory of all its processes together.
 encoder, and neighbours have less meaning, but bytes, shapes and machinery are the same, in a sixth of
 the time for N = 1. The output says so.
 
---shard_megabytes=0.003 with --megabytes=10 makes some 4,000 tiny shards, to be compared with 8. `files` are
+--shard_megabytes=0.002 with --megabytes=1 makes thousands of tiny shards, to be compared with few. `files` are
 those that one process has open.
 
 With --workdir, artefacts stay: after an interruption, the same command resumes. A stage begun earlier

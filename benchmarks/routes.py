@@ -20,7 +20,7 @@ from data_pipelines.workdir.preparation import open_keys
 _WORKDIR = flags.DEFINE_string("routes_workdir", None, "W with keys.", required=True)
 _DIVISIONS = flags.DEFINE_integer("divisions", 32, "Index shards.", lower_bound=2)
 _COPIES = flags.DEFINE_list("copies", ["1", "2", "3"], "Shards that have a key.")
-_QUERIES = flags.DEFINE_integer("queries", 1000, "Of the held-out splits.", lower_bound=1)
+_QUERIES = flags.DEFINE_integer("held_out_queries", 1000, "Of the held-out splits.", lower_bound=1)
 _VISITS = (1, 2, 4, 6, 8, 12, 16)
 _K = 10
 

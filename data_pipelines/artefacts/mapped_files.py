@@ -196,9 +196,9 @@ def _warn_once(most: int) -> None:
     """Says that shards are mapped again and again from now on."""
     if not _warned:
         _warned.append(most)
-        _log.warning(
-            "more than %d shards are read, three quarters of vm.max_map_count: they are mapped again"
-            " and again; raise it (sysctl vm.max_map_count), or make fewer and larger shards"
-            " (DocumentsConfig.shard_bytes)",
-            most,
+        message = (
+            f"more than {most:,} shards are read, three quarters of vm.max_map_count: they are mapped"
+            " again and again; raise it (sysctl vm.max_map_count), or make fewer and larger shards"
+            " (DocumentsConfig.shard_bytes)"
         )
+        _log.warning("%s", message)

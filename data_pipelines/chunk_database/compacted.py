@@ -23,6 +23,7 @@ from data_pipelines.chunk_database.database import (
     shard_files,
 )
 from data_pipelines.documents.documents import KIND as DOCUMENTS
+from data_pipelines.documents.selection import MOST_SHARDS
 from data_pipelines.leakage.near_documents import KIND as LEAKAGE
 from data_pipelines.leakage.near_documents import kept_counts, kept_lines
 from retro_jax.storage import files
@@ -47,7 +48,7 @@ class CompactionPlan:
     def of(cls, database: ChunkDatabase, shard_bytes: int) -> "CompactionPlan":
         """Plans shards of one corpus and at most so many bytes of text, or one longer document.
 
-        Memory is 40 bytes for each document.
+        They are larger where there would be too many, as those of documents are. Memory is 40 bytes for each document.
         """
         corpora = {name: i for i, name in enumerate(sorted(database.corpora))}
         columns = [("corpus", "<i4"), ("first", "<i8"), ("chunks", "<i8"), ("bytes", "<i8")]
@@ -59,6 +60,7 @@ class CompactionPlan:
         numbers = numbers[np.argsort(rows["corpus"][numbers], kind="stable")]
         rows = rows[numbers]
         ends = np.cumsum(rows["bytes"])
+        shard_bytes = max(shard_bytes, int(ends[-1]) // MOST_SHARDS if len(ends) else 0)
         borders = np.flatnonzero(np.diff(rows["corpus"])) + 1
         bounds = [0]
         for border in [*borders.tolist(), len(rows)]:

@@ -44,7 +44,8 @@ __all__ = [
 KIND = "documents"
 DROPPED = ("duplicates", "repeated_ids", "beyond_limit", "known")  # of what was read
 _log = logging.getLogger(__name__)
-_SPILL, _PLAN = ".spill", "plan"
+SPILL = ".spill"  # of what was read, until the shards are written
+_PLAN = "plan"
 _IN_MEMORY = ".in-memory"  # no corpus has such a name
 
 
@@ -126,7 +127,7 @@ def prepare_documents(
         _refuse_changed_inputs(folder, config, [pathlib.Path(path) for path in appended])
     if not all(stage.done for stage in stages.values()):
         _write_splits(folder, stages, config, known, runner)
-    shutil.rmtree(folder / _SPILL, ignore_errors=True)
+    shutil.rmtree(folder / SPILL, ignore_errors=True)
     return {split: stage.manifest() for split, stage in stages.items()}
 
 
@@ -165,12 +166,12 @@ def _write_splits(
     runner: Runner,
 ) -> None:
     """Reads all corpora and writes what the stages have not got yet."""
-    corpora = written(config.corpora, folder / _SPILL / _IN_MEMORY)
+    corpora = written(config.corpora, folder / SPILL / _IN_MEMORY)
     corpora.sort(key=lambda corpus: corpus.name)
     sorting = Sorting(config.validation, config.test, config.skip_bad_documents, config.sort_bytes)
     in_files = [corpus for corpus in config.corpora if isinstance(corpus, CorpusConfig)]
     identities = inputs.identities_of(in_files)
-    done, read = read_corpora(folder / _SPILL, corpora, sorting, runner), {}
+    done, read = read_corpora(folder / SPILL, corpora, sorting, runner), {}
     now = inputs.identities_of(in_files)
     inputs.refuse_changes(folder, identities, now, "none to change while it is read: run again")
     for corpus in corpora:
@@ -183,7 +184,7 @@ def _write_splits(
         if reading.labels:
             counts["labels"] = dict(sorted(reading.labels.items()))
         read[corpus.name] = corpus, counts, runs
-    plans = folder / _SPILL / _PLAN
+    plans = folder / SPILL / _PLAN
     with files.writing(plans):
         plans.mkdir(exist_ok=True)
     shards = plan_shards(plans, read, config.shard_bytes, old_documents)
@@ -226,7 +227,7 @@ def _write_shards(
     for stage in stages.values():
         stage.claim()  # not before every corpus has proved good: a typing error claims nothing
     every = [(split, i) for split in SPLITS for i in range(len(shards[split]))]
-    plans = files.absolute(folder / _SPILL / _PLAN)
+    plans = files.absolute(folder / SPILL / _PLAN)
     work = WriteShard(files.absolute(folder), plans, tuple(every))
     missing = [
         index

@@ -140,7 +140,7 @@ def plan_shards(
     Raises:
       UserError: two documents of one id, or two corpora of one name.
     """
-    every = sum(runs.size for _, _, runs in read.values())
+    every = sum(_most_bytes(corpus, runs) for corpus, _, runs in read.values())
     shard_bytes = max(shard_bytes, every // MOST_SHARDS)
     plans = {split: ShardPlan(folder, split, shard_bytes) for split in SPLITS}
     stems = [stem for _, _, runs in read.values() for stem in runs.stems]
@@ -170,6 +170,14 @@ def plan_shards(
         for plan in plans.values():
             plan.cut(name)  # a shard contains one corpus
     return {split: plan.shards for split, plan in plans.items()}
+
+
+def _most_bytes(corpus: CorpusConfig, runs: Runs) -> int:
+    """Bytes of the lines that are kept of a corpus, about, by its limits."""
+    size, labels = runs.size, len(runs.corpora)
+    if corpus.max_documents is not None:
+        size = min(size, size * corpus.max_documents * labels // max(1, len(runs)))
+    return size if corpus.max_bytes is None else min(size, corpus.max_bytes * labels)
 
 
 def _kept(

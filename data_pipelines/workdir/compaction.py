@@ -22,6 +22,7 @@ from data_pipelines.chunk_database.compacted import (
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.corpora import SPLITS
+from data_pipelines.documents.documents import SPILL
 from data_pipelines.retriever import revisions
 from data_pipelines.retriever.bm25 import KIND as BM25
 from data_pipelines.retriever.compacted import compact_keys
@@ -61,6 +62,8 @@ def compact(p: Preparation) -> None:
         raise UserError(
             f"{p.directory} has one database as it is: expected some --append or --remove before"
         )
+    if not revisions.open_database(p.directory, newest).live_chunks:
+        raise UserError(f"{p.directory}: every document was removed: expected some that are left")
     check_ranking(p)
     make_tables(p, newest)
     _make_database(p, newest, folder)
@@ -137,6 +140,9 @@ def purge(p: Preparation) -> None:
     size = 0
     for place in _replaced(p.directory, newest):
         size += _delete(place, (MANIFEST_FILE, PURGED_FILE))
+    for place in _unfinished(p.directory, newest):
+        size += _delete(place, ())
+        place.rmdir()
     database = Manifest.read(revisions.folder_of(p.directory, newest) / revisions.KIND)
     size += _delete_derived(p.directory, database.hash)
     p.report(
@@ -157,6 +163,16 @@ def _replaced(directory: pathlib.Path, newest: int) -> Iterator[pathlib.Path]:
         for name in (*_REPLACED, *(f"neighbours/{split}" for split in SPLITS)):
             if (folder / name / MANIFEST_FILE).is_file():
                 yield folder / name
+
+
+def _unfinished(directory: pathlib.Path, newest: int) -> Iterator[pathlib.Path]:
+    """What killed commands left of such artefacts, and the text that a documents stage spilled."""
+    for revision in range(newest + 1):
+        folder = revisions.folder_of(directory, revision)
+        places = [folder / name for name in _REPLACED if revision < newest]
+        places = [path for path in places if not (path / MANIFEST_FILE).is_file()]
+        places += [*folder.glob(f"{files.TEMPORARY}*"), folder / "documents" / SPILL]
+        yield from (path for path in places if path.is_dir())
 
 
 def _delete_derived(directory: pathlib.Path, digest: str) -> int:

@@ -460,7 +460,15 @@ def test_updates_and_preparations_of_a_purged_workdir(places, tmp_path, capsys):
     p = Preparation(work, config, InProcess(), lines.append)
     shutil.rmtree(work / "materialised", ignore_errors=True)
     materialise(work, BatchConfig(sequence_length=128, batch_size=1, neighbours=2), 2, InProcess())
+    left = [
+        revisions.folder_of(work, 1) / "bm25" / ".tmp-x",
+        work / "documents" / ".spill" / "code",
+    ]
+    for folder in left:  # by commands that were killed
+        folder.mkdir(parents=True)
+        (folder / "text").write_text("some text")
     compaction.purge(p)
+    assert not any(folder.parent.exists() for folder in left)
     assert revisions.latest(work) == 5
     assert not list((work / "materialised").iterdir()), "batches of what was there before"
     assert len(revisions.open_database(work)) == database.live_chunks

@@ -443,3 +443,18 @@ def test_known_documents_are_recognised_by_their_names(tmp_path, texts, monkeypa
     assert found == everything - set(names)
     reading = manifests["train"].fact("reading")
     assert (reading["a"]["known"], reading["b"]["known"]) == (30, 0)
+
+
+def test_shards_are_larger_where_there_would_be_too_many(tmp_path, monkeypatch):
+    """By what is kept of a corpus, not by what was read of it."""
+    write_texts(tmp_path / "a", 60)
+    whole = prepare_documents(tmp_path / "many", documents_config(tmp_path / "a", shard_bytes=100))
+    monkeypatch.setattr(selection, "MOST_SHARDS", 8)
+    few = prepare_documents(tmp_path / "few", documents_config(tmp_path / "a", shard_bytes=100))
+    assert len(few["train"].shards) < 12 < len(whole["train"].shards)
+    corpus = dataclasses.replace(documents_config(tmp_path / "a").corpora[0], max_bytes=900)
+    config = dataclasses.replace(
+        documents_config(tmp_path / "a", shard_bytes=100), corpora=(corpus,)
+    )
+    limited = prepare_documents(tmp_path / "limited", config)
+    assert len(limited["train"].shards) > 2

@@ -6,7 +6,6 @@ import shutil
 import numpy as np
 import pytest
 
-from data_pipelines.artefacts.runner import InProcess
 from data_pipelines.retriever import revisions
 from data_pipelines.retriever.index import Index, IndexConfig, prepare_index
 from data_pipelines.retriever.neighbours import NeighbourTable, prepare_neighbours
@@ -16,7 +15,7 @@ from data_pipelines.retriever.routes import Routes
 from data_pipelines.workdir import verify
 from tests.data_pipelines.synthetic import clustered, nearest, write_database, write_keys
 
-CHUNKS, SHARDS = 1500, 6
+CHUNKS, SHARDS = 900, 6
 
 
 def part(folder, name, chunks, seed, **index):
@@ -97,12 +96,11 @@ class Pickling:
         return ((shard, work(shard)) for shard in shards)
 
 
-@pytest.mark.parametrize("runner", [InProcess(), Pickling()])
-def test_tables_are_what_the_index_finds(workdir, tmp_path, runner, monkeypatch):
+def test_tables_are_what_the_index_finds(workdir, tmp_path, monkeypatch):
     monkeypatch.setattr("data_pipelines.retriever.neighbours._MOST_SEARCHES", 12)
     retriever = Retriever(Database.open(workdir))
     manifest = prepare_neighbours(
-        tmp_path / "t", retriever.keys, retriever, k=4, recall_queries=99, runner=runner
+        tmp_path / "t", retriever.keys, retriever, k=4, recall_queries=99, runner=Pickling()
     )
     table = NeighbourTable.open(tmp_path / "t", retriever.database, retriever.database)
     ids = np.arange(CHUNKS)
@@ -115,7 +113,7 @@ def test_tables_are_what_the_index_finds(workdir, tmp_path, runner, monkeypatch)
     )
 
 
-@pytest.mark.parametrize(("chunks", "shards"), [(600, SHARDS), (150, 1)])
+@pytest.mark.parametrize(("chunks", "shards"), [(450, SHARDS), (90, 1)])
 def test_what_an_update_adds_follows_the_routes(workdir, tmp_path, chunks, shards):
     """Many new keys are divided as the old ones; few are one shard, which every query visits."""
     work = shutil.copytree(workdir, tmp_path / "W")
@@ -126,11 +124,11 @@ def test_what_an_update_adds_follows_the_routes(workdir, tmp_path, chunks, shard
     assert len(own.shards) == shards
     if shards > 1:
         np.testing.assert_array_equal(own.routed[0].routes.cells, old.routes.cells)
-    revisions.publish(work, 1, [0, 400], keys)
+    revisions.publish(work, 1, [0, 250], keys)
     database = Database.open(work)
     assert [group.first for group in database.index.routed] == [0, SHARDS][: 1 + bool(own.routed)]
     every, queries = database.keys.rows(np.arange(CHUNKS + chunks)), clustered(100, seed=5)
-    gone = np.isin(database.chunks.documents(np.arange(len(every))), [0, 400])
+    gone = np.isin(database.chunks.documents(np.arange(len(every))), [0, 250])
     _, distances = database.index.search(queries, 5)
     share = recall(distances, queries, every, 5, np.tile(gone, (100, 1)))
     assert share == 1 if old.visit == SHARDS else 0.9 < share <= 1
