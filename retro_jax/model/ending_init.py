@@ -162,7 +162,7 @@ class _Parts:
 
     Attributes:
       compared: [D, U] orthonormal columns: u(x) is the product with them. turned: [D, U], of R^-1 u(x).
-      copied: [D, X] orthonormal columns of the rest, as many as the heads can copy.
+      copied: [D, X] orthonormal columns of the rest.
       rotation: [U, U], R. tokens: of an ending. head_dim: of the decoder.
     """
 
@@ -176,13 +176,13 @@ class _Parts:
     @classmethod
     def of(cls, model: Retro) -> "_Parts":
         """The same for a RETRO and its baseline: the decoder's last layer is drawn equally."""
-        config, last = model.config, model.layers.feed_forward
+        config, layers = model.config, model.layers
         width, head_dim = config.d_model, config.head_dim
         directions = min(head_dim, config.encoder_head_dim, config.d_ff, int(_COMPARED * width))
-        widen_DxF, narrow_FxD = whole(last.widen)[-1], whole(last.narrow)[-1]
-        count = min(width, directions + config.num_heads * head_dim)
-        basis_DxX = jnp.linalg.qr(widen_DxF[:, :count])[0]
-        rotation_UxU = jnp.linalg.qr(narrow_FxD[:directions, :directions])[0]
+        output_XxD = whole(layers.attention.output)[-1].reshape(-1, width)[:width]
+        basis_DxX = jnp.linalg.qr(output_XxD.T)[0]
+        widen_DxF = whole(layers.feed_forward.widen)[-1]
+        rotation_UxU = jnp.linalg.qr(widen_DxF[:directions, :directions])[0]
         compared_DxU = basis_DxX[:, :directions]
         return cls(
             compared=compared_DxU,

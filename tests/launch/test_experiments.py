@@ -1,6 +1,7 @@
 """experiments/*.gin: every setting loads, and the published sizes are the paper's."""
 
 import pathlib
+import re
 
 import pytest
 
@@ -21,12 +22,17 @@ PUBLISHED = {"172m": (2e-4, 256), "425m": (2e-4, 256), "1.5b": (2e-4, 256), "7.5
 OF_SMOLLM2 = {"d_model": 576, "num_layers": 30, "num_heads": 9, "head_dim": 64, "d_ff": 1536}
 
 
+def bound_text(path: pathlib.Path) -> str:
+    """The text of a file and of those that it includes."""
+    text = path.read_text()
+    included = re.findall("^include '(.*)'", text, re.MULTILINE)
+    return "\n".join([text, *(bound_text(path.parent / name) for name in included)])
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_every_configuration_that_an_experiment_binds_can_be_made(name):
     configurables.load(str(FOLDER / name))
-    text = (FOLDER / name).read_text() + (FOLDER / "published.gin").read_text() * name.startswith(
-        "retro"
-    )
+    text = bound_text(FOLDER / name)
     tokenizer = configurables.make(TokenizerConfig)
     made = {"TokenizerConfig": tokenizer}
     for each in set(configurables.TABLE) - {"CorpusConfig"}:  # those are made with DocumentsConfig
