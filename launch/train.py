@@ -29,6 +29,7 @@ from typing import Any
 
 from absl import flags
 
+from data_pipelines.artefacts.bucket_copy import Bucket
 from data_pipelines.batches.training_data import TrainingData
 from launch.common import app, configurables
 from launch.common.flags import (
@@ -39,14 +40,14 @@ from launch.common.flags import (
     PROCESS_ID,
     join_processes,
 )
-from launch.runs import mirror, replay
+from launch.runs import replay
 from launch.runs.settings import make_settings
 from launch.runs.training_data import find_data
 from retro_jax.compiler import be_deterministic
 from retro_jax.distributed import processes
 from retro_jax.errors import UserError
 from retro_jax.host_memory import keep_freed_memory
-from retro_jax.train import record
+from retro_jax.train import mirror, record
 from retro_jax.train.checkpoint import CHECKPOINTS, latest_step
 from retro_jax.train.global_batches import BatchShape
 from retro_jax.train.loop import StopRequest
@@ -98,7 +99,8 @@ def train(name: str, settings_of: SettingsOf) -> None:
         PROCESS_ID.value,
         peer_timeout=PEER_TIMEOUT.value,
     )
-    if line := processes.from_first(lambda: mirror.fetch(directory / name, MIRROR.value)):
+    bucket = Bucket(MIRROR.value) if MIRROR.value is not None else None
+    if line := processes.from_first(lambda: mirror.fetch(directory / name, bucket)):
         _say(line)
     prepared = processes.together(lambda: prepare(directory, name, settings_of))
     if prepared is None:
@@ -109,7 +111,7 @@ def train(name: str, settings_of: SettingsOf) -> None:
         _say(f"{run.directory}: trained already, {steps} steps")
     else:
         stop = StopRequest()
-        with stop.listening(), mirror.following(run.directory, MIRROR.value):
+        with stop.listening(), mirror.following(run.directory, bucket):
             last = run.train(stop)
         if last < steps:
             saved = f"stopped and saved at step {last} of {steps}; run it again to go on"

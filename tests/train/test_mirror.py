@@ -1,11 +1,12 @@
-"""launch/runs/mirror.py: what a start takes from the bucket."""
+"""retro_jax/train/mirror.py: what a start takes from the bucket."""
 
 import hashlib
 
 import pytest
 
-from launch.runs import mirror
+from data_pipelines.artefacts.bucket_copy import Bucket
 from retro_jax.storage import files
+from retro_jax.train import mirror
 from retro_jax.train.checkpoint import FORMAT_VERSION, SEAL, find_damage, latest_step
 
 
@@ -42,7 +43,7 @@ def test_the_newest_undamaged_checkpoint_of_both_is_used(tmp_path, here, damaged
         path = _checkpoint(run / "checkpoints", step)
         if step in damaged:
             path.write_bytes(b"x")
-    line = mirror.fetch(run, f"file://{tmp_path}/bucket")
+    line = mirror.fetch(run, Bucket(f"file://{tmp_path}/bucket"))
     assert line == (
         f"{run}: brought step {brought} back from file://{tmp_path}/bucket" * bool(brought)
     )

@@ -14,8 +14,8 @@ import pathlib
 import shutil
 import threading
 from collections.abc import Iterator
+from typing import Protocol
 
-from data_pipelines.artefacts.bucket_copy import Bucket
 from retro_jax.distributed import processes
 from retro_jax.errors import UserError
 from retro_jax.storage import files
@@ -27,12 +27,32 @@ _FETCHED = "orbax-checkpoint-tmp-fetched"  # a name that Orbax removes when a co
 _logger = logging.getLogger(__name__)
 
 
-def fetch(run: pathlib.Path, url: str | None) -> str:
+class Bucket(Protocol):
+    """A place in a bucket; its errors are UserErrors."""
+
+    @property
+    def url(self) -> str:
+        """Of the place."""
+
+    def list(self, place: str) -> list[str]:
+        """Names of the files below a folder of the place."""
+
+    def get(self, name: str, path: pathlib.Path) -> None:
+        """Copies a file from it."""
+
+    def put(self, path: pathlib.Path, name: str) -> None:
+        """Copies a file to it."""
+
+    def remove(self, name: str) -> None:
+        """Removes a file or folder."""
+
+
+def fetch(run: pathlib.Path, bucket: Bucket | None) -> str:
     """Brings the newest complete checkpoint of a run back, if none here is as new and undamaged.
 
     Args:
       run: the run's directory, whose name it has in the bucket too.
-      url: of the mirror; None for none.
+      bucket: the mirror; None for none.
 
     Returns:
       A line about it; empty where nothing was brought.
@@ -40,9 +60,8 @@ def fetch(run: pathlib.Path, url: str | None) -> str:
     Raises:
       UserError: the bucket cannot be read.
     """
-    if url is None:
+    if bucket is None:
         return ""
-    bucket = Bucket(url)
     names = bucket.list(run.name)
     for step in sorted(_sealed(names), reverse=True):
         if _has_undamaged(run / CHECKPOINTS, step):
@@ -76,19 +95,19 @@ def _has_undamaged(checkpoints: pathlib.Path, step: int) -> bool:
 
 
 @contextlib.contextmanager
-def following(run: pathlib.Path, url: str | None) -> Iterator[None]:
+def following(run: pathlib.Path, bucket: Bucket | None) -> Iterator[None]:
     """Copies the new files of a run's directory while inside, and all of them at the end.
 
     Args:
-      run: the run's directory. url: of the mirror; None for none.
+      run: the run's directory. bucket: the mirror; None for none.
 
     Raises:
       UserError: the last copies cannot be written.
     """
-    if url is None or not processes.is_first():
+    if bucket is None or not processes.is_first():
         yield
         return
-    copies, left = _Copies(run, Bucket(url)), threading.Event()
+    copies, left = _Copies(run, bucket), threading.Event()
 
     def follow() -> None:
         warned = ""
