@@ -205,8 +205,10 @@ def test_documents_that_come_while_a_database_is_open(workdir, tmp_path, monkeyp
     assert databases.newest() is before and databases.refresh()
     ids, scores = databases.newest().find(chunk, 2)
     found = databases.newest().neighbour(int(ids[0, 0]), float(scores[0, 0]))
-    assert (found.corpus, found.document, found.place, found.revision) == ("served", "a", 0, 1)
-    assert found.text.startswith("quokka wombat") and found.score == scores[0, 0]
+    assert (found.corpus, found.document, found.revision) == ("served", "a", 1)
+    # Any of its seven chunks is the best one, as all repeat the same words.
+    assert 0 <= found.place < 7 and found.text in "quokka wombat " * 30
+    assert found.score == scores[0, 0]
     assert before.revision == 0 and ids[0, 0] not in before.find(chunk, 2)[0]
     assert databases.at(0) is before
     (work / "revisions").rename(work / "aside")
