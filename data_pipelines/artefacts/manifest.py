@@ -33,6 +33,7 @@ from retro_jax.storage import files
 FORMAT_VERSION = 1
 
 MANIFEST_FILE = "manifest.json"
+SETTINGS_FILE = "prepare.gin"  # of a whole workdir
 STAGE_FILE = "stage.json"
 STAGED_FILE = (
     "staged.json"  # of a copy: where it is from, and which shards it leaves out (staging.py)

@@ -19,14 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.artefacts.manifest import Path
+from data_pipelines.artefacts.manifest import SETTINGS_FILE, Path
 from data_pipelines.batches.batches import keep_part
 from data_pipelines.chunk_database.database import CHUNK_LENGTH, ChunkDatabase
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.retriever.candidates import Found
 from data_pipelines.retriever.retriever import Retriever
 from data_pipelines.retriever.revisions import numbers_of
-from data_pipelines.workdir.settings_file import SETTINGS_FILE
 from retro_jax.config import require
 from retro_jax.errors import UserError
 

@@ -3,10 +3,9 @@
 import dataclasses
 from typing import Any
 
+from data_pipelines.artefacts.manifest import SETTINGS_FILE as SETTINGS_FILE
 from data_pipelines.corpora import CorpusConfig, TextCorpus
 from data_pipelines.workdir.preparation import PrepareConfig
-
-SETTINGS_FILE = "prepare.gin"
 
 
 def settings_text(config: PrepareConfig) -> str:
