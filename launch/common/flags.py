@@ -16,8 +16,8 @@ SPLIT = flags.DEFINE_string("split", "test", "Which split of the documents.")
 RETRIEVAL = flags.DEFINE_list(
     "retrieval",
     None,
-    "With retrieval on or off; launch.evaluate scores both unless told otherwise, and knows random "
-    "and oracle too.",
+    "With retrieval on or off; launch.evaluate scores both unless told otherwise, and knows "
+    "random, oracle, in_context and tokens too.",
 )
 NUM_NEIGHBOURS = flags.DEFINE_integer(
     "num_neighbours",

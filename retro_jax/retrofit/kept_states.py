@@ -22,6 +22,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -199,12 +200,17 @@ class KeptStates:
             self._encode,
             _NEIGHBOURS_AT_ONCE,
         )
-        form, width = self._retro.form, self._retro.d_model
-        layers = () if form.neighbour_layer else (len(self._retro.cca_layers),)
-        empty = np.zeros((*layers, 1 + length, width), np.float32)
-        nothing = jax.tree.map(np.asarray, pack(jax.numpy.asarray(empty), self._form))
-        entries = [self.neighbours[keys[i]] if i in keys else nothing for i in range(len(rows))]
+        entries = [
+            self.neighbours[keys[i]] if i in keys else self._nothing for i in range(len(rows))
+        ]
         return _together(entries, leading)
+
+    @functools.cached_property
+    def _nothing(self) -> Packed:
+        """The states of an absent neighbour: zeros, which are not read."""
+        layers = () if self._retro.form.neighbour_layer else (len(self._retro.cca_layers),)
+        shape = (*layers, 1 + self._retro.neighbour_length, self._retro.d_model)
+        return jax.device_get(pack(jnp.zeros(shape), self._form))
 
     def _below(self, folder: StateFolder, batch: RetroBatch) -> Packed:
         """RetroBatch.below."""
