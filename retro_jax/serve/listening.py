@@ -42,6 +42,7 @@ def listen(
             server.app,
             host=host,
             port=port,
+            log_config=None,  # uvicorn's own closes the streams of handlers that are there
             log_level="warning",
             timeout_graceful_shutdown=int(limits.stop_seconds),
         )
