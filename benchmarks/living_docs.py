@@ -23,8 +23,8 @@ from absl import app, flags
 from retro_jax.errors import UserError
 from retro_jax.storage import files
 
-_OLD = flags.DEFINE_string("old_docs", None, "Folder with the old version.", required=True)
-_NEW = flags.DEFINE_string("new_docs", None, "Folder with the new version.", required=True)
+_OLD = flags.DEFINE_string("old_docs", None, "Folder with the old version.")
+_NEW = flags.DEFINE_string("new_docs", None, "Folder with the new version.")
 _FOLDER = flags.DEFINE_string("docs_folder", "living_docs", "Where the three folders go.")
 _CHANGED = flags.DEFINE_integer("changed_files", 60, "Files that are held out.")
 _SIZES = range(4_000, 40_000)  # bytes of a changed file
@@ -54,6 +54,9 @@ def changed_files(old: dict[str, str], new: dict[str, str], count: int) -> list[
 
 def main(_: list[str]) -> None:
     """Writes the folders."""
+    for flag in (_OLD, _NEW):
+        if flag.value is None:
+            raise app.UsageError(f"--{flag.name} is missing: expected a folder")
     old, new = (read_docs(pathlib.Path(flag.value)) for flag in (_OLD, _NEW))
     chosen, folder = changed_files(old, new, _CHANGED.value), pathlib.Path(_FOLDER.value)
     parts = {

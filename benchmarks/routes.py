@@ -17,7 +17,7 @@ from data_pipelines.retriever.keys import Keys
 from data_pipelines.retriever.routes import Routes
 from data_pipelines.workdir.preparation import open_keys
 
-_WORKDIR = flags.DEFINE_string("routes_workdir", None, "W with keys.", required=True)
+_WORKDIR = flags.DEFINE_string("routes_workdir", None, "W with keys.")
 _DIVISIONS = flags.DEFINE_integer("divisions", 32, "Index shards.", lower_bound=2)
 _COPIES = flags.DEFINE_list("copies", ["1", "2", "3"], "Shards that have a key.")
 _QUERIES = flags.DEFINE_integer("held_out_queries", 1000, "Of the held-out splits.", lower_bound=1)
@@ -33,6 +33,8 @@ def with_text(keys: Keys, most: int) -> np.ndarray:
 
 def main(_: list[str]) -> None:
     """Prints a table."""
+    if _WORKDIR.value is None:
+        raise app.UsageError("--routes_workdir is missing: expected a workdir with keys")
     folder = pathlib.Path(_WORKDIR.value)
     keys = open_keys(folder, "train")
     held_out = [open_keys(folder, split) for split in ("validation", "test")]

@@ -12,7 +12,7 @@ from data_pipelines.artefacts.manifest import Stage
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.corpora import SPLITS
 from data_pipelines.evaluation import prepare_text
-from data_pipelines.evaluation.database_share import kept_chunks, subsampled
+from data_pipelines.evaluation.database_share import check_shares, kept_chunks, subsampled
 from data_pipelines.evaluation.splits import open_split
 from data_pipelines.evaluation.texts import SliceConfig
 from data_pipelines.retriever.bm25 import Bm25
@@ -23,7 +23,6 @@ from data_pipelines.workdir import update
 from data_pipelines.workdir.served_documents import change_documents
 from launch import prepare
 from launch.common import configurables
-from launch.evaluation.conditions import Condition, check_split
 from retro_jax.errors import UserError
 from tests.conftest_prepared import run_prepare
 from tests.data_pipelines import planted
@@ -143,13 +142,12 @@ def check_share(workdir, split, folder):
         order = np.lexsort((np.flatnonzero(mask), -row))[:9]
         wanted = np.where(row[order] > 0, np.flatnonzero(mask)[order], -1)
         np.testing.assert_array_equal(best, wanted)
-    part = Condition("database_0.5", None, 3, "database", 0.5)
-    check_split(split, [part])
+    check_shares(split)
     table = types.SimpleNamespace(retriever="dense+bm25", directory="T")
     with pytest.raises(
         UserError, match=r"T was made by .* 'dense.bm25': expected 'dense' or 'bm25'"
     ):
-        check_split(dataclasses.replace(split, table=table), [part])
+        check_shares(dataclasses.replace(split, table=table))
 
 
 def test_a_killed_removal_is_repeated_or_replaced(workdir, tmp_path, capsys, monkeypatch):
