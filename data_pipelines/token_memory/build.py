@@ -40,7 +40,7 @@ class TokenMemoryConfig:
     """How a token memory is built.
 
     Attributes:
-      part_tokens: tokens of a part at most, but for a longer document. Building a part takes about 14
+      part_tokens: tokens of a part at most, but for a longer document. Building a part takes about 25
         bytes of memory a token, and a look-up searches each part.
     """
 
