@@ -156,7 +156,7 @@ def main() -> None:
         "sampling": sampling.record(),
         "neighbours": writer.neighbours,
         "model": writer.identity,
-        "execution": dataclasses.asdict(writer.execution),
+        "execution": writer.execution.facts(),
     }
     if writer.data is not None and writer.neighbours:
         request |= retrieval.identity(writer.data)

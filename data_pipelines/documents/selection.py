@@ -226,8 +226,8 @@ def _kept(
 
 
 @functools.lru_cache(maxsize=1)
-def _stems(path: str) -> list[str]:
-    """The stems of all runs, read once by a process: the file is written before the first shard."""
+def _stems(path: str, written: int) -> list[str]:
+    """The stems of all runs, read once by a process for each file that was written at a path."""
     return files.read_json(pathlib.Path(path))["stems"]
 
 
@@ -251,7 +251,7 @@ class WriteShard:
         folder = pathlib.Path(self.plans)
         rows = np.load(plan_path(folder, split, number))
         assert rows.dtype == ROW
-        stems = _stems(str(folder / _STEMS))
+        stems = _stems(str(folder / _STEMS), (folder / _STEMS).stat().st_mtime_ns)
 
         def write(file: BinaryIO) -> None:
             file.writelines(read_lines(stems, rows))

@@ -166,13 +166,14 @@ class CurveWriter:
             str(directory), purge_step=start_step + 1, filename_suffix=f".{start_step}"
         )
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Adds one line: `values` after `step` updates, and the goodput if they have `seconds`."""
+    def write(self, step: int, values: dict[str, float]) -> dict[str, float]:
+        """Adds and returns a line: `values` after `step` updates, and the goodput if they have `seconds`."""
         values = values | self._goodput.after(values, time.time())
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
+        return values
 
     def close(self) -> None:
         """Closes the event file."""
@@ -323,7 +324,7 @@ class Observer:
             values |= self._measured(int(values["steps"])) | self._noted
             self._noted = {}
             if self._writer is not None:
-                self._writer.write(step, values)
+                values = self._writer.write(step, values)
             for call in self._watched.on_metrics:
                 with self.phases.during("hooks", step):
                     call(step, dict(values))

@@ -102,8 +102,15 @@ def test_bfloat16_is_as_near_to_float32_as_the_uncached_pass(positions: str):
     assert errors[0].mean() < 1.2 * errors[1].mean()
 
 
-@pytest.mark.parametrize("axes", [(4, 1, 2), (1, 1, 4), (8, 1, 1), (2, 2, 2)])
-@pytest.mark.parametrize("positions", ["relative", "rotary"])
+@pytest.mark.parametrize(
+    ("axes", "positions"),
+    [
+        ((4, 1, 2), "relative"),
+        ((2, 2, 2), "relative"),
+        ((1, 1, 4), "rotary"),
+        ((8, 1, 1), "rotary"),
+    ],
+)
 def test_meshes(axes: tuple[int, int, int], positions: str):
     config = dataclasses.replace(MESHED, positions=positions)
     mesh = make_mesh(MeshConfig(*axes), jax.devices()[: int(np.prod(axes))])

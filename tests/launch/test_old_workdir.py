@@ -89,7 +89,8 @@ def test_preparing_again_makes_nothing_and_elsewhere_the_same(old, exact, capsys
 def test_figures_are_found_and_those_computed_anew_are_the_same(old, exact, capsys):
     folder = old / "W" / "evaluation"
     kept = _files(folder)
-    sums = {folder / f"{split}-documents.npz" for split in KEPT["evaluation"]}  # came later
+    later = ("documents.npz", "cost.svg")
+    sums = {folder / f"{split}-{name}" for split in KEPT["evaluation"] for name in later}
     slices = ["--slices=own", "--bert_folder=bert"]
     for more in ([], slices):
         assert call(evaluate.main, "--workdir=W", *more) == 0

@@ -341,7 +341,7 @@ def test_the_report_shows_all_of_it(
     assert page.count('class="line first"') == 6
     assert page.count('class="line second"') == 2
     assert "By place in the chunk" in page
-    assert page.count('class="line third"') == 1  # the baseline by overlap
+    assert page.count('class="line third"') == 3  # the baseline by overlap, and in the costs
     assert "with r(C) at most 50%" in page
     for heading in ("Largest gain", "Largest loss", "Chosen at random"):
         assert page.count(heading) == 2  # in each of two corpora

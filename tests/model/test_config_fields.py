@@ -98,6 +98,7 @@ FORM_TREE: dict[str, Any] = {
     "mlp_bias": True,
     "learned_positions": 40,
     "gated_cca": True,
+    "cca_rank": 2,
 }
 FORM_OUTPUT: dict[str, Any] = {
     "parallel_residual": True,
@@ -107,7 +108,7 @@ FORM_OUTPUT: dict[str, Any] = {
     "neighbour_layer": 2,
     "sink_id": 7,
 }
-GATED = {"gated_cca": True}
+NEEDED = {name: {"gated_cca": True} for name in ("neighbour_layer", "sink_id", "cca_rank")}
 
 
 def formed(**form: Any) -> RetroConfig:
@@ -128,7 +129,7 @@ def test_field_of_the_form_matters(field):
     """Each changes the tree, or else what the same tree computes."""
     cases = FORM_TREE | FORM_OUTPUT
     assert field in cases, f"a new field needs a case here: what does {field} change?"
-    others = GATED if field in ("neighbour_layer", "sink_id") else {}
+    others = NEEDED.get(field, {})
     plain, changed = formed(**others), formed(**others, **{field: cases[field]})
     assert (shapes(changed) != shapes(plain)) == (field in FORM_TREE)
     assert np.isfinite(logits(opened(changed), batch_of(changed))).all()
@@ -146,7 +147,7 @@ VARIANTS = {
     "untied baseline": dataclasses.replace(TINY, tie_embeddings=False).baseline(),
     "shared": dataclasses.replace(BASE, share_embeddings=True),
     "no encoder crossing": dataclasses.replace(TINY, encoder_cca_layers=()),
-    **{f"form {name}": formed(**{name: value}) for name, value in FORM_TREE.items()},
+    **{f"form {n}": formed(**NEEDED.get(n, {}), **{n: value}) for n, value in FORM_TREE.items()},
     "gated with biases": formed(gated_cca=True, qkv_bias=True, out_bias=True, num_kv_heads=2),
     "crossing twice": dataclasses.replace(TINY, encoder_cca_layers=(1, 2)),
 }

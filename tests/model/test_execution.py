@@ -21,6 +21,7 @@ PLAIN = ExecutionConfig(attention="plain", loss_block=0)
 CASES: dict[str, list[tuple[RetroConfig, dict[str, Any], Any, Any]]] = {
     "activation_dtype": [(DEEP, {}, "float32", "bfloat16")],
     "scan_layers": [(DEEP, {}, True, False)],
+    "kept_states": [],  # of a frozen base: tests/retrofit/test_kept_states.py
     "remat": [
         (DEEP, {}, "none", "dots"),
         (DEEP, {}, "none", "full"),

@@ -162,7 +162,6 @@ def example() -> Any:
 @pytest.mark.parametrize(
     "mesh_config",
     [
-        MeshConfig(data=8),
         MeshConfig(fsdp=8),
         MeshConfig(data=2, tensor=4),
         MeshConfig(data=2, fsdp=2, tensor=2),

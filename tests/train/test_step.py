@@ -116,7 +116,7 @@ def test_neighbours_are_dropped_by_row_at_the_rate_asked_for():
     np.testing.assert_array_equal(dropped[~gone], batch.neighbours[~gone])
     assert 0.27 < gone.mean() < 0.33
     # A row's fate does not depend on how many rows there are: hosts make only theirs.
-    few = dataclasses.replace(batch, **{k: v[:50] for k, v in vars(batch).items()})
+    few = dataclasses.replace(batch, **{k: v[:50] for k, v in vars(batch).items() if v is not None})
     again = drop_neighbours(few, key, rate=0.3, pad_id=PAD).neighbours
     np.testing.assert_array_equal(again, dropped[:50])
     assert again.shape[1] == CHUNKS
