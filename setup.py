@@ -20,7 +20,6 @@ DATA = [
     "tensorflow-text~=2.20.0",
     "scann==1.4.2",
     "rensa>=0.5",
-    "bm25s>=0.2.13",
     "pydivsufsort>=0.0.18",
 ]
 # Training, evaluation and sampling without scoring new texts: what every installation has is enough.

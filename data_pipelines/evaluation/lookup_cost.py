@@ -7,8 +7,8 @@ neighbours serves a chunk of 64 tokens:
     embed     the frozen BERT over the chunk's word pieces: products of its layers
     search    brute force: 2 d operations and 4 d bytes a key; codes of 4 bits: one addition and half a
               byte for each block of dimensions, then the best again by brute force; a tree: its leaves'
-              centres first, then the codes of those searched; BM25: one addition and 8 bytes for each
-              chunk with a term of the query, and 6 bytes a token of each candidate
+              centres first, then the codes of those searched; BM25: at most one addition and 8
+              bytes for each chunk with a term of the query, and 6 bytes a token of each candidate
     read      k neighbours of 128 tokens
 
 A look-up in a token memory compares no floats. It reads, for each part, three binary searches over its
@@ -26,6 +26,7 @@ import numpy as np
 from data_pipelines.artefacts.manifest import Manifest
 from data_pipelines.chunk_database.database import CHUNK_LENGTH, ChunkDatabase
 from data_pipelines.retriever.bert import BertConfig
+from data_pipelines.retriever.bm25 import Bm25
 from data_pipelines.retriever.embedder import find_model
 from data_pipelines.retriever.index_kind import IndexPlan
 from data_pipelines.retriever.retrieval_database import Database
@@ -137,7 +138,7 @@ def neighbour_cost(
         size = 2 if keys.manifest.settings.get("dtype") == "bfloat16" else 4
         kept += count * (size * dimension + codes)
     if searched and ranking.by_terms:
-        added, of_terms = _bm25_cost(database.bm25.directory, ranking, share)
+        added, of_terms = _bm25_cost(database.bm25, ranking, share)
         operations, read = operations + added, read + of_terms
         kept += _size(database.bm25.manifest)
     return LookupCost(
@@ -183,13 +184,13 @@ def _embedding(manifest: Manifest) -> float:
     return embedding_operations(config, positions)
 
 
-def _bm25_cost(folder: pathlib.Path, ranking: Ranking, share: float) -> tuple[float, float]:
-    """Operations and bytes of BM25 for one query: of candidates, or of every chunk with its terms."""
+def _bm25_cost(bm25: Bm25, ranking: Ranking, share: float) -> tuple[float, float]:
+    """Operations and bytes of BM25 for one query, at most: of candidates, or of its terms' lists."""
     if ranking.by_keys:
         compared = float(ranking.candidates * CHUNK_LENGTH)
         return compared, _WEIGHTED * compared
-    times = np.diff(np.load(folder / "ends.npy", mmap_mode="r"), prepend=0).astype(np.float64)
-    chunks = max(1, len(np.load(folder / "chunk-ids.npy", mmap_mode="r")))
+    times = bm25.containing().astype(np.float64)
+    chunks = max(1, bm25.manifest.fact("indexed"))
     # A chunk's terms are drawn as often as they occur, so frequent ones have most of the postings.
     visited = share * float((times**2).sum()) / chunks
     return visited, _POSTING * visited

@@ -1,27 +1,30 @@
 """BM25 over chunks: which chunks of a database share rare tokens with a query chunk.
 
 A chunk's terms are its tokens without bos, eos and padding. The share of each term in each chunk's score
-is computed once, by bm25s, and stored twice:
+is computed once, and stored twice:
 
-    scores.npy  places.npy  ends.npy     by term: for the chunks with it, to find the best chunks
-    weights-00000.npy [n, 64] ...        by chunk, beside its tokens: to score given chunks
+    places-00000.npy scores-00000.npy ...    by term, for a range of chunks: postings.py
+    weights-00000.npy [n, 64] ...            by chunk, beside its tokens: to score given chunks
 
-The first of these are for a query that asks the whole database, and are as many numbers as the database
-has distinct tokens in its chunks; the second are read where they are needed only.
+The first of these are for a query that asks the whole database. The second are read where they are
+needed only.
 """
 
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from data_pipelines.artefacts.manifest import Manifest, Path, Stage, shard_name
+from data_pipelines.artefacts.runner import InProcess, Runner, run_counted, silent
 from data_pipelines.artefacts.sharded_rows import ShardedRows
 from data_pipelines.chunk_database.database import CHUNK_LENGTH, ChunkDatabase
-from data_pipelines.retriever.candidates import Found, repeated
+from data_pipelines.retriever import postings
+from data_pipelines.retriever.candidates import Found
+from data_pipelines.retriever.postings import PostingPart, TermCounts, is_term
 from data_pipelines.retriever.queries import QueryChunks
 from retro_jax.config import require
 from retro_jax.errors import UserError
@@ -29,10 +32,9 @@ from retro_jax.storage import files
 
 KIND = "bm25"
 WEIGHTS = "weights"
-_BLOCK = 4096  # chunks read at once
+PART_CHUNKS = 1 << 18  # of a part of the posting lists, which one worker builds and one search maps
 _COUNTS = 1 << 24  # terms of queries that are counted at once
-_SPARE = 8  # candidates beyond k: sums in another order round otherwise
-_POSTINGS = ("chunk-ids.npy", "scores.npy", "places.npy", "ends.npy")
+_TERM_COUNTS = "counts.npy"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,50 +54,125 @@ class Bm25Config:
         require(0 <= self.b <= 1, self, "b", "a share from 0 to 1")
 
 
-def import_bm25s() -> Any:
-    """The library, or a UserError where it is not installed."""
-    try:
-        import bm25s
-    except ImportError:
-        raise UserError(
-            "NeighboursConfig.retriever needs the package bm25s: expected it installed"
-            " (pip install retro-jax[data]), or the retriever 'dense'"
-        ) from None
-    return bm25s
+def prepare_bm25(
+    directory: Path,
+    database: ChunkDatabase,
+    config: Bm25Config,
+    *,
+    runner: Runner = InProcess(),
+    part_chunks: int = PART_CHUNKS,
+) -> Manifest:
+    """Computes the scores of all terms in all chunks of a database, one part of it after the other.
 
-
-def prepare_bm25(directory: Path, database: ChunkDatabase, config: Bm25Config) -> Manifest:
-    """Computes the scores of all terms in all chunks of a database, in this process.
-
-    Memory is about 50 bytes for each distinct token of each chunk.
+    A worker's memory is about 50 bytes for each distinct token of each chunk of its part.
 
     Args:
       directory: where they go.
       database: of some revision; what is removed, and chunks without terms, are left out.
       config: of BM25.
+      runner: where parts are made; the bytes do not depend on it.
+      part_chunks: of a part, at most, but for a single shard with more.
 
     Returns:
-      The manifest. Facts: chunks (of the database), indexed, postings and mean_terms of a chunk.
+      The manifest. Facts: chunks (of the database), indexed, postings, and the parts' first chunks.
     """
-    import_bm25s()
     parents = {"database": (database.manifest, database.directory)}
     settings = dataclasses.asdict(config) | {"method": "lucene", "terms": "tokens"}
     stage = Stage(directory, KIND, settings, parents)
     if stage.done:
         return stage.manifest()
-    names = [shard_name(WEIGHTS, i) for i in range(len(database.shards))]
-    if stage.missing([*_POSTINGS, *names]):
-        ids = _indexed(database)
-        terms = _Terms(database, ids)
-        scores, places, ends = _postings(terms, database, config)
-        arrays = (ids, scores, places, ends)
-        for name, array in zip(_POSTINGS, arrays, strict=True):
-            stage.write_array(name, array)
-        _write_weights(stage, names, database, arrays)
-    postings = int(np.load(stage.directory / _POSTINGS[3], mmap_mode="r")[-1])
-    count = len(np.load(stage.directory / _POSTINGS[0], mmap_mode="r"))
-    facts = {"chunks": len(database), "indexed": count, "postings": postings}
-    return stage.finish(facts, [*_POSTINGS, *names], revision=database.manifest.revision)
+    parts = _parts(database, part_chunks)
+    counts = _term_counts(stage, database, runner)
+    work = _BuildPart(files.absolute(directory), database, config, counts, parts)
+    missing = [p for p in range(len(parts)) if stage.missing(work.names(p))]
+    sizes = [sum(len(database.shards[s]) for s in part) for part in parts]
+    run_counted(runner, work, missing, sizes, what="bm25", unit="chunk")
+    names = [name for p in range(len(parts)) for name in work.names(p)]
+    of_parts = [stage.shard_facts(shard_name("ends", p))["postings"] for p in range(len(parts))]
+    facts = {
+        "chunks": len(database),
+        "indexed": counts.indexed,
+        "postings": sum(of_parts),
+        "parts": [database.shards[part[0]].start for part in parts],
+    }
+    return stage.finish(facts, [_TERM_COUNTS, *names], revision=database.manifest.revision)
+
+
+def _parts(database: ChunkDatabase, part_chunks: int) -> list[range]:
+    """The parts of the posting lists, each a range of the database's shards."""
+    parts: list[range] = []
+    for number, ids in enumerate(database.shards):
+        if parts and ids.stop - database.shards[parts[-1].start].start <= part_chunks:
+            parts[-1] = range(parts[-1].start, number + 1)
+        else:
+            parts.append(range(number, number + 1))
+    return parts
+
+
+def _term_counts(stage: Stage, database: ChunkDatabase, runner: Runner) -> TermCounts:
+    """Counts the database's terms, or reads what was counted."""
+    if stage.missing([_TERM_COUNTS]):
+        total = TermCounts(np.zeros(database.vocab_size, np.int64), 0, 0)
+        for _, part in runner.run(_CountShard(database), range(len(database.shards))):
+            total += part
+        facts = {"indexed": total.indexed, "terms": total.terms}
+        stage.write_array(_TERM_COUNTS, total.containing, facts)
+    facts = stage.shard_facts(_TERM_COUNTS)
+    containing = np.load(stage.directory / _TERM_COUNTS)
+    return TermCounts(containing, facts["indexed"], facts["terms"])
+
+
+@dataclasses.dataclass(frozen=True)
+class _CountShard:
+    """Counts the terms of one shard."""
+
+    database: ChunkDatabase
+
+    def __call__(self, index: int) -> TermCounts:
+        """Of shard `index`."""
+        return postings.count_terms(self.database, self.database.shards[index])
+
+
+@dataclasses.dataclass(frozen=True)
+class _BuildPart:
+    """Writes the posting lists of a part, and the weights of its shards.
+
+    Attributes:
+      directory: of the stage. database, config: as for `prepare_bm25`.
+      counts: of the whole database. parts: ranges of its shards.
+    """
+
+    directory: str
+    database: ChunkDatabase
+    config: Bm25Config
+    counts: TermCounts
+    parts: Sequence[range]
+
+    def names(self, index: int) -> list[str]:
+        """Files of part `index`."""
+        lists = [shard_name(name, index) for name in postings.POSTINGS]
+        return lists + [shard_name(WEIGHTS, shard) for shard in self.parts[index]]
+
+    def __call__(self, index: int, report: Callable[[int], object] = silent) -> int:
+        """Writes those of part `index`."""
+        stage = Stage.attach(self.directory)
+        every = []
+        for shard in self.parts[index]:
+            ids = self.database.shards[shard]
+            weights = np.zeros((len(ids), CHUNK_LENGTH), np.float32)
+            for first, rows in postings.term_rows(self.database, ids):
+                place = first - ids.start
+                scores = self.counts.scores(rows, self.config.k1, self.config.b)
+                weights[place : place + len(scores)] = scores
+                report(len(scores))
+            stage.write_array(shard_name(WEIGHTS, shard), weights)
+            every.append(postings.entries(self.database, ids, weights))
+        first = self.database.shards[self.parts[index][0]].start
+        lists = postings.posting_lists(every, first, self.database.vocab_size)
+        facts = {"postings": len(lists[0])}
+        for name, array in zip(postings.POSTINGS, lists, strict=True):
+            stage.write_array(shard_name(name, index), array, facts)
+        return len(lists[0])
 
 
 class Bm25:
@@ -112,6 +189,20 @@ class Bm25:
         self.database = database
         names = manifest.shard_names(f"{WEIGHTS}-", ".npy")
         self._weights = ShardedRows([self.directory / name for name in names])
+        firsts = manifest.facts.get("parts")
+        if firsts is None:  # from before there were parts
+            read = functools.partial(postings.lists_without_parts, self.directory)
+            self._parts = [PostingPart(read, range(len(database)), database)]
+            return
+        bounds = [*firsts, len(database)]
+        self._parts = [
+            PostingPart(
+                functools.partial(postings.mapped_lists, self.directory, p),
+                range(*bounds[p : p + 2]),
+                database,
+            )
+            for p in range(len(firsts))
+        ]
 
     @classmethod
     def open(cls, directory: Path, database: ChunkDatabase, *, verify: bool = False) -> "Bm25":
@@ -128,9 +219,9 @@ class Bm25:
         return Bm25, (files.absolute(self.directory), self.manifest, self.database)
 
     @property
-    def parts(self) -> Sequence[Any]:
-        """As `ChunkSearch`: the whole database."""
-        return [None]
+    def parts(self) -> Sequence[PostingPart]:
+        """As `ChunkSearch`: ranges of chunks with posting lists of their own."""
+        return self._parts
 
     def parents(self) -> dict[str, tuple[Manifest, Path]]:
         """As `ChunkSearch`."""
@@ -140,19 +231,25 @@ class Bm25:
         self, part: Any, chunks: QueryChunks, k: int, exclude: np.ndarray | None = None
     ) -> Found:
         """As `ChunkSearch`."""
-        return self.find(chunks, k, exclude)
+        return self._search([part], chunks.tokens, k, exclude)
 
     def merged(self, found: Sequence[Found], k: int) -> Found:
         """As `ChunkSearch`."""
-        return found[0]
+        ids = np.concatenate([part[0] for part in found], axis=1)
+        scores = np.concatenate([np.where(part[0] < 0, -np.inf, part[1]) for part in found], axis=1)
+        return _best(ids, scores.astype(np.float32), k)
 
     def ranked(self, found: Found, chunks: QueryChunks, k: int) -> Found:
         """As `ChunkSearch`."""
-        return found
+        return self.merged([found], k)
 
     def find(self, chunks: QueryChunks, k: int, exclude: np.ndarray | None = None) -> Found:
         """As `ChunkSearch`."""
         return self.search(chunks.tokens, k, exclude)
+
+    def containing(self) -> np.ndarray:
+        """[V] int64: how many chunks contain each term."""
+        return np.asarray(sum(part.lengths() for part in self._parts), np.int64)
 
     @property
     def truth_ranges(self) -> Sequence[range]:
@@ -179,7 +276,7 @@ class Bm25:
 
     def has_terms(self, tokens: np.ndarray) -> np.ndarray:
         """[n] bool: which of the chunks [n, 64] have anything to search for."""
-        return np.asarray(_is_term(tokens, self.database).any(1))
+        return np.asarray(is_term(tokens, self.database).any(1))
 
     def score(self, tokens: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """The scores of given chunks.
@@ -199,7 +296,7 @@ class Bm25:
     def _score(self, tokens: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """As `score`, for so few queries that a count of every term fits into memory."""
         counts = np.zeros((len(tokens), self.database.vocab_size + 1), np.float32)
-        terms = np.where(_is_term(tokens, self.database), tokens, self.database.vocab_size)
+        terms = np.where(is_term(tokens, self.database), tokens, self.database.vocab_size)
         np.add.at(counts, (np.arange(len(tokens))[:, None], terms), 1)
         counts[:, -1] = 0
         flat = np.maximum(ids.ravel(), 0)
@@ -212,12 +309,7 @@ class Bm25:
 
     def best_of(self, tokens: np.ndarray, ids: np.ndarray, k: int) -> Found:
         """The k best [n, k] of candidates [n, m] by their scores, and these; equal ones by id."""
-        scores = self.score(tokens, ids)
-        order = np.lexsort((ids, -scores), axis=-1)[:, :k]
-        ids, scores = (np.take_along_axis(part, order, axis=1) for part in (ids, scores))
-        missing = ((0, 0), (0, k - ids.shape[1]))
-        scores = np.pad(scores, missing, constant_values=-np.inf)
-        return np.pad(ids, missing, constant_values=-1), scores
+        return _best(ids, self.score(tokens, ids), k)
 
     def search(
         self,
@@ -238,122 +330,38 @@ class Bm25:
           Chunk ids [n, k] int64 and scores [n, k] float32, descending (equal ones by id); -1 and minus
           infinity where no further chunk has a token of the query.
         """
+        return self._search(self.parts, tokens, k, exclude_documents, among)
+
+    def _search(
+        self,
+        parts: Sequence[PostingPart],
+        tokens: np.ndarray,
+        k: int,
+        exclude: np.ndarray | None,
+        among: np.ndarray | None = None,
+    ) -> Found:
+        """As `search`, in some parts."""
         if k < 1:
             raise UserError(f"k is {k}: expected at least one neighbour")
         found = (np.full((len(tokens), k), -1), np.full((len(tokens), k), -np.inf, np.float32))
-        terms = _is_term(tokens, self.database)
+        terms = is_term(tokens, self.database)
         for row in np.flatnonzero(terms.any(1)).tolist():
-            owner = -1 if exclude_documents is None else int(exclude_documents[row])
-            ids = self._candidates(tokens[row][terms[row]], k, owner, among)
-            query = tokens[row : row + 1]
-            for every, best in zip(found, self.best_of(query, ids[None], k)):
-                every[row] = best[0]
+            owner = -1 if exclude is None else int(exclude[row])
+            query, wanted = tokens[row : row + 1], tokens[row][terms[row]]
+            best = found[0][row : row + 1], found[1][row : row + 1]
+            for part in parts:
+                least = max(0.0, float(best[1][0, -1]))
+                ids = part.candidates(wanted, k, exclude=owner, among=among, least=least)
+                if len(ids):
+                    best = self.merged([best, self.best_of(query, ids[None], k)], k)
+            found[0][row], found[1][row] = best[0][0], best[1][0]
         return found
 
-    def _candidates(
-        self, terms: np.ndarray, k: int, exclude: int, among: np.ndarray | None
-    ) -> np.ndarray:
-        """Ids of some more chunks than the k best for one query, in any order."""
-        index, ids, documents = self._loaded
-        scores = index.get_scores_from_ids(terms.tolist())
-        first, last = np.searchsorted(documents, (exclude, exclude + 1)) if exclude >= 0 else (0, 0)
-        scores[first:last] = 0
-        if among is not None:
-            scores[~among[ids]] = 0
-        least = 0.0
-        if len(scores) > k + _SPARE:
-            least = float(np.partition(scores, -k - _SPARE)[-k - _SPARE])
-        return ids[np.flatnonzero((scores >= least) & (scores > 0))]
 
-    @functools.cached_property
-    def _loaded(self) -> tuple[Any, np.ndarray, np.ndarray]:
-        """bm25s over mapped files, the ids of its chunks, and the document of each, ascending."""
-        ids, scores, places, ends = (
-            np.load(self.directory / name, mmap_mode="r") for name in _POSTINGS
-        )
-        settings = self.manifest.settings
-        index = _library(Bm25Config(settings["k1"], settings["b"]))
-        index.scores = {"data": scores, "indices": places, "indptr": ends, "num_docs": len(ids)}
-        index.nonoccurrence_array = None
-        return index, np.asarray(ids), self.database.documents(ids)
-
-
-def _library(config: Bm25Config) -> Any:
-    """The library's own object."""
-    return import_bm25s().BM25(k1=config.k1, b=config.b, method="lucene")
-
-
-def _is_term(tokens: np.ndarray, database: ChunkDatabase) -> np.ndarray:
-    """[...] bool: which tokens are searched for."""
-    return ~np.isin(tokens, (database.pad_id, database.bos_id, database.eos_id))
-
-
-def _indexed(database: ChunkDatabase) -> np.ndarray:
-    """[n] int64 ids of the chunks that have terms and are not removed."""
-    parts = [np.zeros(0, np.int64)]
-    for first in range(0, len(database), _BLOCK):
-        ids = np.arange(first, min(first + _BLOCK, len(database)))
-        there = ~database.is_removed(database.documents(ids))
-        parts.append(ids[there & _is_term(database.chunks(ids), database).any(1)])
-    return np.concatenate(parts)
-
-
-class _Terms(Sequence[list[int]]):
-    """The terms of chunks as the library reads them, which goes through them several times."""
-
-    def __init__(self, database: ChunkDatabase, ids: np.ndarray) -> None:
-        self._database, self._ids = database, ids
-
-    def __len__(self) -> int:
-        """Chunks."""
-        return len(self._ids)
-
-    def __getitem__(self, index: Any) -> Any:
-        """The terms of one chunk."""
-        tokens = self._database.chunks(self._ids[index])
-        return tokens[_is_term(tokens, self._database)].tolist()
-
-    def __iter__(self) -> Iterator[list[int]]:
-        """The terms of each, read in blocks."""
-        for first in range(0, len(self._ids), _BLOCK):
-            rows = self._database.chunks(self._ids[first : first + _BLOCK])
-            for row, mask in zip(rows, _is_term(rows, self._database)):
-                yield row[mask].tolist()
-
-
-def _postings(
-    terms: _Terms, database: ChunkDatabase, config: Bm25Config
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scores, places of their chunks among the indexed ones, and where each term's end."""
-    if not len(terms):
-        return (
-            np.zeros(0, np.float32),
-            np.zeros(0, np.int32),
-            np.zeros(database.vocab_size + 1, int),
-        )
-    built = _library(config).build_index_from_ids(
-        list(range(database.vocab_size)), terms, show_progress=False
-    )
-    return built["data"], built["indices"], np.asarray(built["indptr"], np.int64)
-
-
-def _write_weights(
-    stage: Stage, names: Sequence[str], database: ChunkDatabase, arrays: Sequence[np.ndarray]
-) -> None:
-    """Writes the postings once more by chunk: beside the first of equal tokens its score, else 0."""
-    ids, scores, places, ends = arrays
-    size = database.vocab_size
-    keys = ids[places] * size + np.repeat(np.arange(size), np.diff(ends))
-    order = np.argsort(keys)
-    keys = np.append(keys[order], -1)  # so that every search has a place
-    scores = np.append(scores[order], np.float32(0))
-    for name, shard in zip(names, database.shards, strict=True):
-        weights = np.zeros((len(shard), CHUNK_LENGTH), np.float32)
-        for first in range(0, len(shard), _BLOCK):
-            chunks = np.arange(shard.start + first, min(shard.start + first + _BLOCK, shard.stop))
-            tokens = database.chunks(chunks)
-            codes = chunks[:, None] * size + tokens
-            positions = np.searchsorted(keys[:-1], codes)
-            mask = (keys[positions] == codes) & _is_term(tokens, database) & ~repeated(tokens)
-            weights[first : first + len(chunks)] = np.where(mask, scores[positions], 0)
-        stage.write_array(name, weights)
+def _best(ids: np.ndarray, scores: np.ndarray, k: int) -> Found:
+    """The k best [n, k] of scored chunks [n, m], equal ones by id; -1 and minus infinity for none."""
+    order = np.lexsort((ids, -scores), axis=-1)[:, :k]
+    ids, scores = (np.take_along_axis(part, order, axis=1) for part in (ids, scores))
+    missing = ((0, 0), (0, max(0, k - ids.shape[1])))
+    scores = np.pad(scores, missing, constant_values=-np.inf)
+    return np.pad(ids, missing, constant_values=-1), scores

@@ -284,7 +284,7 @@ def _index(p: Preparation) -> tuple[str, int, str]:
 def _bm25(p: Preparation) -> tuple[str, int, str]:
     """Computes the scores of terms in the database's chunks."""
     database = revisions.open_database(p.directory, 0)
-    manifest = prepare_bm25(p.directory / "bm25", database, p.config.bm25)
+    manifest = prepare_bm25(p.directory / "bm25", database, p.config.bm25, runner=p.runner)
     count, postings = manifest.fact("indexed"), manifest.fact("postings")
     _check_count(p.directory / "bm25", manifest.fact("chunks"), len(database), "chunks")
     return f"{count:,} chunks, {postings:,} terms in them", count, "chunks"

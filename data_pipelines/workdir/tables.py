@@ -35,7 +35,8 @@ def make_tables(p: Preparation, revision: int) -> None:
         if r < revision and all((path / MANIFEST_FILE).is_file() for path in places.values()):
             continue
         if p.config.neighbours.ranking.by_terms:
-            prepare_bm25(folder / BM25, revisions.open_database(p.directory, r), p.config.bm25)
+            database = revisions.open_database(p.directory, r)
+            prepare_bm25(folder / BM25, database, p.config.bm25, runner=p.runner)
         if r == first and all((path / MANIFEST_FILE).is_file() for path in places.values()):
             continue  # what they were made from may be purged
         retriever = Retriever.open(p.directory, revision=r)

@@ -12,7 +12,6 @@ EXTRAS = (
     "tensorflow_text",
     "scann",
     "rensa",
-    "bm25s",
     "pydivsufsort",
     "pyarrow",
     "ray",

@@ -2,14 +2,14 @@
 
 import math
 import shutil
-import sys
 
 import numpy as np
 import pytest
 
-from data_pipelines.artefacts.runner import LocalProcesses
+from data_pipelines.artefacts.manifest import Stage
+from data_pipelines.artefacts.runner import InProcess, LocalProcesses
 from data_pipelines.chunk_database.database import ChunkDatabase
-from data_pipelines.retriever import bm25, neighbours, revisions
+from data_pipelines.retriever import bm25, neighbours, postings, revisions
 from data_pipelines.retriever.bm25 import Bm25, Bm25Config, prepare_bm25
 from data_pipelines.retriever.index import compare_all
 from data_pipelines.retriever.keys import Keys
@@ -113,6 +113,81 @@ def test_search_finds_the_best_of_other_documents(made, k):
     assert all(len(set(row[row >= 0])) == (row >= 0).sum() for row in ids)
     free, _ = terms.search(tokens, 2)
     assert free[-1].tolist() == [5, N - 1], "equal chunks by id"
+
+
+@pytest.mark.parametrize(("part_chunks", "parts"), [(1, 3), (26, 2)])
+def test_parts_find_what_the_whole_finds(made, tmp_path, part_chunks, parts):
+    folder, database, _ = made
+    whole = Bm25.open(folder / "bm25", database)
+    runner = LocalProcesses(1) if parts == 2 else InProcess()
+    settings = {"part_chunks": part_chunks, "runner": runner}
+    manifest = prepare_bm25(tmp_path / "bm25", database, Bm25Config(), **settings)
+    cut = Bm25.open(tmp_path / "bm25", database)
+    assert len(cut.parts) == len(manifest.fact("parts")) == parts
+    tokens, owners = database.chunks(np.arange(N)), database.documents(np.arange(N))
+    for k in (1, 3, N):
+        for one, other in zip(whole.search(tokens, k, owners), cut.search(tokens, k, owners)):
+            np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(cut.containing(), whole.containing())
+    terms = bm25.is_term(tokens, database)
+    held = [len({row for row in range(N) if t in tokens[row][terms[row]]}) for t in range(300)]
+    np.testing.assert_array_equal(cut.containing(), held)
+    for name, terms in (("one", whole), ("cut", cut)):
+        found = Retriever(Database(database, bm25=terms), Ranking("bm25"))
+        prepare_neighbours(tmp_path / name, database, found, k=3, recall_queries=5)
+    for name in ("neighbours-00001.npy", "scores-00002.npy"):
+        one, more = (np.load(tmp_path / place / name) for place in ("one", "cut"))
+        np.testing.assert_array_equal(one, more)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_lists_that_are_not_read_have_none_of_the_best(tmp_path, monkeypatch, seed):
+    """Many chunks of few terms, so that a search ends before its longest lists."""
+    rng = np.random.default_rng(seed)
+    database = write_database(tmp_path / "chunks", [5] * 60, shards=2)
+    rows = np.minimum(3 + rng.zipf(1.3, (300, 64)), 299).astype(np.uint16)
+    copies = rng.integers(0, 300, (2, 80))
+    rows[copies[0], :40] = rows[copies[1], :40]
+    for number, ids in enumerate(database.shards):
+        np.save(database.directory / f"chunks-{number:05d}.npy", rows[ids.start : ids.stop])
+    monkeypatch.setattr(postings, "_FEW", 20)
+    prepare_bm25(tmp_path / "bm25", database, Bm25Config())
+    terms = Bm25.open(tmp_path / "bm25", database)
+    tokens, owners = database.chunks(np.arange(300)), database.documents(np.arange(300))
+    among = rng.random(300) < 0.7
+    every = terms.score(tokens, np.tile(np.arange(300), (300, 1)))
+    for k, wanted in ((1, None), (5, None), (5, among)):
+        kept = owners[:, None] != owners[None]
+        kept &= True if wanted is None else wanted[None]
+        truth = best(np.where(kept & (every > 0), every, -np.inf), k)
+        np.testing.assert_allclose(terms.search(tokens, k, owners, wanted)[1], truth, rtol=1e-6)
+    read = [terms.parts[0].candidates(row[row > 2], 1) for row in tokens]
+    assert np.median([len(ids) for ids in read]) <= 21
+
+
+def test_terms_from_before_there_were_parts_are_still_read(made, tmp_path):
+    folder, database, _ = made
+    new = Bm25.open(folder / "bm25", database)
+    places, scores, ends, _ = postings.mapped_lists(folder / "bm25", 0)
+    old = tmp_path / "bm25"
+    stage = Stage(
+        old, "bm25", new.manifest.settings, {"database": (database.manifest, database.directory)}
+    )
+    indexed = np.flatnonzero(new.has_terms(database.chunks(np.arange(N))))
+    arrays = {"chunk-ids": indexed, "scores": scores, "ends": ends}
+    arrays["places"] = np.searchsorted(indexed, places).astype(np.int32)
+    for name, array in arrays.items():
+        stage.write_array(f"{name}.npy", array)
+    weights = [f"weights-{shard:05d}.npy" for shard in range(3)]
+    for name in weights:
+        stage.write_array(name, np.load(folder / "bm25" / name))
+    facts = {"chunks": N, "indexed": len(indexed), "postings": len(scores)}
+    stage.finish(facts, [*(f"{name}.npy" for name in arrays), *weights])
+    found = Bm25.open(old, database)
+    tokens, owners = database.chunks(np.arange(N)), database.documents(np.arange(N))
+    for one, other in zip(found.search(tokens, 3, owners), new.search(tokens, 3, owners)):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(found.containing(), new.containing())
 
 
 def test_so_many_terms_that_counts_do_not_fit_are_counted_in_parts(made, monkeypatch):
@@ -261,10 +336,7 @@ def test_bad_settings_are_one_line(settings, message):
         NeighboursConfig(**settings)
 
 
-def test_bad_numbers_and_a_missing_package_are_one_line(monkeypatch):
+def test_bad_numbers_are_one_line():
     for settings, message in (({"k1": -1.0}, "k1 is -1.0"), ({"b": 2.0}, "b is 2.0: expected a")):
         with pytest.raises(UserError, match=f"Bm25Config.{message}"):
             Bm25Config(**settings)
-    monkeypatch.setitem(sys.modules, "bm25s", None)
-    with pytest.raises(UserError, match="retriever needs the package bm25s: expected it installed"):
-        bm25.import_bm25s()
