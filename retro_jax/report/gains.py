@@ -44,7 +44,7 @@ def gain_table(overlap: Mapping[str, Any]) -> Table:
             )
     header = ["", *map(condition_name, _PAIR), "change", "difference, 95% interval", ""]
     caption = (
-        f"In the database: at most {SHOWN_OVERLAP:.0%} of a chunk is in one of its neighbours."
+        f"No long copy: chunks of which a neighbour has at most {SHOWN_OVERLAP:.0%} in one piece."
     )
     return Table([*header, *map(condition_name, more)], rows, "What retrieval gained", caption)
 
