@@ -57,6 +57,7 @@ class Reading:
       spellings: each label as the corpus spells it.
       first_bad: the fault of the first bad one.
       source: which edition of the corpus was read, where it has one.
+      may_skip: whether the caller can ask for skip_bad; an evaluation text is scored whole.
     """
 
     skip_bad: bool = False
@@ -65,6 +66,7 @@ class Reading:
     spellings: dict[str, str] = dataclasses.field(default_factory=dict)
     first_bad: str = ""
     source: str = ""
+    may_skip: bool = True
 
     def label(self, name: str) -> str:
         """Counts a document of a label; returns the label as in a corpus's name.
@@ -89,7 +91,8 @@ class Reading:
     def bad(self, message: str) -> None:
         """Stops at a bad document, or counts it."""
         if not self.skip_bad:
-            raise UserError(f"{message}; skip_bad_documents counts such documents and goes on")
+            advice = "; skip_bad_documents counts such documents and goes on"
+            raise UserError(f"{message}{advice if self.may_skip else ''}")
         self.counts["bad"] += 1
         self.first_bad = self.first_bad or message
 

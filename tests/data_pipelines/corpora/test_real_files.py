@@ -224,3 +224,17 @@ def test_deep_nesting_is_one_line(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": ' + "[" * 200_000 + "\n")
     with pytest.raises(UserError, match="is not valid JSON"):
         _read(tmp_path, "jsonl")
+
+
+@pytest.mark.parametrize("mark", [".prepare.lock", "config.gin checkpoints"])
+def test_what_was_made_of_a_corpus_is_no_part_of_it(tmp_path, mark, caplog):
+    for folder in (tmp_path / "corpus", tmp_path / "corpus" / "W" / "deep"):
+        folder.mkdir(parents=True)
+        (folder / "x.txt").write_text("text")
+    for name in mark.split():
+        (tmp_path / "corpus" / "W" / name).touch()
+    assert [d.id for d in _read(tmp_path / "corpus")[0]] == ["x.txt"]
+    assert "the workdir" in caplog.text and "is left out" in caplog.text
+    with pytest.raises(UserError, match="W is a workdir: expected a folder of documents"):
+        _read(tmp_path / "corpus" / "W")
+    assert [d.id for d in _read(tmp_path / "corpus" / "W" / "deep")[0]] == ["x.txt"]
