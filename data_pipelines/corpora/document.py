@@ -196,26 +196,26 @@ def record_of(
     Returns:
       The document; None for a bad one.
     """
-    text = lookup(fields, config.text_field)
-    if isinstance(text, bytes):  # a column of bytes, or one that is not valid UTF-8
-        text = reading.decode(text, place)
-        if text is None:
-            return None
+    found: list[Any] = []
+    for path in (config.text_field, config.id_field, config.label_path):
+        value = lookup(fields, path) if path else None
+        if isinstance(value, bytes):  # a column of bytes, or one that is not valid UTF-8
+            value = reading.decode(value, place)
+            if value is None:
+                return None
+        found.append(value.removeprefix("\ufeff") if isinstance(value, str) else value)
+    text, number, label = found
     if not isinstance(text, str):
         reading.bad(f"{place} has no text in {config.text_field!r}: expected a string")
         return None
     if config.id_field:
-        value = lookup(fields, config.id_field)
-        if not isinstance(value, str | int):
+        if not isinstance(number, str | int) or isinstance(number, bool):
             reading.bad(
                 f"{place} has no id in {config.id_field!r}: expected a string or an integer"
             )
             return None
-        name = str(value)
-    label = None
-    if config.label_path:
-        label = lookup(fields, config.label_path)
-        if not (isinstance(label, str) and label.strip()):
-            reading.bad(f"{place} has no label in {config.label_path!r}: expected a string")
-            return None
+        name = str(number)
+    if config.label_path and not (isinstance(label, str) and label.strip()):
+        reading.bad(f"{place} has no label in {config.label_path!r}: expected a string")
+        return None
     return Record(name, text, label, place)

@@ -113,14 +113,23 @@ def _columns(config: CorpusConfig) -> list[str]:
 
 def check_column(name: str, schema: Any, path: str) -> None:
     """Raises unless an Arrow schema has a column, or a field within one ("a.b")."""
-    fields = schema
+    fields = list(schema)
     for part in [name] if name in schema.names else name.split("."):
-        names = [field.name for field in fields]
-        if part not in names:
+        found = [field for field in fields if field.name == part]
+        if len(found) > 1:
+            raise UserError(f"{path} has {len(found)} columns {name!r}: expected one")
+        if not found:
             columns = ", ".join(schema.names)
             raise UserError(f"{path} has no column {name!r}: expected one of {columns}")
-        kind = fields.field(part).type
-        fields = kind if getattr(kind, "num_fields", 0) else ()
+        kind = found[0].type
+        # Of types with fields inside, only structs have names to look up.
+        fields = [kind.field(i) for i in range(kind.num_fields)] if _is_struct(kind) else []
+
+
+def _is_struct(kind: Any) -> bool:
+    """Whether an Arrow type is that of objects."""
+    pyarrow, _ = _import_pyarrow()
+    return bool(pyarrow.types.is_struct(kind))
 
 
 def _import_pyarrow() -> tuple[Any, Any]:
