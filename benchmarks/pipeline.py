@@ -204,7 +204,9 @@ def show(results: Results, facts: dict[str, Any]) -> None:
     single = ", ".join(f"{name} {us:,.0f} us" for name, us in facts["single_query_us"].items())
     print(f"a query alone, 10 neighbours: {single}")
     for split, recall in facts["recall"].items():
-        figures = f"recall@{recall['k']} {recall['recall']:.4f} of {recall['queries']:,} queries"
+        figures = (
+            f"recall@{recall['k']} {recall['recall'] or 0:.4f} of {recall['queries']:,} queries"
+        )
         print(f"{split}: {figures} against brute force")
 
 

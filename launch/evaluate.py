@@ -42,6 +42,7 @@ from data_pipelines.evaluation.prepare_text import prepare_tables
 from data_pipelines.evaluation.sample import sampled
 from data_pipelines.evaluation.splits import open_split, places_of
 from data_pipelines.evaluation.texts import TEXTS, evaluation_text
+from data_pipelines.retriever.filled_slots import warn_of_few
 from launch.common import app, configurables
 from launch.common.flags import (
     AVERAGED,
@@ -329,6 +330,11 @@ def _publish(
     results = with_intervals(results, scored)
     files.write_atomically(work.folder / f"{name}.json", files.to_json(results))
     lines, overlap, several = [format_table(results)], None, None
+    neighbours = max(result["settings"]["neighbours"] for result in results.values())
+    filled = work.split.slots_filled(neighbours)
+    if filled is not None:
+        lines.append(f"{neighbours} neighbours a chunk, {filled:.1%} of slots filled")
+        warn_of_few(f"the {name} split", filled)
     if work.split.table is None:
         lines.append(f"no figures by overlap: {work.data} has no neighbours of the {name} split")
     else:

@@ -10,6 +10,7 @@ are missing. Each step is a separate command, printed before it runs, and reuses
 Ctrl-C at any point, the same command resumes.
 """
 
+import pathlib
 import subprocess
 import sys
 import time
@@ -19,6 +20,9 @@ from launch.common import app, configurables
 from launch.common.flags import MAX_TOKENS
 from retro_jax import installation
 from retro_jax.errors import UserError
+from retro_jax.report.gains import format_gains
+from retro_jax.report.result_files import EVALUATION, overlap_files
+from retro_jax.storage import files
 
 _DEFAULT_GIN_FILE, _DEFAULT_WORKDIR = "experiments/quickstart.gin", "quickstart"
 _PROMPTS = (
@@ -35,6 +39,9 @@ def main() -> None:
     need_data()
     first = data_step() if gin_file == _DEFAULT_GIN_FILE else []
     seconds = run_steps([*first, *steps(workdir, gin_file, MAX_TOKENS.value)])
+    overlap = overlap_files(pathlib.Path(workdir) / EVALUATION, "test").json
+    if overlap.is_file():
+        print(f"\n{format_gains(files.read_json(overlap))}")
     minutes, seconds = divmod(round(seconds), 60)
     print(f"\nDone in {minutes} min {seconds} s. Open {workdir}/report.html")
 

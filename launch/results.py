@@ -2,12 +2,16 @@
 
     python -m launch.results --workdir=W
     python -m launch.results --workdir=W --ablations=chunk_only,cca_first_layer --docs=docs/generated/code_small.md
+    python -m launch.results --workdir=W --gin_file=experiments/quickstart.gin --headline --seeds=5
 
 Prepares the data of experiments/code_small.gin. Trains and scores a RETRO, its baseline and the
 ablations of experiments/ablations, each in its own directory on the same data. Writes W/results.md:
 baseline, OFF, ON, the sweeps, kNN-LM, figures by overlap with the training data, and which signs of
 the paper's ablations were reproduced. After a stop at any point, the same command resumes. With
 --docs, the part of that file between its two markers is replaced.
+
+--seeds=5 trains and scores both models with four further seeds, in W/seeds. --headline scores baseline,
+OFF and ON alone, and trains no ablation. Other runs have a --gin_file of their own.
 """
 
 import pathlib
@@ -20,14 +24,18 @@ from launch.common import app, configurables, experiments
 from launch.evaluation import scores
 from launch.quickstart import run_steps
 from retro_jax.errors import UserError
+from retro_jax.evaluate.scored_text import documents_file, read_scored_text
+from retro_jax.evaluate.seeds import seed_figures
 from retro_jax.report import published
-from retro_jax.report.evaluation_tables import markdown
+from retro_jax.report.evaluation_tables import markdown, seed_table
 from retro_jax.report.result_files import EVALUATION, overlap_files
 from retro_jax.report.tables import interval, section
 from retro_jax.report.views import Table
 from retro_jax.storage import files
 
 ABLATIONS = flags.DEFINE_list("ablations", None, "Which to train. Default: all; '' for none.")
+SEEDS = flags.DEFINE_integer("seeds", 1, "Seeds of RETRO and baseline.", lower_bound=1)
+HEADLINE = flags.DEFINE_bool("headline", False, "Baseline, OFF and ON alone; no ablation.")
 DOCS = flags.DEFINE_string("docs", None, "A Markdown file of which the marked part is replaced.")
 
 _GIN_FILE = "experiments/code_small.gin"
@@ -40,6 +48,7 @@ _EVALUATION = [
     "--ngram_limits=0",
     "--knn",
 ]
+_HEADLINE = ["--retrieval=on,off"]
 _HEADER = ["ablation", "ON", "against RETRO[ON]", "p", "the paper's difference", "same sign?"]
 _ABOUT = (
     "Bits per byte of RETRO[ON], each trained alone and once, like the RETRO that it is compared with. In "
@@ -54,11 +63,12 @@ def main() -> None:
     """Runs the missing steps, and writes the figures."""
     workdir = app.required(app.WORKDIR, "the directory of all runs")
     gin_file = configurables.GIN_FILE.value or _GIN_FILE
-    names = ablations(ABLATIONS.value)
+    names = [] if HEADLINE.value else ablations(ABLATIONS.value)
     if DOCS.value is not None:
         replaced(pathlib.Path(DOCS.value), "")  # fails before hours of work, not after
-    run_steps(steps(workdir, gin_file, names))
-    text = summary(pathlib.Path(workdir), names)
+    scored = _HEADLINE if HEADLINE.value else _EVALUATION
+    run_steps(steps(workdir, gin_file, names, scored) + seed_steps(workdir, gin_file, SEEDS.value))
+    text = summary(pathlib.Path(workdir), names, SEEDS.value)
     files.write_atomically(pathlib.Path(workdir) / "results.md", text.encode())
     print(f"\nwritten to {workdir}/results.md")
     if DOCS.value is not None:
@@ -80,14 +90,16 @@ def ablations(wanted: Sequence[str] | None) -> list[str]:
     return choices if wanted is None else [name for name in choices if name in wanted]
 
 
-def steps(workdir: str, gin_file: str, names: Sequence[str]) -> list[tuple[str, list[str]]]:
+def steps(
+    workdir: str, gin_file: str, names: Sequence[str], scored: Sequence[str] = _EVALUATION
+) -> list[tuple[str, list[str]]]:
     """The description of each step, and its module and arguments."""
     where, settings = f"--workdir={workdir}", f"--gin_file={gin_file}"
     commands = [
         ("Text to chunks, keys, index and neighbours", ["launch.prepare", settings, where]),
         ("Train the RETRO", ["launch.train", settings, where]),
         ("Train the baseline", ["launch.train", settings, where, "--baseline"]),
-        ("Score every condition", ["launch.evaluate", where, *_EVALUATION]),
+        ("Score every condition", ["launch.evaluate", where, *scored]),
         ("Write the report", ["launch.report", where]),
     ]
     for name in names:
@@ -98,12 +110,32 @@ def steps(workdir: str, gin_file: str, names: Sequence[str]) -> list[tuple[str, 
     return commands
 
 
-def summary(workdir: pathlib.Path, names: Sequence[str]) -> str:
-    """The figures as Markdown."""
+def seed_steps(workdir: str, gin_file: str, count: int) -> list[tuple[str, list[str]]]:
+    """The steps of seeds 1 to count - 1, on the data of W; seed 0 is that of W's own runs."""
+    commands = []
+    for seed in range(1, count):
+        options = [f"--workdir={workdir}/seeds/{seed}", f"--data={workdir}"]
+        settings = [f"--gin_bindings={of}.seed = {seed}" for of in ("TrainConfig", "BatchConfig")]
+        train = ["launch.train", f"--gin_file={gin_file}", *settings, *options]
+        commands.append((f"Train the RETRO of seed {seed}", train))
+        commands.append((f"Train the baseline of seed {seed}", [*train, "--baseline"]))
+        score = ["launch.evaluate", *options, *_HEADLINE]
+        commands.append((f"Score the models of seed {seed}", score))
+    return commands
+
+
+def summary(workdir: pathlib.Path, names: Sequence[str], seeds: int = 1) -> str:
+    """The figures as Markdown; those of several seeds in W/seeds.json too."""
     folder = workdir / EVALUATION
     results = files.read_json(folder / f"{_SPLIT}.json")
     path = overlap_files(folder, _SPLIT).json
     parts = [markdown(results, files.read_json(path) if path.is_file() else None)]
+    if seeds > 1:
+        homes = [workdir, *(workdir / "seeds" / str(seed) for seed in range(1, seeds))]
+        sums = [read_scored_text(documents_file(home / EVALUATION, _SPLIT)) for home in homes]
+        figures = seed_figures(sums)
+        files.write_atomically(workdir / "seeds.json", files.to_json(figures))
+        parts.append(section(seed_table(figures)) + "\n")
     if names:
         rows = [ablation_row(workdir, name, results["on"]) for name in names]
         parts.append(section(Table(_HEADER, rows, "Ablations", _ABOUT)) + "\n")

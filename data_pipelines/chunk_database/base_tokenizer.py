@@ -3,8 +3,9 @@
     prepare_base_tokenizer(W / "tokenizer", "SmolLM2-135M", vocab_size=config.vocab_size)
     Tokenizer.open(W / "tokenizer")            encodes as the base does
 
-It comes from a Hugging Face folder (tokenizer.json, else tokenizer.model) or a GGUF file. Every id
-below the model's vocab_size has its exact bytes, none for special tokens. Ids of documents:
+It comes from a Hugging Face folder (tokenizer.json, else tokenizer.model), a GGUF file, or a file of the
+package tokenizers (.json) or of SentencePiece (.model) by itself. Every id below the model's vocab_size has
+its exact bytes, none for special tokens. Ids of documents:
 
     bos    the base's, where the base puts it before a text (Llama); else eos
     eos    what ends a text in training: <|endoftext|> and the like before a chat model's end of a turn
@@ -82,7 +83,7 @@ def prepare_base_tokenizer(
 
     Args:
       directory: where it goes.
-      base: a Hugging Face folder or a .gguf file.
+      base: a Hugging Face folder, or a .gguf, .json or .model file.
       vocab_size: rows of the model's embedding (BaseConfig.vocab_size); None for those that its files
         state, or as many as tokens.
 
@@ -170,6 +171,8 @@ def _rows(base: pathlib.Path) -> int | None:
     if base.suffix == ".gguf":
         embedding = open_gguf(base).tensors.get("token_embd.weight")
         return None if embedding is None else embedding.shape[0]
+    if not base.is_dir():
+        return None
     stated = (
         files.read_json(base / _CONFIG).get("vocab_size") if (base / _CONFIG).is_file() else None
     )
@@ -177,16 +180,20 @@ def _rows(base: pathlib.Path) -> int | None:
 
 
 def _open(base: pathlib.Path) -> _Source:
-    """The tokeniser of a folder or a GGUF file."""
+    """The tokeniser of a folder or a file."""
     if base.is_dir():
         if (base / FILES[BYTE_LEVEL]).is_file() and not _prefers_sentencepiece(base):
-            return _of_tokenizer_json(base)
+            return _of_tokenizer_json(base / FILES[BYTE_LEVEL])
         if (base / FILES[SENTENCEPIECE]).is_file():
-            return _of_sentencepiece(base)
+            return _of_sentencepiece(base / FILES[SENTENCEPIECE])
         raise UserError(f"{base} has no tokeniser: expected tokenizer.json or tokenizer.model")
-    if base.suffix != ".gguf":
-        raise UserError(f"{base} is no base model: expected a Hugging Face folder or a .gguf file")
-    return _of_gguf(base)
+    readers = {".gguf": _of_gguf, ".json": _of_tokenizer_json, ".model": _of_sentencepiece}
+    if base.suffix not in readers or not base.is_file():
+        raise UserError(
+            f"{base} is no base model: expected a Hugging Face folder or a .gguf file, or a"
+            " tokenizer.json or .model file"
+        )
+    return readers[base.suffix](base)
 
 
 def _prefers_sentencepiece(folder: pathlib.Path) -> bool:
@@ -197,10 +204,9 @@ def _prefers_sentencepiece(folder: pathlib.Path) -> bool:
     return isinstance(model, dict) and bool(model.get("byte_fallback"))
 
 
-def _of_tokenizer_json(folder: pathlib.Path) -> _Source:
+def _of_tokenizer_json(path: pathlib.Path) -> _Source:
     """A byte-level BPE with the settings beside it."""
-    path = folder / FILES[BYTE_LEVEL]
-    settings = _settings(folder)
+    settings = _settings(path)
     model = byte_level_model(path.read_text(encoding="utf-8", errors="replace"), path)
     vocabulary = read_tokenizer_json(path)
     roles = {role: _id(path, settings, role, vocabulary.special) for role in ("bos", "eos", "pad")}
@@ -232,7 +238,8 @@ def _of_gguf(path: pathlib.Path) -> _Source:
     roles: dict[str, int | None] = {}
     for role in ("bos", "eos", "padding"):
         value = metadata.get(f"tokenizer.ggml.{role}_token_id")
-        if value is not None and not 0 <= value < len(vocabulary.token_bytes):
+        fits = isinstance(value, int) and 0 <= value < len(vocabulary.token_bytes)
+        if value is not None and not fits:
             tokens = len(vocabulary.token_bytes)
             raise UserError(
                 f"{path}: the {role} token's id is {value}: expected one below {tokens}"
@@ -260,19 +267,18 @@ def _of_gguf(path: pathlib.Path) -> _Source:
     )
 
 
-def _of_sentencepiece(folder: pathlib.Path) -> _Source:
+def _of_sentencepiece(path: pathlib.Path) -> _Source:
     """A SentencePiece model; with an identity normaliser, so that it loses nothing."""
-    path = folder / FILES[SENTENCEPIECE]
     data = path.read_bytes() + _IDENTITY
     try:
         model = sentencepiece.SentencePieceProcessor(model_proto=data)
-    except RuntimeError as error:
+        table = sentencepiece_bytes(model)
+    except (RuntimeError, ValueError) as error:  # a message, or a piece that is no UTF-8 or byte
         raise UserError(f"{path} cannot be read: expected a SentencePiece model") from error
-    table = sentencepiece_bytes(model)
     if not all(model.piece_to_id(f"<0x{byte:02X}>") != model.unk_id() for byte in range(256)):
         raise UserError(f"{path} has no pieces of single bytes: expected byte fallback")
-    settings = _settings(folder)
-    added = _added(folder, settings)
+    settings = _settings(path)
+    added = _added(path, settings, len(table))
     table += [b""] * (1 + max(added.values(), default=-1) - len(table))
     special = added | {
         model.id_to_piece(i): i for i in range(model.get_piece_size()) if model.is_control(i)
@@ -298,9 +304,15 @@ def _of_sentencepiece(folder: pathlib.Path) -> _Source:
     )
 
 
-def _settings(folder: pathlib.Path) -> dict[str, Any]:
-    """tokenizer_config.json over special_tokens_map.json, and the ids of config.json as they are."""
+def _settings(path: pathlib.Path) -> dict[str, Any]:
+    """tokenizer_config.json over special_tokens_map.json, and the ids of config.json as they are.
+
+    A file of another name than Hugging Face's has none beside it.
+    """
     merged: dict[str, Any] = {}
+    folder = path.parent
+    if path.name not in FILES.values():
+        return merged
     for name in (_CONFIG, "special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             stated = files.read_json(folder / name)
@@ -308,12 +320,23 @@ def _settings(folder: pathlib.Path) -> dict[str, Any]:
     return merged
 
 
-def _added(folder: pathlib.Path, settings: Mapping[str, Any]) -> dict[str, int]:
-    """Tokens that a folder adds to its SentencePiece model: text -> id."""
-    path = folder / "added_tokens.json"
+def _added(path: pathlib.Path, settings: Mapping[str, Any], tokens: int) -> dict[str, int]:
+    """Tokens that a folder adds to a SentencePiece model of so many: text -> id."""
+    beside = path.with_name("added_tokens.json")
     stated = settings.get("added_tokens_decoder") or {}
-    added = {token["content"]: int(i) for i, token in stated.items()}
-    return added | (files.read_json(path) if path.is_file() else {})
+    added: dict[Any, Any] = {}
+    if isinstance(stated, Mapping):
+        contents = [token.get("content") for token in stated.values() if isinstance(token, Mapping)]
+        numbers = [int(i) if i.isdecimal() else None for i in stated]
+        added = dict(zip(contents, numbers)) if len(contents) == len(numbers) else {None: None}
+    if beside.is_file() and path.name in FILES.values():
+        added |= files.read_json(beside)
+    for text, i in added.items():
+        fits = isinstance(text, str) and isinstance(i, int) and 0 <= i < tokens + _MOST_UNUSED
+        if not fits or isinstance(i, bool):
+            rule = f"expected texts with ids below {tokens + _MOST_UNUSED}"
+            raise UserError(f"{path.parent}: the added token {text!r} has id {i!r}: {rule}")
+    return added
 
 
 def _id(
@@ -324,7 +347,7 @@ def _id(
     if isinstance(token, Mapping):
         token = token.get("content")
     if token is not None:
-        if token not in special:
+        if not isinstance(token, str) or token not in special:
             raise UserError(f"{path} has no special token {token!r}: expected the {role}_token")
         return special[token]
     value = settings.get(f"{role}_token_id")

@@ -28,6 +28,7 @@ _WORDS = (
 )
 _NORMALIZERS = ("NFC",)
 _CONTROL, _UNKNOWN, _USER, _UNUSED = 3, 2, 4, 5  # GGUF's types of tokens
+_MOST_UNUSED = 1024  # ids beyond twice the tokens: more is a damaged file
 
 
 def _split(digits: str) -> dict[str, Any]:
@@ -194,7 +195,10 @@ def read_gguf_vocabulary(path: pathlib.Path, metadata: Mapping[str, Any]) -> Voc
 def _vocabulary(path: pathlib.Path, fields: dict[str, Any]) -> Vocabulary:
     """The bytes of every id, and which tokens are special."""
     vocab, added = fields["model"]["vocab"], fields["added_tokens"]
-    size = 1 + max([*vocab.values(), *(token["id"] for token in added)])
+    size = 1 + max([*vocab.values(), *(token["id"] for token in added)], default=-1)
+    most = 2 * (len(vocab) + len(added)) + _MOST_UNUSED
+    if not 0 < size <= most:
+        raise UserError(f"{path} has ids up to {size - 1}: expected some, below {most}")
     table, values = [b""] * size, {c: byte for byte, c in _characters().items()}
     for token, i in vocab.items():
         if all(character in values for character in token):

@@ -185,6 +185,9 @@ def check_reading(config: CorpusConfig, reading: Reading) -> None:
             f"corpus {config.name!r}: {source} has no label {unknown[0]!r}: expected some of {labels}"
         )
     if not reading.counts["documents"]:
+        first = (
+            f"; {reading.counts['bad']} are bad: {reading.first_bad}" if reading.first_bad else ""
+        )
         raise UserError(
-            f"corpus {config.name!r}: {source} holds no documents: expected at least one"
+            f"corpus {config.name!r}: {source} holds no documents: expected at least one{first}"
         )

@@ -57,6 +57,7 @@ class Reading:
       spellings: each label as the corpus spells it.
       first_bad: the fault of the first bad one.
       source: which edition of the corpus was read, where it has one.
+      may_skip: whether the caller can ask for skip_bad; an evaluation text is scored whole.
     """
 
     skip_bad: bool = False
@@ -65,6 +66,7 @@ class Reading:
     spellings: dict[str, str] = dataclasses.field(default_factory=dict)
     first_bad: str = ""
     source: str = ""
+    may_skip: bool = True
 
     def label(self, name: str) -> str:
         """Counts a document of a label; returns the label as in a corpus's name.
@@ -89,7 +91,8 @@ class Reading:
     def bad(self, message: str) -> None:
         """Stops at a bad document, or counts it."""
         if not self.skip_bad:
-            raise UserError(f"{message}; skip_bad_documents counts such documents and goes on")
+            advice = "; skip_bad_documents counts such documents and goes on"
+            raise UserError(f"{message}{advice if self.may_skip else ''}")
         self.counts["bad"] += 1
         self.first_bad = self.first_bad or message
 
@@ -193,26 +196,26 @@ def record_of(
     Returns:
       The document; None for a bad one.
     """
-    text = lookup(fields, config.text_field)
-    if isinstance(text, bytes):  # a column of bytes, or one that is not valid UTF-8
-        text = reading.decode(text, place)
-        if text is None:
-            return None
+    found: list[Any] = []
+    for path in (config.text_field, config.id_field, config.label_path):
+        value = lookup(fields, path) if path else None
+        if isinstance(value, bytes):  # a column of bytes, or one that is not valid UTF-8
+            value = reading.decode(value, place)
+            if value is None:
+                return None
+        found.append(value.removeprefix("\ufeff") if isinstance(value, str) else value)
+    text, number, label = found
     if not isinstance(text, str):
         reading.bad(f"{place} has no text in {config.text_field!r}: expected a string")
         return None
     if config.id_field:
-        value = lookup(fields, config.id_field)
-        if not isinstance(value, str | int):
+        if not isinstance(number, str | int) or isinstance(number, bool):
             reading.bad(
                 f"{place} has no id in {config.id_field!r}: expected a string or an integer"
             )
             return None
-        name = str(value)
-    label = None
-    if config.label_path:
-        label = lookup(fields, config.label_path)
-        if not (isinstance(label, str) and label.strip()):
-            reading.bad(f"{place} has no label in {config.label_path!r}: expected a string")
-            return None
+        name = str(number)
+    if config.label_path and not (isinstance(label, str) and label.strip()):
+        reading.bad(f"{place} has no label in {config.label_path!r}: expected a string")
+        return None
     return Record(name, text, label, place)

@@ -8,28 +8,20 @@ from typing import Any
 
 from data_pipelines.corpora.compression import BYTE_ORDER_MARK, read_lines, read_whole
 from data_pipelines.corpora.config import CorpusConfig
-from data_pipelines.corpora.document import Reading, Record, check_unicode, record_of
-from data_pipelines.corpora.sources import SourceFile, find_files, open_file
+from data_pipelines.corpora.document import Reading, Record, record_of
+from data_pipelines.corpora.sources import SourceFile, open_file
 
 
 def read_json_lines(config: CorpusConfig, file: SourceFile, reading: Reading) -> Iterator[Record]:
     """The documents of one file; the file and line are ids without an id_field."""
-    for record, _ in _read(config, file, reading):
+    for record, _ in read_json_objects(config, file, reading):
         yield record
 
 
-def read_objects(config: CorpusConfig, reading: Reading) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Ids and whole objects, each with a text, of one file or of all files of a folder."""
-    for file in find_files(str(config.path), config):
-        for record, fields in _read(config, file, reading):
-            if check_unicode(record, str(config.path), reading):
-                yield record.id, fields
-
-
-def _read(
+def read_json_objects(
     config: CorpusConfig, file: SourceFile, reading: Reading
 ) -> Iterator[tuple[Record, dict[str, Any]]]:
-    """Documents with the objects that they are from."""
+    """The documents of one file with the objects that they are from."""
     lines = _lines_within(file) if file.stop else enumerate(_with_offsets(read_lines(file)), 1)
     for number, (offset, line) in lines:
         text = reading.decode(line.removeprefix(BYTE_ORDER_MARK), file.path, offset)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from data_pipelines.corpora.config import CorpusConfig
@@ -15,11 +15,26 @@ _ROWS = 1024  # that are plain Python objects at once
 
 def read_parquet(config: CorpusConfig, file: SourceFile, reading: Reading) -> Iterator[Record]:
     """The rows of one file, row group by row group; without an id_field file and row are the id."""
+    for record, _ in read_parquet_objects(config, file, reading, _columns(config)):
+        yield record
+
+
+def read_parquet_objects(
+    config: CorpusConfig, file: SourceFile, reading: Reading, names: Sequence[str] | None = None
+) -> Iterator[tuple[Record, dict[str, Any]]]:
+    """The documents of one file with the rows that they are from.
+
+    Args:
+      config: which column is what. file: the file. reading: what is done with bad documents.
+      names: columns that are read; None for all.
+    """
     pyarrow, parquet = _import_pyarrow()
     with open_file(file) as opened:
         try:
             table = parquet.ParquetFile(opened)
-            columns = [_checked(name, table.schema_arrow, file) for name in _columns(config)]
+            for name in names or _columns(config):
+                check_column(name, table.schema_arrow, file.path)
+            columns = None if names is None else list(names)
             groups = range(file.start, file.stop or table.num_row_groups)
             number = sum(table.metadata.row_group(i).num_rows for i in range(groups.start))
             for group in groups:
@@ -36,7 +51,7 @@ def read_parquet(config: CorpusConfig, file: SourceFile, reading: Reading) -> It
                             fields, f"{file.name}:{number}", location, config, reading
                         )
                         if record is not None:
-                            yield record
+                            yield record, fields
         except (pyarrow.ArrowException, OSError) as error:
             reason = str(error).split("\n")[0].rstrip(".")
             raise UserError(
@@ -96,17 +111,25 @@ def _columns(config: CorpusConfig) -> list[str]:
     return [name for name in names if name]
 
 
-def _checked(name: str, schema: Any, file: SourceFile) -> str:
-    """A column's name, if the file has it."""
-    fields = schema
+def check_column(name: str, schema: Any, path: str) -> None:
+    """Raises unless an Arrow schema has a column, or a field within one ("a.b")."""
+    fields = list(schema)
     for part in [name] if name in schema.names else name.split("."):
-        names = [field.name for field in fields]
-        if part not in names:
+        found = [field for field in fields if field.name == part]
+        if len(found) > 1:
+            raise UserError(f"{path} has {len(found)} columns {name!r}: expected one")
+        if not found:
             columns = ", ".join(schema.names)
-            raise UserError(f"{file.path} has no column {name!r}: expected one of {columns}")
-        kind = fields.field(part).type
-        fields = kind if getattr(kind, "num_fields", 0) else ()
-    return name
+            raise UserError(f"{path} has no column {name!r}: expected one of {columns}")
+        kind = found[0].type
+        # Of types with fields inside, only structs have names to look up.
+        fields = [kind.field(i) for i in range(kind.num_fields)] if _is_struct(kind) else []
+
+
+def _is_struct(kind: Any) -> bool:
+    """Whether an Arrow type is that of objects."""
+    pyarrow, _ = _import_pyarrow()
+    return bool(pyarrow.types.is_struct(kind))
 
 
 def _import_pyarrow() -> tuple[Any, Any]:

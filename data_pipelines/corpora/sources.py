@@ -22,6 +22,8 @@ from retro_jax.storage.urls import file_system, is_url
 _ENTRIES = 1 << 16  # of a folder that are sorted at once
 _file_system = functools.partial(file_system, use_listings_cache=False)  # files come and go
 _logger = logging.getLogger(__name__)
+WORKDIR_MARK = ".prepare.lock"  # every workdir has this file
+_RUN_MARKS = {"config.gin", "checkpoints"}  # and every run both of these
 _STAMPS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "updated", "created")
 
 
@@ -109,6 +111,11 @@ def _find_local(root: str, config: CorpusConfig) -> Iterator[SourceFile]:
     if path.is_file():
         yield _local_file(path.name, str(path), path.stat())
     elif path.is_dir():
+        if _is_artefact(set(os.listdir(path))):
+            raise UserError(
+                f"corpus {config.name!r}: {root} is a workdir: expected a folder of documents, not of"
+                " what was made of them"
+            )
         yield from _walk(str(path), "", config, {os.path.realpath(path)})
     else:
         raise UserError(f"corpus {config.name!r}: {root} is missing: expected a file or folder")
@@ -138,7 +145,20 @@ def _walk(
                         )
                         continue
                     parents.add(target)
+                if _is_artefact(set(os.listdir(entry.path))):
+                    _tell_of_workdir(config, entry.path)
+                    continue
                 yield from _walk(entry.path, f"{inside}{entry.name}/", config, parents)
+
+
+def _is_artefact(names: set[str]) -> bool:
+    """Whether a folder of these entries is a workdir or a run of this project."""
+    return WORKDIR_MARK in names or names >= _RUN_MARKS
+
+
+def _tell_of_workdir(config: CorpusConfig, path: str) -> None:
+    """Warns of a workdir within a corpus."""
+    _logger.warning("corpus %r: the workdir %s is left out", config.name, path)
 
 
 def _is_inside(path: str, folder: str) -> bool:
@@ -167,6 +187,10 @@ def _find_remote(root: str, config: CorpusConfig) -> Iterator[SourceFile]:
         for folder, folders, names in system.walk(top, detail=True):
             inside = folder.strip("/")[len(top.strip("/")) :].lstrip("/")
             inside = f"{inside}/" if inside else ""
+            if _is_artefact({*folders, *names}):
+                _tell_of_workdir(config, folder)
+                folders.clear()
+                continue
             for name in list(folders):
                 if _matches(f"{inside}{name}/", config.excluded):
                     del folders[name]

@@ -19,15 +19,22 @@ def read_wikipedia(config: CorpusConfig, file: SourceFile, reading: Reading) -> 
     if config.path is None:
         reading.source = _edition()[0]
     text = reading.decode(read_whole(file), file.path)
+    if text is None:
+        return
     try:
-        articles = json.loads(text or "")
-        pairs = [(article["title"], article["extract"]) for article in articles.values()]
-        if not all(isinstance(part, str) for pair in pairs for part in pair):
-            raise TypeError("a title or extract is no string")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file.path} is not as {FILE} should be: {error!r}") from error
-    for title, extract in pairs:
-        yield Record(title, f"{title}\n\n{extract}" if extract.strip() else "")
+        articles = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file.path} is not valid JSON ({error}): expected a {FILE}") from error
+    if not isinstance(articles, dict):
+        raise UserError(f"{file.path} holds a {type(articles).__name__}: expected a {FILE}")
+    for number, article in articles.items():
+        fields = article if isinstance(article, dict) else {}
+        title, extract = fields.get("title"), fields.get("extract")
+        if isinstance(title, str) and isinstance(extract, str):
+            yield Record(title, f"{title}\n\n{extract}" if extract.strip() else "")
+        else:
+            expected = "expected an object with title and extract, both strings"
+            reading.bad(f"{file.path}: article {number!a} is none: {expected}")
 
 
 def installed_file() -> str:

@@ -17,18 +17,11 @@ from data_pipelines.corpora.config import CorpusConfig
 from data_pipelines.corpora.document import Reading, Record
 from data_pipelines.corpora.json_lines import read_json_lines
 from data_pipelines.corpora.parquet import read_parquet
-from data_pipelines.corpora.sources import SourceFile, find_files, is_there
+from data_pipelines.corpora.sources import SourceFile, is_there
 
 ROWS_LOOKED_AT = 64
 _NUMBERED = re.compile(r"(?P<before>.*-)(?P<number>\d+)(?P<after>-of-\d+\.[^/]*)")
 _logger = logging.getLogger(__name__)
-
-
-def read_wikitext(config: CorpusConfig, reading: Reading) -> Iterator[tuple[str, str]]:
-    """Ids and texts of the articles of one file, or of all of a folder."""
-    for file in find_files(str(config.path), config):
-        for record in read_articles(config, file, reading):
-            yield record.id, record.text
 
 
 def read_articles(config: CorpusConfig, file: SourceFile, reading: Reading) -> Iterator[Record]:

@@ -8,12 +8,13 @@ import numpy as np
 from data_pipelines.artefacts.manifest import MANIFEST_FILE
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.evaluation.texts import MEASURE_NAMES, read_measures
+from data_pipelines.retriever.filled_slots import share_of_ids
 from data_pipelines.retriever.neighbours import NeighbourTable
 from data_pipelines.retriever.revisions import latest, open_database
 from retro_jax.batch import ChunkText, SizedDocument, text_mask
 from retro_jax.errors import UserError
 
-_COUNTED_CHUNKS = 200_000  # of the training split, whose tokens are counted
+_COUNTED_CHUNKS = 200_000  # of a split, whose tokens or neighbours are counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +94,13 @@ class Split:
         if self.retrieval is None:
             raise ValueError("the split was opened without neighbours")
         return self.retrieval.values(np.where(ids[:, None] >= 0, found, -1))
+
+    def slots_filled(self, k: int) -> float | None:
+        """The share of the k neighbour slots of its chunks that have a neighbour; None without a table."""
+        if self.table is None or not k:
+            return None
+        sample = self.ids[:: 1 + len(self.ids) // _COUNTED_CHUNKS]
+        return share_of_ids(self.table.ids(sample, k))
 
     def read_documents(self, k: int) -> np.ndarray:
         """[n, k] int64: documents of the neighbours that are read while each of ids is predicted.

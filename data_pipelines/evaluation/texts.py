@@ -15,20 +15,23 @@ import json
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from data_pipelines.artefacts.manifest import Manifest, Path, Stage, shard_name
 from data_pipelines.corpora import CorpusConfig, Reading
+from data_pipelines.corpora.document import Record, check_unicode
 from data_pipelines.corpora.document import short_label as pile_subset
-from data_pipelines.corpora.json_lines import read_objects
+from data_pipelines.corpora.json_lines import read_json_objects
+from data_pipelines.corpora.parquet import read_parquet_objects
 from data_pipelines.corpora.sources import find_files, open_file
-from data_pipelines.corpora.wikitext import read_wikitext
+from data_pipelines.corpora.wikitext import read_articles
 from data_pipelines.documents.documents import KIND, stable_hash
 from data_pipelines.documents.external_sort import SORT_BYTES, Entry, Runs, RunWriter, read_lines
 from data_pipelines.evaluation.detokenise import detokenise
+from data_pipelines.evaluation.text_files import files_to_score
 from retro_jax.errors import UserError
 from retro_jax.report.views import PublishedFigures
 from retro_jax.storage import files
@@ -210,7 +213,7 @@ def _fill(folder: pathlib.Path, config: SliceConfig) -> Runs:
     subsets: set[str] = set()
     shutil.rmtree(folder, ignore_errors=True)
     writer = RunWriter(folder, folder, SORT_BYTES)
-    for text in read_texts(config, Reading()):
+    for text in read_texts(config, Reading(may_skip=False)):
         subsets.add(text.corpus)
         if config.subsets and text.corpus not in config.subsets:
             continue
@@ -263,13 +266,24 @@ def _objects(
     config: SliceConfig, reading: Reading, *fields: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Ids and objects of JSON lines, each with these fields of text."""
-    corpus = CorpusConfig("slice", "jsonl", config.path, text_field=fields[0])
-    for name, record in read_objects(corpus, reading):
-        for field in fields[1:]:
-            if not isinstance(record.get(field), str):
-                raise UserError(f"{name} has no text in {field!r}: expected a string")
-        if record[fields[0]].strip():
-            yield name, record
+    include = (*CorpusConfig("slice", "jsonl", config.path).included, "*.json.gz", "*.parquet")
+    corpus = CorpusConfig("slice", "jsonl", config.path, include, text_field=fields[0])
+    for file in files_to_score(corpus):
+        read = read_parquet_objects if file.suffix == ".parquet" else read_json_objects
+        for record, values in read(corpus, file, reading):
+            values[fields[0]] = record.text  # as it was decoded
+            for field in fields[1:]:
+                if not isinstance(values.get(field), str):
+                    raise UserError(f"{record.place} has no text in {field!r}: expected a string")
+            _refuse_surrogates(record, [values[field] for field in fields[1:]], reading)
+            if record.text.strip():
+                yield record.id, values
+
+
+def _refuse_surrogates(record: Record, more: Sequence[str], reading: Reading) -> None:
+    """Raises where a document, or another of its fields, cannot be written as UTF-8."""
+    for text in (record.text, *more):
+        check_unicode(dataclasses.replace(record, text=text), record.place, reading)
 
 
 def _plain(config: SliceConfig, reading: Reading) -> Iterator[Text]:
@@ -280,9 +294,11 @@ def _plain(config: SliceConfig, reading: Reading) -> Iterator[Text]:
 
 def _wikitext(config: SliceConfig, reading: Reading) -> Iterator[Text]:
     """Articles of a wiki.*.tokens file as they are."""
-    for name, text in read_wikitext(CorpusConfig("wikitext", "wikitext", config.path), reading):
-        if text.strip():
-            yield _of_text(name, config.name, text)
+    corpus = CorpusConfig("wikitext", "wikitext", config.path)
+    for file in files_to_score(corpus):
+        for record in read_articles(corpus, file, reading):
+            if record.text.strip():
+                yield _of_text(record.id, config.name, record.text)
 
 
 def _detokenised(config: SliceConfig, reading: Reading) -> Iterator[Text]:

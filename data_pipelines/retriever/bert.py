@@ -259,8 +259,11 @@ def read_json(path: Path, kind: type = dict) -> Any:
         return files.parse_json(path.read_bytes(), path, kind)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: expected a Hugging Face BERT folder") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{str(path)!a} cannot be read: {reason}") from None
 
 
 def _layer(

@@ -28,6 +28,7 @@ from data_pipelines.retriever.retriever import Retriever
 from data_pipelines.retriever.revisions import numbers_of
 from retro_jax.config import require
 from retro_jax.errors import UserError
+from retro_jax.storage import files
 
 _SPARE = 8  # neighbours that are asked for beside the wanted ones, where documents are left out
 _MODEL = "KeysConfig.model = "
@@ -222,15 +223,13 @@ class FixedNeighbours:
           UserError: no such file, a line of another form, or fewer than k of them.
         """
         file = pathlib.Path(path)
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} cannot be read ({error}): expected JSON lines") from None
         texts = []
-        for number, line in enumerate(filter(str.strip, lines), 1):
+        for number, line in enumerate(files.read_text_lines(file, "JSON lines"), 1):
+            if not line.strip():
+                continue
             try:
                 texts.append(json.loads(line)["text"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 texts.append(None)
             if not isinstance(texts[-1], str):
                 raise UserError(f'{file}, line {number}: expected {{"text": "..."}}')

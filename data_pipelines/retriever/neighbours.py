@@ -105,7 +105,7 @@ def prepare_neighbours(
       queries that have a neighbour in it; nearest, quantiles of the first slot's score; same_corpus,
       the share of neighbours of their query's own corpus; retriever; recall, with its k and its number
       of queries: the share of the true neighbours in the table; database, the chunk ids that it points
-      into.
+      into. The recall is None where no query has any neighbour.
     """
     chunks = chunks_of(queries)
     settings = {"k": k, "recall_queries": recall_queries} | retriever.ranking.settings
@@ -461,13 +461,14 @@ class NeighbourShard:
         """How many of the true neighbours of some queries the table's scores contain."""
         ids = sample_live(self.database, sample)
         if not len(ids):
-            return {"k": self.k, "queries": 0, "recall": 1.0}
+            return {"k": self.k, "queries": 0, "recall": None}
         search = self.retriever.search
         ids = ids[search.has_text(StoredChunks(self.queries, ids))]
         _, truth = self._truth(ids, runner)
         table_scores = np.empty(truth.shape, np.float32)
         table.gather(ids, table_scores)
-        share = recall(table_scores, truth, self.retriever.ranking.by_terms)
+        by_terms = self.retriever.ranking.by_terms
+        share = recall(table_scores, truth, by_terms) if np.isfinite(truth).any() else None
         return {"k": self.k, "queries": len(ids), "recall": share}
 
     def _truth(self, ids: np.ndarray, runner: Runner) -> Found:

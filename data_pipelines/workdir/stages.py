@@ -21,9 +21,11 @@ from data_pipelines.chunk_database.base_tokenizer import prepare_base_tokenizer
 from data_pipelines.chunk_database.database import prepare_chunks
 from data_pipelines.chunk_database.tokenizer import train_tokenizer
 from data_pipelines.corpora import SPLITS
+from data_pipelines.corpora.sources import WORKDIR_MARK
 from data_pipelines.documents.documents import DROPPED, check_counts, prepare_documents
 from data_pipelines.retriever import revisions
 from data_pipelines.retriever.bm25 import prepare_bm25
+from data_pipelines.retriever.filled_slots import describe, share_filled, warn_of_few
 from data_pipelines.retriever.index import prepare_index
 from data_pipelines.retriever.keys import prepare_keys
 from data_pipelines.retriever.retriever import Retriever
@@ -38,7 +40,6 @@ from data_pipelines.workdir.settings_file import SETTINGS_FILE, settings_text
 from retro_jax.errors import UserError
 from retro_jax.storage import files
 
-_LOCK_FILE = ".prepare.lock"
 _log = logging.getLogger(__name__)
 
 
@@ -140,7 +141,7 @@ def only_one(directory: pathlib.Path) -> Iterator[None]:
     """
     with files.writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        lock = open(directory / _LOCK_FILE, "w")  # noqa: SIM115
+        lock = open(directory / WORKDIR_MARK, "w")  # noqa: SIM115
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -300,8 +301,8 @@ def _neighbours(p: Preparation) -> tuple[str, int, str]:
         expected = Manifest.read(p.directory / "chunks" / split).fact("chunks")
         path = p.directory / "neighbours" / split
         _check_count(path, manifest.fact("chunks"), expected, "chunks")
-        recall = manifest.fact("recall")
-        lines.append(f"{split} {recall['k']} a chunk, recall {recall['recall']:.3f}")
+        lines.append(f"{split} {describe(manifest)}")
+        warn_of_few(f"{path}", share_filled(manifest))
     return "; ".join(lines), total, "chunks"
 
 

@@ -9,6 +9,7 @@ from data_pipelines.chunk_database.database import CHUNK_LENGTH
 from data_pipelines.corpora import SPLITS
 from data_pipelines.leakage.near_documents import read_withdrawn
 from data_pipelines.retriever import revisions
+from data_pipelines.retriever.filled_slots import share_filled
 from retro_jax.errors import UserError
 from retro_jax.report.views import Table
 
@@ -152,7 +153,7 @@ def _neighbour_rows(splits: Sequence[Manifest | None]) -> list[list[str]]:
     if not any(splits):
         return []
     # A split without documents has no shard, and so no slots.
-    shares = [m.fact("filled") if m else [] for m in splits]
+    shares = [share_filled(m) if m else None for m in splits]
     nearest = [m.fact("nearest") if m else {} for m in splits]
     made_by = {m.settings["score"] for m in splits if m}
     score = "distance" if "squared_l2" in made_by else "BM25"
@@ -161,7 +162,7 @@ def _neighbour_rows(splits: Sequence[Manifest | None]) -> list[list[str]]:
     return [
         ["retriever", " ".join(names), *[_NOTHING] * (len(SPLITS) - 1)],
         ["neighbours a chunk", *(_count(m.settings["k"] if m else None) for m in splits)],
-        ["slots filled", *(_share(sum(s) / len(s) if s else None) for s in shares)],
+        ["slots filled", *map(_share, shares)],
         *(
             [f"nearest: {name} {score}", *(_share(q.get(step), "{:.3f}") for q in nearest)]
             for step, name in _QUANTILES.items()

@@ -7,6 +7,7 @@ from data_pipelines.retriever import revisions
 from data_pipelines.retriever.bm25 import KIND as BM25
 from data_pipelines.retriever.bm25 import prepare_bm25
 from data_pipelines.retriever.compacted import compact_table
+from data_pipelines.retriever.filled_slots import describe, share_filled, warn_of_few
 from data_pipelines.retriever.neighbours import NeighbourTable
 from data_pipelines.retriever.retriever import Ranking, Retriever
 from data_pipelines.workdir.preparation import Preparation, prepare_table, queries_of
@@ -49,8 +50,8 @@ def make_tables(p: Preparation, revision: int) -> None:
                 manifest = compact_table(place, queries, retriever, base, before, runner=p.runner)
             else:
                 manifest = prepare_table(p, split, retriever, base)
-            recall = manifest.fact("recall")
             p.report(
                 f"revision {r}, neighbours/{split}: {manifest.fact('chunks'):,} chunks,"
-                f" {recall['k']} a chunk, recall {recall['recall']:.3f}"
+                f" {describe(manifest)}"
             )
+            warn_of_few(f"{place}", share_filled(manifest))

@@ -18,6 +18,7 @@ from data_pipelines.workdir import leakage_report
 from data_pipelines.workdir.preparation import Preparation
 from data_pipelines.workdir.tables import check_ranking, make_tables
 from retro_jax.errors import UserError
+from retro_jax.storage import files
 
 
 def update(p: Preparation, *, append: bool, remove: Sequence[str]) -> None:
@@ -45,7 +46,7 @@ def update(p: Preparation, *, append: bool, remove: Sequence[str]) -> None:
         raise UserError(f"{folder} is unfinished: expected --compact, which began it, first")
     if not append and folder.exists():
         raise UserError(f"{folder} is unfinished: expected --append, which began it, first")
-    removed = revisions.numbers_of(database, _names(remove))
+    removed = revisions.numbers_of(database, named_documents(remove))
     added = _append(p, folder, database, removed) if append else None
     if added is None and not removed:
         p.report(f"revision {current}: nothing to change")
@@ -134,18 +135,23 @@ def _known_documents(
     )
 
 
-def _names(values: Sequence[str]) -> list[tuple[str, str]]:
-    """(corpus, id) of what --remove names."""
-    lines: list[str] = []
-    for value in values:
-        if value.startswith("@"):
-            lines += pathlib.Path(value[1:]).read_text(encoding="utf-8").splitlines()
-        else:
-            lines.append(value)
+def named_documents(values: Sequence[str]) -> list[tuple[str, str]]:
+    """(corpus, id) of what --remove names: CORPUS/ID, or @FILE with one in each line.
+
+    Raises:
+      UserError: a file that cannot be read, or a name of another form, with its line.
+    """
     names = []
-    for line in filter(None, lines):
-        corpus, slash, name = line.partition("/")
-        if not (corpus and slash and name):
-            raise UserError(f"--remove={line}: expected CORPUS/ID of a document, or @FILE of them")
-        names.append((corpus, name))
+    for value in values:
+        lines, place = [value], f"--remove={value}"
+        if value.startswith("@"):
+            lines = files.read_text_lines(
+                pathlib.Path(value[1:]), "a line CORPUS/ID for each document"
+            )
+        for number, line in enumerate(lines, 1):
+            corpus, slash, name = line.partition("/")
+            if line and not (corpus and slash and name):
+                place = f"{value[1:]}:{number} is {line!r}" if value.startswith("@") else place
+                raise UserError(f"{place}: expected CORPUS/ID of a document, or @FILE of them")
+            names += [(corpus, name)] if line else []
     return names

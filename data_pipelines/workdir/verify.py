@@ -13,6 +13,7 @@ from data_pipelines.chunk_database.database import ChunkDatabase, chunk_rows
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.corpora import SPLITS
 from data_pipelines.leakage.near_documents import kept_counts, kept_documents
+from data_pipelines.retriever.filled_slots import recall_text
 from data_pipelines.retriever.neighbours import NeighbourTable, recall
 from data_pipelines.retriever.queries import OwnDocuments, Queries, StoredChunks, chunks_of
 from data_pipelines.retriever.retriever import Retriever
@@ -296,11 +297,9 @@ def check_neighbours(
     scores = search.scores_of(query_chunks, table.ids(ids))
     _check_scores(table, ids, table_scores, scores, "its ids are at")
     _, truth = search.truth(query_chunks, table.k, owners)
-    share, stated = (
-        recall(table_scores, truth, table.score == "bm25"),
-        table.manifest.fact("recall"),
-    )
-    return f"{len(ids)} chunks searched, equal; recall {share:.3f}, {stated['recall']:.3f} in the manifest"
+    share = recall(table_scores, truth, table.score == "bm25")
+    stated = recall_text(table.manifest.fact("recall")["recall"])
+    return f"{len(ids)} chunks searched, equal; recall {share:.3f}; the manifest has {stated}"
 
 
 def _check_scores(

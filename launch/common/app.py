@@ -90,16 +90,35 @@ def required(flag: flags.FlagHolder, expected: str) -> str:
 
 def usage(main: Callable[[], None]) -> str:
     """The help text: the entry point's docstring, then its own and the shared flags."""
+    lines = [(sys.modules[main.__module__].__doc__ or "").strip(), "", "Flags:"]
+    for name in _names(main):
+        lines += _flag_help(flags.FLAGS[name])
+    return "\n".join(lines)
+
+
+def _names(main: Callable[[], None]) -> list[str]:
+    """The flags that a command knows: its own, then the shared ones."""
     module = sys.modules[main.__module__]
-    lines = [(module.__doc__ or "").strip(), "", "Flags:"]
     holders = [value for value in vars(module).values() if isinstance(value, flags.FlagHolder)]
     local = {holder.name for holder in holders}  # defined by the module, or imported into it
     by_module = flags.FLAGS.flags_by_module_dict()
     others = (*getattr(module, "HELP_ALSO", ()), *_SHARED_MODULES)
     shared = {flag.name for name in others for flag in by_module.get(name, [])}
-    for name in [*sorted(local), *sorted(shared - local)]:
-        lines += _flag_help(flags.FLAGS[name])
-    return "\n".join(lines)
+    return [*sorted(local), *sorted(shared - local)]
+
+
+def _parse(main: Callable[[], None], argv: list[str]) -> list[str]:
+    """The arguments that are no flags; flags of other commands of this process are unknown ones.
+
+    Raises:
+      flags.Error: a flag that the command does not know, or a value that a flag does not take.
+    """
+    own = flags.FlagValues()
+    for name in _names(main):
+        own[name] = flags.FLAGS[name]
+    rest = own(argv)
+    flags.FLAGS.mark_as_parsed()
+    return rest
 
 
 def _flag_help(flag: flags.Flag) -> list[str]:
@@ -117,7 +136,7 @@ def _flag_help(flag: flags.Flag) -> list[str]:
 def _guarded(main: Callable[[], None], argv: list[str]) -> int:
     """Runs main, turning the user's errors into a line on standard error and a status."""
     try:
-        rest = flags.FLAGS(argv)
+        rest = _parse(main, argv)
         if len(rest) > 1:
             raise flags.Error(f"unexpected argument {rest[1]!r}: expected --flag=value only")
         _set_up_logging(debug="--debug" in argv)
@@ -159,6 +178,9 @@ def _set_up_logging(debug: bool) -> None:
     who = "".join(_who)
     form = f"{who}%(levelname)s: %(message)s"
     logging.basicConfig(format=form, level=logging.WARNING, force=bool(who))
+    for handler in logging.getLogger().handlers:
+        if type(handler) is logging.StreamHandler:  # absl makes one, in another form
+            handler.setFormatter(logging.Formatter(form))
     # Orbax logs the traceback of every failed write, several times, and then raises it.
     logging.getLogger("absl").setLevel(logging.WARNING if debug else logging.CRITICAL)
 

@@ -225,7 +225,7 @@ def _read_file(path: str, named_by: str, reading: _Reading) -> None:
     if real in reading.open_files:
         raise UserError(f"{named_by}: {path} includes itself")
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"

@@ -75,6 +75,7 @@ def evaluate(
             name = names[condition.name]
             result = heads[condition.name] | {"nll": f"{name}.npy", **figures(work, nll), **more}
             result |= _measured(work, settings, condition)
+            result |= {"slots_filled": work.split.slots_filled(condition.neighbours)}
             if processes.is_first():
                 write_array(folder / f"{name}.npy", nll)
                 files.write_atomically(folder / f"{name}.json", files.to_json(result))

@@ -138,7 +138,7 @@ def tune(
     *,
     neighbours: int,
     weights: Sequence[float] = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
-    temperatures: Sequence[float] = (0.01, 0.03, 0.1, 0.3, 1.0),
+    temperatures: Sequence[float] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
 ) -> KnnConfig:
     """The weight and temperature of the least mean loss on a text, which is not the one reported."""
     configs = [KnnConfig(neighbours, w, t) for w, t in itertools.product(weights, temperatures)]

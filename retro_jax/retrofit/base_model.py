@@ -154,11 +154,11 @@ def read_config(folder: Path) -> BaseConfig:
         raise UserError(f"{path} is missing: expected that of a Hugging Face folder")
     fields = Fields(files.read_json(path), str(path))
     names = fields.values.get("architectures")
-    if not (isinstance(names, list) and names and names[0] in ARCHITECTURES):
+    first = names[0] if isinstance(names, list) and names else None
+    if not (isinstance(first, str) and first in ARCHITECTURES):
         raise fields.error("architectures", f"one of {sorted(ARCHITECTURES)}")
     with naming(path):
-        values = ARCHITECTURES[names[0]].read_config(fields)
-        return BaseConfig(architecture=names[0], **values)
+        return BaseConfig(architecture=first, **ARCHITECTURES[first].read_config(fields))
 
 
 def _open_folder(folder: pathlib.Path) -> BaseModel:

@@ -48,10 +48,32 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return parse_json(path.read_bytes(), path)
 
 
+def read_text_lines(path: pathlib.Path, expected: str) -> list[str]:
+    """The lines of a file of UTF-8 text, without their ends (\n or \r\n) or a byte order mark.
+
+    Args:
+      path: of the file. expected: what it should be, for messages.
+
+    Raises:
+      UserError: it cannot be read, or is no UTF-8 text.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): expected {expected}") from error
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        place = f"byte 0x{byte:02x} at offset {error.start}"
+        raise UserError(f"{path} has {place}: expected {expected}, in UTF-8") from error
+    return [line.removesuffix("\r") for line in text.split("\n")]
+
+
 def parse_json(data: bytes, path: str | os.PathLike[str], kind: type = dict) -> Any:
     """A JSON object, or list, in some bytes, or a UserError that names where they are from."""
     try:
         fields = json.loads(data)
+        if b"\\u" in data:  # JSON can spell half a surrogate pair, which is no text
+            json.dumps(fields, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(fields, kind):

@@ -48,11 +48,17 @@ def test_each_ablation_changes_one_setting(monkeypatch):
 def test_the_commands_are_of_entry_points_and_their_flags(monkeypatch):
     monkeypatch.chdir(FOLDER.parent)
     commands = results.steps("W", "experiments/code_small.gin", ["one_neighbour"])
+    of_seeds = results.seed_steps("W", "experiments/quickstart.gin", 3)
+    assert [arguments[0].removeprefix("launch.") for _, arguments in of_seeds] == [
+        *("train", "train", "evaluate") * 2
+    ]
+    for number, (_, arguments) in enumerate(of_seeds):
+        assert {"--data=W", f"--workdir=W/seeds/{1 + number // 3}"} <= set(arguments)
     assert [arguments[0] for _, arguments in commands] == [
         *("launch.prepare", "launch.train", "launch.train", "launch.evaluate", "launch.report"),
         *("launch.train", "launch.evaluate"),
     ]
-    for _, (module, *arguments) in commands:
+    for _, (module, *arguments) in [*commands, *of_seeds]:
         importlib.import_module(module)  # defines its flags
         for argument in arguments:
             name = argument.removeprefix("--").partition("=")[0]

@@ -396,3 +396,18 @@ def test_without_the_package_tokenizers(base, tmp_path, monkeypatch):
     folder = shutil.copytree(base("gpt-2"), tmp_path / "base")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     _refused(folder, r"tokenizers is not installed: expected `pip install retro-jax\[fit\]`")
+
+
+def test_a_file_by_itself_is_a_tokeniser(tmp_path):
+    """As the packages tokenizers and SentencePiece save one; other files beside it do not count."""
+    train(tmp_path)
+    train_sentencepiece(tmp_path)
+    (tmp_path / "config.json").write_text('{"vocab_size": 7, "bos_token_id": 5}')
+    text = "a  b 日本\t\0 \u2581 <s>"
+    for name, file in (("tokenizer.json", "mine.json"), ("tokenizer.model", "mine.model")):
+        (tmp_path / name).rename(tmp_path / file)
+        tokenizer = base_tokenizer.open_base_tokenizer(tmp_path / file)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)  # as SentencePiece declares them
+    with pytest.raises(UserError, match=r"none.json is no base model"):
+        base_tokenizer.open_base_tokenizer(tmp_path / "none.json")

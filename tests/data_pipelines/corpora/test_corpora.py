@@ -68,7 +68,7 @@ def test_wikipedia_errors(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"x.json is missing: expected a summaries_en-us.json"):
         _read(config)
     (tmp_path / "x.json").write_text('{"A": {"title": "A"}}')
-    with pytest.raises(UserError, match=r"is not as summaries_en-us.json should be: KeyError"):
+    with pytest.raises(UserError, match=r"article 'A' is none: expected an object with"):
         _read(config)
 
     def missing(name):

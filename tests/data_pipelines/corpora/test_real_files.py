@@ -224,3 +224,57 @@ def test_deep_nesting_is_one_line(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": ' + "[" * 200_000 + "\n")
     with pytest.raises(UserError, match="is not valid JSON"):
         _read(tmp_path, "jsonl")
+
+
+@pytest.mark.parametrize("mark", [".prepare.lock", "config.gin checkpoints"])
+def test_what_was_made_of_a_corpus_is_no_part_of_it(tmp_path, mark, caplog):
+    for folder in (tmp_path / "corpus", tmp_path / "corpus" / "W" / "deep"):
+        folder.mkdir(parents=True)
+        (folder / "x.txt").write_text("text")
+    for name in mark.split():
+        (tmp_path / "corpus" / "W" / name).touch()
+    assert [d.id for d in _read(tmp_path / "corpus")[0]] == ["x.txt"]
+    assert "the workdir" in caplog.text and "is left out" in caplog.text
+    with pytest.raises(UserError, match="W is a workdir: expected a folder of documents"):
+        _read(tmp_path / "corpus" / "W")
+    assert [d.id for d in _read(tmp_path / "corpus" / "W" / "deep")[0]] == ["x.txt"]
+
+
+def test_one_bad_introduction_is_counted(tmp_path):
+    articles = {"1": {"title": "A", "extract": "a"}, "2": {"title": "B"}, "3": None}
+    articles["4"] = {"title": "D", "extract": "\ud800"}
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(articles))
+    documents, reading = _read(path, "wikipedia", skip=True)
+    assert [d.id for d in documents] == ["A"] and reading.counts["bad"] == 3
+    path.write_text("[]")
+    with pytest.raises(UserError, match=r"x.json holds a list: expected a summaries_en-us.json"):
+        _read(path, "wikipedia")
+
+
+def test_columns_of_odd_types(tmp_path):
+    """A text in a struct, a list of structs, two columns of one name, bytes as ids and labels."""
+    nested = [{"b": {"c": "deep"}, "l": [{"b": "x"}]}]
+    parquet.write_table(pyarrow.Table.from_pylist(nested), tmp_path / "n.parquet")
+    assert [d.text for d in _read(tmp_path / "n.parquet", "parquet", text_field="b.c")[0]] == [
+        "deep"
+    ]
+    with pytest.raises(UserError, match=r"n.parquet has no column 'l.b': expected one of b, l"):
+        _read(tmp_path / "n.parquet", "parquet", text_field="l.b")
+    twice = pyarrow.table([pyarrow.array(["a"])] * 2, names=["text", "text"])
+    parquet.write_table(twice, tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=r"t.parquet has 2 columns 'text': expected one"):
+        _read(tmp_path / "t.parquet", "parquet")
+    columns = {"text": [b"\xef\xbb\xbfx", b"y"], "id": [b"i", b"\xff"], "l": [b"C", b"C"]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "b.parquet")
+    fields = {"id_field": "id", "label_field": "l"}
+    documents, reading = _read(tmp_path / "b.parquet", "parquet", skip=True, **fields)
+    assert [(d.id, d.text, d.corpus) for d in documents] == [("i", "x", "c-c")]
+    assert reading.first_bad.endswith("b.parquet:2 has byte 0xff at offset 0: expected UTF-8")
+    with pytest.raises(UserError, match=r"holds no documents: .* 1 are bad: .*:1 has no text in"):
+        _read_one_number(tmp_path / "f.parquet")
+
+
+def _read_one_number(path):
+    parquet.write_table(pyarrow.table({"text": [1.5]}), path)
+    return _read(path, "parquet", skip=True)

@@ -5,6 +5,7 @@ import pytest
 
 from data_pipelines.artefacts.manifest import Manifest
 from data_pipelines.chunk_database.database import ChunkDatabase
+from data_pipelines.retriever.filled_slots import describe, share_filled, warn_of_few
 from data_pipelines.retriever.index import IndexConfig, IndexShard, prepare_index
 from data_pipelines.retriever.keys import BlockSource, Keys, KeysConfig, prepare_keys
 from data_pipelines.retriever.neighbours import (
@@ -166,12 +167,16 @@ def test_three_chunks_make_a_table(tmp_path):
     assert manifest.fact("recall")["recall"] == 1.0
 
 
-def test_one_document_has_no_neighbours(tmp_path):
+def test_one_document_has_no_neighbours(tmp_path, caplog):
     found = retriever(tmp_path, [5], clustered(5))
     manifest = make(tmp_path / "table", found.keys, found, k=2)
     assert (NeighbourTable.open(tmp_path / "table").ids(np.arange(5)) == -1).all()
     assert manifest.fact("nearest") == {}
-    assert manifest.fact("recall") == {"k": 2, "queries": 5, "recall": 1.0}
+    assert manifest.fact("recall") == {"k": 2, "queries": 5, "recall": None}
+    told = "2 a chunk, 0.0% of slots filled, recall unknown (no neighbour exists)"
+    assert describe(manifest) == told
+    warn_of_few("train", share_filled(manifest))
+    assert "train: only 0.0% of the neighbour slots are filled" in caplog.text
 
 
 def test_a_split_without_chunks_has_an_empty_table(tmp_path):

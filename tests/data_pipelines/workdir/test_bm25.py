@@ -93,7 +93,7 @@ def test_verify_finds_what_is_wrong(workdir, capsys):
     out = capsys.readouterr().out
     assert "neighbours/train: " in out and "made from chunks/train and chunks/train and bm25" in out
     assert (
-        "neighbours/test again: 9 chunks searched, equal; recall 1.000, 1.000 in the manifest"
+        "neighbours/test again: 9 chunks searched, equal; recall 1.000; the manifest has recall 1.000"
         in out
     )
     path = workdir / "neighbours/test/scores-00000.npy"

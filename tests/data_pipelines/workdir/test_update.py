@@ -14,6 +14,7 @@ from data_pipelines.documents.documents import read_documents, split_of
 from data_pipelines.retriever import revisions
 from data_pipelines.workdir import update
 from data_pipelines.workdir.preparation import Preparation
+from data_pipelines.workdir.update import named_documents
 from retro_jax.errors import UserError
 
 _WORDS = [
@@ -157,3 +158,19 @@ def test_a_workdir_with_ids_of_lines_opens_and_grows_by_what_is_new(old_workdir)
     changed(folder, config)
     assert held_texts(folder)[0] == sorted({*before, *in_training(NEW), *in_training(LATER)})
     assert changed(folder, config)[0] == "revision 2: nothing to change"
+
+
+def test_a_list_of_documents_as_any_editor_writes_it(tmp_path):
+    path = tmp_path / "ids.txt"
+    path.write_bytes("\ufeffc/a\r\n\r\nc/x\u2028y / z\n".encode())
+    assert named_documents([f"@{path}", "d/1"]) == [("c", "a"), ("c", "x\u2028y / z"), ("d", "1")]
+    path.write_bytes(b"c/a\nc\xff/b\n")
+    with pytest.raises(
+        UserError, match=r"ids.txt has byte 0xff at offset 5: expected a line CORPUS"
+    ):
+        named_documents([f"@{path}"])
+    path.write_text("c/a\nnothing\n")
+    with pytest.raises(UserError, match=r"ids.txt:2 is 'nothing': expected CORPUS/ID"):
+        named_documents([f"@{path}"])
+    with pytest.raises(UserError, match=r"none cannot be read \(No such file"):
+        named_documents([f"@{tmp_path / 'none'}"])

@@ -71,6 +71,17 @@ def test_bad_flags_are_one_line_and_status_2(argument, expected, capsys):
     assert error.count("\n") == 1
 
 
+def test_flags_of_other_commands_are_unknown(capsys):
+    """Whatever else this process has imported, as one command may another."""
+    from launch import prepare
+
+    flag = f"--{prepare.SKIP_BAD.name}"
+    assert app.execute(lambda: pytest.fail("main ran"), ["program", flag]) == 2
+    assert capsys.readouterr().err == "error: Unknown command line flag 'skip_bad_documents'\n"
+    assert app.execute(lambda: pytest.fail("main ran"), ["program", "--skip_bad_document"]) == 2
+    assert "Did you mean" not in capsys.readouterr().err
+
+
 def test_flags_are_themselves_again_after_a_run():
     seen = []
 
@@ -106,9 +117,7 @@ def test_help_is_the_docstring_and_few_flags(capsys):
 
 
 def test_warnings_are_lines_and_absl_is_quiet():
-    program = (
-        "import logging\nfrom absl import logging as absl_logging\nfrom launch.common import app\n"
-    )
+    program = "import logging\nlogging.basicConfig()\nfrom absl import logging as absl_logging\nfrom launch.common import app\n"
     program += (
         "def main(): logging.warning('look here'); absl_logging.error('noise')\napp.run(main)"
     )
