@@ -70,6 +70,8 @@ class DecoderForm:
       sink_id: the token before a neighbour, which heads that find nothing read.
       cca_rank: rank of what is added to each projection of gated CCA, so that few numbers are trained
         and the copies are not; 0 for nothing.
+      shared_softmax: gated CCA and ATTN share one softmax over neighbours and text, as if the neighbours
+        were in the context. A gate multiplies its head's weights of neighbours; the sink is not read.
     """
 
     norm: str = "rms"
@@ -88,6 +90,7 @@ class DecoderForm:
     neighbour_layer: int = 0
     sink_id: int = 0
     cca_rank: int = 0
+    shared_softmax: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rotary_divisors", tuple(self.rotary_divisors))
@@ -218,6 +221,8 @@ class RetroConfig:
         require(fits, form, "learned_positions", f"{longest} at least, for neighbours")
         without = form.gated_cca or not form.cca_rank
         require(without, form, "cca_rank", "0 without gated_cca")
+        beside = form.gated_cca or not form.shared_softmax
+        require(beside, form, "shared_softmax", "False without gated_cca")
         valid = form.sink_id < self.vocab_size
         require(valid, form, "sink_id", f"an id below vocab_size = {self.vocab_size}")
 

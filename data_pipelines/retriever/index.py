@@ -337,8 +337,7 @@ class IndexShard:
         """Finds the nearest chunks; arguments and result as for `Index.search`."""
         ids = np.full((len(queries), k), -1, np.int64)
         pending = np.flatnonzero(~np.isnan(queries[:, 0])) if len(self) else np.zeros(0, np.int64)
-        filtered = exclude is not None or len(self.keys.database.removed) > 0
-        count, widen = self._first_count(k, filtered), 1
+        count, widen = self._first_count(k), 1
         most = max(_WIDEST, count)
         while len(pending) and count <= most:
             owners = _at(exclude, pending)
@@ -357,10 +356,13 @@ class IndexShard:
             ids[pending] = compare_all(self.keys, queries[pending], k, owners, own)[0]
         return scored(self.keys, queries, ids)
 
-    def _first_count(self, k: int, filtered: bool) -> int:
-        """How many candidates are asked for first."""
-        excludes = KINDS[self.plan.kind].excludes
-        return 2 * k + 16 if filtered and not excludes else k
+    def _first_count(self, k: int) -> int:
+        """How many candidates are asked for first: as many whether any document is left out or none.
+
+        ScaNN finds other keys where it is asked for more. Tables leave out each query's own document,
+        a search while a text is generated none, and both are to find the same.
+        """
+        return k if KINDS[self.plan.kind].excludes else 2 * k + 16
 
     def _says_all(self, count: int) -> bool:
         """Whether so many candidates are all that there are."""

@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 from retro_jax.config import RetroConfig
 from retro_jax.generate import cache as caches
 from retro_jax.generate.cache import Cache, ChunkCache, PerLayer
-from retro_jax.model.attention import MASKED, Attention
+from retro_jax.model.attention import MASKED, Attention, shared_softmax
 from retro_jax.model.backend import scores
 from retro_jax.model.chunked_cross_attention import ChunkedCrossAttention
 from retro_jax.model.decoder import DecoderLayer, Retrieved
@@ -38,6 +38,8 @@ from retro_jax.sharding import Shardings, target_platform
 
 # The residual stream [B, T, D] of a block, and the cache.
 Carry = tuple[jax.Array, Cache]
+# What an attention reads: heads [B, T, H, W], and the logarithm of its denominators [B, T, H].
+Heads = tuple[jax.Array, jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -95,6 +97,19 @@ class CachedBlock:
 
     def attend(self, layer: DecoderLayer, carry: Carry, p: Any) -> Carry:
         """H + ATTN(H) of layer p, and its keys and values in the cache."""
+        (heads_BxTxHxW, _), carry = self._read_text(layer, carry, p)
+        return self._with_branch(layer, carry, layer.attention.read_out(heads_BxTxHxW))
+
+    def _with_branch(self, layer: DecoderLayer, carry: Carry, branch_BxTxD: jax.Array) -> Carry:
+        """`attend` with what ATTN has read."""
+        h_BxTxD, cache = carry
+        sum_BxTxD = h_BxTxD + branch_BxTxD
+        if self.config.form.parallel_residual:
+            sum_BxTxD = sum_BxTxD + layer.feed_forward(h_BxTxD)
+        return sum_BxTxD, cache
+
+    def _read_text(self, layer: DecoderLayer, carry: Carry, p: Any) -> tuple[Heads, Carry]:
+        """What ATTN of layer p reads, before its output; the carry with keys and values in the cache."""
         h_BxTxD, cache = carry
         attention = layer.attention
         shardings = attention.layout.shardings
@@ -109,7 +124,7 @@ class CachedBlock:
         before = Part(*old, mask_Bx1xS[:, None], biases[0])
         new = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 3, 1)
         block = Part(*new, mask_TxT, biases[1])
-        heads_BxTxHxW = attend_to(query, [before, block], shardings)
+        heads_BxTxHxW, total_BxTxH = attend_and_total(query, [before, block], shardings)
         keys, values = (
             caches.write_block(
                 cached, after(projection, heads_BxTxHxW, shardings), self.starts, shardings
@@ -121,10 +136,7 @@ class CachedBlock:
             keys=caches.put(cache.keys, p - 1, keys),
             values=caches.put(cache.values, p - 1, values),
         )
-        sum_BxTxD = h_BxTxD + attention.read_out(heads_BxTxHxW)
-        if self.config.form.parallel_residual:
-            sum_BxTxD = sum_BxTxD + layer.feed_forward(h_BxTxD)
-        return sum_BxTxD, cache
+        return (heads_BxTxHxW, total_BxTxH), (h_BxTxD, cache)
 
     def attend_beside(
         self,
@@ -136,27 +148,33 @@ class CachedBlock:
     ) -> Carry:
         """H + ATTN(H) + CCA(H, E) of layer p, as gated CCA has it."""
         h_BxTxD, cache = carry
-        branch_BxTxD, cache = self._cca_branch(cca, h_BxTxD, cache, p, retrieved)
-        sum_BxTxD, cache = self.attend(layer, (h_BxTxD, cache), p)
-        return sum_BxTxD + branch_BxTxD, cache
+        read, cache = self._read_neighbours(cca, h_BxTxD, cache, p, retrieved)
+        if not self.config.form.shared_softmax:
+            sum_BxTxD, cache = self.attend(layer, (h_BxTxD, cache), p)
+            return sum_BxTxD + self._read_out(cca, read[0]), cache
+        own, carry = self._read_text(layer, (h_BxTxD, cache), p)
+        gate_H = cca.attention.layout.weight(cca.gate)
+        own_BxTxHxW, read_BxTxHxW = shared_softmax(own, read, gate_H)
+        carry = self._with_branch(layer, carry, layer.attention.read_out(own_BxTxHxW))
+        return carry[0] + cca.attention.read_out(read_BxTxHxW), carry[1]
 
     def cross_attend(
         self, cca: ChunkedCrossAttention, carry: Carry, p: Any, retrieved: Retrieved
     ) -> Carry:
         """H + CCA(H, E) of layer p; the encoder's new output replaces the chunk before."""
         h_BxTxD, cache = carry
-        branch_BxTxD, cache = self._cca_branch(cca, h_BxTxD, cache, p, retrieved)
-        return h_BxTxD + branch_BxTxD, cache
+        (heads_BxTxHxW, _), cache = self._read_neighbours(cca, h_BxTxD, cache, p, retrieved)
+        return h_BxTxD + self._read_out(cca, heads_BxTxHxW), cache
 
-    def _cca_branch(
+    def _read_neighbours(
         self,
         cca: ChunkedCrossAttention,
         h_BxTxD: jax.Array,
         cache: Cache,
         p: Any,
         retrieved: Retrieved,
-    ) -> tuple[jax.Array, Cache]:
-        """CCA(H, E) of layer p without the residual, and the cache with E's new keys and values."""
+    ) -> tuple[Heads, Cache]:
+        """What CCA of layer p reads, before gates and output; the cache with E's new keys and values."""
         chunk = cast(ChunkCache, cache.chunk)
         index, shardings = self._cca_index(p), cca.attention.layout.shardings
         old = (caches.take(chunk.keys, index), caches.take(chunk.values, index))
@@ -175,19 +193,21 @@ class CachedBlock:
             query, bias = self._cca_bias(cca.attention, query, table, positions_BxT)
         before = Part(*old, chunk.present[:, None, None], bias)
         if self.completed is None:
-            return self._read_out(cca, attend_to(query, [before], shardings)), cache
+            return attend_and_total(query, [before], shardings), cache
         new = self._new_keys(cca.attention, projection, old)
         present = self._present(chunk, retrieved)
-        heads = attend_to(query, [Part(*new, present[:, None, None], bias)], shardings)
+        new_part = Part(*new, present[:, None, None], bias)
+        heads, total = attend_and_total(query, [new_part], shardings)
         if h_BxTxD.shape[1] > 1:
-            of_before = attend_to(query, [before], shardings)
-            heads = jnp.where(last_BxT[..., None, None], heads, of_before)
+            heads_before, total_before = attend_and_total(query, [before], shardings)
+            heads = jnp.where(last_BxT[..., None, None], heads, heads_before)
+            total = jnp.where(last_BxT[..., None], total, total_before)
         chunk = dataclasses.replace(
             chunk,
             keys=caches.put(chunk.keys, index, new[0]),
             values=caches.put(chunk.values, index, new[1]),
         )
-        return self._read_out(cca, heads), dataclasses.replace(cache, chunk=chunk)
+        return (heads, total), dataclasses.replace(cache, chunk=chunk)
 
     @staticmethod
     def _read_out(cca: ChunkedCrossAttention, heads_BxTxHxW: jax.Array) -> jax.Array:
@@ -316,7 +336,14 @@ class Part:
 def attend_to(
     query_BxTxHxW: jax.Array, parts: Sequence[Part], shardings: Shardings = Shardings()
 ) -> jax.Array:
-    """model.attention.attend with one softmax over keys that are not in one array: [B, T, H, W].
+    """model.attention.attend with one softmax over keys that are not in one array: [B, T, H, W]."""
+    return attend_and_total(query_BxTxHxW, parts, shardings)[0]
+
+
+def attend_and_total(
+    query_BxTxHxW: jax.Array, parts: Sequence[Part], shardings: Shardings = Shardings()
+) -> Heads:
+    """`attend_to`, and the logarithm of the softmax's denominator, [B, T, H].
 
     The H / G heads of queries that read one head of keys are rows of one product, [B, G, rows, S]
     with rows = H / G * T: keys are not repeated.
@@ -343,12 +370,17 @@ def attend_to(
         for mask, logits in zip(masks, masked, strict=True)
     ]
     total = sum(jnp.sum(weight, axis=-1, keepdims=True) for weight in weights)
-    share = 1.0 / jnp.where(total == 0.0, 1.0, total)
+    divisor = jnp.where(total == 0.0, 1.0, total)
+    share = 1.0 / divisor
     heads = [
         jnp.einsum("bhts,bhws->bthw", (weight * share).astype(part.values.dtype), part.values)
         for part, weight in zip(parts, weights, strict=True)
     ]
-    return _unfold_heads(sum(heads[1:], heads[0]), shared, shardings)
+    log_total_BxTxGx1 = (peak + jnp.log(divisor)).swapaxes(1, 2)
+    return (
+        _unfold_heads(sum(heads[1:], heads[0]), shared, shardings),
+        _unfold_heads(log_total_BxTxGx1, shared, shardings)[..., 0],
+    )
 
 
 def _fold_heads(query_BxTxHxW: jax.Array, shared: int, shardings: Shardings) -> jax.Array:

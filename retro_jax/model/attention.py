@@ -27,6 +27,7 @@ from retro_jax.model.positions import Positions, distances
 from retro_jax.sharding import FSDP, TENSOR
 
 MASKED = -1e30
+_MOST_APART = 60.0  # nats between two denominators: exp of it is finite, times a gate too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +191,20 @@ class Attention(nnx.Module):
         weights_IxHxTxS = self.weights(query_IxTxHxW, key_IxSxHxW, mask, table, repeats)
         return weighted_sum(weights_IxHxTxS, value_IxSxHxW)
 
+    def attend_and_total(
+        self,
+        query_IxTxHxW: jax.Array,
+        key_IxSxHxW: jax.Array,
+        value_IxSxHxW: jax.Array,
+        mask: jax.Array,
+        table: jax.Array | None,
+        repeats: int = 1,
+    ) -> tuple[jax.Array, jax.Array]:
+        """`attend`, and the logarithm of its softmax's denominator, [*I, T, H] float32."""
+        query, bias = self._positioned(query_IxTxHxW, key_IxSxHxW, table, repeats)
+        weights_IxHxTxS, total_IxHxT = weights_and_total(query, key_IxSxHxW, mask, bias)
+        return weighted_sum(weights_IxHxTxS, value_IxSxHxW), jnp.swapaxes(total_IxHxT, -1, -2)
+
     def weights(
         self,
         query_IxTxHxW: jax.Array,
@@ -199,13 +214,23 @@ class Attention(nnx.Module):
         repeats: int = 1,
     ) -> jax.Array:
         """The softmax of `attend`, [*I, H, T, S] float32; its arguments are those of `attend`."""
+        query, bias = self._positioned(query_IxTxHxW, key_IxSxHxW, table, repeats)
+        return attention_weights(query, key_IxSxHxW, mask, bias)
+
+    def _positioned(
+        self,
+        query_IxTxHxW: jax.Array,
+        key_IxSxHxW: jax.Array,
+        table: jax.Array | None,
+        repeats: int,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The queries for the products with keys, and what positions add to these, [*I, H, T, S] or None."""
         if table is None:
-            return attention_weights(query_IxTxHxW, key_IxSxHxW, mask)
+            return query_IxTxHxW, None
         query_IxTxHxW, bias = self.positions.logits(
             self._weight, query_IxTxHxW, table, key_IxSxHxW.shape[-3] // repeats
         )
-        bias_IxHxTxS = jnp.concatenate([bias] * repeats, axis=-1)
-        return attention_weights(query_IxTxHxW, key_IxSxHxW, mask, bias_IxHxTxS)
+        return query_IxTxHxW, jnp.concatenate([bias] * repeats, axis=-1)
 
     def read_out(self, heads_IxTxHxW: jax.Array) -> jax.Array:
         """[*I, T, H, W] -> [*I, T, D]."""
@@ -292,6 +317,16 @@ def attention_weights(
 
     The arguments are those of `attend`.
     """
+    return weights_and_total(query_IxTxHxW, key_IxSxHxW, mask, bias_IxHxTxS)[0]
+
+
+def weights_and_total(
+    query_IxTxHxW: jax.Array,
+    key_IxSxHxW: jax.Array,
+    mask: jax.Array,
+    bias_IxHxTxS: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`attention_weights`, and the logarithm of their denominator, [*I, H, T]: MASKED without a key."""
     key_IxSxHxW = repeat_heads(key_IxSxHxW, query_IxTxHxW.shape[-2])
     logits_IxHxTxS = scores(query_IxTxHxW, key_IxSxHxW)
     if bias_IxHxTxS is not None:
@@ -302,7 +337,29 @@ def attention_weights(
     peak = jax.lax.stop_gradient(jnp.max(logits_IxHxTxS, axis=-1, keepdims=True))
     weights_IxHxTxS = jnp.where(mask, jnp.exp(logits_IxHxTxS - peak), 0.0)
     total = jnp.sum(weights_IxHxTxS, axis=-1, keepdims=True)
-    return weights_IxHxTxS / jnp.where(total == 0.0, 1.0, total)
+    divisor = jnp.where(total == 0.0, 1.0, total)
+    return weights_IxHxTxS / divisor, (peak + jnp.log(divisor))[..., 0]
+
+
+def shared_softmax(
+    own: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array], gate_H: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The two parts of a softmax over the keys of two attentions, of which a gate multiplies the second's.
+
+    With a gate of 0 the first is unchanged, bit for bit; with 1 they are one attention over all keys.
+
+    Args:
+      own, other: heads [*I, T, H, W] of each attention by itself, and the logarithm of its denominator,
+        [*I, T, H]. gate_H: one for each head; where it is negative, the denominator has its amount.
+
+    Returns:
+      Both heads, each times its share.
+    """
+    apart = jnp.minimum(other[1] - own[1], _MOST_APART)
+    ratio_IxTxH = gate_H * jnp.exp(apart)
+    share_IxTxHx1 = (1.0 / (1.0 + jnp.abs(ratio_IxTxH)))[..., None]
+    parts = own[0] * share_IxTxHx1, other[0] * (ratio_IxTxH[..., None] * share_IxTxHx1)
+    return parts[0].astype(own[0].dtype), parts[1].astype(other[0].dtype)
 
 
 def weighted_sum(weights_IxHxTxS: jax.Array, value_IxSxHxW: jax.Array) -> jax.Array:

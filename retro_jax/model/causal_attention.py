@@ -13,6 +13,8 @@ are gathered in four spans, each a loop over its blocks, which read the keys up 
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,8 @@ from retro_jax.model.layers import largest_divisor
 from retro_jax.sharding import target_platform
 
 _SPANS = 4
+# Attention.attend, or attend_and_total.
+_Attend = Callable[..., Any]
 
 
 def causal_attention(
@@ -44,6 +48,35 @@ def causal_attention(
     Returns:
       [B, N, D].
     """
+    heads_BxNxHxW = _attend(
+        attention, x_BxNxD, documents_BxC, chunk_length=chunk_length, with_total=False
+    )
+    return attention.read_out(heads_BxNxHxW)
+
+
+def causal_heads(
+    attention: Attention,
+    x_BxNxD: jax.Array,
+    documents_BxC: jax.Array | None,
+    *,
+    chunk_length: int,
+) -> tuple[jax.Array, jax.Array]:
+    """ATTN(H) before its output: heads [B, N, H, W], and the logarithm of their denominators [B, N, H].
+
+    The arguments are those of `causal_attention`. There is no fused kernel for it.
+    """
+    return _attend(attention, x_BxNxD, documents_BxC, chunk_length=chunk_length, with_total=True)
+
+
+def _attend(
+    attention: Attention,
+    x_BxNxD: jax.Array,
+    documents_BxC: jax.Array | None,
+    *,
+    chunk_length: int,
+    with_total: bool,
+) -> Any:
+    """Heads [B, N, H, W], or those of `causal_heads`."""
     length = x_BxNxD.shape[1]
     execution, positions = attention.layout.execution, attention.positions
     query, key, value_BxNxHxW = attention.project(x_BxNxD, None)
@@ -58,9 +91,9 @@ def causal_attention(
     if documents_BxC is not None:
         segments_BxN = jnp.repeat(documents_BxC, chunk_length, axis=1)
     query_BxNxHxW, key_BxNxHxW = (positions.turn(x, np.arange(length)) for x in (query, key))
-    if kind == "fused":
+    if kind == "fused" and not with_total:
         query_BxNxHxW, relative = attention.for_kernel(query_BxNxHxW, relative_block(length))
-        heads_BxNxHxW = fused_attention(
+        return fused_attention(
             query_BxNxHxW,
             key_BxNxHxW,
             value_BxNxHxW,
@@ -69,10 +102,10 @@ def causal_attention(
             platform=target_platform(),
             shardings=attention.layout.shardings,
         )
-        return attention.read_out(heads_BxNxHxW)
     block = length if kind == "plain" else min(execution.attention_block, length)
     keys = _Keys(key_BxNxHxW, value_BxNxHxW, segments_BxN)
-    return attention.read_out(_attend_by_spans(attention, query_BxNxHxW, keys, block))
+    attend = attention.attend_and_total if with_total else attention.attend
+    return _attend_by_spans(attention, attend, query_BxNxHxW, keys, block)
 
 
 @jax.tree_util.register_dataclass
@@ -100,21 +133,21 @@ class _Keys:
 
 
 def _attend_by_spans(
-    attention: Attention, query_BxNxHxW: jax.Array, keys: _Keys, block: int
-) -> jax.Array:
-    """Attends by blocks of queries, gathered in spans: [B, N, H, W]."""
+    attention: Attention, attend: _Attend, query_BxNxHxW: jax.Array, keys: _Keys, block: int
+) -> Any:
+    """Attends by blocks of queries, gathered in spans: [B, N, ...] of each array that `attend` gives."""
     length = query_BxNxHxW.shape[1]
     span, block = _span_and_block(length, block)
     table = attention.distance_table(span, length, offset=length - span)
     keys = dataclasses.replace(keys, table=table)
     if span == length:
-        return _attend_block(attention, query_BxNxHxW, keys, start=0)
+        return _attend_block(attend, query_BxNxHxW, keys, start=0)
     outputs = []
     for start in range(0, length, span):
         stop = min(start + span, length)
         query_BxTxHxW = query_BxNxHxW[:, start:stop]
-        outputs.append(_attend_span(attention, query_BxTxHxW, keys.first(stop), start, block))
-    return jnp.concatenate(outputs, axis=1)
+        outputs.append(_attend_span(attend, query_BxTxHxW, keys.first(stop), start, block))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *outputs)
 
 
 def _span_and_block(length: int, block: int) -> tuple[int, int]:
@@ -126,30 +159,30 @@ def _span_and_block(length: int, block: int) -> tuple[int, int]:
 
 
 def _attend_span(
-    attention: Attention, query_BxTxHxW: jax.Array, keys: _Keys, start: int, block: int
-) -> jax.Array:
-    """The positions from `start` to the last key as queries, a block at a time: [B, T, H, W]."""
+    attend: _Attend, query_BxTxHxW: jax.Array, keys: _Keys, start: int, block: int
+) -> Any:
+    """The positions from `start` to the last key as queries, a block at a time: [B, T, ...]."""
     batch, length, *heads = query_BxTxHxW.shape
     # The logits of a block are computed again in the backward pass.
     if length <= block:
-        return jax.checkpoint(functools.partial(_attend_block, attention, start=start))(
+        return jax.checkpoint(functools.partial(_attend_block, attend, start=start))(
             query_BxTxHxW, keys
         )
 
     @jax.checkpoint
-    def run(query: jax.Array, start: jax.Array, keys: _Keys) -> jax.Array:
-        return _attend_block(attention, query, keys, start=start)
+    def run(query: jax.Array, start: jax.Array, keys: _Keys) -> Any:
+        return _attend_block(attend, query, keys, start=start)
 
     blocks = query_BxTxHxW.reshape(batch, length // block, block, *heads)
     starts = start + block * jnp.arange(length // block)
     out = jax.lax.map(lambda xs: run(*xs, keys), (jnp.moveaxis(blocks, 1, 0), starts))
-    return jnp.moveaxis(out, 0, 1).reshape(query_BxTxHxW.shape)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, length, *x.shape[3:]), out)
 
 
 def _attend_block(
-    attention: Attention, query_BxTxHxW: jax.Array, keys: _Keys, *, start: jax.Array | int
-) -> jax.Array:
-    """T positions from `start` on as queries over the first S as keys: [B, T, H, W]."""
+    attend: _Attend, query_BxTxHxW: jax.Array, keys: _Keys, *, start: jax.Array | int
+) -> Any:
+    """T positions from `start` on as queries over the first S as keys: [B, T, ...]."""
     num_queries, num_keys = query_BxTxHxW.shape[1], keys.key.shape[1]
     mask_TxS = jnp.arange(num_keys) <= start + jnp.arange(num_queries)[:, None]
     mask = mask_TxS[None, None]
@@ -161,4 +194,4 @@ def _attend_block(
         # From the block's last query and the first key to its first query and last key.
         first = num_keys - start - num_queries
         table = jax.lax.dynamic_slice_in_dim(table, first, num_queries + num_keys - 1)
-    return attention.attend(query_BxTxHxW, keys.key, keys.value, mask, table)
+    return attend(query_BxTxHxW, keys.key, keys.value, mask, table)

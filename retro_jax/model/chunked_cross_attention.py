@@ -17,7 +17,8 @@ may not read E0, while token 3 (chunk 0's own last) still does.
 
 With DecoderForm.gated_cca the same rows attend by a copy of the layer's own self attention. It treats
 a neighbour of S = 1 + R tokens as a prefix: keys at positions 0 to R, queries from S on. Each head
-is multiplied by its gate.
+is multiplied by its gate. With DecoderForm.shared_softmax the gate is inside of the softmax, which
+`heads` leaves to the decoder.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from retro_jax.config import RetroConfig
-from retro_jax.model.attention import Attention, Widths
+from retro_jax.model.attention import MASKED, Attention, Widths
 from retro_jax.model.backend import settled
 from retro_jax.model.layers import Layout, bias
 from retro_jax.model.positions import NoPositions, decoder_positions, positions_of
@@ -105,6 +106,32 @@ class ChunkedCrossAttention(nnx.Module):
             heads = heads * self.attention.layout.weight(self.gate)[:, None]
         out_BxNxD = self.attention.read_out(heads).reshape(batch, length, -1)
         return jnp.pad(out_BxNxD, ((0, 0), (ahead, 0), (0, 0)))[:, :length]
+
+    def heads(
+        self,
+        h_BxNxD: jax.Array,
+        encoded_BxCxKxRxE: jax.Array,
+        present_BxCxKxR: jax.Array,
+        documents_BxC: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """What is read before gates and output, with the arguments of a call.
+
+        Returns:
+          Heads [B, N, H, W], and the logarithm of their softmax's denominators [B, N, H] float32, MASKED
+          for tokens that read nothing.
+        """
+        batch, length, _ = h_BxNxD.shape
+        chunks, neighbours = encoded_BxCxKxRxE.shape[1:3]
+        ahead = length // chunks - 1
+        given = self._prepared(h_BxNxD, encoded_BxCxKxRxE, present_BxCxKxR, documents_BxC)
+        heads, total = self.attention.attend_and_total(
+            given.query, given.key, given.value, given.mask, given.table, repeats=neighbours
+        )
+        heads = heads.reshape(batch, length, *heads.shape[3:])
+        total = total.reshape(batch, length, -1)
+        before = ((0, 0), (ahead, 0), (0, 0))
+        total = jnp.pad(total, before, constant_values=MASKED)[:, :length]
+        return jnp.pad(heads, (*before, (0, 0)))[:, :length], total
 
     def weights(
         self,

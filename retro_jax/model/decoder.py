@@ -10,7 +10,8 @@ import numpy as np
 from flax import nnx
 
 from retro_jax.config import RetroConfig
-from retro_jax.model.causal_attention import causal_attention
+from retro_jax.model.attention import shared_softmax
+from retro_jax.model.causal_attention import causal_attention, causal_heads
 from retro_jax.model.chunked_cross_attention import ChunkedCrossAttention, decoder_attention
 from retro_jax.model.layers import FeedForward, Layout, LearnedPositions, dropout
 from retro_jax.packed import Packed
@@ -136,6 +137,12 @@ class WholeSequences:
         branch_BxNxD = causal_attention(
             layer.attention, h_BxNxD, self.documents, chunk_length=self.config.chunk_length
         )
+        return self._with_branch(layer, h_BxNxD, branch_BxNxD, p)
+
+    def _with_branch(
+        self, layer: DecoderLayer, h_BxNxD: jax.Array, branch_BxNxD: jax.Array, p: jax.Array | int
+    ) -> jax.Array:
+        """`attend` with what ATTN has read."""
         sum_BxNxD = h_BxNxD + self.dropped(branch_BxNxD, 4 * p)
         if self.config.form.parallel_residual:
             sum_BxNxD = sum_BxNxD + self.dropped(layer.feed_forward(h_BxNxD), 4 * p + 2)
@@ -149,10 +156,18 @@ class WholeSequences:
         p: jax.Array | int,
         retrieved: Retrieved,
     ) -> jax.Array:
-        """H + ATTN(H) + CCA(H, E of layer p)."""
+        """H + ATTN(H) + CCA(H, E of layer p), of one softmax or of two."""
         encoded_BxCxKxRxE = self.encoded(retrieved, p).astype(h_BxNxD.dtype)
-        branch_BxNxD = cca(h_BxNxD, encoded_BxCxKxRxE, retrieved.present, self.documents)
-        return self.attend(layer, h_BxNxD, p) + self.dropped(branch_BxNxD, 4 * p + 1)
+        inputs = (h_BxNxD, encoded_BxCxKxRxE, retrieved.present, self.documents)
+        if not self.config.form.shared_softmax:
+            return self.attend(layer, h_BxNxD, p) + self.dropped(cca(*inputs), 4 * p + 1)
+        own = causal_heads(
+            layer.attention, h_BxNxD, self.documents, chunk_length=self.config.chunk_length
+        )
+        gate_H = cca.attention.layout.weight(cca.gate)
+        own_BxNxHxW, read_BxNxHxW = shared_softmax(own, cca.heads(*inputs), gate_H)
+        sum_BxNxD = self._with_branch(layer, h_BxNxD, layer.attention.read_out(own_BxNxHxW), p)
+        return sum_BxNxD + self.dropped(cca.attention.read_out(read_BxNxHxW), 4 * p + 1)
 
     def encoded(self, retrieved: Retrieved, p: jax.Array | int) -> jax.Array:
         """The encoding that CCA of layer p reads: [B, C, K, R, E], or [B, C, K, 1 + R, D]."""

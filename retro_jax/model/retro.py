@@ -233,8 +233,9 @@ class Retro(nnx.Module):
         present_BxCxKxR = neighbours_BxCxKxR != self.config.pad_id
         if not self.config.form.gated_cca:
             return present_BxCxKxR
-        # The sink of a neighbour that is all padding is not read.
-        return jnp.concatenate([present_BxCxKxR[..., :1], present_BxCxKxR], axis=-1)
+        # The sink of a neighbour that is all padding is not read, and none where the text has its own.
+        sink_BxCxKx1 = present_BxCxKxR[..., :1] & (not self.config.form.shared_softmax)
+        return jnp.concatenate([sink_BxCxKx1, present_BxCxKxR], axis=-1)
 
     def decoder_states(self, neighbours_BxCxKxR: jax.Array) -> jax.Array:
         """The decoder's states of each neighbour alone, without gradients: Retrieved.encoded.

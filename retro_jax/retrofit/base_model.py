@@ -130,6 +130,7 @@ def open_base(path: Path) -> BaseModel:
     file = open_gguf(location)
     with naming(location):
         config, names = gguf_config(file)
+    _check_layers(location, config, file.tensors)
     tensors = gguf_tensors(config, names)
     _check(location, tensors, file.tensors, re.escape(ROPE_FACTORS))
     with naming(location):
@@ -174,6 +175,7 @@ def _open_folder(folder: pathlib.Path) -> BaseModel:
             name if name.startswith("lm_head") else prefix + name: t
             for name, t in file_tensors.items()
         }
+    _check_layers(folder, config, file_tensors)
     tensors = architecture.tensors(config)
     ignored = architecture.ignored
     if config.tie_embeddings:
@@ -182,6 +184,15 @@ def _open_folder(folder: pathlib.Path) -> BaseModel:
     for tensor in tensors:
         file_tensors[tensor.name].check_dtype(tensor.name)
     return BaseModel(folder, config, tensors, file_tensors)
+
+
+def _check_layers(path: pathlib.Path, config: BaseConfig, stored: Mapping[str, Stored]) -> None:
+    """Refuses more layers than there are tensors, before their names are made."""
+    if config.num_layers > len(stored):
+        raise UserError(
+            f"{path} has {len(stored)} tensors: expected those of {config.num_layers} layers, which its"
+            " settings state"
+        )
 
 
 def _check(

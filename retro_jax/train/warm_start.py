@@ -41,6 +41,7 @@ _ALL = ("*",)
 _SHOWN = 3
 _PARTS = ("params", "average")  # of a TrainState
 _ADDED = ("cca.", "encoder.")
+_GATE = "cca.gate"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,7 @@ class StartConfig:
       step: which of its checkpoints; 0 for the newest.
       averaged: whether it begins with their moving average.
       fresh: patterns of parameters that begin with the seed's values even so.
+      gates: first value of gated CCA's gates beside a base: with 0 the first step is the base's.
       trained: patterns of the parameters that are trained; the others keep their values. Names are
         those of errors and checkpoints: 'encoder.*', '*.norm.scale'.
     """
@@ -63,6 +65,7 @@ class StartConfig:
     step: int = 0
     averaged: bool = False
     fresh: Sequence[str] = ()
+    gates: float = 0.0
     trained: Sequence[str] = _ALL
 
     def __post_init__(self) -> None:
@@ -72,6 +75,7 @@ class StartConfig:
         require(bool(self.trained), self, "trained", "at least one pattern, as in ('*',)")
         idle = self.run or not (self.step or self.averaged or (self.fresh and not self.base))
         require(not (self.run and self.base), self, "base", "'' where StartConfig.run is given")
+        require(bool(self.base) or not self.gates, self, "gates", "0 without StartConfig.base")
         require(bool(idle), self, "run", "a run's directory, as step, averaged or fresh are given")
 
 
@@ -144,6 +148,8 @@ def begin_with_base(config: StartConfig, state: TrainState, retro: RetroConfig) 
       UserError: there is no such model, or it is another decoder.
     """
     parameters = fitted_parameters(open_base(config.base), retro, named_leaves(state.params))
+    if config.gates and _GATE in parameters:
+        parameters[_GATE] = parameters[_GATE] + config.gates
     parameters = {n: x for n, x in parameters.items() if not _matches(n, config.fresh)}
     params = map_named(lambda name, leaf: parameters.get(name, leaf), state.params)
     average = None if state.average is None else jax.tree.map(jnp.copy, params)
@@ -167,6 +173,7 @@ def known_from_base(
     def known(name: str) -> bool:
         part, _, parameter = name.partition(".")
         own = trained(parameter) or _matches(parameter, config.fresh)
+        own = own or (config.gates != 0 and parameter == _GATE)
         return part in _PARTS and not own and not parameter.startswith(added)
 
     return known

@@ -9,13 +9,16 @@ import shutil
 import signal
 import threading
 import time
+from typing import Any
 
 import httpx2
 import numpy as np
 import pytest
 
+from data_pipelines.chunk_database.tokenizer import Tokenizer
 from launch import evaluate, serve
 from launch.runs import trained_run
+from retro_jax.batch import text_mask
 from retro_jax.errors import UserError
 from retro_jax.train.checkpoint import latest_step
 from retro_jax.train.curves import read_curve
@@ -97,9 +100,29 @@ def test_scores_of_texts_are_those_of_the_command(names):
             np.testing.assert_allclose(values_, -own[1 : 1 + len(values_)], atol=1e-4)
 
 
+def nats_by_the_command(workdir: pathlib.Path, name: str, database: Any) -> tuple[str, float]:
+    """The longest text that any window sees whole, and its nats as launch.evaluate has them."""
+    results = json.loads((workdir / "evaluation" / "test.json").read_text())
+    settings = results[name]["settings"]
+    most = settings["window_chunks"] - settings["stride_chunks"] + 1
+    record = max((r for r in database.records() if r.chunks <= most), key=lambda r: r.chunks)
+    ids = np.arange(record.first_chunk, record.first_chunk + record.chunks)
+    tokens, nll = database.chunks(ids), np.load(workdir / "evaluation" / results[name]["nll"])[ids]
+    inside = text_mask(tokens, np.zeros(len(ids)), eos_id=database.eos_id, pad_id=database.pad_id)
+    return Tokenizer.open(workdir / "tokenizer").decode(tokens[inside]), float(nll[inside].sum())
+
+
+def nats_by_the_server(url: str, text: str, *, retrieval: bool) -> float:
+    """The nats of a text as lm-eval asks for them."""
+    body = {"prompt": text, "max_tokens": 1, "echo": True, "logprobs": 1, "retrieval": retrieval}
+    answer = httpx2.post(f"{url}/v1/completions", json=body, timeout=60).json()
+    return -sum(answer["choices"][0]["logprobs"]["token_logprobs"][:-1])
+
+
 def test_the_command_serves_until_it_is_asked_to_stop(names, capfd):
-    """SIGTERM while a stream runs: the stream is whole, and the status is 0."""
+    """Scores as launch.evaluate's; SIGTERM while a stream runs: it is whole, and the status is 0."""
     values, workdir = names
+    database = values["split"].database
     port, seen = free_port(), {}
     url = f"http://127.0.0.1:{port}"
     body = {"prompt": "The history of the city", "max_tokens": 70, "temperature": 0, "stream": True}
@@ -110,6 +133,9 @@ def test_the_command_serves_until_it_is_asked_to_stop(names, capfd):
                 if httpx2.get(f"{url}/health").status_code == 200:
                     break
             time.sleep(0.05)
+        for name, retrieval in (("on", True), ("off", False)):
+            text, nats = nats_by_the_command(workdir, name, database)
+            seen[name] = nats_by_the_server(url, text, retrieval=retrieval) - nats
         lines = []
         with httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
             for line in answer.iter_lines():
@@ -127,6 +153,7 @@ def test_the_command_serves_until_it_is_asked_to_stop(names, capfd):
         == 0
     )
     thread.join()
+    assert seen["on"] == pytest.approx(0, abs=1e-3) and seen["off"] == pytest.approx(0, abs=1e-3)
     assert seen["text"] == values["result"].text
     assert call(serve.main, f"--workdir={workdir}", "--host=0.0.0.0") == 2
     assert "--host=0.0.0.0: expected --api_key" in capfd.readouterr().err

@@ -178,15 +178,16 @@ def test_buckets():
 
 
 @pytest.mark.parametrize(
-    ("name", "one_layer"), [("gpt2", 0), ("llama", 2), ("pythia", 2), ("qwen3", 0)]
+    ("name", "one_layer", "shared"),
+    [("gpt2", 0, True), ("llama", 2, False), ("pythia", 2, True), ("qwen3", 0, False)],
 )
-def test_fitted_models(name: str, one_layer: int):
+def test_fitted_models(name: str, one_layer: int, shared: bool):
     """Of each form, retrieval on (open gates in layer 2) and off, which is the base alone.
 
     Learned positions, heads that share keys, a parallel residual, norms of heads; neighbours' states
-    of one layer for all CCA layers, or of each.
+    of one layer for all CCA layers, or of each; one softmax over neighbours and text, or two.
     """
-    model = fitted(name, neighbour_layer=one_layer)
+    model = fitted(name, neighbour_layer=one_layer, shared_softmax=shared)
     on = make_texts(model.config, 2, 3, retrieval=True)
     off = dataclasses.replace(on, neighbours=None)
     decoder, wanted = Decoder(model, chunks=3), uncached(model, on)[:, :-1]

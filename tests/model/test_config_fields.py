@@ -107,8 +107,12 @@ FORM_OUTPUT: dict[str, Any] = {
     "rotary_divisors": (1.0, 50.0),
     "neighbour_layer": 2,
     "sink_id": 7,
+    "shared_softmax": True,
 }
-NEEDED = {name: {"gated_cca": True} for name in ("neighbour_layer", "sink_id", "cca_rank")}
+NEEDED = {
+    name: {"gated_cca": True}
+    for name in ("neighbour_layer", "sink_id", "cca_rank", "shared_softmax")
+}
 
 
 def formed(**form: Any) -> RetroConfig:

@@ -23,6 +23,7 @@ class Fitted:
       gates: layer, from 1 -> the gates of its heads.
       one_layer: the layer whose input is the encoding for all; 0 for each its own.
       sink, pad: token ids. chunk_length: M.
+      shared: one softmax over neighbours and text (DecoderForm.shared_softmax).
     """
 
     config: BaseConfig
@@ -32,6 +33,7 @@ class Fitted:
     sink: int
     pad: int
     chunk_length: int
+    shared: bool = False
 
     def logits(self, tokens: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
         """Tokens [N] and neighbours [C, K, R] -> [N, V]."""
@@ -46,7 +48,7 @@ class Fitted:
                 for t in range(self.chunk_length - 1, len(tokens)):
                     chunk = (t + 1) // self.chunk_length - 1
                     row = t - (self.chunk_length - 1) - chunk * self.chunk_length
-                    read[t] = self._read(p, h[t], row, encoded[chunk], neighbours[chunk])
+                    read[t] = self._read(p, h[: t + 1], row, encoded[chunk], neighbours[chunk])
             h = self._layer(p, h) + read if not self._sequential else self._after(p, h, read)
         h = base_numpy.norm(self.config, self.tensors, "norm", h)
         return h @ self.tensors["embedding" if self.config.tie_embeddings else "read_out"].T
@@ -95,12 +97,15 @@ class Fitted:
     def _read(
         self,
         p: int,
-        h: np.ndarray,
+        h: np.ndarray,  # [t + 1, D]
         row: int,
         encoded: Sequence[Sequence[np.ndarray]],
         neighbours: np.ndarray,
     ) -> np.ndarray:
-        """CCA of layer p at one token, the `row`-th of those that read these neighbours."""
+        """CCA of layer p at the last token of h, the `row`-th of those that read these neighbours.
+
+        With `shared` it is the difference from the layer's own attention.
+        """
         config, layer = self.config, self._tensors_of(p)
         source = (self.one_layer or p) - 1
         length = neighbours.shape[1] + 1
@@ -111,17 +116,25 @@ class Fitted:
             keys.append(base_numpy.turned(config, key, 0)[0])
             values.append(value[0])
             there = near != self.pad
-            present.append(np.concatenate([there[:1], there]))
+            present.append(np.concatenate([there[:1] & (not self.shared), there]))
         x = base_numpy.norm(config, layer, "attention_norm", h)
-        query, _, _ = base_numpy.heads(config, layer, x[None, None])
-        query = base_numpy.turned(config, query, length + row)[0, 0]
+        plain, own_key, own_value = base_numpy.heads(config, layer, x[None])
+        query = base_numpy.turned(config, plain[:, -1:], length + row)[0, 0]
+        own_query, own_key = (base_numpy.turned(config, each, 0)[0] for each in (plain, own_key))
         key, value, mask = np.concatenate(keys), np.concatenate(values), np.concatenate(present)
         if not mask.any():
-            return np.zeros_like(h)
+            return np.zeros_like(h[-1])
         mixed = np.empty_like(query)
         for head in range(config.num_heads):
             group = head // (config.num_heads // config.num_kv_heads)
             scores = key[:, group] @ query[head] / math.sqrt(config.head_dim)
-            weights = np.where(mask, np.exp(scores - scores.max()), 0)
-            mixed[head] = weights @ value[:, group] / weights.sum() * self.gates[p][head]
+            weights, gate = np.where(mask, np.exp(scores - scores.max()), 0), self.gates[p][head]
+            mixed[head] = weights @ value[:, group] / weights.sum() * gate
+            if self.shared:
+                own = own_key[:, group] @ own_query[-1, head] / math.sqrt(config.head_dim)
+                own_weights, gated = np.exp(own - scores.max()), weights * gate
+                total = own_weights.sum() + np.abs(gated).sum()
+                every = own_weights @ own_value[0, :, group] + gated @ value[:, group]
+                alone = own_weights @ own_value[0, :, group] / own_weights.sum()
+                mixed[head] = every / total - alone
         return np.tensordot(mixed, layer["output"], 2)

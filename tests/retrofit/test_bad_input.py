@@ -67,6 +67,11 @@ def _edit_tensors(folder, **changes):
         ({"eos_token_id": [2, 99]}, r"eos_ids is \(2, 99\): expected ids below vocab_size = 96"),
         ({"use_sliding_window": True}, "use_sliding_window is True: expected False"),
         ({"layer_types": ["sliding_attention"]}, "layer_types is .*: expected full_attention in"),
+        ({"layer_types": 2}, "layer_types is 2: expected full_attention in every layer"),
+        (
+            {"num_hidden_layers": 10**30},
+            "base has .* tensors: expected those of 1000.* layers, which",
+        ),
         ({"rope_parameters": 7}, "rope_parameters is 7: expected an object"),
         (
             {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
@@ -204,6 +209,10 @@ def test_bad_gguf_files(tmp_path):
         (
             _with_type(data, "blk.0.ffn_up.weight", gguf.GGMLQuantizationType.I8),
             "m.gguf: GGUF tensor type I8: expected one of those that the package gguf dequantises",
+        ),
+        (
+            _with_setting(data, "llama.block_count", 2**32 - 1),
+            "tensors: expected those of 4294967295 l",
         ),
         (_with_setting(data, "llama.rope.dimension_count", 4), "is 4: expected head_dim = 8"),
     ):

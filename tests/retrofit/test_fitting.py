@@ -75,22 +75,27 @@ def logits(model: Retro, batch: RetroBatch) -> np.ndarray:
     return np.asarray(call(model, batch))
 
 
-@pytest.mark.parametrize("execution", [ExecutionConfig(), UNROLLED], ids=["scan", "unrolled"])
+@pytest.mark.parametrize(
+    ("execution", "shared"),
+    [(ExecutionConfig(), False), (UNROLLED, False), (ExecutionConfig(), True)],
+    ids=["scan", "unrolled", "shared"],
+)
 @pytest.mark.parametrize("name", NAMES)
-def test_step_0_is_the_base_bit_for_bit(name, execution):
+def test_step_0_is_the_base_bit_for_bit(name, execution, shared):
     """With neighbours, without them, and as the plain decoder."""
-    model, batch = loaded(config_of(name), name, execution), batch_of()
+    config, batch = config_of(name, shared_softmax=shared), batch_of()
+    model = loaded(config, name, execution)
     base = loaded(model.config.baseline(), name, execution)
     wanted = logits(base, batch.without_neighbours())
     assert (logits(model, batch) == wanted).all()
     assert (logits(model, batch.without_neighbours()) == wanted).all()
 
 
-@pytest.mark.parametrize("one_layer", [0, 2])
+@pytest.mark.parametrize(("one_layer", "shared"), [(0, False), (2, False), (0, True)])
 @pytest.mark.parametrize("name", NAMES)
-def test_open_gates_read_what_the_reference_reads(name, one_layer):
-    base, config = open_base(FOLDER / name), config_of(name, neighbour_layer=one_layer)
-    batch = batch_of()
+def test_open_gates_read_what_the_reference_reads(name, one_layer, shared):
+    base, batch = open_base(FOLDER / name), batch_of()
+    config = config_of(name, neighbour_layer=one_layer, shared_softmax=shared)
     found = []
     for execution in (ExecutionConfig(), UNROLLED):
         model = with_gates(loaded(config, name, execution))
@@ -103,6 +108,7 @@ def test_open_gates_read_what_the_reference_reads(name, one_layer):
         sink=3,
         pad=0,
         chunk_length=4,
+        shared=shared,
     )
     wanted = [reference.logits(*row) for row in zip(batch.tokens, batch.neighbours, strict=True)]
     off = logits(model, batch.without_neighbours())
@@ -142,7 +148,7 @@ def test_a_sweep_over_k_is_each_k_by_itself():
         np.testing.assert_allclose(losses, model.token_losses(cut), atol=1e-4)
 
 
-def settings_of(name, trained=("cca.gate",), **others) -> Settings:
+def settings_of(name, trained=("cca.gate",), gates=0.0, **others) -> Settings:
     """20 steps of fitting."""
     return Settings(
         retro=others.pop("retro", config_of(name)),
@@ -150,7 +156,7 @@ def settings_of(name, trained=("cca.gate",), **others) -> Settings:
             steps=20, log_every=1, checkpoint_every=10, evaluate_every=20, evaluate_batches=1
         ),
         optimizer=OptimizerConfig(max_learning_rate=0.05, warmup_steps=1, **others),
-        start=StartConfig(base=str(FOLDER / name), trained=trained),
+        start=StartConfig(base=str(FOLDER / name), trained=trained, gates=gates),
     )
 
 
@@ -201,7 +207,9 @@ def test_only_what_is_trained_changes(tmp_path, trained):
 
 
 def test_a_run_resumes_to_the_same_bits(tmp_path):
-    plan = make_plan(settings_of("gpt2"), BatchShape.of(DATA.batches))
+    """Gates that begin open and are not trained are in its checkpoints."""
+    settings = settings_of("gpt2", ("cca.attention.output",), gates=0.5)
+    plan = make_plan(settings, BatchShape.of(DATA.batches))
     whole, broken = (Run(tmp_path / name, plan, DATA) for name in ("whole", "broken"))
     states = []
     whole.train()
@@ -211,6 +219,7 @@ def test_a_run_resumes_to_the_same_bits(tmp_path):
     again = Run(tmp_path / "broken", plan, DATA)
     again.train()
     assert digests(nnx.state(again.model())) == digests(nnx.state(whole.model())) == states[-1]
+    assert (np.asarray(again.model().cca.gate[...]) == 0.5).all()
 
 
 def test_the_papers_encoder_beside_a_frozen_base(tmp_path):

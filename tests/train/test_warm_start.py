@@ -67,7 +67,14 @@ def test_only_what_matches_is_trained():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("step", -1), ("step", 4), ("averaged", True), ("fresh", ("*",)), ("trained", ())],
+    [
+        ("step", -1),
+        ("step", 4),
+        ("averaged", True),
+        ("fresh", ("*",)),
+        ("trained", ()),
+        ("gates", 1.0),
+    ],
 )
 def test_every_validation(field, value):
     with pytest.raises(UserError, match=r"StartConfig\.\w+ is "):

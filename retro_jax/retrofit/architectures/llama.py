@@ -62,7 +62,8 @@ def _read_qwen3(fields: Fields) -> dict[str, Any]:
 def _refuse_windows(fields: Fields) -> None:
     """Qwen's sliding windows, off in the published models, are not read."""
     fields.only("use_sliding_window", False)
-    if set(fields.values.get("layer_types") or ()) - {"full_attention"}:
+    types = fields.values.get("layer_types") or []
+    if not isinstance(types, list) or any(each != "full_attention" for each in types):
         raise fields.error("layer_types", "full_attention in every layer")
 
 

@@ -158,6 +158,19 @@ def test_many_neighbours_are_asked_of_the_index_too(tmp_path, monkeypatch, kind,
     assert (ids >= 0).all() and not (keys.database.documents(ids) == exclude[:, None]).any()
 
 
+@pytest.mark.parametrize("settings", [{"kind": "hashing"}, {"kind": "tree", "num_leaves": 9}])
+def test_a_search_finds_the_same_whether_it_leaves_out_documents(tmp_path, settings):
+    """Tables leave out each chunk's own document, generation none: both are one retriever."""
+    vectors, queries = np.random.default_rng(0).normal(size=(2, 2000, 32)).astype(np.float32)
+    keys = make_keys(tmp_path, vectors)
+    prepare_index(tmp_path / "index", keys, IndexConfig(**settings, reorder=20))
+    index = Index.open(tmp_path / "index", keys)
+    with_none = index.search(queries[:200], 50)
+    with_others = index.search(queries[:200], 50, np.full(200, -1))
+    np.testing.assert_array_equal(with_none[0], with_others[0])
+    np.testing.assert_array_equal(with_none[1], with_others[1])
+
+
 class Halves:
     """A kind of index that compares the first half of the keys; its file says which."""
 
