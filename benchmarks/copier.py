@@ -8,8 +8,12 @@ there, and votes for what follows it. Its votes are mixed with the losses that l
 weights tuned on one half of the documents and used on the other. An ending of 1 token is what a reader
 sees that compares single tokens. "text so far" has the last tokens of the text instead of neighbours,
 and "both" has them beside the neighbours.
+
+A second table tells by the length of the ending, and by whether what follows it in the neighbours is the
+next token, what each model pays for a token: where a reader does not copy, and where it copies wrongly.
 """
 
+import itertools
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -32,6 +36,8 @@ ENDINGS = flags.DEFINE_list("endings", ["1", "2", "3", "32"], "Tokens of an endi
 __all__ = ["DATA", "NUM_NEIGHBOURS", "SPLIT", "main"]
 
 _BEFORE = 192  # tokens of the text so far: about what a position of a window of 256 sees
+_CLASSES = (0, 1, 2, 3, 4, 6, 11)  # the least length of each class of endings
+_LONGEST = 32
 _NONE = -1  # between passages, and where a passage is padding
 
 _NOTHING = np.zeros((0, 1), np.int32)
@@ -55,10 +61,13 @@ def main() -> None:
             raise UserError(
                 f"{path} is of other documents: expected all of the {SPLIT.value} split"
             )
-    rows = []
-    for place, (passages, before) in _places(split).items():
+    rows, places = [], _places(split)
+    for place, (passages, before) in places.items():
         rows += _rows(split, mask, losses, place, passages, before)
     print(table(rows))
+    by_length = _by_length(split, mask, losses, next(iter(places.values()))[0])
+    print("\nnats of a token by the longest ending in the neighbours, and what follows it there")
+    print(table(by_length))
 
 
 def _endings() -> list[int]:
@@ -124,6 +133,35 @@ def _rows(
             bits = {c: nats[inside].sum() / np.log(2) / size for c, nats in columns.items()}
             row = {"copied from": place, "model": name, "corpus": corpus}
             rows.append(row | {column: f"{value:.4f}" for column, value in bits.items()})
+    return rows
+
+
+def _by_length(
+    split: Split, mask: np.ndarray, losses: Mapping[str, np.ndarray], passages: Passages
+) -> list[dict[str, Any]]:
+    """Mean nats of each model by the longest ending that the neighbours have, and of a copier."""
+    database = split.database
+    tokens, owners = database.chunks(split.ids), database.documents(split.ids)
+    votes = copier_votes(tokens, owners, mask, passages, pad_id=database.pad_id, most=_LONGEST)
+    columns = {name: nll[mask] for name, nll in losses.items()}
+    if "baseline" in losses:
+        half = np.broadcast_to(owners[:, None], mask.shape)[mask] % 2 == 0
+        columns["baseline and copier"] = cross_tuned(columns["baseline"], votes, half)
+    return length_rows(votes, columns)
+
+
+def length_rows(votes: Votes, columns: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Means of columns [t] by the length of an ending, and by whether the next token follows it."""
+    followed = {"right": votes.shares >= 0.99, "wrong": votes.shares <= 0.01}
+    followed["some"] = ~(followed["right"] | followed["wrong"])
+    rows = []
+    for least, most in itertools.pairwise((*_CLASSES, _LONGEST + 1)):
+        for name, inside in followed.items():
+            here = inside & (votes.lengths >= least) & (votes.lengths < most)
+            if here.any():
+                shown = f"{least}" if most == least + 1 else f"{least} to {most - 1}"
+                row = {"ending": shown, "what follows": name, "count": int(here.sum())}
+                rows.append(row | {n: float(nats[here].mean()) for n, nats in columns.items()})
     return rows
 
 

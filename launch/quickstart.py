@@ -91,7 +91,8 @@ def steps(workdir: str, gin_file: str, max_tokens: int) -> list[tuple[str, list[
     where, settings = f"--workdir={workdir}", f"--gin_file={gin_file}"
     prompts = [f"--prompt={prompt}" for prompt in _PROMPTS]
     length = [f"--max_tokens={max_tokens}", f"--min_tokens={max_tokens}"]  # chunks to retrieve with
-    drawn = ["--temperature=0.8", "--top_k=40", *length]
+    # The memory too: half a million tokens teach these models too little to write without it.
+    drawn = ["--temperature=0.8", "--top_k=40", "--token_memory", *length]
     return [
         ("Text to chunks, keys, index and neighbours", ["launch.prepare", settings, where]),
         ("Train the RETRO", ["launch.train", settings, where]),

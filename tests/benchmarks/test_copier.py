@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from benchmarks.copier import copier_votes, cross_tuned
+from benchmarks.copier import copier_votes, cross_tuned, length_rows
+from retro_jax.evaluate.token_mixture import Votes
 
 _PAD = 0
 
@@ -64,3 +65,21 @@ def test_a_half_is_mixed_by_the_weights_of_the_other():
     mixed = cross_tuned(nll, copied, half)
     assert mixed.mean() < 0.5
     np.testing.assert_array_equal(cross_tuned(nll, copied, ~half), mixed)
+
+
+def test_every_token_is_in_one_class_of_lengths():
+    lengths = np.array([0, 1, 1, 4, 5, 11, 32, 32])
+    shares = np.array([0.0, 1.0, 0.5, 0.0, 1.0, 1.0, 1.0, 0.0])
+    votes = Votes(lengths, np.ones(8, int), np.ones(8), shares)
+    nats = np.arange(8.0)
+    rows = length_rows(votes, {"on": nats})
+    found = [(row["ending"], row["what follows"], row["count"], row["on"]) for row in rows]
+    assert found == [
+        ("0", "wrong", 1, 0.0),
+        ("1", "right", 1, 1.0),
+        ("1", "some", 1, 2.0),
+        ("4 to 5", "right", 1, 4.0),
+        ("4 to 5", "wrong", 1, 3.0),
+        ("11 to 32", "right", 2, 5.5),
+        ("11 to 32", "wrong", 1, 7.0),
+    ]
