@@ -1,134 +1,50 @@
-"""Neighbours while a text is generated: of its chunks as they are completed.
+"""Other sources of neighbours than one database: several of them at once, or the texts of a file.
 
-    LiveRetrieval.open([Source("W")], 2)                       of one database, its newest revision
-    LiveRetrieval.open([Source("W", 3, exclude=[("code", "a.py")])], 2)
-    LiveRetrieval.open([Source("W"), Source("V")], 2)          the two nearest of both
-    LiveRetrieval.open([Source("W"), Source("V", neighbours=1)], 2)    V gives one, W the other
-    FixedNeighbours.open("facts.jsonl", tokenizer, 2)          the same ones for every chunk
+    SeveralDatabases([first, second], [0, 0], 2)     the two nearest of both
+    SeveralDatabases([first, second], [0, 1], 2)     the second gives one, the first the other
+    FixedNeighbours.open("facts.jsonl", tokenizer)   the same ones for every chunk
 
-All databases have one tokeniser. Those without a number of neighbours of their own share what is left:
-the nearest of all of them are read.
+Both implement the protocol retro_jax.generate.live_database.LiveDatabase. Databases that claim no
+number of neighbours share what is left: the nearest of all of them are read. The ids of several
+databases follow each other:
+
+    database     first           second
+    chunks       0 1 2 ... n-1   n n+1 ...
 """
 
-import ast
-import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from data_pipelines.artefacts.manifest import SETTINGS_FILE, Path
-from data_pipelines.batches.batches import keep_part
+from data_pipelines.artefacts.manifest import Path
 from data_pipelines.chunk_database.database import CHUNK_LENGTH, ChunkDatabase
 from data_pipelines.chunk_database.tokenizer import Tokenizer
+from data_pipelines.evaluation.trace_sources import DatabaseLibrary
+from data_pipelines.live.database import LiveDatabase
 from data_pipelines.retriever.candidates import Found
-from data_pipelines.retriever.retriever import Retriever
-from data_pipelines.retriever.revisions import numbers_of
-from retro_jax.config import require
+from retro_jax.batch import Neighbour
 from retro_jax.errors import UserError
-
-_SPARE = 8  # neighbours that are asked for beside the wanted ones, where documents are left out
-_MODEL = "KeysConfig.model = "
+from retro_jax.report.views import NeighbourSource, NeighbourView
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A database that neighbours come from.
+class SeveralDatabases:
+    """Databases that are searched together.
 
     Attributes:
-      workdir: W. revision: of the database; None for the newest.
-      neighbours: of a chunk that come from it; 0: what no other claims, the nearest of all such.
-      exclude: documents that are never retrieved, as (corpus, id).
-      bert_folder: the BERT that made the keys; None for a packaged one, or the one of the preparation.
+      databases: that are asked. score: what scores are, "squared_l2" or "bm25".
+      revision: of the first one. digest: the hashes of all.
     """
 
-    workdir: Path
-    revision: int | None = None
-    neighbours: int = 0
-    exclude: tuple[tuple[str, str], ...] = ()
-    bert_folder: str | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> "Source":
-        """DIRECTORY or DIRECTORY=NEIGHBOURS, as flags have it."""
-        place, equals, count = text.partition("=")
-        if equals and not (count.isdecimal() and int(count)):
-            raise UserError(f"database {text!r}: expected DIRECTORY or DIRECTORY=NEIGHBOURS")
-        return cls(place, neighbours=int(count or 0))
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "exclude", tuple(self.exclude))
-        require(self.neighbours >= 0, self, "neighbours", "a number, 0 for those that are left")
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a neighbour is from: the number of its source, its chunk's id there, and its score."""
-
-    source: int
-    chunk: int
-    score: float
-
-
-class SearchedDatabase:
-    """A database that can be asked for the neighbours of any chunk.
-
-    Attributes:
-      retriever: searches it. chunks: of its revision. claimed: Source.neighbours.
-    """
-
-    def __init__(
-        self, retriever: Retriever, *, claimed: int = 0, exclude: Sequence[tuple[str, str]] = ()
-    ):
-        """Takes a retriever; names of documents that are not there are refused."""
-        self.retriever, self.chunks, self.claimed = retriever, retriever.database, claimed
-        self._excluded = np.array(numbers_of(self.chunks, exclude) if exclude else [], np.int64)
-
-    @classmethod
-    def open(cls, source: Source) -> "SearchedDatabase":
-        """Opens a source, and finds the BERT that its queries need; loads neither BERT nor index."""
-        model = source.bert_folder or recorded_bert(source.workdir)
-        retriever = Retriever.open(source.workdir, model=model, revision=source.revision)
-        retriever.check_model()
-        return cls(retriever, claimed=source.neighbours, exclude=source.exclude)
-
-    @property
-    def score(self) -> str:
-        """What scores are: "squared_l2" or "bm25"."""
-        return str(self.retriever.ranking.settings["score"])
-
-    def find(self, tokens: np.ndarray, k: int) -> Found:
-        """Ids and scores [n, k] of chunks [n, 64], without those of excluded documents."""
-        if not len(self._excluded):
-            return self.retriever.neighbours(tokens, k)
-        asked = k + _SPARE
-        while True:
-            ids, scores = self.retriever.neighbours(tokens, asked)
-            wanted = (ids >= 0) & ~np.isin(self.chunks.documents(ids), self._excluded)
-            enough = (wanted.sum(axis=1) >= k) | (ids < 0).any(axis=1)
-            if enough.all() or asked >= len(self.chunks):
-                break
-            asked = min(4 * asked, len(self.chunks))
-        order = np.argsort(~wanted, axis=1, kind="stable")[:, :k]
-        ids = np.take_along_axis(np.where(wanted, ids, -1), order, axis=1)
-        return ids, np.take_along_axis(scores, order, axis=1)
-
-
-class LiveRetrieval:
-    """Retrieves neighbours for a generator, and remembers where they are from.
-
-    Attributes:
-      databases: that it asks. score: what scores are, "squared_l2" or "bm25".
-    """
-
-    def __init__(self, databases: Sequence[SearchedDatabase], k: int, part: str = "both"):
+    def __init__(self, databases: Sequence[LiveDatabase], claims: Sequence[int], k: int) -> None:
         """Takes databases that are open.
 
         Args:
           databases: at least one, of one tokeniser and one kind of score.
-          k: neighbours of a chunk. part: BatchConfig.neighbour_part, as the model was trained.
+          claims: of a chunk's neighbours those that come from each; 0: of what no other claims.
+          k: neighbours of a chunk.
 
         Raises:
           UserError: the databases do not belong together, or claim other than k neighbours.
@@ -144,75 +60,133 @@ class LiveRetrieval:
                         f"{other.chunks.directory} has another {name} than {first.chunks.directory}:"
                         " expected databases of one"
                     )
-        claimed = sum(database.claimed for database in databases)
-        whole = all(database.claimed for database in databases)
-        if claimed > k or (whole and claimed < k):
-            raise UserError(f"the databases claim {claimed} neighbours: expected {k} in all")
-        self.databases, self.score, self._k, self._part = tuple(databases), first.score, k, part
-        self._found: dict[bytes, list[Place]] = {}
+        if sum(claims) > k or (all(claims) and sum(claims) < k):
+            raise UserError(f"the databases claim {sum(claims)} neighbours: expected {k} in all")
+        self.databases, self.score = tuple(databases), first.score
+        self.revision = first.revision
+        self.digest = "+".join(database.digest for database in databases)
+        self._claims, self._k = tuple(claims), k
+        self._ends = np.cumsum([len(database.chunks) for database in databases])
 
-    @classmethod
-    def open(cls, sources: Sequence[Source], k: int, part: str = "both") -> "LiveRetrieval":
-        """Opens databases."""
-        return cls([SearchedDatabase.open(source) for source in sources], k, part)
-
-    def __call__(self, chunks: np.ndarray) -> np.ndarray:
-        """The neighbours [n, k, 128] of chunks [n, 64]; those that a database claims come first."""
-        places = self.places(chunks)
-        pad_id = self.databases[0].chunks.pad_id
-        values = np.full((len(chunks), self._k, 2 * CHUNK_LENGTH), pad_id, np.int32)
-        for row, found in enumerate(places):
-            self._found[_key(chunks[row])] = found
-            for slot, place in enumerate(found):
-                values[row, slot] = self.databases[place.source].chunks.value(place.chunk)
-        return keep_part(values, self._part, pad_id)
-
-    def places(self, chunks: np.ndarray) -> list[list[Place]]:
-        """Where the neighbours of chunks [n, 64] are, k or fewer of each."""
-        rest = self._k - sum(database.claimed for database in self.databases)
-        claimed: list[list[Place]] = [[] for _ in chunks]
-        others: list[list[Place]] = [[] for _ in chunks]
-        for number, database in enumerate(self.databases):
-            count = database.claimed or rest
-            if not count:
+    def find(self, chunks: np.ndarray, k: int) -> Found:
+        """Ids and scores [n, k] of chunks [n, 64]; those that a database claims come first."""
+        if k != self._k:
+            raise UserError(f"k is {k}: expected {self._k}, which the databases share")
+        rest, none = k - sum(self._claims), -np.inf if self.score == "bm25" else np.inf
+        claimed: list[list[tuple[int, float]]] = [[] for _ in chunks]
+        others: list[list[tuple[int, float]]] = [[] for _ in chunks]
+        for number, (database, claim) in enumerate(zip(self.databases, self._claims, strict=True)):
+            if not (claim or rest):
                 continue
-            into = claimed if database.claimed else others
-            for row, found in enumerate(zip(*database.find(chunks, count), strict=True)):
+            into = claimed if claim else others
+            for row, found in enumerate(zip(*database.find(chunks, claim or rest), strict=True)):
                 pairs = zip(*(part.tolist() for part in found), strict=True)
-                into[row] += [Place(number, chunk, score) for chunk, score in pairs if chunk >= 0]
+                into[row] += [(self._first(number) + i, score) for i, score in pairs if i >= 0]
         sign = -1 if self.score == "bm25" else 1
-        for row, places in enumerate(others):
-            claimed[row] += sorted(places, key=lambda place: sign * place.score)[:rest]
-        return claimed
+        ids, scores = np.full((len(chunks), k), -1, np.int64), np.full((len(chunks), k), none)
+        for row, left in enumerate(others):
+            places = claimed[row] + sorted(left, key=lambda place: sign * place[1])[:rest]
+            for slot, place in enumerate(places):
+                ids[row, slot], scores[row, slot] = place
+        return ids, scores.astype(np.float32)
 
-    def found(self, chunk: np.ndarray) -> list[Place]:
-        """Where the neighbours are of a chunk; none where it was not asked for."""
-        return self._found.get(_key(chunk), [])
+    def values(self, ids: np.ndarray) -> np.ndarray:
+        """[n, k, 128] int32 tokens of neighbours, as the model reads them."""
+        values = self.databases[0].values(np.full_like(ids, -1))
+        owners = self.owners(ids)
+        for number, database in enumerate(self.databases):
+            own = owners == number
+            if own.any():
+                found = database.values(np.where(own, ids - self._first(number), -1))
+                values[own] = found[own]
+        return values
 
-    def shares(self) -> list[float]:
-        """Of all neighbours found so far, the share that came from each database."""
-        counts = np.zeros(len(self.databases))
-        for places in self._found.values():
-            for place in places:
-                counts[place.source] += 1
+    def neighbour(self, chunk: int, score: float) -> Neighbour:
+        """Where a chunk is from, and its text."""
+        database, inner = self.part(chunk)
+        return database.neighbour(inner, score)
+
+    def views(self, ids: np.ndarray, scores: np.ndarray, reader: np.ndarray) -> list[NeighbourView]:
+        """As LiveDatabase."""
+        views: list[NeighbourView] = []
+        for chunk, score in zip(ids[ids >= 0].tolist(), scores[ids >= 0], strict=True):
+            database, inner = self.part(chunk)
+            views += database.views(np.array([inner]), np.array([score]), reader)
+        return views
+
+    def without(self, documents: Sequence[str]) -> "SeveralDatabases":
+        """The same, but for some documents of the first database, as CORPUS/ID."""
+        databases = [self.databases[0].without(documents), *self.databases[1:]]
+        return SeveralDatabases(databases, self._claims, self._k)
+
+    def votes(self) -> Callable[[np.ndarray], tuple[int, np.ndarray]] | None:
+        """What asks the first one's token memory; None where it has none."""
+        return self.databases[0].votes()
+
+    def library(self) -> "SeveralLibraries":
+        """What a page of traces asks of documents and tokens."""
+        return SeveralLibraries(self)
+
+    def owners(self, ids: np.ndarray) -> np.ndarray:
+        """[...] int: which database each of some ids is of; -1 for none."""
+        return np.where(ids < 0, -1, np.searchsorted(self._ends, ids, side="right"))
+
+    def part(self, chunk: int) -> tuple[LiveDatabase, int]:
+        """The database of a chunk, and its id there."""
+        number = int(self.owners(np.array(chunk)))
+        return self.databases[number], chunk - self._first(number)
+
+    def shares(self, ids: np.ndarray) -> list[float]:
+        """Of neighbours [...] the share that came from each database."""
+        counts = np.bincount(self.owners(ids[ids >= 0]), minlength=len(self.databases))
         return (counts / max(counts.sum(), 1)).tolist()
 
     def identity(self) -> list[dict[str, Any]]:
         """The databases by hash and revision."""
-        manifests = [database.chunks.manifest for database in self.databases]
-        return [{"database": m.hash, "revision": m.revision} for m in manifests]
+        return [{"database": each.digest, "revision": each.revision} for each in self.databases]
+
+    def _first(self, number: int) -> int:
+        """The first id of a database."""
+        return int(self._ends[number]) - len(self.databases[number].chunks)
+
+
+class SeveralLibraries:
+    """The library of the first database, with the sources of all."""
+
+    def __init__(self, several: SeveralDatabases) -> None:
+        """Takes the databases."""
+        self._several = several
+        self._libraries = [database.library() for database in several.databases]
+        first = self._libraries[0]
+        self.piece, self.label = first.piece, first.label
+        self.document, self.votes = first.document, first.votes
+
+    def sources(self, ids: np.ndarray, scores: np.ndarray) -> list[NeighbourSource | None]:
+        """As DatabaseLibrary."""
+        found: list[NeighbourSource | None] = []
+        for chunk, score in zip(ids.tolist(), scores, strict=True):
+            if chunk < 0:
+                found.append(None)
+                continue
+            database, inner = self._several.part(chunk)
+            library = self._libraries[self._several.databases.index(database)]
+            found += library.sources(np.array([inner]), np.array([score]))
+        return found
 
 
 class FixedNeighbours:
     """The same neighbours for every chunk, of a file.
 
     Attributes:
-      tokens: [k, 128] int32.
+      tokens: [n, 128] int32.
+      revision: 0. digest: of nothing. score: as a database's.
     """
 
-    def __init__(self, tokens: np.ndarray):
-        """Takes neighbours as the model reads them."""
-        self.tokens = tokens
+    revision, digest, score = 0, "", "squared_l2"
+
+    def __init__(self, tokens: np.ndarray, tokenizer: Tokenizer, name: str = "") -> None:
+        """Takes neighbours as the model reads them, and the name of their file."""
+        self.tokens, self._tokenizer, self._name = tokens, tokenizer, name
 
     @classmethod
     def open(cls, path: Path, tokenizer: Tokenizer, k: int) -> "FixedNeighbours":
@@ -240,45 +214,45 @@ class FixedNeighbours:
         for row, text in enumerate(texts[:k]):
             ids = tokenizer.encode(text)[: 2 * CHUNK_LENGTH]
             tokens[row, : len(ids)] = ids
-        return cls(tokens)
+        return cls(tokens, tokenizer, file.name)
 
-    def __call__(self, chunks: np.ndarray) -> np.ndarray:
-        """[n, k, 128] of chunks [n, 64]."""
-        return np.broadcast_to(self.tokens, (len(chunks), *self.tokens.shape))
+    def find(self, chunks: np.ndarray, k: int) -> Found:
+        """The first k neighbours, for each of chunks [n, 64]."""
+        if k > len(self.tokens):
+            raise UserError(f"k is {k}: expected {len(self.tokens)} at most, of {self._name}")
+        ids = np.tile(np.arange(k, dtype=np.int64), (len(chunks), 1))
+        return ids, np.zeros(ids.shape, np.float32)
+
+    def values(self, ids: np.ndarray) -> np.ndarray:
+        """[n, k, 128] int32 tokens of neighbours."""
+        return self.tokens[ids]
+
+    def neighbour(self, chunk: int, score: float) -> Neighbour:
+        """The line of the file, and its text."""
+        tokens = self.tokens[chunk]
+        tokens = tokens[tokens != self._tokenizer.pad_id]
+        text, rest = (
+            self._tokenizer.decode(part) for part in (tokens[:CHUNK_LENGTH], tokens[CHUNK_LENGTH:])
+        )
+        return Neighbour(f"line {chunk + 1}", self._name, 0, score, 0, text, rest)
+
+    def views(self, ids: np.ndarray, scores: np.ndarray, reader: np.ndarray) -> list[NeighbourView]:
+        """None: the file is known to who wrote it."""
+        return []
+
+    def without(self, documents: Sequence[str]) -> "FixedNeighbours":
+        """Raises a UserError: there are no documents."""
+        raise UserError(f"document {documents[0]!r}: expected none with neighbours of a file")
+
+    def votes(self) -> None:
+        """There is no token memory."""
+
+    def library(self) -> DatabaseLibrary:
+        """Raises a UserError: a trace names documents."""
+        raise UserError(f"a trace with neighbours of {self._name}: expected a database")
 
 
-def document_names(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """(corpus, id) of documents given as CORPUS/ID; a UserError for other texts."""
-    pairs = [text.partition("/") for text in texts]
-    for text, (_, slash, _) in zip(texts, pairs, strict=True):
-        if not slash:
-            raise UserError(f"document {text!r}: expected CORPUS/ID")
-    return tuple((corpus, document) for corpus, _, document in pairs)
-
-
-def excluded_numbers(database: ChunkDatabase, texts: Sequence[str]) -> np.ndarray:
-    """[d] numbers of a database's documents given as CORPUS/ID."""
-    return np.array(numbers_of(database, document_names(texts)) if texts else [], np.int64)
-
-
-def recorded_bert(workdir: Path) -> str | None:
-    """The BERT folder that W was prepared with, where it still is; None for a packaged one."""
-    path = pathlib.Path(workdir) / SETTINGS_FILE
-    if not path.is_file():
-        return None
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith(_MODEL):
-            name = str(ast.literal_eval(line.removeprefix(_MODEL)))
-            return name if pathlib.Path(name).is_dir() else None
-    return None
-
-
-def _tokenizer_of(database: SearchedDatabase) -> str | None:
+def _tokenizer_of(database: LiveDatabase) -> str | None:
     """The hash of the tokeniser that a database was made with."""
     chunks: ChunkDatabase = database.chunks
     return getattr(chunks, "parts", (chunks,))[0].manifest.parents.get("tokenizer")
-
-
-def _key(chunk: np.ndarray) -> bytes:
-    """A chunk as a dictionary's key."""
-    return np.ascontiguousarray(chunk, np.int32).tobytes()
