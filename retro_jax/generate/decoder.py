@@ -118,7 +118,17 @@ class Decoder:
     def empty(self, rows: int, capacity: int, neighbours: int) -> Cache:
         """CacheLayout.empty, by a compiled program."""
         with self.on_mesh():
-            return self._programs.empty(rows, capacity, neighbours)
+            return self.beside_weights(self._programs.empty(rows, capacity, neighbours))
+
+    def beside_weights(self, arrays: Any) -> Any:
+        """Arrays that belong to the weights' device for good, as what programs give; a mesh's as they are.
+
+        A program is compiled again for arrays that may move.
+        """
+        if self._mesh is not None:
+            return arrays
+        (device,) = self._weights[0].devices()
+        return jax.device_put(arrays, device)
 
     def row_bucket(self, rows: int) -> int:
         """How many rows a program has for so many texts: a power of two for each part of the batch."""

@@ -21,6 +21,7 @@ weights (docs/serving.md).
 
 import collections
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterable, Sequence
 
@@ -38,6 +39,8 @@ from retro_jax.generate.text_progress import Decode, Progress, Retrieve, Running
 from retro_jax.generate.text_stream import TextStream
 
 _SHRINK_AFTER = 32  # steps with so few texts that fewer rows would do
+# One of each program that draws, but for the penalty.
+_USUAL = (SamplingConfig(temperature=0), SamplingConfig(), SamplingConfig(top_p=0.9))
 _FACTOR = 4  # between numbers of rows, and of chunks that are completed at once
 
 
@@ -174,7 +177,7 @@ class RunningTexts:
         return texts
 
     def warm_up(self) -> None:
-        """Compiles the programs of all numbers of rows, and of the usual settings."""
+        """Compiles the programs of all numbers of rows, strides and settings."""
         for size in self._sizes:
             self._rows = [None] * size
             state = self._state = self._empty(size)
@@ -189,17 +192,15 @@ class RunningTexts:
                 logits, cache = self._read_block(alone[1], block, 0, (), True)
                 alone = (_at(logits, np.int32(0)), cache)
             self._state = self.decoder.replace_rows(state, alone, {0: 0})
-            none = Mixture.without_votes() if self.neighbours else None
-            for settings, mixture in (
-                (SamplingConfig(temperature=0), none),
-                (SamplingConfig(), None),
-                (SamplingConfig(top_p=0.9), None),
-            ):
-                text = RunningText([0], 1, settings, TextStream(self.decode), alternatives=1)
+            mixture = Mixture.without_votes() if self.neighbours else None
+            for penalty, settings in itertools.product((1.0, 1.1), _USUAL):
+                sampling = dataclasses.replace(settings, repetition_penalty=penalty)
+                text = RunningText([0], 1, sampling, TextStream(self.decode), alternatives=1)
                 text.mixture = mixture
                 self._rows = [text, *[None] * (size - 1)]
                 self._draws.forget()
                 self._draw()
+                mixture = None
             for other in self._sizes:
                 self._rows = [None] * size
                 self._resize(other)
@@ -303,7 +304,8 @@ class RunningTexts:
     def _empty(self, rows: int) -> tuple[jax.Array, Cache]:
         """A cache in which nothing has been read, and logits of no meaning."""
         cache = self.decoder.empty(rows, self._capacity, self.neighbours)
-        return jnp.zeros((rows, self.decoder.config.vocab_size), jnp.float32), cache
+        logits = jnp.zeros((rows, self.decoder.config.vocab_size), jnp.float32)
+        return self.decoder.beside_weights(logits), cache
 
     def _drop(self, texts: list[RunningText]) -> None:
         """Frees the rows of texts, and forgets windows that nobody waits for."""

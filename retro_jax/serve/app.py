@@ -49,6 +49,9 @@ _SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 _EXPECTED = {
     "prompt": "a string, a list of strings, or tokens as one or several lists of numbers",
     "stop": "a string, or a list of 16 strings at most",
+    "remove": "documents as CORPUS/ID",
+    "retrieval.exclude": "1,000 documents as CORPUS/ID at most",
+    "corpus": "a name of letters, digits and _",
     "retrieval": 'true, false, or {"k": neighbours, "revision": number, "exclude": ["CORPUS/ID"],'
     ' "stride": tokens, "tokens": true}',
 }
@@ -226,7 +229,7 @@ class Server:
             try:
                 lines = await asyncio.to_thread(self._change, body.corpus, documents, body.remove)
             except UserError as error:
-                raise RequestError(str(error), "remove" if body.remove else "append") from error
+                raise errors.bad_request(error, "remove" if body.remove else "append") from error
             await self.refresh()
         databases = self._generator.databases
         assert databases is not None
@@ -255,7 +258,7 @@ class Server:
             try:
                 tokens = (await asyncio.to_thread(codec.encode, body.prompt)).tolist()
             except (UserError, UnicodeEncodeError) as error:
-                raise RequestError(str(error), "prompt") from error
+                raise RequestError("prompt: expected valid Unicode", "prompt") from error
             tokens = [codec.bos_id, *tokens] if body.add_special_tokens else tokens
         return {"tokens": tokens, "count": len(tokens), "max_model_len": self.service.length}
 
@@ -406,7 +409,8 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     elif expected:
         message = f"{field}: expected {expected}"
     else:
-        message = f"{field or 'the body'}: {first['msg']}"
+        reason = first["msg"].replace("Input should be", "expected")
+        message = f"{field or 'the body'}: {reason}"
     return errors.response(RequestError(message, field or None))
 
 

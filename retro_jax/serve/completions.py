@@ -19,7 +19,7 @@ from retro_jax.generate.sampling import SamplingConfig
 from retro_jax.generate.text_generator import TextGenerator
 from retro_jax.generate.text_progress import Progress, RunningText
 from retro_jax.serve.engine import Engine, Job
-from retro_jax.serve.errors import RequestError, bad_request
+from retro_jax.serve.errors import RequestError, bad_request, told
 from retro_jax.serve.limits import Limits
 from retro_jax.serve.requests import CompletionRequest, RetrievalOptions
 
@@ -408,7 +408,7 @@ class CompletionService:
         try:
             return databases.newest() if revision is None else databases.at(revision)
         except UserError as error:
-            raise RequestError(str(error), param, 404, "revision_not_found") from error
+            raise RequestError(told(error), param, 404, "revision_not_found") from error
 
     def token_name(self, token: int) -> str:
         """A token as text, or as OpenAI writes bytes that are none."""
@@ -482,7 +482,7 @@ def _naming(param: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise RequestError(str(error), param) from error
+        raise bad_request(error, param) from error
 
 
 def _prompts(prompt: Any) -> list[str | list[int]]:

@@ -53,9 +53,8 @@ def test_a_text_equals_that_of_the_generator(running):
     assert [result.tokens.tolist()] == alone(running, LONG[:20], sampling, lookup)
 
 
-@pytest.mark.parametrize("length", [5, 21, 45])
-def test_a_stride_is_that_of_the_generator(running, length):
-    """With prompts of less than a chunk, of a window, and past its end; neighbours are all named."""
+def test_a_stride_is_that_of_the_generator(running):
+    """With prompts of less than a chunk, and past the window's end; all neighbours are named."""
     lookup, sampling = Lookup(FakeDatabase(0), 2, stride=4), SamplingConfig(max_tokens=20, seed=7)
     generator = Generator(
         make_model(CONFIG),
@@ -65,15 +64,16 @@ def test_a_stride_is_that_of_the_generator(running, length):
         retrieve=lookup,
         options=GeneratorOptions(2, stride=4),
     )
-    texts = make_generator()
-    tokens = texts.encode(LONG[:length])
-    (result,) = generator.generate([np.array(tokens, np.int32)], sampling)
-    text = texts.text(tokens, dataclasses.replace(sampling, forbidden_tokens=(2,)), lookup=lookup)
-    running.join([text])
-    while running.texts:
-        running.step()
-    assert text.tokens == result.tokens.tolist()
-    assert len(texts.by_chunk(text, lookup)) == len(tokens + [0] * 20) // 4 - 1
+    texts, without_eos = make_generator(), dataclasses.replace(sampling, forbidden_tokens=(2,))
+    for prompt in (LONG[:5], LONG[:45]):
+        tokens = texts.encode(prompt)
+        (result,) = generator.generate([np.array(tokens, np.int32)], sampling)
+        text = texts.text(tokens, without_eos, lookup=lookup)
+        running.join([text])
+        while running.texts:
+            running.step()
+        assert text.tokens == result.tokens.tolist()
+        assert len(texts.by_chunk(text, lookup)) == (len(tokens) + 20) // 4 - 1
     text = texts.text(tokens, sampling, lookup=Lookup(FakeDatabase(0), 2, stride=3))
     with pytest.raises(UserError, match=r"a stride of 3: expected one of \(8, 4, 2\)"):
         running.join([text])
@@ -190,7 +190,8 @@ def test_nothing_is_compiled_after_warm_up(running):
     lookups = [Lookup(FakeDatabase(5), 2), Lookup(FakeDatabase(5), 2, stride=4)]
     lookups.append(generator.lookup(Retrieval(tokens=True), FakeDatabase(5)))
     for count, lookup in zip((1, 3, 4, 2), [*lookups, lookups[1]], strict=True):
-        sampling = SamplingConfig(max_tokens=12, seed=count, top_p=0.5 if count != 4 else 1)
+        penalty, top_p = (1.5, 1) if count == 4 else (1, 0.5)
+        sampling = SamplingConfig(12, seed=count, top_p=top_p, repetition_penalty=penalty)
         text = "quite another text " * count
         running.join(
             [

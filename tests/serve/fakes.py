@@ -4,7 +4,9 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
+import jax
 import numpy as np
+from flax import nnx
 
 from retro_jax.batch import Neighbour
 from retro_jax.errors import UserError
@@ -72,7 +74,7 @@ class FakeDatabase:
 
     def without(self, documents):
         if "fake/none" in documents:
-            raise UserError("there is no document 'none': expected another")
+            raise UserError("/home/me/W/chunks holds no document 'none': expected another")
         return FakeDatabase(self.revision, tuple(documents))
 
     def votes(self):
@@ -126,7 +128,10 @@ class FakeDatabases:
 def make_generator() -> TextGenerator:
     """A generator with windows of four chunks; its databases are those of whoever asks next."""
     weights: Callable[[], np.ndarray] = lambda: np.r_[0, np.full(num_classes() - 1, 0.5)]  # noqa: E731
-    model, databases = make_model(CONFIG), FakeDatabases()
+    # As a checkpoint is restored: programs compile again where arrays without a place follow.
+    graphdef, params = nnx.split(make_model(CONFIG))
+    model = nnx.merge(graphdef, jax.device_put(params, jax.devices()[0]))
+    databases = FakeDatabases()
     return TextGenerator(
         model, Letters(), chunks=4, databases=databases, name="letters", weights=weights
     )
