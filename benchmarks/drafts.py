@@ -22,7 +22,7 @@ from benchmarks.timing import machine, table, write_json
 from data_pipelines.chunk_database.base_tokenizer import check_base_tokenizer
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.chunk_database.tokenizer import Tokenizer
-from data_pipelines.retriever.live_settings import LiveSettings
+from data_pipelines.live.settings import LiveSettings
 from data_pipelines.retriever.revisions import open_database
 from data_pipelines.token_memory.drafts import MemoryDrafts
 from data_pipelines.token_memory.workdir_memory import prepare_and_open
@@ -30,7 +30,8 @@ from launch.common import app
 from launch.common.flags import BASE
 from launch.runs import trained_run
 from retro_jax.errors import UserError
-from retro_jax.generate.generator import Generator
+from retro_jax.generate.generator import Generator, GeneratorOptions
+from retro_jax.generate.live_database import Lookup
 from retro_jax.generate.sampling import SamplingConfig
 from retro_jax.host_memory import keep_freed_memory
 from retro_jax.retrofit import open_base
@@ -55,7 +56,7 @@ def generators(workdir: pathlib.Path) -> tuple[Tokenizer, dict[str, Generator]]:
         model = nnx.merge(*trained_run.load_model(run))
         chunks, neighbours = run.chunks, run.batches.neighbours
         part = run.batches.neighbour_part
-        retrieve = LiveSettings().open(workdir, tokenizer, neighbours, part)
+        retrieve = Lookup(LiveSettings().open(workdir, tokenizer, neighbours, part), neighbours)
     else:
         base = open_base(BASE.value)
         size = base.config.vocab_size
@@ -63,19 +64,20 @@ def generators(workdir: pathlib.Path) -> tuple[Tokenizer, dict[str, Generator]]:
         tokenizer = Tokenizer.open(workdir / "tokenizer")
         model, chunks = load_decoder(base, decoder_config(base.config, pad_id=tokenizer.pad_id)), 8
     memory = prepare_and_open(open_database(workdir))
-    modes: dict[str, dict[str, Any]] = {
-        "off": {},
-        "text": {"drafts": True},
-        "database": {"drafts": True, "look_up": MemoryDrafts(memory)},
+    look_up = MemoryDrafts(memory)
+    modes = {
+        "off": GeneratorOptions(neighbours),
+        "text": GeneratorOptions(neighbours, drafts=True),
+        "database": GeneratorOptions(neighbours, drafts=True, look_up=look_up),
     }
     common = {
         "chunks": chunks,
         "eos_id": tokenizer.eos_id,
         "retrieve": retrieve,
-        "num_neighbours": neighbours,
         "forbidden": sorted(tokenizer.special_ids - {tokenizer.eos_id}),
     }
-    return tokenizer, {name: Generator(model, **common, **mode) for name, mode in modes.items()}
+    made = {name: Generator(model, **common, options=mode) for name, mode in modes.items()}
+    return tokenizer, made
 
 
 def prompts(workdir: pathlib.Path, tokenizer: Tokenizer) -> Iterator[tuple[str, list[np.ndarray]]]:

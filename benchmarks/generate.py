@@ -44,7 +44,7 @@ from launch.common import app
 from retro_jax.config import RetroConfig
 from retro_jax.errors import UserError
 from retro_jax.generate.decoder import Completed, Decoder, Window
-from retro_jax.generate.generator import Generator
+from retro_jax.generate.generator import Generator, GeneratorOptions
 from retro_jax.generate.sampling import SamplingConfig
 from retro_jax.host_memory import keep_freed_memory
 from retro_jax.model import Retro
@@ -200,7 +200,7 @@ def retrieval_share(model: Retro, work: Work) -> dict[str, float]:
         chunks=_WINDOW // config.chunk_length,
         eos_id=config.vocab_size,
         retrieve=retrieve,
-        num_neighbours=work.neighbours,
+        options=GeneratorOptions(work.neighbours),
     )
     prompt, sampling = np.ones(1, np.int32), SamplingConfig(max_tokens=256, temperature=0)
     generator.generate([prompt], sampling)

@@ -19,11 +19,12 @@ from flax import nnx
 from benchmarks.timing import machine, table, write_json
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.chunk_database.tokenizer import Tokenizer
-from data_pipelines.retriever.live_settings import LiveSettings
+from data_pipelines.live.settings import LiveSettings
 from launch.common import app
 from launch.runs import trained_run
 from retro_jax.evaluate.strided_score import strided_losses
 from retro_jax.generate.decoder import Decoder
+from retro_jax.generate.live_database import Lookup
 from retro_jax.host_memory import keep_freed_memory
 
 STRIDES = flags.DEFINE_list("strides", ["64", "32", "16", "4"], "Tokens between retrievals.")
@@ -57,9 +58,8 @@ def main() -> None:
     run = trained_run.open_run(workdir / "retro")
     tokenizer = Tokenizer.open(workdir / "tokenizer")
     model = nnx.merge(*trained_run.load_model(run))
-    live = LiveSettings().open(
-        workdir, tokenizer, run.batches.neighbours, run.batches.neighbour_part
-    )
+    k, part = run.batches.neighbours, run.batches.neighbour_part
+    live = Lookup(LiveSettings().open(workdir, tokenizer, k, part), k)
     texts = texts_of(workdir, run.batches.sequence_length)
     rows = []
     for name in ["off", *STRIDES.value]:

@@ -32,7 +32,7 @@ from launch.common.flags import (
 from launch.runs import trained_run
 from retro_jax.errors import UserError
 from retro_jax.generate.answers import greedy_answers
-from retro_jax.generate.generator import Generator
+from retro_jax.generate.generator import Generator, GeneratorOptions
 from retro_jax.report.answer_tables import answers_table, figures, scored
 from retro_jax.report.result_files import EVALUATION, answers_file
 from retro_jax.report.tables import as_text
@@ -100,7 +100,7 @@ def answers(
             retrieve=passages,
             forbidden=[*special, *range(tokenizer.vocab_size, run.model.vocab_size)],
             decode=tokenizer.decode,
-            num_neighbours=k or None,
+            options=GeneratorOptions(k or None),
         )
         flat = [prompt.tokens for prompt in prompts]
         texts = greedy_answers(generator, flat, max_tokens=ANSWER_TOKENS.value)

@@ -25,8 +25,9 @@ from data_pipelines.chunk_database.database import CHUNK_LENGTH
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.evaluation.sampled_text import as_text, sampled_chunks
 from data_pipelines.evaluation.trace_sources import DatabaseLibrary
-from data_pipelines.retriever.live import LiveRetrieval, excluded_numbers
-from data_pipelines.retriever.live_settings import LiveSettings
+from data_pipelines.live.database import excluded_numbers
+from data_pipelines.live.settings import LiveSettings
+from data_pipelines.live.several import SeveralDatabases
 from data_pipelines.retriever.revisions import open_database
 from data_pipelines.token_memory.drafts import MemoryDrafts, memory_votes
 from data_pipelines.token_memory.memory import TokenMemory
@@ -49,13 +50,15 @@ from retro_jax.distributed.progress import progress_bar
 from retro_jax.errors import UserError
 from retro_jax.evaluate.token_mixture import tuned_weights
 from retro_jax.generate.drafts import LookUp
+from retro_jax.generate.generator import GeneratorOptions
+from retro_jax.generate.live_database import Lookup
 from retro_jax.generate.mixture import Mixture
 from retro_jax.generate.sample import Generator, Sample, SamplingConfig, sample_text
 from retro_jax.model import Retro
 from retro_jax.report.result_files import SAMPLES
 from retro_jax.report.trace_page import trace_page
 from retro_jax.report.trace_value import traced_text
-from retro_jax.report.views import NeighbourSource
+from retro_jax.report.views import NeighbourSource, NeighbourView
 from retro_jax.retrofit import open_base
 from retro_jax.retrofit.decoder import decoder_config, load_decoder
 from retro_jax.storage import files
@@ -273,27 +276,17 @@ def _check_trace(writer: _Writer, page: str) -> None:
         raise UserError(f"--trace={page}: expected a database, retrieved from at every chunk's end")
 
 
-def _page(
-    model: Retro, writer: _Writer, samples: Sequence[Sample], retrieve: LiveRetrieval | None
-) -> str:
+def _page(model: Retro, writer: _Writer, samples: Sequence[Sample], retrieve: Lookup | None) -> str:
     """The page of --trace."""
     assert writer.data is not None
-    databases = [each.chunks for each in retrieve.databases] if retrieve is not None else []
-    libraries = [
-        DatabaseLibrary(writer.tokenizer, chunks, open_existing(chunks))
-        for chunks in databases or [open_database(writer.data)]
-    ]
+    if retrieve is None:
+        chunks = open_database(writer.data)
+        library = DatabaseLibrary(writer.tokenizer, chunks, open_existing(chunks))
+    else:
+        library = retrieve.database.library()
 
     def found(chunk: np.ndarray) -> Sequence[NeighbourSource | None]:
-        if retrieve is None:
-            return []
-        sources = [
-            libraries[place.source].sources(
-                np.array([place.chunk]), np.array([place.score]), retrieve.score
-            )[0]
-            for place in retrieve.found(chunk)
-        ]
-        return [*sources, *[None] * (writer.neighbours - len(sources))]
+        return library.sources(*retrieve.found(chunk)) if retrieve is not None else []
 
     facts = [("model", str(app.WORKDIR.value)), ("database", str(writer.data))]
     return trace_page(
@@ -302,7 +295,7 @@ def _page(
                 model,
                 sample.generation,
                 found,
-                libraries[0],
+                library,
                 chunks=writer.chunks,
                 heading=sample.prompt,
                 facts=facts,
@@ -316,9 +309,10 @@ def make_samples(
     writer: _Writer, retrieval: LiveSettings, *, sampling: SamplingConfig, prompts: Sequence[str]
 ) -> dict[str, Any]:
     """A sample of each prompt, with the neighbours of each chunk, as JSON takes it."""
-    tokenizer, retrieve = writer.tokenizer, None
+    tokenizer, source, retrieve = writer.tokenizer, None, None
     if writer.data is not None and writer.neighbours:
-        retrieve = retrieval.open(writer.data, tokenizer, writer.neighbours, writer.part)
+        source = retrieval.open(writer.data, tokenizer, writer.neighbours, writer.part)
+        retrieve = Lookup(source, writer.neighbours)
     model = writer.load()
     special = tokenizer.special_ids - {tokenizer.eos_id}
     generator = Generator(
@@ -328,18 +322,23 @@ def make_samples(
         retrieve=retrieve,
         forbidden=[*special, *range(tokenizer.vocab_size, model.config.vocab_size)],
         decode=tokenizer.decode if sampling.stop else None,
-        num_neighbours=writer.neighbours or None,
-        drafts=DRAFTS.value != "off",
-        look_up=_look_up(writer),
-        mixture=_mixture(writer),
-        retrieval_stride=retrieval.stride if retrieve is not None else None,
+        options=GeneratorOptions(
+            neighbours=writer.neighbours or None,
+            stride=retrieval.stride if retrieve is not None else None,
+            drafts=DRAFTS.value != "off",
+            look_up=_look_up(writer),
+            mixture=_mixture(writer),
+        ),
     )
     with progress_bar(sampling.max_tokens, "sampling", "token") as bar:
         samples = sample_text(generator, tokenizer, prompts, sampling, on_step=bar.update)
     made: dict[str, Any] = {"samples": []}
-    places = retrieve if isinstance(retrieve, LiveRetrieval) else None
+
+    def views(chunk: np.ndarray, reader: np.ndarray) -> list[NeighbourView]:
+        return source.views(*retrieve.found(chunk), reader) if source and retrieve else []
+
     if TRACE.value:
-        page = _page(model, writer, samples, places)
+        page = _page(model, writer, samples, retrieve)
         files.write_atomically(pathlib.Path(TRACE.value), page.encode())
     for sample in samples:
         text = sample.generation
@@ -351,10 +350,10 @@ def make_samples(
             "prompt_length": text.prompt_length,
             "log_probabilities": text.log_probabilities.tolist(),
         }
-        views = sampled_chunks(text.tokens, text.prompt_length, tokenizer, places)
-        made["samples"].append(fields | {"chunks": [dataclasses.asdict(view) for view in views]})
-    if isinstance(retrieve, LiveRetrieval) and len(retrieve.databases) > 1:
-        pairs = zip(retrieve.identity(), retrieve.shares(), strict=True)
+        parts = sampled_chunks(text.tokens, text.prompt_length, tokenizer, views)
+        made["samples"].append(fields | {"chunks": [dataclasses.asdict(part) for part in parts]})
+    if retrieve is not None and isinstance(source, SeveralDatabases):
+        pairs = zip(source.identity(), source.shares(retrieve.ids()), strict=True)
         return made | {"databases": [{**place, "share": share} for place, share in pairs]}
     return made
 

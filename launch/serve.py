@@ -20,7 +20,7 @@ from data_pipelines.workdir.served_documents import change_documents
 from data_pipelines.workdir.settings_file import SETTINGS_FILE
 from launch import prepare
 from launch.common import app, configurables
-from launch.common.flags import AVERAGED, DATA, REVISION, data_directory
+from launch.common.flags import AVERAGED, BERT_FOLDER, DATA, REVISION, data_directory
 from launch.runs.text_generator import Generator
 from retro_jax.serve.limits import Limits
 from retro_jax.serve.listening import listen
@@ -33,6 +33,7 @@ ROWS = flags.DEFINE_integer("max_rows", Limits.rows, "Texts continued at once.",
 LENGTH = flags.DEFINE_integer("max_length", 0, "Tokens of a text. Default: the trained length.")
 QUEUE = flags.DEFINE_integer("max_queue", Limits.queue, "Texts that may wait.", lower_bound=1)
 SECONDS = flags.DEFINE_float("max_seconds", Limits.seconds, "Of a request.", lower_bound=0.1)
+STRIDES = flags.DEFINE_list("retrieval_strides", [], "Strides of retrieval to allow, as in 32,16.")
 WARM_UP = flags.DEFINE_bool("warm_up", True, "Compile everything before the first request.")
 
 
@@ -45,10 +46,23 @@ def main() -> None:
         raise flags.Error(f"--host={HOST.value}: expected --api_key, as others can reach it")
     if DOCUMENTS.value and REVISION.value is not None:
         raise flags.Error("--documents and --revision: expected one, as a change makes a revision")
-    limits = Limits(ROWS.value, LENGTH.value, QUEUE.value, SECONDS.value)
+    for stride in STRIDES.value:
+        if not stride.isdecimal():
+            raise flags.Error(f"--retrieval_strides={stride}: expected divisors of 64")
+    limits = Limits(
+        ROWS.value,
+        LENGTH.value,
+        QUEUE.value,
+        SECONDS.value,
+        strides=tuple(map(int, STRIDES.value)),
+    )
     database = data if DATA.value else None
     generator = Generator.open(
-        workdir, database=database, revision=REVISION.value, averaged=AVERAGED.value
+        workdir,
+        database=database,
+        revision=REVISION.value,
+        averaged=AVERAGED.value,
+        bert_folder=BERT_FOLDER.value,
     )
     change = None
     if DOCUMENTS.value:

@@ -1,38 +1,36 @@
 """A generated text chunk by chunk, each with its neighbours and where they are from."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from data_pipelines.chunk_database.database import CHUNK_LENGTH
 from data_pipelines.chunk_database.tokenizer import Tokenizer
-from data_pipelines.evaluation.text_view import Viewer, sample_chunk_from_json
-from data_pipelines.retriever.live import LiveRetrieval
+from data_pipelines.evaluation.text_view import sample_chunk_from_json
 from retro_jax.report.side_by_side import side_by_side
 from retro_jax.report.views import NeighbourView, SampleChunk
 
+# Of a chunk [64] and the tokens [n] that read its neighbours: what is shown of these.
+Views = Callable[[np.ndarray, np.ndarray], list[NeighbourView]]
+
 
 def sampled_chunks(
-    tokens: np.ndarray, prompt_length: int, tokenizer: Tokenizer, retrieve: LiveRetrieval | None
+    tokens: np.ndarray, prompt_length: int, tokenizer: Tokenizer, views_of: Views | None
 ) -> list[SampleChunk]:
     """The chunks of a text; runs that a neighbour shares with the chunk after it are marked.
 
     Args:
       tokens: [n] of the whole text. prompt_length: how many are the prompt.
-      retrieve: what gave the chunks their neighbours; None where nothing is known of these.
+      views_of: the neighbours of a chunk; None where nothing is known of these.
     """
     chunks = []
     for start in range(0, len(tokens), CHUNK_LENGTH):
         chunk = tokens[start : start + CHUNK_LENGTH]
         prompt = min(max(prompt_length - start, 0), CHUNK_LENGTH)
         views: list[NeighbourView] = []
-        if retrieve is not None:
-            following = tokens[start + CHUNK_LENGTH : start + 2 * CHUNK_LENGTH]
-            for place in retrieve.found(chunk):
-                viewer = Viewer(tokenizer, retrieve.databases[place.source].chunks)
-                found = np.array([place.chunk]), np.array([place.score])
-                views += viewer.neighbours(*found, following, retrieve.score)
+        if views_of is not None:
+            views = views_of(chunk, tokens[start + CHUNK_LENGTH : start + 2 * CHUNK_LENGTH])
         given, made = (tokenizer.decode(part) for part in (chunk[:prompt], chunk[prompt:]))
         chunks.append(SampleChunk(given, made, views))
     return chunks

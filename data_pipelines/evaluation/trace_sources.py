@@ -15,10 +15,18 @@ class DatabaseLibrary:
     """What trace_value asks of tokens and documents: its Library."""
 
     def __init__(
-        self, tokenizer: Tokenizer, database: ChunkDatabase, memory: TokenMemory | None = None
+        self,
+        tokenizer: Tokenizer,
+        database: ChunkDatabase,
+        memory: TokenMemory | None = None,
+        score: str = "squared_l2",
     ):
-        """Takes what is open: the database at a revision, and its token memory where there is one."""
+        """Takes what is open: the database at a revision, and its token memory where there is one.
+
+        `score` says what the scores of neighbours are, a name of SCORES.
+        """
         self._tokenizer, self._database, self._memory = tokenizer, database, memory
+        self._kind = SCORES[score]
         self._tokens_of = functools.lru_cache(maxsize=256)(self._read)
 
     def piece(self, token: int) -> bytes:
@@ -43,16 +51,14 @@ class DatabaseLibrary:
         """The token memory's votes on what follows tokens [p]; None without a memory."""
         return None if self._memory is None else self._memory.match(before)
 
-    def sources(
-        self, ids: np.ndarray, scores: np.ndarray, kind: str = "squared_l2"
-    ) -> list[NeighbourSource | None]:
-        """The sources of neighbours by their ids [k], -1 for none, and scores [k] of a kind."""
+    def sources(self, ids: np.ndarray, scores: np.ndarray) -> list[NeighbourSource | None]:
+        """The sources of neighbours by their ids [k], -1 for none, and scores [k]."""
         return [
-            None if chunk < 0 else self._source(chunk, score, SCORES[kind])
+            None if chunk < 0 else self._source(chunk, score)
             for chunk, score in zip(ids.tolist(), scores.tolist(), strict=True)
         ]
 
-    def _source(self, chunk: int, score: float, kind: str) -> NeighbourSource:
+    def _source(self, chunk: int, score: float) -> NeighbourSource:
         """The source of one chunk."""
         number = self._database.document(chunk)
         record = self._database.record(number)
@@ -61,7 +67,7 @@ class DatabaseLibrary:
             chunk=chunk - record.first_chunk + 1,
             chunks=record.chunks,
             score=score,
-            kind=kind,
+            kind=self._kind,
             revision=self._database.manifest.revision,
         )
 

@@ -9,9 +9,9 @@ from data_pipelines.artefacts.manifest import Path
 from data_pipelines.batches.batches import keep_part
 from data_pipelines.chunk_database.database import CHUNK_LENGTH
 from data_pipelines.chunk_database.tokenizer import Tokenizer
+from data_pipelines.live.database import LiveDatabase
 from data_pipelines.questions.layout import NEIGHBOUR_LENGTH, Prompt, passage_tokens
 from data_pipelines.questions.reader import Question, QuestionFile
-from data_pipelines.retriever.live import LiveRetrieval, Source
 from retro_jax.errors import UserError
 
 
@@ -35,20 +35,23 @@ class FoundPassages:
           workdir: W. prompts: asked for without their fill.
           k: K. part: BatchConfig.neighbour_part.
         """
-        self._live = LiveRetrieval.open([Source(workdir)], k, part)
-        self.database = self._live.databases[0].chunks
+        self._live, self._k = LiveDatabase.open(workdir, part=part), k
+        self.database = self._live.chunks
+        self._found: dict[bytes, np.ndarray] = {}
         pairs = [pair for p in prompts for pair in zip(p.chunks, p.query, strict=True)]
         self._queries = {_key(chunk): query for chunk, query in pairs}
 
     def __call__(self, chunks: np.ndarray) -> np.ndarray:
         """As `Passages`."""
-        queries = [self._query(chunk) for chunk in chunks]
-        return self._live(np.reshape(queries, (-1, CHUNK_LENGTH)))
+        queries = np.reshape([self._query(chunk) for chunk in chunks], (-1, CHUNK_LENGTH))
+        ids, _ = self._live.find(queries, self._k)
+        self._found.update(zip(map(_key, queries), ids, strict=True))
+        return self._live.values(ids)
 
     def names(self, chunk: np.ndarray) -> list[str]:
         """CORPUS/ID of the documents that were found."""
-        places = self._live.found(self._query(chunk))
-        records = [self.database.record(self.database.document(p.chunk)) for p in places]
+        ids = self._found.get(_key(self._query(chunk)), np.zeros(0, np.int64))
+        records = [self.database.record(self.database.document(i)) for i in ids[ids >= 0].tolist()]
         return [f"{record.corpus}/{record.id}" for record in records]
 
     def _query(self, chunk: np.ndarray) -> np.ndarray:

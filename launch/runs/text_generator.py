@@ -4,7 +4,8 @@ import pathlib
 
 from data_pipelines.artefacts.manifest import Path
 from data_pipelines.batches.batches import BatchConfig
-from data_pipelines.retriever.live_database import LiveDatabases, tokenizer_for
+from data_pipelines.live.database import LiveDatabases, tokenizer_for
+from retro_jax.evaluate.token_mixture import tuned_weights
 from retro_jax.generate.text_generator import TextGenerator
 from retro_jax.train.record import read_settings
 from retro_jax.train.trained_model import open_trained
@@ -56,4 +57,5 @@ class Generator(TextGenerator):
             databases=databases,
             neighbours=batches.neighbours,
             name=trained.name,
+            weights=lambda: tuned_weights(folder / "evaluation", trained.identity),
         )

@@ -1,7 +1,6 @@
 """Trained runs of a workdir, as evaluation, sampling and the report open them."""
 
 import dataclasses
-import hashlib
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from retro_jax.errors import UserError
 from retro_jax.sharding import MeshConfig
 from retro_jax.storage import files
 from retro_jax.train import trained_model
-from retro_jax.train.checkpoint import CHECKPOINTS, SEAL, latest_step
+from retro_jax.train.checkpoint import CHECKPOINTS, latest_step
 from retro_jax.train.record import CONFIG_FILE, PARENTS_FILE
 from retro_jax.train.warm_start import StartConfig
 
@@ -52,8 +51,9 @@ class Run:
 
     def identity(self) -> dict[str, Any]:
         """The facts that a result records about its run."""
-        facts = {"run": self.directory.name, "step": self.step, "checkpoint": self.checkpoint}
-        return facts | ({"averaged": True} if self.averaged else {})
+        return trained_model.identity_of(
+            self.directory, self.step, self.checkpoint, averaged=self.averaged
+        )
 
 
 def refuse_gin_file() -> None:
@@ -93,8 +93,6 @@ def open_run(
             f"{directory / CHECKPOINTS} has no checkpoint: expected a trained model (launch.train)"
         )
     configurables.load(str(directory / CONFIG_FILE), bindings)
-    seal = directory / CHECKPOINTS / str(step) / SEAL
-    digest = hashlib.sha256(seal.read_bytes() if seal.is_file() else b"").hexdigest()
     return Run(
         directory=directory,
         model=configurables.make(RetroConfig),
@@ -102,7 +100,7 @@ def open_run(
         batches=configurables.make(BatchConfig),
         mesh=configurables.make(MeshConfig),
         step=step,
-        checkpoint=digest,
+        checkpoint=trained_model.checkpoint_digest(directory, step),
         averaged=averaged,
         base=configurables.make(StartConfig).base,
     )

@@ -60,7 +60,8 @@ class Decoder:
     """Reads texts with a cache. Its weights are those of the model at construction.
 
     Attributes:
-      config: the architecture. chunks: C of the longest window. stride: s, tokens between retrievals.
+      config: the architecture. chunks: C of the longest window.
+      stride: s, tokens between retrievals, where a call does not say.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class Decoder:
         graphdef, params = nnx.split(model)
         leaves, structure = jax.tree.flatten((params, tables, read_out))
         self._weights = leaves
-        self._programs = programs(graphdef, structure, self._shapes, self.stride)
+        self._programs = programs(graphdef, structure, self._shapes)
 
     def on_mesh(self) -> Any:
         """The context in which arrays of a mesh are used."""
@@ -117,7 +118,17 @@ class Decoder:
     def empty(self, rows: int, capacity: int, neighbours: int) -> Cache:
         """CacheLayout.empty, by a compiled program."""
         with self.on_mesh():
-            return self._programs.empty(rows, capacity, neighbours)
+            return self.beside_weights(self._programs.empty(rows, capacity, neighbours))
+
+    def beside_weights(self, arrays: Any) -> Any:
+        """Arrays that belong to the weights' device for good, as what programs give; a mesh's as they are.
+
+        A program is compiled again for arrays that may move.
+        """
+        if self._mesh is not None:
+            return arrays
+        (device,) = self._weights[0].devices()
+        return jax.device_put(arrays, device)
 
     def row_bucket(self, rows: int) -> int:
         """How many rows a program has for so many texts: a power of two for each part of the batch."""
@@ -176,6 +187,7 @@ class Decoder:
         live: np.ndarray,
         completed: Sequence[Completed] = (),
         all_logits: bool = False,
+        strides: np.ndarray | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Reads a block of tokens of every row; takes the cache's memory.
 
@@ -185,18 +197,20 @@ class Decoder:
           live: [B] bool; the tokens of other rows change nothing that is read later.
           completed: rows whose chunk is complete with this block.
           all_logits: after every token, else after the last.
+          strides: [B] int32, tokens between each row's retrievals; None for the decoder's.
 
         Returns:
           Logits [B, V] or [B, T, V] float32, and the cache with these tokens in it.
         """
         last = None if all_logits else np.full(len(starts), np.shape(tokens)[1] - 1, np.int32)
-        return self._run(cache, tokens, starts, live, completed, last=last)
+        return self._run(cache, tokens, starts, live, completed, last=last, strides=strides)
 
     def compiled_step(self, rows: int, *, capacity: int, neighbours: int) -> str:
         """The compiled program of one step for every row, as text: its reads and copies."""
         cache = self.empty(rows, capacity, neighbours)
         zeros = np.zeros(rows, np.int32)
-        inputs = self._place((zeros[:, None], zeros, np.ones(rows, bool), None, zeros))
+        strides = np.full(rows, self.stride, np.int32)
+        inputs = self._place((zeros[:, None], zeros, np.ones(rows, bool), None, zeros, strides))
         with self.on_mesh():
             lowered = self._programs.run_block.lower(self._weights, cache, *inputs)
         return str(lowered.compile().as_text())
@@ -240,10 +254,12 @@ class Decoder:
         completed: Sequence[Completed],
         *,
         last: np.ndarray | None,
+        strides: np.ndarray | None = None,
     ) -> tuple[jax.Array, Cache]:
         """One block, its inputs laid out on the mesh."""
         chunks = self._stack_completed(completed, cache.rows) if completed else None
-        inputs = self._place((tokens, starts, live, chunks, last))
+        strides = np.full(cache.rows, self.stride, np.int32) if strides is None else strides
+        inputs = self._place((tokens, starts, live, chunks, last, strides))
         with self.on_mesh():
             return self._programs.run_block(self._weights, cache, *inputs)
 
@@ -300,13 +316,13 @@ class Programs:
 
 
 @functools.lru_cache(maxsize=32)
-def programs(graphdef: nnx.GraphDef, structure: Any, shapes: CacheLayout, stride: int) -> Programs:
+def programs(graphdef: nnx.GraphDef, structure: Any, shapes: CacheLayout) -> Programs:
     """The functions of a prepared model; `structure` belongs to (parameters, tables, read-out)."""
 
     def run_block(weights: list[jax.Array], cache: Cache, *inputs: Any) -> Any:
         params, tables, read_out = jax.tree.unflatten(structure, weights)
         model = nnx.merge(graphdef, params)
-        return _run_block(model, tables, read_out, cache, *inputs, stride=stride)
+        return _run_block(model, tables, read_out, cache, *inputs)
 
     def choose_rows(cache: Cache, logits: jax.Array, rows: jax.Array) -> Any:
         return caches.take_rows(logits, rows), caches.choose_rows(cache, rows)
@@ -338,18 +354,18 @@ def _run_block(
     live_B: jax.Array,
     completed: CompletedChunks | None,
     last_B: jax.Array | None,
-    *,
-    stride: int,
+    strides_B: jax.Array,
 ) -> tuple[jax.Array, Cache]:
     """Logits after the tokens `last_B` of a block, or after all, and the cache with the block in it."""
-    operators = CachedBlock(model.config, starts_B, tables, completed, stride)
+    operators = CachedBlock(model.config, starts_B, tables, completed, strides_B)
     carry = (model.embed(tokens_BxT, operators), cache)
     if cache.chunk is None:
         h_BxTxD, cache = model.without_retrieval(carry, operators)
     else:
         h_BxTxD, cache = model.before_retrieval(carry, operators)
         cache = _keep_activations(cache, h_BxTxD, starts_B, live_B, model)
-        retrieved = _encode(model, cache, completed, starts_B // stride * stride + stride)
+        ends_B = starts_B // strides_B * strides_B + strides_B
+        retrieved = _encode(model, cache, completed, ends_B)
         h_BxTxD, cache = model.after_retrieval((h_BxTxD, cache), retrieved, operators)
         cache = operators.finish(cache, retrieved)
     h_BxTxD = model.norm(h_BxTxD)

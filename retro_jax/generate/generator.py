@@ -117,6 +117,26 @@ class _Batch:
     block: np.ndarray | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class GeneratorOptions:
+    """How a generator reads texts and what it retrieves.
+
+    Attributes:
+      neighbours: K. None waits for the first answer of `retrieve`, and compiles for that K then.
+      stride: tokens between retrievals, a divisor of M; None for M, as in training. The query is the
+        last M tokens.
+      drafts: reads several tokens at once where they probably come next (drafts.py); the texts stay
+        the same. look_up: gives drafts from a database too.
+      mixture: texts are drawn from the model mixed with a token memory (mixture.py).
+    """
+
+    neighbours: int | None = None
+    stride: int | None = None
+    drafts: bool = False
+    look_up: LookUp | None = None
+    mixture: Mixture | None = None
+
+
 class Generator:
     """Continues token sequences with a RETRO, or with the baseline (`retrieve` None).
 
@@ -134,12 +154,8 @@ class Generator:
         retrieve: Retrieve | None = None,
         forbidden: Sequence[int] = (),
         decode: Decode | None = None,
-        num_neighbours: int | None = None,
         mesh: Mesh | None = None,
-        drafts: bool = False,
-        look_up: LookUp | None = None,
-        mixture: Mixture | None = None,
-        retrieval_stride: int | None = None,
+        options: GeneratorOptions = GeneratorOptions(),
     ):
         """Prepares to generate.
 
@@ -150,26 +166,21 @@ class Generator:
           retrieve: gives the neighbours [n, K, R] of complete chunks [n, M]; None is retrieval off.
           forbidden: tokens never drawn (padding, bos).
           decode: gives the text of generated tokens; stop strings need it.
-          num_neighbours: K. None waits for the first answer, and compiles for that K then.
           mesh: of the model's parameters; None for one device.
-          drafts: reads several tokens at once where they probably come next (drafts.py); the texts stay
-            the same.
-          look_up: gives drafts from a database too.
-          mixture: texts are drawn from the model mixed with a token memory (mixture.py).
-          retrieval_stride: tokens between retrievals, a divisor of M; None for M, as in training. The
-            query is the last M tokens.
+          options: K, the stride, drafts and a token memory.
         """
         config = model.config
-        self.decoder = Decoder(model, chunks=chunks, mesh=mesh, stride=retrieval_stride)
-        self.stride, self._mixture = self.decoder.stride, mixture
+        self.decoder = Decoder(model, chunks=chunks, mesh=mesh, stride=options.stride)
+        self.stride, self._mixture = self.decoder.stride, options.mixture
         self.chunk_length, self.chunks, self.eos_id = config.chunk_length, chunks, eos_id
         self.retrieve = retrieve if config.has_retrieval else None
         self.retrieval_seconds, self.blocks = 0.0, 0
         dtype = self.decoder.layout.dtype.name
-        self.drafter = Drafter(config.pad_id, dtype, look_up) if drafts else None
+        drafter = Drafter(config.pad_id, dtype, options.look_up)
+        self.drafter = drafter if options.drafts else None
         self._decode, self._shape = decode, (config.chunk_length, config.neighbour_length)
         self._encoded = encoded_length(config)
-        self._neighbours = 0 if self.retrieve is None else num_neighbours or 1
+        self._neighbours = 0 if self.retrieve is None else options.neighbours or 1
         self._allowed = np.ones(config.vocab_size, bool)
         self._allowed[[token for token in forbidden if token < config.vocab_size]] = False
 

@@ -42,6 +42,11 @@ class Mixture:
                 " them again"
             )
 
+    @classmethod
+    def without_votes(cls) -> "Mixture":
+        """A mixture with a memory that knows nothing: the model alone."""
+        return cls(lambda _: (0, np.zeros(0, np.int64)), np.zeros(num_classes()))
+
     def votes(self, texts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What the memory says after texts.
 

@@ -12,7 +12,8 @@ before. So the encoder runs inside of the block that completes a chunk: between 
 loop, when the activations of all of the chunk's tokens are there.
 
 With a stride of s < M tokens, neighbours are retrieved again after every s tokens, with the last M
-tokens as the query. Blocks end at multiples of s then, and the last M activations lie in a ring.
+tokens as the query. Blocks end at multiples of s then, and the last M activations lie in a ring. Each
+row has a stride of its own.
 """
 
 import dataclasses
@@ -75,8 +76,8 @@ class CompletedChunks:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["starts", "tables", "completed"],
-    meta_fields=["config", "stride"],
+    data_fields=["starts", "tables", "completed", "strides"],
+    meta_fields=["config"],
 )
 @dataclasses.dataclass(frozen=True)
 class CachedBlock:
@@ -86,14 +87,14 @@ class CachedBlock:
       config: the architecture. starts: [B] int32, the position of each row's first token.
       tables: of the distances.
       completed: chunks that are complete with this block, or None for none.
-      stride: s, tokens between retrievals; M, or a divisor of it.
+      strides: [B] int32, s of each row, tokens between retrievals; M, or a divisor of it.
     """
 
     config: RetroConfig
     starts: jax.Array
     tables: DistanceTables
     completed: CompletedChunks | None
-    stride: int
+    strides: jax.Array
 
     def attend(self, layer: DecoderLayer, carry: Carry, p: Any) -> Carry:
         """H + ATTN(H) of layer p, and its keys and values in the cache."""
@@ -182,8 +183,8 @@ class CachedBlock:
         if cca.gated:
             context_NxQxE = cca.attention.norm(context_NxQxE)
         query, *projection = cca.attention.project(h_BxTxD, context_NxQxE)
-        offsets_BxT = self._positions(h_BxTxD.shape[1]) % self.stride
-        last_BxT = offsets_BxT == self.stride - 1
+        offsets_BxT = self._positions(h_BxTxD.shape[1]) % self.strides[:, None]
+        last_BxT = offsets_BxT == self.strides[:, None] - 1
         # A chunk's last token is the first that reads its neighbours.
         positions_BxT = cca_queries(self.config).start + jnp.where(last_BxT, 0, offsets_BxT + 1)
         query = cca.attention.positions.turn(query, positions_BxT)

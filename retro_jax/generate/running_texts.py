@@ -10,14 +10,18 @@ A prompt is read in a cache of one row, one chunk between two steps, so that a l
 hold up the others. Samples of one prompt are read once. A text that outgrows the window leaves its
 row, is read again from its last chunks, and comes back.
 
-Every text has settings, a retriever (a revision of the database) and a count of neighbours of its
-own: the cache has room for K of each chunk, and what is missing is padding. The cache always has
-room for a whole window, and one of few numbers of rows, so that all programs can be compiled before
-the first request (`warm_up`).
+Every text has settings, a retriever (a revision of the database), a stride and a count of neighbours
+of its own: the cache has room for K of each chunk, and what is missing is padding. The cache always
+has room for a whole window, and one of few numbers of rows, so that all programs can be compiled
+before the first request (`warm_up`).
+
+Drafts are not read here: a block of 4 tokens of several texts waits for arithmetic, no longer for the
+weights (docs/serving.md).
 """
 
 import collections
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterable, Sequence
 
@@ -28,48 +32,36 @@ import numpy as np
 from retro_jax.errors import UserError
 from retro_jax.generate.cache import Cache
 from retro_jax.generate.decoder import Completed, Decoder
-from retro_jax.generate.sampling import (
-    Needs,
-    Sampler,
-    SamplingConfig,
-    allowed_tokens,
-    draw,
-    make_sampler,
-    needs,
-)
+from retro_jax.generate.mixture import Mixture
+from retro_jax.generate.row_draws import Drawn, RowDraws
+from retro_jax.generate.sampling import SamplingConfig
 from retro_jax.generate.text_progress import Decode, Progress, Retrieve, RunningText
 from retro_jax.generate.text_stream import TextStream
 
-ALTERNATIVES = 5  # likeliest tokens that a text may ask for at each position
 _SHRINK_AFTER = 32  # steps with so few texts that fewer rows would do
+# One of each program that draws, but for the penalty.
+_USUAL = (SamplingConfig(temperature=0), SamplingConfig(), SamplingConfig(top_p=0.9))
 _FACTOR = 4  # between numbers of rows, and of chunks that are completed at once
 
 
 @dataclasses.dataclass
 class _Reading:
-    """A window that is being read for some texts: `done` of its chunks are."""
+    """A window that is being read for some texts, by blocks of a stride: `done` of these are."""
 
     texts: list[RunningText]
     tokens: np.ndarray
-    neighbours: list[np.ndarray]
+    neighbours: list[np.ndarray | None]
+    stride: int
     done: int = 0
     cache: Cache | None = None
-
-
-@dataclasses.dataclass
-class _Settings:
-    """The settings of all rows as arrays."""
-
-    sampler: Sampler
-    needs: Needs
-    seen: np.ndarray | None
 
 
 class RunningTexts:
     """Continues texts, all by one token a step.
 
     Attributes:
-      most: rows at most. neighbours: K. retrieval_seconds: spent in `retrieve` so far.
+      most: rows at most. neighbours: K. strides: that texts may have.
+      retrieval_seconds: spent in `retrieve` so far.
     """
 
     def __init__(
@@ -81,6 +73,7 @@ class RunningTexts:
         eos_id: int,
         decode: Decode,
         forbidden: Iterable[int] = (),
+        strides: Iterable[int] = (),
     ) -> None:
         """Takes what is common to all texts; nothing is compiled yet.
 
@@ -89,6 +82,10 @@ class RunningTexts:
           rows: texts at once, at most.
           neighbours: K, of a chunk at most; 0 where no text retrieves.
           eos_id: ends a text. decode: gives the text of tokens. forbidden: tokens never drawn.
+          strides: tokens between retrievals that texts may ask for, besides a chunk's M.
+
+        Raises:
+          UserError: a stride that does not divide a chunk.
         """
         self.decoder, self.eos_id, self.decode = decoder, eos_id, decode
         config = decoder.config
@@ -97,12 +94,14 @@ class RunningTexts:
         self._length, self._capacity = config.chunk_length, decoder.chunks * config.chunk_length
         self._sizes = row_counts(rows)
         self.most = self._sizes[-1]
-        self._allowed = np.ones(config.vocab_size, bool)
-        self._allowed[[t for t in forbidden if t < config.vocab_size]] = False
+        self.strides = tuple(sorted({self._length, *strides}, reverse=True))
+        for stride in self.strides:
+            if stride < 1 or self._length % stride:
+                raise UserError(f"a stride of {stride}: expected a divisor of {self._length}")
+        self._draws = RowDraws(config.vocab_size, forbidden, eos_id)
         self._reading: collections.deque[_Reading] = collections.deque()
         self._rows: list[RunningText | None] = [None] * self._sizes[0]
         self._state: tuple[jax.Array, Cache] | None = None
-        self._settings: _Settings | None = None
         self._small = 0  # steps in a row in which fewer rows would have done
 
     @property
@@ -118,24 +117,31 @@ class RunningTexts:
 
     def check(self, sampling: SamplingConfig) -> None:
         """Raises a UserError for settings that leave no token to draw, or name one that there is not."""
-        allowed_tokens(sampling, self._allowed)
+        self._draws.check(sampling)
 
     def join(self, texts: Sequence[RunningText]) -> None:
         """Takes in samples of one prompt, of equal retrieval; there must be `room` for them.
 
         Raises:
-          UserError: an empty prompt, settings that leave no token, or a failed retrieval.
+          UserError: an empty prompt, settings that leave no token, another stride than `strides`, or a
+            failed retrieval.
         """
         assert len(texts) <= self.room
         if not texts[0].tokens:
             raise UserError("a prompt has no token: expected bos at least")
         for text in texts:
             self.check(text.sampling)
+            text.stride = text.stride or self._length
+            if text.stride not in self.strides:
+                raise UserError(f"a stride of {text.stride}: expected one of {self.strides}")
         first = texts[0]
-        chunks = len(first.tokens) // self._length
-        if first.retrieve is not None and self.neighbours and chunks:
-            tokens = np.asarray(first.tokens[: chunks * self._length], np.int32)
-            found = self._retrieve(first.retrieve, tokens.reshape(chunks, -1))
+        if first.retrieve is not None and self.neighbours:
+            ends = range(first.stride, len(first.tokens) + 1, first.stride)
+            whole = [end for end in ends if end >= self._length]
+            found: list[np.ndarray | None] = [None] * (len(ends) - len(whole))
+            if whole:
+                chunks = [first.tokens[end - self._length : end] for end in whole]
+                found += list(self._retrieve(first.retrieve, np.array(chunks, np.int32)))
             for text in texts:
                 text.neighbours = list(found)
         self._read(list(texts))
@@ -166,32 +172,35 @@ class RunningTexts:
         texts = self.texts
         self._reading.clear()
         self._rows = [None] * self._sizes[0]
-        self._state = self._settings = None
+        self._state = None
+        self._draws.forget()
         return texts
 
     def warm_up(self) -> None:
-        """Compiles the programs of all numbers of rows, and of the usual settings."""
+        """Compiles the programs of all numbers of rows, strides and settings."""
         for size in self._sizes:
             self._rows = [None] * size
             state = self._state = self._empty(size)
             counts = [0, *row_counts(size)] if self.neighbours else [0]
             for count in counts:
                 state = self._step_rows(state, {}, self._dummies(count, size))
-            alone = self._empty(1)
-            block = np.zeros((1, self._length), np.int32)
-            for completed in ((), self._dummies(1, 1)) if self.neighbours else ((),):
-                alone = self._read_block(alone[1], block, 0, completed, False)
-            logits, cache = self._read_block(alone[1], block, 0, (), True)
-            alone = (_at(logits, np.int32(0)), cache)
+            for stride in self.strides:
+                alone = self._empty(1)
+                block = np.zeros((1, stride), np.int32)
+                for completed in ((), self._dummies(1, 1)) if self.neighbours else ((),):
+                    alone = self._read_block(alone[1], block, 0, completed, False)
+                logits, cache = self._read_block(alone[1], block, 0, (), True)
+                alone = (_at(logits, np.int32(0)), cache)
             self._state = self.decoder.replace_rows(state, alone, {0: 0})
-            for settings in (
-                SamplingConfig(temperature=0),
-                SamplingConfig(),
-                SamplingConfig(top_p=0.9),
-            ):
-                text = RunningText([0], 1, settings, TextStream(self.decode), alternatives=1)
-                self._rows, self._settings = [text, *[None] * (size - 1)], None
+            mixture = Mixture.without_votes() if self.neighbours else None
+            for penalty, settings in itertools.product((1.0, 1.1), _USUAL):
+                sampling = dataclasses.replace(settings, repetition_penalty=penalty)
+                text = RunningText([0], 1, sampling, TextStream(self.decode), alternatives=1)
+                text.mixture = mixture
+                self._rows = [text, *[None] * (size - 1)]
+                self._draws.forget()
                 self._draw()
+                mixture = None
             for other in self._sizes:
                 self._rows = [None] * size
                 self._resize(other)
@@ -203,26 +212,32 @@ class RunningTexts:
         first = max(0, -(-len(texts[0].tokens) // self._length) - self.decoder.chunks)
         for text in texts:
             text.first = first
+        stride = texts[0].stride
         tokens = np.asarray(texts[0].tokens[first * self._length :], np.int32)
-        reading = _Reading(texts, tokens, texts[0].neighbours[first:])
+        neighbours = texts[0].neighbours[first * self._length // stride :]
+        reading = _Reading(texts, tokens, neighbours, stride)
         if soon:
             self._reading.appendleft(reading)
         else:
             self._reading.append(reading)
 
     def _read_chunk(self) -> None:
-        """Reads one chunk of the first window that waits; its texts get rows after the last one."""
+        """Reads one block of the first window that waits; its texts get rows after the last one."""
         if not self._reading:
             return
-        reading, length = self._reading[0], self._length
+        reading = self._reading[0]
+        length = reading.stride
         if reading.cache is None:
             reading.cache = self._empty(1)[1]
-        part = reading.tokens[reading.done * length : (reading.done + 1) * length]
+        end = (reading.done + 1) * length
+        part = reading.tokens[end - length : end]
         block = np.full((1, length), self.decoder.config.pad_id, np.int32)
         block[0, : len(part)] = part
         completed: tuple[Completed, ...] = ()
-        if reading.done < len(reading.neighbours):
-            completed = (Completed(0, part, reading.neighbours[reading.done]),)
+        if reading.done < len(reading.neighbours) and end >= self._length:
+            found = reading.neighbours[reading.done]
+            assert found is not None
+            completed = (Completed(0, reading.tokens[end - self._length : end], found),)
         partial = len(part) < length
         logits, reading.cache = self._read_block(
             reading.cache, block, reading.done * length, completed, partial
@@ -243,7 +258,7 @@ class RunningTexts:
         completed: Sequence[Completed],
         all_logits: bool,
     ) -> tuple[jax.Array, Cache]:
-        """A chunk of one text."""
+        """A block of one text, as long as its stride."""
         return self.decoder.step(
             cache,
             block,
@@ -251,6 +266,7 @@ class RunningTexts:
             live=np.ones(1, bool),
             completed=completed,
             all_logits=all_logits,
+            strides=np.array([block.shape[1]], np.int32),
         )
 
     def _place(self, texts: list[RunningText], state: tuple[jax.Array, Cache]) -> None:
@@ -265,7 +281,7 @@ class RunningTexts:
         if self._state is None:
             self._state = self._empty(len(self._rows))
         self._state = self.decoder.replace_rows(self._state, state, rows)
-        self._settings = None
+        self._draws.forget()
 
     def _size_for(self, count: int) -> int:
         """The number of rows for so many texts, never fewer than there are."""
@@ -282,12 +298,14 @@ class RunningTexts:
             self._state = self.decoder.choose_rows(cache, logits, padded)
         kept = [self._rows[row] for row in rows]
         self._rows = [*kept, *[None] * (size - len(kept))]
-        self._settings, self._small = None, 0
+        self._small = 0
+        self._draws.forget()
 
     def _empty(self, rows: int) -> tuple[jax.Array, Cache]:
         """A cache in which nothing has been read, and logits of no meaning."""
         cache = self.decoder.empty(rows, self._capacity, self.neighbours)
-        return jnp.zeros((rows, self.decoder.config.vocab_size), jnp.float32), cache
+        logits = jnp.zeros((rows, self.decoder.config.vocab_size), jnp.float32)
+        return self.decoder.beside_weights(logits), cache
 
     def _drop(self, texts: list[RunningText]) -> None:
         """Frees the rows of texts, and forgets windows that nobody waits for."""
@@ -300,67 +318,21 @@ class RunningTexts:
             reading.texts = [text for text in reading.texts if text not in texts]
             if not reading.texts:
                 self._reading.remove(reading)
-        self._settings = None
-
-    def _of_rows(self) -> _Settings:
-        """The settings of the rows; free ones are drawn greedily and thrown away."""
-        if self._settings is None:
-            free = SamplingConfig(temperature=0)
-            settings = [free if text is None else text.sampling for text in self._rows]
-            numbers = [0 if text is None else text.number for text in self._rows]
-            needed, seen = needs(settings), None
-            if needed.penalty:
-                seen = np.zeros((len(self._rows), len(self._allowed)), bool)
-                for row, text in enumerate(self._rows):
-                    if text is not None:
-                        seen[row, text.tokens] = True
-            sampler = make_sampler(settings, numbers, self._allowed)
-            if len(sampler.allowed) == 1:  # one program, whatever tokens each text may draw
-                every = jnp.asarray(np.repeat(np.asarray(sampler.allowed), len(settings), axis=0))
-                sampler = sampler._replace(allowed=every)
-            self._settings = _Settings(sampler, needed, seen)
-        return self._settings
+        self._draws.forget()
 
     def _draw(self) -> list[Progress]:
         """The next token of every row."""
         assert self._state is not None
-        logits, settings = self._state[0], self._of_rows()
-        steps = np.array([0 if t is None else t.generated for t in self._rows], np.int32)
-        barred = np.full(len(self._rows), -1, np.int32)
-        for row, text in enumerate(self._rows):
-            if text is not None and text.generated < text.sampling.min_tokens:
-                barred[row] = self.eos_id
-        drawn = draw(
-            logits,
-            settings.sampler,
-            steps=steps,
-            barred=barred,
-            seen=settings.seen,
-            needs=settings.needs,
-        )
-        asked = any(text is not None and text.alternatives for text in self._rows)
-        (tokens, scores), likeliest = jax.device_get((drawn, _likeliest(logits) if asked else None))
-        progress = []
-        for row, text in enumerate(self._rows):
-            if text is None:
-                continue
-            if settings.seen is not None:
-                settings.seen[row, tokens[row]] = True
-            others: tuple[tuple[int, float], ...] = ()
-            if likeliest is not None:
-                ids, values = likeliest[0][row].tolist(), likeliest[1][row].tolist()
-                others = tuple(zip(ids, values, strict=True))[: text.alternatives]
-            progress.append(self._append(text, int(tokens[row]), float(scores[row]), others))
-        return progress
+        drawn = self._draws.draw(self._state[0], self._rows)
+        return [
+            self._append(text, one)
+            for text, one in zip(self._rows, drawn, strict=True)
+            if text is not None and one is not None
+        ]
 
-    def _append(
-        self,
-        text: RunningText,
-        token: int,
-        score: float,
-        alternatives: tuple[tuple[int, float], ...],
-    ) -> Progress:
+    def _append(self, text: RunningText, drawn: Drawn) -> Progress:
         """Adds a token to a text, and ends it where it is to end."""
+        token, score, alternatives = drawn.token, drawn.score, drawn.alternatives
         text.tokens.append(token)
         text.log_probabilities.append(score)
         piece = ""
@@ -380,7 +352,11 @@ class RunningTexts:
         due: dict[int, list[RunningText]] = collections.defaultdict(list)
         if self.neighbours:
             for text in self._rows:
-                if text is not None and text.retrieve and len(text.tokens) % self._length == 0:
+                if text is None or not text.retrieve or len(text.tokens) % text.stride:
+                    continue
+                if len(text.tokens) < self._length:
+                    text.neighbours.append(None)
+                else:
                     due[id(text.retrieve)].append(text)
         failed = []
         for texts in due.values():
@@ -423,7 +399,7 @@ class RunningTexts:
                 text.first
             ):
                 self._rows[row] = None
-                self._settings = None
+                self._draws.forget()
                 self._read([text], soon=True)
         live = {row: text for row, text in enumerate(self._rows) if text is not None}
         smaller = next(size for size in self._sizes if size >= len(self.texts))
@@ -434,13 +410,14 @@ class RunningTexts:
         if not live:
             return
         assert self._state is not None
-        completed = [
-            Completed(row, np.asarray(text.tokens[-self._length :], np.int32), text.neighbours[-1])
-            for row, text in live.items()
-            if self.neighbours
-            and text.retrieve is not None
-            and len(text.tokens) % self._length == 0
-        ]
+        completed = []
+        for row, text in live.items():
+            inside = len(text.tokens) - text.first * self._length
+            found = text.neighbours[-1] if text.neighbours else None
+            if found is None or len(text.tokens) % text.stride or inside < self._length:
+                continue
+            query = np.asarray(text.tokens[-self._length :], np.int32)
+            completed.append(Completed(row, query, found))
         count = next(n for n in [0, *row_counts(len(self._rows))] if n >= len(completed))
         completed += completed[-1:] * (count - len(completed))
         self._state = self._step_rows(self._state, live, completed)
@@ -454,11 +431,13 @@ class RunningTexts:
         """One token of the rows that are live."""
         rows = len(self._rows)
         tokens, starts = np.zeros((rows, 1), np.int32), np.zeros(rows, np.int32)
-        mask = np.zeros(rows, bool)
+        mask, strides = np.zeros(rows, bool), np.full(rows, self._length, np.int32)
         for row, text in live.items():
-            tokens[row], mask[row] = text.tokens[-1], True
+            tokens[row], mask[row], strides[row] = text.tokens[-1], True, text.stride
             starts[row] = len(text.tokens) - 1 - text.first * self._length
-        return self.decoder.step(state[1], tokens, starts, live=mask, completed=completed)
+        return self.decoder.step(
+            state[1], tokens, starts, live=mask, completed=completed, strides=strides
+        )
 
     def _dummies(self, count: int, rows: int) -> list[Completed]:
         """Chunks that are complete, to compile for."""
@@ -483,10 +462,3 @@ def row_counts(most: int) -> list[int]:
 def _at(logits_BxTxV: jax.Array, place: jax.Array) -> jax.Array:
     """[B, V]: the logits after one token of a block."""
     return jax.lax.dynamic_index_in_dim(logits_BxTxV, place, axis=1, keepdims=False)
-
-
-@jax.jit
-def _likeliest(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The likeliest tokens of each row, and their log-probabilities, [B, ALTERNATIVES] each."""
-    values, ids = jax.lax.top_k(jax.nn.log_softmax(logits, axis=-1), ALTERNATIVES)
-    return ids, values

@@ -11,7 +11,7 @@ This file knows neither directories nor data pipelines: it takes a model, a toke
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, Protocol, overload
 
 import numpy as np
@@ -20,8 +20,10 @@ from retro_jax.batch import Neighbour
 from retro_jax.errors import UserError
 from retro_jax.evaluate.text_scores import TextScorer
 from retro_jax.generate.decoder import Decoder
-from retro_jax.generate.live_database import LiveDatabase, LiveDatabases, Lookup
-from retro_jax.generate.running_texts import ALTERNATIVES, RunningTexts
+from retro_jax.generate.live_database import LiveDatabase, LiveDatabases, Lookup, Retrieval
+from retro_jax.generate.mixture import Mixture
+from retro_jax.generate.row_draws import ALTERNATIVES
+from retro_jax.generate.running_texts import RunningTexts
 from retro_jax.generate.sample import TextCodec
 from retro_jax.generate.sampling import SamplingConfig
 from retro_jax.generate.text_progress import RunningText
@@ -90,8 +92,9 @@ class TextGenerator:
     """Generates, scores and retrieves.
 
     Attributes:
-      name: of the model. codec: the tokeniser. databases: its revisions; None without retrieval.
-      neighbours: K, of a chunk at most. window: tokens that the model reads at once.
+      name: of the model. model: itself. codec: the tokeniser.
+      databases: the revisions of its database; None without retrieval.
+      neighbours: K, of a chunk at most. chunks, window: C and tokens that the model reads at once.
       scorer: of texts as tokens.
     """
 
@@ -104,18 +107,21 @@ class TextGenerator:
         databases: LiveDatabases | None = None,
         neighbours: int = 2,
         name: str = "retro",
+        weights: Callable[[], np.ndarray] | None = None,
     ) -> None:
         """Prepares the weights.
 
         Args:
           model: on one device. codec: its tokeniser. chunks: C, the trained length.
           databases: what it retrieves from. neighbours: K, as in training. name: of the model.
+          weights: reads those of a token memory's votes, which launch.evaluate tuned.
 
         Raises:
           UserError: a form of decoder without a cache.
         """
         config = model.config
-        self.name, self.codec = name, codec
+        self.name, self.model, self.codec, self._weights = name, model, codec, weights
+        self.chunks = chunks
         self.databases = databases if config.has_retrieval else None
         self.neighbours = neighbours if self.databases is not None else 0
         self.window = chunks * config.chunk_length
@@ -123,8 +129,11 @@ class TextGenerator:
         self._decoder = Decoder(model, chunks=chunks)
         self._running: RunningTexts | None = None
 
-    def running(self, rows: int) -> RunningTexts:
-        """A batch of texts under way, of `rows` at most; it shares this model's weights."""
+    def running(self, rows: int, strides: Sequence[int] = ()) -> RunningTexts:
+        """A batch of texts under way, of `rows` at most; it shares this model's weights.
+
+        `strides` of retrieval may be asked for, besides a chunk's length.
+        """
         codec, config = self.codec, self._decoder.config
         special = codec.special_ids - {codec.eos_id}
         return RunningTexts(
@@ -134,6 +143,7 @@ class TextGenerator:
             eos_id=codec.eos_id,
             decode=codec.decode,
             forbidden=[*special, *range(codec.vocab_size, config.vocab_size)],
+            strides=strides,
         )
 
     @overload
@@ -142,7 +152,7 @@ class TextGenerator:
         prompts: Sequence[str],
         sampling: SamplingConfig | Sequence[SamplingConfig] = ...,
         *,
-        retrieval: bool | int = ...,
+        retrieval: bool | int | Retrieval = ...,
         stream: Literal[False] = ...,
     ) -> list[TextResult]: ...
 
@@ -152,7 +162,7 @@ class TextGenerator:
         prompts: Sequence[str],
         sampling: SamplingConfig | Sequence[SamplingConfig] = ...,
         *,
-        retrieval: bool | int = ...,
+        retrieval: bool | int | Retrieval = ...,
         stream: Literal[True],
     ) -> Iterator[TextPiece]: ...
 
@@ -161,7 +171,7 @@ class TextGenerator:
         prompts: Sequence[str],
         sampling: SamplingConfig | Sequence[SamplingConfig] = SamplingConfig(),
         *,
-        retrieval: bool | int = True,
+        retrieval: bool | int | Retrieval = True,
         stream: bool = False,
     ) -> list[TextResult] | Iterator[TextPiece]:
         """Continues prompts.
@@ -169,7 +179,8 @@ class TextGenerator:
         Args:
           prompts: texts; equal ones are samples of one prompt.
           sampling: of all prompts, or of each.
-          retrieval: True as in training, False for none, or neighbours of a chunk, K at most.
+          retrieval: True as in training, False for none, neighbours of a chunk, K at most, or all
+            choices as a `Retrieval`.
           stream: gives pieces as they come, instead of results at the end.
 
         Raises:
@@ -190,7 +201,9 @@ class TextGenerator:
             text = self.text(self.encode(prompt), one, lookup=lookup, number=len(group))
             group.append(text)
             texts.append(text)
-        running = self._running = self._running or self.running(_AT_ONCE)
+        length = self._decoder.config.chunk_length
+        divisors = [n for n in range(1, length) if length % n == 0]
+        running = self._running = self._running or self.running(_AT_ONCE, divisors)
         for text in texts:
             running.check(text.sampling)
         pieces = self._pieces(list(prompts), texts, list(groups.values()), lookup)
@@ -199,19 +212,23 @@ class TextGenerator:
         results = {piece.index: piece.result for piece in pieces if piece.result is not None}
         return [results[index] for index in range(len(texts))]
 
-    def score(self, texts: Sequence[str], *, retrieval: bool | int = True) -> list[ScoredText]:
+    def score(
+        self, texts: Sequence[str], *, retrieval: bool | int | Retrieval = True
+    ) -> list[ScoredText]:
         """Log-probabilities of texts, as whole documents, in the windows of launch.evaluate.
 
         The texts of a split in its order have the same log-probabilities as there.
 
         Args:
-          texts: any. retrieval: as for `generate`.
+          texts: any. retrieval: as for `generate`, without stride and token memory.
         """
         if isinstance(texts, str):
             raise UserError("texts is a string: expected a list of strings")
         if not texts:
             return []
         lookup = self.lookup(retrieval)
+        if lookup is not None and (lookup.stride or lookup.mixture is not None):
+            raise UserError("scores with a stride or a token memory: expected launch.evaluate")
         encoded = [[*self.encode(text), self.codec.eos_id] for text in texts]
         scores = self.scorer.score([np.asarray(ids, np.int32) for ids in encoded], lookup)
         revision = None if lookup is None else lookup.database.revision
@@ -252,20 +269,41 @@ class TextGenerator:
         lookup(chunks)
         return lookup.by_chunk(chunks.reshape(-1), config.chunk_length)
 
-    def lookup(self, retrieval: bool | int, database: LiveDatabase | None = None) -> Lookup | None:
+    def lookup(
+        self, retrieval: bool | int | Retrieval, database: LiveDatabase | None = None
+    ) -> Lookup | None:
         """What retrieves for one request; None for retrieval off.
 
         Raises:
-          UserError: more neighbours than the cache has room for.
+          UserError: more neighbours than the cache has room for, a document that is not there, no token
+            memory, or a stride that does not divide a chunk.
         """
-        if retrieval is False or retrieval == 0 or self.databases is None:
-            if retrieval is not True and retrieval:
+        choices = retrieval if isinstance(retrieval, Retrieval) else _choices(retrieval)
+        if choices.k == 0 or self.databases is None:
+            if self.databases is None and not (choices.k == 0 or retrieval is True):
                 raise UserError(f"retrieval of {self.name}, trained without: expected False")
             return None
-        k = self.neighbours if retrieval is True else int(retrieval)
+        k = self.neighbours if choices.k is None else choices.k
         if not 1 <= k <= self.neighbours:
             raise UserError(f"retrieval is {k} neighbours: expected 0 to {self.neighbours}")
-        return Lookup(database or self.databases.newest(), k)
+        length = self._decoder.config.chunk_length
+        if choices.stride and length % choices.stride:
+            raise UserError(f"a stride of {choices.stride}: expected a divisor of {length}")
+        database = database or self.databases.newest()
+        if choices.exclude:
+            database = database.without(choices.exclude)
+        mixture = self._mixture(database) if choices.tokens else None
+        return Lookup(database, k, stride=choices.stride, mixture=mixture)
+
+    def _mixture(self, database: LiveDatabase) -> Mixture:
+        """A database's token memory with its weights."""
+        ask = database.votes()
+        if ask is None or self._weights is None:
+            raise UserError(
+                f"revision {database.revision} has no token memory: expected launch.evaluate"
+                " --retrieval=tokens before"
+            )
+        return Mixture(ask, self._weights())
 
     def encode(self, text: str) -> list[int]:
         """bos and the tokens of a text."""
@@ -287,16 +325,18 @@ class TextGenerator:
             sampling=sampling,
             stream=TextStream(self.codec.decode, sampling.stop),
             retrieve=lookup,
+            stride=0 if lookup is None else lookup.stride,
+            mixture=None if lookup is None else lookup.mixture,
             number=number,
             alternatives=alternatives,
         )
 
     def by_chunk(self, text: RunningText, lookup: Lookup | None) -> list[list[Neighbour]]:
-        """The neighbours that a text has read, of each complete chunk."""
+        """The neighbours that a text has read, of each complete chunk, or of each query."""
         if lookup is None:
             return []
-        length = self._decoder.config.chunk_length
-        return lookup.by_chunk(text.tokens, length)[: len(text.neighbours)]
+        count = sum(found is not None for found in text.neighbours)
+        return lookup.by_chunk(text.tokens, self._decoder.config.chunk_length)[:count]
 
     def _pieces(
         self,
@@ -342,3 +382,12 @@ class TextGenerator:
             neighbours=self.by_chunk(text, lookup),
             revision=None if lookup is None else lookup.database.revision,
         )
+
+
+def _choices(retrieval: bool | int) -> Retrieval:
+    """Retrieval as True, False or a number of neighbours."""
+    if retrieval is True:
+        return Retrieval()
+    if retrieval < 0:
+        raise UserError(f"retrieval is {retrieval}: expected True, False or a number from 0")
+    return Retrieval(int(retrieval))

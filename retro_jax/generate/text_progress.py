@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from retro_jax.generate.mixture import Mixture
 from retro_jax.generate.sampling import SamplingConfig
 from retro_jax.generate.text_stream import TextStream
 
@@ -20,8 +21,11 @@ class RunningText:
       tokens: prompt (with bos) and continuation. prompt_length: how many are the prompt.
       sampling: its settings. number: among the samples of its prompt.
       retrieve: gives neighbours [n, k, R] of complete chunks [n, M], k <= K; None is retrieval off.
+      stride: s, tokens between retrievals; 0 for a chunk, M.
+      mixture: the token memory that the model is mixed with.
       alternatives: likeliest tokens to report at each position.
-      neighbours: [K, R] of each complete chunk. log_probabilities: of the continuation, in nats.
+      neighbours: [K, R] after each s tokens; None before there are M. log_probabilities: of the
+        continuation, in nats.
       ended: "" under way; "eos", "stop" (a stop string), "length", "cancelled", "timeout" or "error".
       error: what went wrong with this text alone.
     """
@@ -33,7 +37,9 @@ class RunningText:
     retrieve: Retrieve | None = None
     number: int = 0
     alternatives: int = 0
-    neighbours: list[np.ndarray] = dataclasses.field(default_factory=list)
+    stride: int = 0
+    mixture: Mixture | None = None
+    neighbours: list[np.ndarray | None] = dataclasses.field(default_factory=list)
     log_probabilities: list[float] = dataclasses.field(default_factory=list)
     ended: str = ""
     error: Exception | None = None

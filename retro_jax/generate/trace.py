@@ -19,7 +19,7 @@ the other remains. Effects by way of a later chunk's self attention are not coun
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -99,6 +99,7 @@ def trace(
     chunks: int,
     prompt_length: int = 0,
     batch_size: int = 8,
+    between: Callable[[], object] = lambda: None,
 ) -> Trace:
     """Measures what neighbours changed in a text.
 
@@ -112,6 +113,7 @@ def trace(
         window that moves by a chunk, as while generating.
       prompt_length: kept beside the figures.
       batch_size: forward passes at once.
+      between: called before each batch; what it raises ends the trace.
 
     Raises:
       UserError: no token, or neighbours of another shape.
@@ -129,6 +131,7 @@ def trace(
     graphdef, params = nnx.split(model)
     for window in _windows(config, tokens, given, chunks):
         for passes in _batches(window.passes(), batch_size):
+            between()
             losses = _losses(graphdef, params, *window.inputs(passes))
             for one, nats in zip(passes, np.asarray(losses), strict=False):
                 window.put(figures[one.figure], one.predicted, -nats)

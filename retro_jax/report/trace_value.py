@@ -62,6 +62,13 @@ class Library(Protocol):
         """The token memory's votes on what follows tokens [p]; None without a memory."""
 
 
+class SourceLibrary(Library, Protocol):
+    """A library of a database, whose neighbours have sources too."""
+
+    def sources(self, ids: np.ndarray, scores: np.ndarray) -> Sequence[NeighbourSource | None]:
+        """The sources of neighbours by their ids [k], -1 for none, and scores [k]."""
+
+
 class TracedText(Protocol):
     """A text with the neighbours of its complete chunks: a Generation is one."""
 
@@ -126,6 +133,7 @@ def traced_text(
     chunks: int,
     heading: str = "",
     facts: Sequence[tuple[str, str]] = (),
+    between: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Traces a text that was generated, and describes it as trace_value does.
 
@@ -133,12 +141,19 @@ def traced_text(
       model: on one device. text: tokens, prompt and neighbours, as a Generation has them.
       found: gives the sources of a complete chunk's neighbours by its tokens [M].
       chunks: of the longest context. library, heading, facts: as for trace_value.
+      between: as for generate.trace.trace.
     """
     result = trace(
-        model, text.tokens, text.neighbours, chunks=chunks, prompt_length=text.prompt_length
+        model,
+        text.tokens,
+        text.neighbours,
+        chunks=chunks,
+        prompt_length=text.prompt_length,
+        between=between,
     )
     count = 0 if result.neighbours is None else len(result.neighbours)
-    complete = result.tokens[: count * result.chunk_length].reshape(count, -1)
+    length = result.chunk_length
+    complete = result.tokens[: count * length].reshape(count, length)
     sources = [found(chunk) for chunk in complete]
     return trace_value(result, sources, library, heading=heading, facts=facts)
 

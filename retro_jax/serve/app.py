@@ -3,7 +3,8 @@
 POST /v1/completions   OpenAI's, with `retrieval`; GET /v1/models
 POST /retrieve         {"text": ..., "k": 2}
 POST /documents        {"append": [{"id": ..., "text": ...}], "remove": ["CORPUS/ID"]}, if allowed
-GET  /health, /metrics, /
+GET  /                 a page to type into; POST /trace is what it asks
+GET  /health, /metrics
 POST /tokenize, /detokenize, GET /tokenizer_info   as vLLM's, for clients that count tokens
 """
 
@@ -19,13 +20,12 @@ from typing import Any
 import anyio
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from retro_jax.errors import UserError
-from retro_jax.generate.sampling import SamplingConfig
 from retro_jax.generate.text_generator import TextGenerator
 from retro_jax.serve import errors
 from retro_jax.serve.completions import Completion, CompletionService, named, place
@@ -41,6 +41,7 @@ from retro_jax.serve.requests import (
     TokenizeRequest,
     TraceRequest,
 )
+from retro_jax.serve.traces import Traces
 
 _BODY_SECONDS = 30.0  # that a client has to send a request in
 _SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -48,15 +49,17 @@ _SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 _EXPECTED = {
     "prompt": "a string, a list of strings, or tokens as one or several lists of numbers",
     "stop": "a string, or a list of 16 strings at most",
-    "retrieval": 'true, false, or {"k": neighbours, "revision": number}',
+    "remove": "documents as CORPUS/ID",
+    "retrieval.exclude": "1,000 documents as CORPUS/ID at most",
+    "corpus": "a name of letters, digits and _",
+    "retrieval": 'true, false, or {"k": neighbours, "revision": number, "exclude": ["CORPUS/ID"],'
+    ' "stride": tokens, "tokens": true}',
 }
 _KINDS = ("str", "bool", "int", "RetrievalOptions")
 _log = logging.getLogger(__name__)
 
 # Appends (id, text) to a corpus and removes CORPUS/ID; returns lines about it.
 Change = Callable[[str, Sequence[tuple[str, str]], Sequence[str]], list[str]]
-# The HTML of a continuation of a prompt, with retrieval or without.
-Trace = Callable[[str, SamplingConfig, bool], str]
 
 
 class Server:
@@ -74,8 +77,6 @@ class Server:
         *,
         api_key: str | None = None,
         change: Change | None = None,
-        page: Callable[[], str] | None = None,
-        trace: Trace | None = None,
         warm_up: bool = True,
         poll: float = 1.0,
     ) -> None:
@@ -85,16 +86,15 @@ class Server:
           generator: the model, its tokeniser and databases.
           api_key: that requests have to bring; None for none.
           change: changes the database's documents; None refuses to.
-          page: gives the HTML at /, which needs no key. trace: answers what it asks /trace for.
           warm_up: compiles everything before the first request; else each program at its first use.
           poll: seconds between looks for another revision.
         """
         self.limits, self.metrics = limits, Metrics()
-        self.engine = Engine(generator.running(limits.rows), limits, self.metrics)
+        self.engine = Engine(generator.running(limits.rows, limits.strides), limits, self.metrics)
         self.service = CompletionService(generator, self.engine, limits)
         self._generator, self._change, self._poll = generator, change, poll
         self._warm_up = warm_up
-        self._page, self._trace, self._tracing = page, trace, asyncio.Lock()
+        self._traces = Traces(generator, self.service)
         self._changing = asyncio.Lock()
         self._created = int(time.time())
         self.app = FastAPI(
@@ -156,7 +156,7 @@ class Server:
         app.add_api_route("/v1/models/{model}", self._model, methods=["GET"])
         app.add_api_route("/retrieve", self._retrieve, methods=["POST"])
         app.add_api_route("/documents", self._documents, methods=["POST"])
-        app.add_api_route("/trace", self._traced, methods=["POST"])
+        app.add_api_route("/trace", self._traced, methods=["POST"], response_model=None)
         app.add_api_route("/tokenizer_info", self._tokenizer_info, methods=["GET"])
         app.add_api_route("/tokenize", self._tokenize, methods=["POST"])
         app.add_api_route("/detokenize", self._detokenize, methods=["POST"])
@@ -229,23 +229,18 @@ class Server:
             try:
                 lines = await asyncio.to_thread(self._change, body.corpus, documents, body.remove)
             except UserError as error:
-                raise RequestError(str(error), "remove" if body.remove else "append") from error
+                raise errors.bad_request(error, "remove" if body.remove else "append") from error
             await self.refresh()
         databases = self._generator.databases
         assert databases is not None
         return named(databases.newest()) | {"report": lines}
 
-    async def _traced(self, body: TraceRequest) -> dict[str, str]:
-        """/trace, one at a time."""
-        if self._trace is None:
-            raise RequestError("this server has no page: expected none to ask", None, 404)
-        self.service.prompt(body.prompt, body.max_tokens)
-        sampling = SamplingConfig(
-            max_tokens=body.max_tokens, temperature=body.temperature, seed=body.seed
-        )
-        async with self._tracing:
-            html = await asyncio.to_thread(self._trace, body.prompt, sampling, body.retrieval)
-        return {"html": html}
+    async def _traced(self, body: TraceRequest, request: Request) -> Response:
+        """/trace."""
+        try:
+            return JSONResponse(await self._traces.answer(body, request.is_disconnected))
+        except ConnectionError:
+            return Response(status_code=499)  # nobody reads it
 
     async def _tokenizer_info(self) -> dict[str, Any]:
         """/tokenizer_info."""
@@ -263,7 +258,7 @@ class Server:
             try:
                 tokens = (await asyncio.to_thread(codec.encode, body.prompt)).tolist()
             except (UserError, UnicodeEncodeError) as error:
-                raise RequestError(str(error), "prompt") from error
+                raise RequestError("prompt: expected valid Unicode", "prompt") from error
             tokens = [codec.bos_id, *tokens] if body.add_special_tokens else tokens
         return {"tokens": tokens, "count": len(tokens), "max_model_len": self.service.length}
 
@@ -286,12 +281,8 @@ class Server:
         return Response(self.metrics.text(self.engine), media_type=CONTENT_TYPE)
 
     async def _root(self) -> Response:
-        """The page, or a line about what is here."""
-        if self._page is not None:
-            return HTMLResponse(await asyncio.to_thread(self._page))
-        return PlainTextResponse(
-            f"{self._generator.name}: POST /v1/completions, see docs/serving.md\n"
-        )
+        """The page; it needs no key, as it says nothing but the model's name."""
+        return HTMLResponse(await asyncio.to_thread(self._traces.page))
 
 
 class _Events(StreamingResponse):
@@ -418,7 +409,8 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     elif expected:
         message = f"{field}: expected {expected}"
     else:
-        message = f"{field or 'the body'}: {first['msg']}"
+        reason = first["msg"].replace("Input should be", "expected")
+        message = f"{field or 'the body'}: {reason}"
     return errors.response(RequestError(message, field or None))
 
 

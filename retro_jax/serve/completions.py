@@ -2,23 +2,24 @@
 
 import asyncio
 import codecs
+import contextlib
 import dataclasses
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from retro_jax.errors import UserError
 from retro_jax.evaluate.text_scores import TextScores
-from retro_jax.generate.live_database import LiveDatabase, Lookup
+from retro_jax.generate.live_database import LiveDatabase, Lookup, Retrieval
 from retro_jax.generate.sampling import SamplingConfig
 from retro_jax.generate.text_generator import TextGenerator
 from retro_jax.generate.text_progress import Progress, RunningText
 from retro_jax.serve.engine import Engine, Job
-from retro_jax.serve.errors import RequestError, bad_request
+from retro_jax.serve.errors import RequestError, bad_request, told
 from retro_jax.serve.limits import Limits
 from retro_jax.serve.requests import CompletionRequest, RetrievalOptions
 
@@ -316,7 +317,14 @@ class CompletionService:
             message = f"{len(prompts)} prompts of {samples} samples: expected {most} texts at most"
             raise RequestError(message, "prompt")
         sampling = self._sampling(request, max_tokens)
-        lookup = self._lookup(request.retrieval)
+        lookup = self.lookup(request.retrieval)
+        scored = request.echo and request.logprobs is not None
+        if scored and lookup is not None and (lookup.stride or lookup.mixture):
+            name = "stride" if lookup.stride else "tokens"
+            message = (
+                f"retrieval.{name} with echo and logprobs: expected none, as prompts are scored"
+            )
+            raise RequestError(f"{message} as launch.evaluate does", f"retrieval.{name}")
         choices = []
         for number, (tokens, given, text) in enumerate(prompts):
             for sample in range(samples):
@@ -328,7 +336,7 @@ class CompletionService:
                     alternatives=request.logprobs or 0,
                 )
                 choices.append(Choice(number * samples + sample, running, text, given))
-        if request.echo and request.logprobs is not None:
+        if scored:
             for first in range(0, len(choices), samples):
                 read = np.asarray(choices[first].text.tokens, np.int32)
                 with self._scoring:
@@ -400,7 +408,7 @@ class CompletionService:
         try:
             return databases.newest() if revision is None else databases.at(revision)
         except UserError as error:
-            raise RequestError(str(error), param, 404, "revision_not_found") from error
+            raise RequestError(told(error), param, 404, "revision_not_found") from error
 
     def token_name(self, token: int) -> str:
         """A token as text, or as OpenAI writes bytes that are none."""
@@ -435,19 +443,46 @@ class CompletionService:
             raise bad_request(error, None) from error
         return sampling
 
-    def _lookup(self, retrieval: bool | RetrievalOptions | None) -> Lookup | None:
-        """What retrieves for a request, at one revision."""
+    def lookup(self, retrieval: bool | RetrievalOptions | None) -> Lookup | None:
+        """What retrieves for a request, at one revision.
+
+        Raises:
+          RequestError: naming the field.
+        """
         generator = self.generator
         if retrieval is False or (retrieval is None and generator.databases is None):
             return None
         options = retrieval if isinstance(retrieval, RetrievalOptions) else RetrievalOptions()
         if options.k == 0:
+            for name in ("exclude", "stride", "tokens"):
+                if getattr(options, name):
+                    message = f"retrieval.{name} with k = 0: expected none"
+                    raise RequestError(message, f"retrieval.{name}")
             return None
+        strides = self.engine.running.strides
+        if options.stride not in (None, *strides):
+            message = f"retrieval.stride is {options.stride}: expected one of {list(strides)}"
+            raise RequestError(message, "retrieval.stride")
         database = self.database(options.revision, "retrieval.revision")
-        try:
-            return generator.lookup(True if options.k is None else options.k, database)
-        except UserError as error:
-            raise RequestError(str(error), "retrieval.k") from error
+        if options.exclude:
+            with _naming("retrieval.exclude"):
+                database = database.without(options.exclude)
+        with _naming("retrieval.k"):
+            lookup = generator.lookup(Retrieval(options.k, stride=options.stride or 0), database)
+        if options.tokens:
+            choices = Retrieval(options.k, stride=options.stride or 0, tokens=True)
+            with _naming("retrieval.tokens"):
+                lookup = generator.lookup(choices, database)
+        return lookup
+
+
+@contextlib.contextmanager
+def _naming(param: str) -> Iterator[None]:
+    """A UserError becomes that of a field."""
+    try:
+        yield
+    except UserError as error:
+        raise bad_request(error, param) from error
 
 
 def _prompts(prompt: Any) -> list[str | list[int]]:

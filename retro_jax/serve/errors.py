@@ -9,6 +9,7 @@ from retro_jax.errors import UserError
 from retro_jax.serve.engine import RefusedError
 
 _FIELD = re.compile(r"SamplingConfig\.(\w+)")
+_DIRECTORIES = re.compile(r"(?<![\w./-])/(?:[^\s/'\"]+/)+")
 
 
 class RequestError(Exception):
@@ -25,9 +26,14 @@ class RequestError(Exception):
         self.param, self.status, self.code = param, status, code
 
 
+def told(error: UserError) -> str:
+    """The message of a UserError as a client may read it: without the server's directories."""
+    return _DIRECTORIES.sub("", str(error))
+
+
 def bad_request(error: UserError, param: str | None) -> RequestError:
     """A UserError as the error of a field; SamplingConfig's fields have the same names here."""
-    message = str(error)
+    message = told(error)
     field = _FIELD.search(message)
     return RequestError(_FIELD.sub(r"\1", message), field[1] if field else param)
 
@@ -48,7 +54,7 @@ def body_of(error: BaseException) -> tuple[int, dict[str, Any]]:
     if isinstance(error, RefusedError):
         return error.status, body(str(error), "rate_limit_error", None, error.code)
     if isinstance(error, UserError):
-        return 400, body(str(error), "invalid_request_error")
+        return 400, body(told(error), "invalid_request_error")
     return 500, body("the server failed on this request; its log says how", "server_error")
 
 

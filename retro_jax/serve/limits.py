@@ -16,6 +16,7 @@ class Limits:
       seconds: that a request may take, waiting included.
       body: bytes of a request.
       stop_seconds: that running requests have to end in, once the server was asked to stop.
+      strides: of retrieval that requests may ask for, besides a chunk's length.
     """
 
     rows: int = 16
@@ -24,6 +25,7 @@ class Limits:
     seconds: float = 300.0
     body: int = 4_000_000
     stop_seconds: float = 60.0
+    strides: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("rows", "queue", "seconds", "body", "stop_seconds"):

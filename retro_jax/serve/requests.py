@@ -14,11 +14,21 @@ class _Request(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
+_Document = Annotated[str, Field(pattern=r"^[^/@]+/.+$")]
+
+
 class RetrievalOptions(_Request):
-    """How a completion retrieves: k neighbours of a chunk, at a revision of the database."""
+    """How a completion retrieves: k neighbours of a chunk, at a revision of the database.
+
+    `exclude` are documents that are never retrieved; `stride` are tokens between retrievals; `tokens`
+    mixes the model with the token memory.
+    """
 
     k: Annotated[int, Field(ge=0)] | None = None
     revision: Annotated[int, Field(ge=0)] | None = None
+    exclude: Annotated[list[_Document], Field(max_length=1000)] = []
+    stride: Annotated[int, Field(ge=1)] | None = None
+    tokens: bool = False
 
 
 class StreamOptions(_Request):
@@ -79,7 +89,7 @@ class DocumentsRequest(_Request):
     """Documents to remove, as CORPUS/ID, and then some to append to a corpus."""
 
     append: list[NewDocument] = []
-    remove: list[Annotated[str, Field(pattern=r"^[^/@]+/.+$")]] = []
+    remove: list[_Document] = []
     corpus: Annotated[str, Field(pattern=r"^\w+$")] = "served"
 
 
@@ -90,7 +100,7 @@ class TraceRequest(_Request):
     max_tokens: Annotated[int, Field(ge=1)] = 64
     temperature: Annotated[float, Field(ge=0, le=1e3)] = 0.0
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    retrieval: bool = True
+    retrieval: StrictBool | RetrievalOptions = True
 
 
 class TokenizeRequest(_Request):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import pathlib
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from retro_jax.model import Retro
 from retro_jax.retrofit import open_base
 from retro_jax.sharding import MESH_SHARDINGS, Shardings, parameter_shardings
 from retro_jax.storage import files
-from retro_jax.train.checkpoint import CHECKPOINTS, restore_params
+from retro_jax.train.checkpoint import CHECKPOINTS, SEAL, restore_params
 from retro_jax.train.record import CONFIG_FILE, PARENTS_FILE, read_settings, recorded_parents
 from retro_jax.train.warm_start import StartConfig, complete_parameters
 
@@ -29,12 +30,14 @@ class TrainedModel:
     Attributes:
       name: of the run and its step, as in "retro-9000". model: its parameters.
       settings: every setting of the run, as text. parents: hashes of the data that it was trained on.
+      identity: what a result records of the run.
     """
 
     name: str
     model: Retro
     settings: str
     parents: Mapping[str, str]
+    identity: Mapping[str, Any]
 
 
 def open_trained(directory: str | os.PathLike, *, averaged: bool = False) -> TrainedModel:
@@ -53,7 +56,21 @@ def open_trained(directory: str | os.PathLike, *, averaged: bool = False) -> Tra
         folder / CHECKPOINTS, retro, execution, averaged=averaged, base=base
     )
     parents = files.read_json(folder / PARENTS_FILE)
-    return TrainedModel(f"{folder.name}-{step}", nnx.merge(graphdef, params), text, parents)
+    identity = identity_of(folder, step, checkpoint_digest(folder, step), averaged=averaged)
+    model = nnx.merge(graphdef, params)
+    return TrainedModel(f"{folder.name}-{step}", model, text, parents, identity)
+
+
+def checkpoint_digest(folder: pathlib.Path, step: int) -> str:
+    """The hash of a run's checkpoint."""
+    seal = folder / CHECKPOINTS / str(step) / SEAL
+    return hashlib.sha256(seal.read_bytes() if seal.is_file() else b"").hexdigest()
+
+
+def identity_of(folder: pathlib.Path, step: int, digest: str, *, averaged: bool) -> dict[str, Any]:
+    """The facts that a result records about a run's checkpoint."""
+    facts = {"run": folder.name, "step": step, "checkpoint": digest}
+    return facts | ({"averaged": True} if averaged else {})
 
 
 def load_model(

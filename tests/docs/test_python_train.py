@@ -1,6 +1,7 @@
 """docs/python.md, section "Train": its code runs, and trains what it says."""
 
 import contextlib
+import html
 import json
 import os
 import pathlib
@@ -136,6 +137,8 @@ def test_the_command_serves_until_it_is_asked_to_stop(names, capfd):
         for name, retrieval in (("on", True), ("off", False)):
             text, nats = nats_by_the_command(workdir, name, database)
             seen[name] = nats_by_the_server(url, text, retrieval=retrieval) - nats
+        asked = {name: body[name] for name in ("prompt", "max_tokens", "temperature")}
+        seen["trace"] = httpx2.post(f"{url}/trace", json=asked, timeout=60).json()
         lines = []
         with httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
             for line in answer.iter_lines():
@@ -155,6 +158,9 @@ def test_the_command_serves_until_it_is_asked_to_stop(names, capfd):
     thread.join()
     assert seen["on"] == pytest.approx(0, abs=1e-3) and seen["off"] == pytest.approx(0, abs=1e-3)
     assert seen["text"] == values["result"].text
+    neighbour = values["result"].neighbours[0][0]
+    assert f"<b>{html.escape(neighbour.document)}</b>" in seen["trace"]["html"]
+    assert seen["trace"]["retrieval"]["revision"] == neighbour.revision
     assert call(serve.main, f"--workdir={workdir}", "--host=0.0.0.0") == 2
     assert "--host=0.0.0.0: expected --api_key" in capfd.readouterr().err
 

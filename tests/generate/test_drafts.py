@@ -15,7 +15,7 @@ from retro_jax.generate.drafts import (
     find_draft,
     longest_ending,
 )
-from retro_jax.generate.generator import Generator
+from retro_jax.generate.generator import Generator, GeneratorOptions
 from retro_jax.generate.sampling import SamplingConfig
 from tests.generate.cached import Texts, uncached
 from tests.model.tiny import TINY, make_model
@@ -91,7 +91,7 @@ def test_texts_are_the_same_with_and_without(model, monkeypatch):
 
     def made(**drafts):
         generator = Generator(
-            model, chunks=4, eos_id=99, retrieve=retrieve, num_neighbours=2, **drafts
+            model, chunks=4, eos_id=99, retrieve=retrieve, options=GeneratorOptions(2, **drafts)
         )
         return generator.generate(prompts, settings), generator
 
@@ -110,7 +110,7 @@ def test_drawn_texts_have_the_models_distribution(monkeypatch):
     monkeypatch.setattr(drafting, "find_draft", lambda *_, most, **__: draft)
     monkeypatch.setattr(drafting, "block_size", lambda *_: 2)
     sampling = SamplingConfig(max_tokens=3, temperature=1.5, allowed_tokens=allowed, seed=1)
-    generator = Generator(model, chunks=2, eos_id=99, drafts=True)
+    generator = Generator(model, chunks=2, eos_id=99, options=GeneratorOptions(drafts=True))
     prompt = np.array([1, 5, 9, 3], np.int32)
     texts = generator.generate([prompt] * 10_000, sampling)
     assert generator.drafter is not None

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from retro_jax.errors import UserError
-from retro_jax.generate.generator import Generation, Generator
+from retro_jax.generate.generator import Generation, Generator, GeneratorOptions
 from retro_jax.generate.sampling import SamplingConfig
 from retro_jax.sharding import MeshConfig, make_mesh
 from tests.generate.test_decoder import MESHED, on_mesh
@@ -363,7 +363,7 @@ def test_neighbours_of_a_bad_shape_are_refused(model):
 
 def test_nothing_is_compiled_after_warm_up(model):
     settings: dict[str, Any] = {"chunks": 8, "eos_id": 99, "forbidden": (PAD, BOS)}
-    generator = Generator(model, retrieve=FakeRetriever(), num_neighbours=2, **settings)
+    generator = Generator(model, retrieve=FakeRetriever(), options=GeneratorOptions(2), **settings)
     compiled: list[str] = []
 
     def listen(name: str, seconds: float, **_: Any) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from retro_jax.errors import UserError
 from retro_jax.evaluate.token_mixture import Votes, mixed_nll, num_classes
-from retro_jax.generate.generator import Generator
+from retro_jax.generate.generator import Generator, GeneratorOptions
 from retro_jax.generate.mixture import Mixture, mixed
 from retro_jax.generate.sampling import SamplingConfig
 from tests.model.tiny import TINY, make_model
@@ -39,7 +39,8 @@ def test_texts_are_drawn_from_the_mixture_with_drafts_too():
     mixture = Mixture(lambda ending: (9, np.array([(ending[-1] + 1) % 29])), sure)
     prompt, sampling = np.array([1, 3], np.int32), SamplingConfig(max_tokens=9, temperature=0)
     for drafts in (False, True):
-        generator = Generator(make_model(TINY), chunks=4, eos_id=99, mixture=mixture, drafts=drafts)
+        options = GeneratorOptions(mixture=mixture, drafts=drafts)
+        generator = Generator(make_model(TINY), chunks=4, eos_id=99, options=options)
         (text,) = generator.generate([prompt], sampling)
         assert text.tokens[2:].tolist() == list(range(4, 13))
         assert np.abs(text.log_probabilities).max() < 0.02

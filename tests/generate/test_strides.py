@@ -9,7 +9,7 @@ import pytest
 from retro_jax.errors import UserError
 from retro_jax.evaluate.strided_score import strided_losses
 from retro_jax.generate.decoder import Completed, Decoder
-from retro_jax.generate.generator import Generator
+from retro_jax.generate.generator import Generator, GeneratorOptions
 from retro_jax.generate.sampling import SamplingConfig
 from retro_jax.model.decoder import WholeSequences
 from retro_jax.model.layer_stack import take_layer
@@ -36,8 +36,7 @@ def test_every_query_is_the_last_tokens():
         chunks=2,
         eos_id=99,
         retrieve=retrieve,
-        num_neighbours=1,
-        retrieval_stride=2,
+        options=GeneratorOptions(1, stride=2),
     )
     prompt = np.arange(3, 10, dtype=np.int32)
     (text,) = generator.generate([prompt], SamplingConfig(max_tokens=5, temperature=0))

@@ -22,7 +22,11 @@ from playwright.sync_api import Browser, BrowserContext, Page, Route, sync_playw
 
 from retro_jax.report.escapes import visible
 from retro_jax.report.trace_page import trace_body, trace_page
+from retro_jax.serve.app import Server
+from retro_jax.serve.limits import Limits
 from tests.report.test_trace_page import HOSTILE, make_page, make_value
+from tests.serve.fakes import make_generator
+from tests.serve.served import listening
 
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 SCHEMES = ("light", "dark")
@@ -168,6 +172,45 @@ def check_served(browser: Browser) -> None:
     context.close()
 
 
+def check_a_server(browser: Browser, pictures: pathlib.Path | None) -> None:
+    """The page that a server shows at /: hostile text is typed, and traced, at both widths."""
+    server = Server(make_generator(), Limits(rows=4, length=400), api_key="secret", warm_up=False)
+    typed = HOSTILE.replace("\x00", "")
+    with listening(server) as url:
+        for name, (width, height) in SIZES.items():
+            phone, problems = name == "phone", list[str]()
+            size = {"width": width, "height": height}
+            context = browser.new_context(viewport=size, has_touch=phone, is_mobile=phone)  # type: ignore[arg-type]
+            page = context.new_page()
+            page.on("pageerror", lambda error, to=problems: to.append(f"error: {error}"))
+            page.on("dialog", lambda dialog, to=problems: to.append(f"dialog: {dialog.message}"))
+            page.goto(url)
+            nothing_is_wider_than_the_screen(page, phone)
+            page.get_by_label("Prompt").press_sequentially(typed)
+            page.get_by_label("Tokens").fill("500")
+            send, status = page.get_by_role("button", name="Continue the text"), ".status"
+            send.click()
+            page.locator(status).get_by_text("expected 'Authorization: Bearer KEY'").wait_for()
+            page.get_by_label("Key").fill("secret")
+            send.click()
+            page.locator(status).get_by_text("expected a shorter prompt or fewer tokens").wait_for()
+            page.get_by_label("Tokens").fill("24")
+            send.click()
+            heading = page.locator("#answers .trace h2")
+            heading.wait_for(timeout=60_000)
+            assert heading.inner_text().startswith(visible(typed)[:20])
+            point_at(page, '.trace .u[data-u="60"]', phone)
+            details = page.locator("#details").inner_text()
+            assert "token 6" in details and "nats" in details, details
+            assert visible(f"d {HOSTILE}") in page.locator(".neighbour b").first.inner_text()
+            assert page.locator("#answers img, #answers iframe").count() == 0
+            nothing_is_wider_than_the_screen(page, phone)
+            if pictures is not None:
+                page.screenshot(path=pictures / f"served-{name}.png")
+            assert not problems, problems
+            context.close()
+
+
 def check_without_script(browser: Browser, path: pathlib.Path) -> None:
     """Text, colours, neighbours and figures are there without the script."""
     context = browser.new_context(java_script_enabled=False)
@@ -252,6 +295,7 @@ def main() -> None:
             path = pathlib.Path(folder) / "page.html"
             path.write_text(make_page(), encoding="utf-8")
             check_served(browser)
+            check_a_server(browser, arguments.pictures)
             check_without_script(browser, path)
         failures = run(browser, path.absolute(), arguments.pictures, own=arguments.page is None)
         browser.close()

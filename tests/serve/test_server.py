@@ -10,13 +10,15 @@ import openai
 import pytest
 
 from retro_jax.errors import UserError
+from retro_jax.generate.live_database import Retrieval
 from retro_jax.generate.sampling import SamplingConfig
+from retro_jax.report.escapes import escape, visible
 from retro_jax.serve.app import Server
 from retro_jax.serve.limits import Limits
-from tests.serve.fakes import make_generator
+from tests.serve.fakes import HOSTILE, make_generator
 from tests.serve.served import listening
 
-LIMITS = Limits(rows=4, length=400, queue=6, seconds=30, body=20_000)
+LIMITS = Limits(rows=4, length=400, queue=6, seconds=30, body=20_000, strides=(4,))
 GREEDY = {"prompt": "hello", "max_tokens": 30, "temperature": 0}
 
 
@@ -279,6 +281,98 @@ def test_a_new_revision_is_taken_up_while_others_go_on(http, server):
     assert http.post("/retrieve", json={"text": LONG}).json()["error"]["param"] == "text"
 
 
+def test_the_page_traces_what_is_typed_beside_other_requests(http, url, server):
+    """Hostile texts and names are shown and not obeyed; the revision is named; others are as alone."""
+    page = httpx2.get(url)  # without a key
+    assert page.headers["Content-Type"].startswith("text/html")
+    assert 'data-endpoint="/trace"' in page.text
+    asked = {"prompt": HOSTILE, "max_tokens": 20, "temperature": 0}
+    refused = httpx2.post(f"{url}/trace", json=asked)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+    body, answers = GREEDY | {"max_tokens": 300}, []
+    send = lambda: answers.append(http.post("/v1/completions", json=body))  # noqa: E731
+    thread = threading.Thread(target=send)
+    thread.start()
+    answer = http.post("/trace", json=asked).json()
+    thread.join()
+    assert answers[0].json()["choices"][0]["text"] == expected("hello", max_tokens=300)
+    revision = make_generator().databases.newest().revision
+    assert answer["retrieval"] == {"revision": revision, "database": f"hash of {revision}"}
+    html = answer["html"]
+    shown = visible(HOSTILE)
+    assert escape(f"d {HOSTILE}") in html and "<img" not in html and html.count("<script") == 1
+    assert not set("\x00\x1b\u202e\u2066") & set(html) and escape(HOSTILE) in html
+    values = json.loads(html.partition('class="values">')[2].partition("</script>")[0])
+    complete = (len(HOSTILE) + 1) // 8
+    assert len(values["units"]) == len(HOSTILE) + 21 and len(values["chunks"]) > complete > 1
+    assert any(unit["effects"] != [0, 0] for unit in values["units"]), shown
+    off = http.post("/trace", json=asked | {"retrieval": False}).json()
+    assert off["retrieval"] is None and "retrieval is off" in off["html"]
+    one = http.post("/trace", json=asked | {"retrieval": {"k": 1, "exclude": ["fake/d"]}})
+    assert one.status_code == 200
+    for wrong, status, param in (
+        ({"prompt": LONG}, 400, "prompt"),
+        ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"max_tokens": "5"}, 400, "max_tokens"),
+        ({"prompt": "\ud800"}, 400, "prompt"),
+        ({"retrieval": {"revision": 99}}, 404, "retrieval.revision"),
+        ({"retrieval": {"tokens": True}}, 400, "retrieval.tokens"),
+        ({"html": 1}, 400, "html"),
+        ({"prompt": "z" * 12}, 400, "retrieval"),
+    ):
+        content = json.dumps(asked | wrong)
+        headers = {"Content-Type": "application/json"}
+        answer = http.post("/trace", content=content, headers=headers)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"]) == (status, param), (wrong, answer.text)
+    limits = server.service.limits
+    try:
+        server.service.limits = Limits(rows=4, length=400, seconds=1e-6)
+        late = http.post("/trace", json=asked)
+    finally:
+        server.service.limits = limits
+    assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
+    with contextlib.suppress(httpx2.ReadTimeout):
+        http.post("/trace", json=asked | {"max_tokens": 300}, timeout=0.05)
+    settled(server)
+    assert http.post("/trace", json=asked).status_code == 200
+
+
+def test_retrieval_by_fields_of_the_request(http):
+    """Documents left out, a stride, and the token memory: as Python's `Retrieval`."""
+    generator = make_generator()
+    ask = lambda **fields: http.post(  # noqa: E731
+        "/v1/completions", json=GREEDY | {"retrieval": fields, "logprobs": 0}
+    ).json()["choices"][0]
+    plain = ask()
+    for fields in ({"exclude": ["fake/d"]}, {"stride": 4}, {"tokens": True}):
+        choice = ask(**fields)
+        sampling = SamplingConfig(max_tokens=30, temperature=0)
+        (result,) = generator.generate(["hello"], sampling, retrieval=Retrieval(**fields))
+        assert choice["text"] == result.text
+        scores = choice["logprobs"]["token_logprobs"]
+        assert scores == pytest.approx(result.log_probabilities.tolist(), abs=1e-5)
+        assert scores != pytest.approx(plain["logprobs"]["token_logprobs"], abs=1e-5)
+        if "stride" in fields:
+            # Of the tokens but the last, whose neighbours nothing reads.
+            assert len(choice["neighbours"]) == (len(result.tokens) + 5) // 4 - 1
+    for retrieval, param in (
+        ({"exclude": ["fake/none"]}, "retrieval.exclude"),
+        ({"exclude": ["none"]}, "retrieval.exclude"),
+        ({"stride": 3}, "retrieval.stride"),
+        ({"stride": 2}, "retrieval.stride"),
+        ({"k": 0, "stride": 4}, "retrieval.stride"),
+        ({"tokens": "yes"}, "retrieval.tokens"),
+    ):
+        wrong = http.post("/v1/completions", json=GREEDY | {"retrieval": retrieval}).json()
+        error = wrong["error"]
+        assert error["param"] == param and "expected" in error["message"], (retrieval, wrong)
+        assert "/home/me" not in error["message"]
+    scored = GREEDY | {"retrieval": {"stride": 4}, "echo": True, "logprobs": 0}
+    wrong = http.post("/v1/completions", json=scored).json()["error"]
+    assert wrong["param"] == "retrieval.stride" and "echo" in wrong["message"]
+
+
 def test_tokens_for_clients_that_count_them(http):
     info = http.get("/tokenizer_info").json()
     encode = lambda text: http.post("/tokenize", json={"prompt": text}).json()["tokens"]  # noqa: E731
@@ -289,18 +383,11 @@ def test_tokens_for_clients_that_count_them(http):
 
 
 def test_a_server_that_stops_finishes_what_runs():
-    """Others are refused; without --documents nothing is changed; the page is at /."""
-    trace = lambda prompt, sampling, on: f"{prompt} {sampling.max_tokens} {on}"  # noqa: E731
-    page = lambda: "<html>the page</html>"  # noqa: E731
-    server = Server(make_generator(), LIMITS, page=page, trace=trace)
+    """Others are refused; without --documents nothing is changed."""
+    server = Server(make_generator(), LIMITS)
     body = GREEDY | {"max_tokens": 300}
     answers: list = []
     with listening(server) as url:
-        assert httpx2.get(url).text == "<html>the page</html>"
-        asked = {"prompt": "a", "max_tokens": 9, "retrieval": False}
-        assert httpx2.post(f"{url}/trace", json=asked).json() == {"html": "a 9 False"}
-        long = httpx2.post(f"{url}/trace", json=asked | {"prompt": LONG})
-        assert long.json()["error"]["param"] == "prompt"
         refused = httpx2.post(f"{url}/documents", json={"remove": ["a/b"]})
         assert refused.json()["error"]["code"] == "documents_refused"
         send = lambda: answers.append(httpx2.post(f"{url}/v1/completions", json=body, timeout=30))  # noqa: E731

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.chunk_database.tokenizer import Tokenizer
+from data_pipelines.live.settings import LiveSettings
 from data_pipelines.retriever import candidates, index
 from data_pipelines.retriever.index import IndexConfig, compare_all, prepare_index
 from data_pipelines.retriever.keys import Keys, KeysConfig, prepare_keys
-from data_pipelines.retriever.live_settings import LiveSettings
 from data_pipelines.retriever.retriever import Retriever
 from retro_jax.errors import UserError
 from tests.data_pipelines.retriever import bert_folder

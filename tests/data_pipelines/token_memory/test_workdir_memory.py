@@ -65,9 +65,9 @@ def test_every_revision_has_its_own_and_is_built_once(workdir):
 
 def test_a_library_names_documents_of_any_revision_and_gives_their_tokens(workdir):
     database, tokenizer = revisions.open_database(workdir), Tokenizer.open(workdir / "tokenizer")
-    library = DatabaseLibrary(tokenizer, database, prepare_and_open(database))
+    library = DatabaseLibrary(tokenizer, database, prepare_and_open(database), "bm25")
     record = database.record(database.num_documents - 1)
-    found, none = library.sources(np.array([record.first_chunk, -1]), np.array([2.5, 0]), "bm25")
+    found, none = library.sources(np.array([record.first_chunk, -1]), np.array([2.5, 0]))
     assert none is None
     assert (found.document.id, found.document.corpus) == (record.id, "new")
     assert (found.chunk, found.chunks, found.score, found.kind) == (1, record.chunks, 2.5, "BM25")

@@ -15,8 +15,8 @@ from data_pipelines.evaluation import prepare_text
 from data_pipelines.evaluation.database_share import check_shares, kept_chunks, subsampled
 from data_pipelines.evaluation.splits import open_split
 from data_pipelines.evaluation.texts import SliceConfig
+from data_pipelines.live.database import LiveDatabases
 from data_pipelines.retriever.bm25 import Bm25
-from data_pipelines.retriever.live_database import LiveDatabases
 from data_pipelines.retriever.neighbours import NeighbourTable
 from data_pipelines.retriever.retriever import Retriever
 from data_pipelines.workdir import update

@@ -8,14 +8,9 @@ import numpy as np
 import pytest
 
 from data_pipelines.chunk_database import ChunkDatabase
-from data_pipelines.retriever.live import (
-    FixedNeighbours,
-    LiveRetrieval,
-    SearchedDatabase,
-    Source,
-    recorded_bert,
-)
-from data_pipelines.retriever.live_settings import LiveSettings
+from data_pipelines.live.database import LiveDatabase, recorded_bert
+from data_pipelines.live.settings import LiveSettings, parse_source
+from data_pipelines.live.several import FixedNeighbours, SeveralDatabases
 from data_pipelines.token_memory.drafts import MemoryDrafts, memory_votes
 from retro_jax.errors import UserError
 from tests.data_pipelines.token_memory.test_memory import build, write_documents
@@ -48,40 +43,6 @@ def _chunks(tmp_path) -> list[ChunkDatabase]:
 QUERIES = np.stack([np.full(64, 4), np.full(64, 5)])
 
 
-def test_excluded_documents_are_never_found(chunks):
-    """Ten of twelve, so that more has to be asked for; then all but one."""
-    excluded = [("made", f"d{i}") for i in range(10)]
-    live = LiveRetrieval([SearchedDatabase(Nearest(chunks[0]), exclude=excluded)], 2)
-    np.testing.assert_array_equal(
-        live(QUERIES), np.stack([chunks[0].values(np.array([10, 11]))] * 2)
-    )
-    assert [place.chunk for place in live.found(QUERIES[0])] == [10, 11]
-    excluded.append(("made", "d10"))
-    live = LiveRetrieval([SearchedDatabase(Nearest(chunks[0]), exclude=excluded)], 2)
-    found = live(QUERIES)
-    assert [place.chunk for place in live.found(QUERIES[1])] == [11]
-    assert (found[:, 1] == chunks[0].pad_id).all()
-    with pytest.raises(UserError, match="holds no document 'd99' of the corpus 'made'"):
-        SearchedDatabase(Nearest(chunks[0]), exclude=[("made", "d99")])
-
-
-def test_several_databases_share_the_neighbours(chunks):
-    near, far = SearchedDatabase(Nearest(chunks[0])), SearchedDatabase(Nearest(chunks[1], 0.5))
-    live = LiveRetrieval([near, far], 3)
-    live(QUERIES)
-    places = [(place.source, place.chunk) for place in live.found(QUERIES[0])]
-    assert places == [(0, 0), (1, 0), (0, 1)]
-    assert live.shares() == pytest.approx([2 / 3, 1 / 3])
-    far.claimed = 2
-    live = LiveRetrieval([near, far], 3)
-    live(QUERIES)
-    places = [(place.source, place.chunk) for place in live.found(QUERIES[0])]
-    assert places == [(1, 0), (1, 1), (0, 0)]
-    far.claimed = 4
-    with pytest.raises(UserError, match="the databases claim 4 neighbours: expected 3 in all"):
-        LiveRetrieval([near, far], 3)
-
-
 class Letters:
     """Stands for a tokeniser."""
 
@@ -90,13 +51,73 @@ class Letters:
     def encode(self, text):
         return np.array([ord(letter) - 96 for letter in text], np.int32)
 
+    def decode(self, ids):
+        return "".join(chr(96 + i) for i in ids)
+
+
+def near(chunks: ChunkDatabase, far: float = 0.0) -> LiveDatabase:
+    """A database in which the first chunks are the nearest."""
+    return LiveDatabase(Nearest(chunks, far), Letters())
+
+
+def test_excluded_documents_are_never_found(chunks):
+    """Ten of twelve, so that more has to be asked for; then all but one."""
+    database = near(chunks[0])
+    live = database.without([f"made/d{i}" for i in range(10)])
+    ids, _ = live.find(QUERIES, 2)
+    assert ids.tolist() == [[10, 11]] * 2
+    np.testing.assert_array_equal(live.values(ids)[0], chunks[0].values(np.array([10, 11])))
+    assert live.neighbour(11, 2.0).document == "d11"
+    ids, _ = live.without(["made/d10"]).find(QUERIES, 2)
+    assert ids.tolist() == [[11, -1]] * 2
+    assert (live.values(ids)[:, 1] == chunks[0].pad_id).all()
+    assert database.find(QUERIES, 2)[0].tolist() == [[0, 1]] * 2
+    with pytest.raises(UserError, match="holds no document 'd99' of the corpus 'made'"):
+        database.without(["made/d99"])
+    with pytest.raises(UserError, match="document 'd9': expected CORPUS/ID"):
+        database.without(["d9"])
+
+
+def test_several_databases_share_the_neighbours(chunks):
+    """Ids of the second follow those of the first; what one claims comes first."""
+    databases = [near(chunks[0]), near(chunks[1], 0.5)]
+    live = SeveralDatabases(databases, [0, 0], 3)
+    ids, scores = live.find(QUERIES, 3)
+    assert ids.tolist() == [[0, 12, 1]] * 2 and scores[0].tolist() == [0, 0.5, 1]
+    assert live.shares(ids) == pytest.approx([2 / 3, 1 / 3])
+    values = live.values(np.array([[0, 12, -1]]))[0]
+    np.testing.assert_array_equal(values[0], chunks[0].value(0))
+    np.testing.assert_array_equal(values[1], chunks[1].value(0))
+    assert (values[2] == chunks[0].pad_id).all()
+    found, (one, none, other) = (
+        live.neighbour(14, 2.5),
+        live.library().sources(np.array([13, -1, 2]), np.array([1.0, 0, 2.0])),
+    )
+    assert (found.document, found.score) == ("d2", 2.5)
+    assert (one.document.id, none, other.document.id) == ("d1", None, "d2")
+    assert [database["database"] for database in live.identity()] == [
+        part.manifest.hash for part in chunks
+    ]
+    ids, _ = SeveralDatabases(databases, [0, 2], 3).find(QUERIES, 3)
+    assert ids.tolist() == [[12, 13, 0]] * 2
+    ids, _ = live.without(["made/d0"]).find(QUERIES, 3)
+    assert ids.tolist() == [[12, 1, 13]] * 2
+    with pytest.raises(UserError, match="the databases claim 4 neighbours: expected 3 in all"):
+        SeveralDatabases(databases, [0, 4], 3)
+    with pytest.raises(UserError, match="k is 2: expected 3"):
+        live.find(QUERIES, 2)
+
 
 def test_fixed_neighbours_are_those_of_the_file(tmp_path):
     path = tmp_path / "facts.jsonl"
     path.write_text('{"text": "abc"}\n\n{"text": "' + "z" * 200 + '"}\n')
     fixed = FixedNeighbours.open(path, Letters(), 2)
-    found = fixed(QUERIES)
+    found = fixed.values(fixed.find(QUERIES, 2)[0])
     assert found.shape == (2, 2, 128)
+    assert fixed.neighbour(0, 0.0).text == "abc" and fixed.neighbour(0, 0.0).corpus == "facts.jsonl"
+    for refused in (lambda: fixed.without(["a/b"]), fixed.library, lambda: fixed.find(QUERIES, 3)):
+        with pytest.raises(UserError, match="expected"):
+            refused()
     assert found[1, 0].tolist() == [1, 2, 3] + [0] * 125 and (found[0, 1] == 26).all()
     for content, message in (
         ("no json", "line 1: expected"),
@@ -120,9 +141,9 @@ def test_settings_that_do_not_go_together_are_refused():
     with pytest.raises(UserError, match="expected none with retrieval off"):
         LiveSettings(exclude=("a/b",)).check_off()
     LiveSettings().check_off()
-    assert Source.parse("V=2") == Source("V", neighbours=2)
+    assert parse_source("V=2") == ("V", 2) and parse_source("V") == ("V", 0)
     with pytest.raises(UserError, match="expected DIRECTORY or DIRECTORY=NEIGHBOURS"):
-        Source.parse("V=x")
+        parse_source("V=x")
 
 
 def test_the_bert_of_the_preparation_is_found(tmp_path):

@@ -7,12 +7,8 @@ from typing import Any
 from data_pipelines.artefacts.manifest import Path
 from data_pipelines.chunk_database.database import CHUNK_LENGTH
 from data_pipelines.chunk_database.tokenizer import Tokenizer
-from data_pipelines.retriever.live import (
-    FixedNeighbours,
-    LiveRetrieval,
-    Source,
-    document_names,
-)
+from data_pipelines.live.database import LiveDatabase
+from data_pipelines.live.several import FixedNeighbours, SeveralDatabases
 from data_pipelines.retriever.revisions import latest, open_database
 from retro_jax.config import require
 from retro_jax.errors import UserError
@@ -26,7 +22,7 @@ class LiveSettings:
     Attributes:
       revision: of the first database; None for the newest.
       exclude: its documents that are never retrieved, as CORPUS/ID.
-      more: workdirs that are searched too, DIRECTORY or DIRECTORY=NEIGHBOURS (live.py).
+      more: workdirs that are searched too, DIRECTORY or DIRECTORY=NEIGHBOURS.
       file: fixed neighbours instead, JSON lines with a text each; "" for none.
       stride: tokens between retrievals, a divisor of 64.
       bert_folder: the BERT of the first database's keys, where it is no packaged one.
@@ -66,17 +62,15 @@ class LiveSettings:
             found["database"] = open_database(data, self.revision).manifest.hash
         if self.exclude:
             found["excluded"] = list(self.exclude)
-        sources = [Source.parse(text) for text in self.more]
-        if sources:
-            pairs = [
-                [open_database(each.workdir).manifest.hash, each.neighbours] for each in sources
-            ]
-            found["more_databases"] = pairs
+        if self.more:
+            pairs = map(parse_source, self.more)
+            hashes = [[open_database(place).manifest.hash, claim] for place, claim in pairs]
+            found["more_databases"] = hashes
         return found
 
     def open(
         self, data: Path, tokenizer: Tokenizer, k: int, part: str = "both"
-    ) -> LiveRetrieval | FixedNeighbours:
+    ) -> LiveDatabase | SeveralDatabases | FixedNeighbours:
         """Opens what gives chunks their k neighbours; `part` is BatchConfig.neighbour_part.
 
         Raises:
@@ -84,6 +78,18 @@ class LiveSettings:
         """
         if self.file:
             return FixedNeighbours.open(self.file, tokenizer, k)
-        exclude = document_names(self.exclude)
-        first = Source(data, self.revision, exclude=exclude, bert_folder=self.bert_folder)
-        return LiveRetrieval.open([first, *map(Source.parse, self.more)], k, part)
+        first = LiveDatabase.open(data, self.revision, model=self.bert_folder, part=part)
+        first = first.without(self.exclude) if self.exclude else first
+        if not self.more:
+            return first
+        pairs = [parse_source(text) for text in self.more]
+        others = [LiveDatabase.open(place, part=part) for place, _ in pairs]
+        return SeveralDatabases([first, *others], [0, *(claim for _, claim in pairs)], k)
+
+
+def parse_source(text: str) -> tuple[str, int]:
+    """DIRECTORY or DIRECTORY=NEIGHBOURS, as flags have it: where, and how many it claims."""
+    place, equals, count = text.partition("=")
+    if equals and not (count.isdecimal() and int(count)):
+        raise UserError(f"database {text!r}: expected DIRECTORY or DIRECTORY=NEIGHBOURS")
+    return place, int(count or 0)
