@@ -23,6 +23,7 @@ import numpy as np
 from flax import nnx
 
 from data_pipelines.retriever.bert import BertConfig, load_bert, read_json
+from data_pipelines.retriever.prefixes import NO_PREFIXES, Prefixes
 from retro_jax.errors import UserError
 from retro_jax.storage import files
 
@@ -90,6 +91,7 @@ class BertFolder:
       vocabulary: the word pieces, in the order of their ids.
       lower_case: whether case and accents are dropped.
       max_length: the longest text in word pieces, [CLS] and [SEP] included; the rest is cut off.
+      prefixes: what is put before queries and passages.
     """
 
     name: str
@@ -98,9 +100,10 @@ class BertFolder:
     vocabulary: tuple[str, ...]
     lower_case: bool
     max_length: int
+    prefixes: Prefixes = NO_PREFIXES
 
     @classmethod
-    def open(cls, model: str | Path) -> "BertFolder":
+    def open(cls, model: str | Path, prefixes: Prefixes | None = None) -> "BertFolder":
         """Reads config.json, vocab.txt, and what sentence-transformers adds.
 
         Case matters as tokenizer_config.json says; without it, if the vocabulary has capital letters.
@@ -108,6 +111,7 @@ class BertFolder:
 
         Args:
           model: a packaged model's name, or a folder.
+          prefixes: of queries and passages; None for those that the folder states.
 
         Raises:
           UserError: no such model, or a folder that is no BERT; it names the file.
@@ -130,7 +134,8 @@ class BertFolder:
         if not (isinstance(max_length, int) and 2 < max_length <= longest):
             raise UserError(f"{path}: max_seq_length is {max_length!r}: expected 3 to {longest}")
         name = str(model) if str(model) in PACKAGED_MODELS else folder.resolve().name
-        return cls(name, folder, config, vocabulary, bool(lower_case), max_length)
+        prefixes = Prefixes.read(folder) if prefixes is None else prefixes
+        return cls(name, folder, config, vocabulary, bool(lower_case), max_length, prefixes)
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
@@ -142,6 +147,7 @@ class BertFolder:
             "max_length": self.max_length,
             "normalise": self.config.normalise,
             "pooling": self.config.pooling,
+            **self.prefixes.settings,
         }
 
     def _digest(self, name: str) -> str:
