@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.retriever.bert import read_json
+from data_pipelines.retriever.bert import modules_folder, read_json
 from retro_jax.errors import UserError
 
 _FILE = "config_sentence_transformers.json"
@@ -47,7 +47,7 @@ class Prefixes:
         Raises:
           UserError: the file is no JSON, or a prompt is no text.
         """
-        path = folder / _FILE
+        path = modules_folder(folder) / _FILE
         if not path.exists():
             return cls()
         stored = read_json(path)
