@@ -28,6 +28,7 @@ COMMANDS = {
     "generate": "continue many texts, with retrieval",
     "serve": "answer requests for texts over HTTP",
     "report": "write everything of a workdir on one page",
+    "export": "write chunks, neighbours, scores or a model as Parquet or safetensors",
     "results": "the small-scale reproduction, with ablations",
     "compile-check": "predict a step's memory and cost on a TPU slice",
     "cluster": "start a run on TPU VMs, GKE or Slurm",

@@ -11,7 +11,8 @@ import platform
 import sysconfig
 from collections.abc import Callable, Iterator
 
-from data_pipelines.corpora.config import CODE_KINDS, KINDS, LABELLED_KINDS, SPLITS, CorpusConfig
+from data_pipelines.corpora.config import CODE_KINDS, KINDS, SPLITS, CorpusConfig
+from data_pipelines.corpora.datasets_folder import check_folder, read_arrow
 from data_pipelines.corpora.document import (
     Document,
     Reading,
@@ -56,6 +57,7 @@ _READERS: dict[str, Callable[[CorpusConfig, SourceFile, Reading], Iterator[Recor
     "jsonl": read_json_lines,
     "pile": read_json_lines,
     "parquet": read_parquet,
+    "datasets": read_arrow,
     "wikitext": read_articles,
     "wikitext_raw": read_articles,
 }
@@ -89,6 +91,8 @@ def files_of(config: CorpusConfig) -> Iterator[SourceFile]:
         root = sysconfig.get_path("stdlib" if config.kind == "stdlib" else "purelib")
     elif config.kind == "wikipedia" and not (is_url(root) or pathlib.Path(root).is_file()):
         raise UserError(f"corpus {config.name!r}: {root} is missing: expected a {FILE}")
+    if config.kind == "datasets" and not is_url(root):
+        check_folder(config)
     yield from find_files(root, config)
 
 
@@ -99,7 +103,8 @@ def parts_of(config: CorpusConfig, file: SourceFile, most: int) -> Iterator[Sour
     """
     cut = {"parquet": parts_of_rows}.get(config.kind, parts_of_lines)
     plain = config.kind == "parquet" or file.suffix == ".jsonl"
-    cannot = file.size <= most or config.kind not in LABELLED_KINDS or not plain
+    lines_or_rows = config.kind in ("jsonl", "pile", "parquet")
+    cannot = file.size <= most or not lines_or_rows or not plain
     if cannot or (_may_be_lines(config) and _has_lines(config, file)):
         yield file
     else:
@@ -166,7 +171,9 @@ def _records(config: CorpusConfig, file: SourceFile, reading: Reading) -> Iterat
 
 def _may_be_lines(config: CorpusConfig) -> bool:
     """Whether rows are looked at for lines of WikiText."""
-    return config.kind in ("jsonl", "parquet") and not (config.label_path or config.id_field)
+    return config.kind in ("jsonl", "parquet", "datasets") and not (
+        config.label_path or config.id_field
+    )
 
 
 def _has_lines(config: CorpusConfig, file: SourceFile) -> bool:

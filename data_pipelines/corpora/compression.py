@@ -1,9 +1,11 @@
-"""The bytes of a file, decompressed where its name ends in .gz or .zst."""
+"""The bytes of a file, decompressed where its name ends in .gz, .zst, .bz2 or .xz."""
 
+import bz2
 import gzip
+import lzma
 import zlib
-from collections.abc import Iterator
-from typing import BinaryIO, cast
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, cast
 
 import zstandard
 
@@ -13,6 +15,18 @@ from retro_jax.errors import UserError
 _BLOCK = 1 << 20
 _LONGEST_WINDOW = 1 << 31  # bytes; what `zstd --ultra --long=31` writes at most
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_OPEN: dict[str, Callable[[BinaryIO], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+}
+# How compressed files begin.
+_MAGIC = {
+    b"\x1f\x8b\x08": ".gz",
+    b"\x28\xb5\x2f\xfd": ".zst",
+    b"\xfd7zXZ\x00": ".xz",
+    b"BZh91AY&SY": ".bz2",
+}
 
 
 def read_whole(file: SourceFile) -> bytes:
@@ -48,17 +62,36 @@ def read_lines(file: SourceFile, *, ends: bool = False) -> Iterator[bytes]:
 def _blocks(file: SourceFile, opened: BinaryIO) -> Iterator[bytes]:
     """The decompressed bytes; a UserError for a truncated or damaged file."""
     try:
+        if file.suffix in (".zst", *_OPEN):
+            if not opened.read(1):
+                raise EOFError("it has no byte")
+            opened.seek(0)
         if file.suffix == ".zst":
             yield from _zstandard_blocks(opened)
-        elif file.suffix == ".gz":
-            with gzip.open(opened) as plain:
+        elif file.suffix in _OPEN:
+            with _OPEN[file.suffix](opened) as plain:
                 yield from _read_blocks(cast(BinaryIO, plain))
         else:
-            yield from _read_blocks(opened)
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+            yield from _plain_blocks(file, opened)
+    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, zstandard.ZstdError) as error:
         raise UserError(
             f"{file.path} is damaged ({error}): expected a whole {file.suffix} file"
         ) from error
+    except OSError as error:
+        if file.suffix != ".bz2" or error.errno is not None:  # bz2 has no error of its own
+            raise
+        raise UserError(
+            f"{file.path} is damaged ({error}): expected a whole {file.suffix} file"
+        ) from error
+
+
+def _plain_blocks(file: SourceFile, opened: BinaryIO) -> Iterator[bytes]:
+    """A file's bytes as they are; a UserError for compressed ones under another name."""
+    for number, block in enumerate(_read_blocks(opened)):
+        for magic, suffix in _MAGIC.items():
+            if not number and block.startswith(magic):
+                raise UserError(f"{file.path} is compressed: expected a name that ends in {suffix}")
+        yield block
 
 
 def _read_blocks(file: BinaryIO) -> Iterator[bytes]:

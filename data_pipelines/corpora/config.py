@@ -9,7 +9,7 @@ from retro_jax.config import require
 
 SPLITS = ("train", "validation", "test")
 CODE_KINDS = ("stdlib", "packages")
-LABELLED_KINDS = ("jsonl", "pile", "parquet")
+LABELLED_KINDS = ("jsonl", "pile", "parquet", "datasets")
 KINDS = ("wikipedia", *CODE_KINDS, "text", *LABELLED_KINDS, "wikitext", "wikitext_raw")
 
 _TESTS = ("test/*", "*/test/*", "tests/*", "*/tests/*")
@@ -20,6 +20,7 @@ _INCLUDE = {
     "jsonl": ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst"),
     "pile": ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst"),
     "parquet": ("*.parquet",),
+    "datasets": ("*.arrow", "*.feather"),
     "wikitext": ("wiki.*.tokens",),
     "wikitext_raw": ("wiki.*.raw",),
 }
@@ -36,6 +37,7 @@ _EXCLUDE = {
         *_TESTS,
     ),
     "packages": _TESTS,
+    "datasets": ("cache-*", "*/cache-*"),
 }
 
 
@@ -49,6 +51,7 @@ class CorpusConfig:
         own source files), "packages" (installed Python packages), "text" (a folder of text files,
         also .gz and .zst),
         "jsonl" (JSON lines, also .gz and .zst), "pile" (the same with the Pile's labels), "parquet",
+        "datasets" (a folder by Hugging Face's save_to_disk, or Arrow files),
         "wikitext" (wiki.*.tokens) or "wikitext_raw" (wiki.*.raw), both also as Parquet with one line
         per row.
       path: a folder or file, or a URL that fsspec reads (gs://, s3://); None for the files of the

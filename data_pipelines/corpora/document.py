@@ -91,8 +91,9 @@ class Reading:
     def bad(self, message: str) -> None:
         """Stops at a bad document, or counts it."""
         if not self.skip_bad:
-            advice = "; skip_bad_documents counts such documents and goes on"
-            raise UserError(f"{message}{advice if self.may_skip else ''}")
+            if self.may_skip:
+                message = f"{message}; skip_bad_documents counts such documents and goes on"
+            raise UserError(message)
         self.counts["bad"] += 1
         self.first_bad = self.first_bad or message
 

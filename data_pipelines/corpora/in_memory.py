@@ -1,11 +1,11 @@
-"""A corpus that the caller has in memory: strings, or pairs of id and text."""
+"""A corpus that the caller has in memory: strings, pairs of id and text, or the rows of a table."""
 
 import dataclasses
 import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from data_pipelines.corpora.config import CorpusConfig
@@ -29,6 +29,42 @@ class TextCorpus:
     name: str
     documents: tuple[str | tuple[str, str], ...] = dataclasses.field(repr=False)
     split: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        rows: Any,
+        *,
+        text: str = "text",
+        id: str | None = None,
+        split: str | None = None,
+    ) -> "TextCorpus":
+        """A corpus of any rows.
+
+        Args:
+          name: of the corpus.
+          rows: a table of pandas or Arrow, a Dataset of Hugging Face, or an iterable of mappings; or
+            of strings or pairs, as `documents` is.
+          text: the column, or key, with the text. id: that with the id; None for a hash of the text.
+          split: put every document into this split.
+
+        Raises:
+          UserError: no such column, or a row without a string there; it names the row, from 0.
+        """
+        documents: list[Any] = []
+        for number, row in enumerate(_rows(rows, [text] if id is None else [text, id], name)):
+            if not isinstance(row, Mapping):
+                documents.append(row)
+                continue
+            for field in (text, *([] if id is None else [id])):
+                value = row.get(field)
+                if not (isinstance(value, str) or (field == id and isinstance(value, int))):
+                    raise UserError(
+                        f"row {number} of {name!r} has {value!a} in {field!r}: expected a string"
+                    )
+            documents.append(row[text] if id is None else (str(row[id]), row[text]))
+        return cls(name, tuple(documents), split)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "documents", tuple(self.documents))
@@ -86,6 +122,30 @@ class TextCorpus:
             else:
                 fields = dict(zip(("id", "text"), document))
             yield json.dumps(fields).encode() + b"\n"
+
+
+def _rows(rows: Any, columns: list[str], name: str) -> Iterator[Any]:
+    """The rows of a table as mappings, or of an iterable as they are."""
+    names = getattr(rows, "column_names", None)  # of Arrow and of Hugging Face's datasets
+    if names is None and hasattr(rows, "columns") and hasattr(rows, "itertuples"):
+        names = list(rows.columns)  # of pandas
+    if names is None or callable(names):
+        if isinstance(rows, str | bytes) or not isinstance(rows, Iterable):
+            raise UserError(f"the rows of {name!r} are a {type(rows).__name__}: expected a table")
+        yield from rows
+        return
+    for column in columns:
+        if column not in names:
+            raise UserError(
+                f"the table of {name!r} has no column {column!a}: expected one of {list(names)!a}"
+            )
+    if hasattr(rows, "to_pylist"):
+        yield from rows.select(columns).to_pylist()
+    elif hasattr(rows, "itertuples"):
+        for values in zip(*(rows[column].tolist() for column in columns)):
+            yield dict(zip(columns, values, strict=True))
+    else:
+        yield from rows.select_columns(columns)
 
 
 def written(

@@ -23,6 +23,7 @@ _ENTRIES = 1 << 16  # of a folder that are sorted at once
 _file_system = functools.partial(file_system, use_listings_cache=False)  # files come and go
 _logger = logging.getLogger(__name__)
 WORKDIR_MARK = ".prepare.lock"  # every workdir has this file
+_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 _RUN_MARKS = {"config.gin", "checkpoints"}  # and every run both of these
 _STAMPS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "updated", "created")
 
@@ -62,10 +63,16 @@ def find_files(root: str, config: CorpusConfig) -> Iterator[SourceFile]:
       UserError: there is no such folder, no file in it that the patterns take, or no package that
         reads such URLs.
     """
-    has_files = False
-    for file in _find(root, config):
+    has_files, left = False, list[str]()
+    for file in _find(root, config, left):
         has_files = True
         yield file
+    if left and has_files and config.include is None:
+        _logger.warning(
+            "corpus %r: %d compressed files, such as %s, are left out: CorpusConfig.include can take"
+            " them",
+            *(config.name, len(left), left[0]),
+        )
     if not has_files and config.include is None and config.kind in FORMS:
         for file in _find(root, dataclasses.replace(config, include=FORMS[config.kind])):
             has_files = True
@@ -100,12 +107,12 @@ def open_file(file: SourceFile) -> Iterator[BinaryIO]:
         yield cast(BinaryIO, remote)
 
 
-def _find(root: str, config: CorpusConfig) -> Iterator[SourceFile]:
-    """The files that the corpus takes, wherever they are."""
-    yield from _find_remote(root, config) if is_url(root) else _find_local(root, config)
+def _find(root: str, config: CorpusConfig, left: list[str] | None = None) -> Iterator[SourceFile]:
+    """The files that the corpus takes, wherever they are; `left` gets compressed ones that it does not."""
+    yield from _find_remote(root, config) if is_url(root) else _find_local(root, config, left)
 
 
-def _find_local(root: str, config: CorpusConfig) -> Iterator[SourceFile]:
+def _find_local(root: str, config: CorpusConfig, left: list[str] | None) -> Iterator[SourceFile]:
     """The files of a folder of this machine."""
     path = pathlib.Path(root)
     if path.is_file():
@@ -116,13 +123,13 @@ def _find_local(root: str, config: CorpusConfig) -> Iterator[SourceFile]:
                 f"corpus {config.name!r}: {root} is a workdir: expected a folder of documents, not of"
                 " what was made of them"
             )
-        yield from _walk(str(path), "", config, {os.path.realpath(path)})
+        yield from _walk(str(path), "", config, {os.path.realpath(path)}, left)
     else:
         raise UserError(f"corpus {config.name!r}: {root} is missing: expected a file or folder")
 
 
 def _walk(
-    folder: str, inside: str, config: CorpusConfig, parents: set[str]
+    folder: str, inside: str, config: CorpusConfig, parents: set[str], left: list[str] | None
 ) -> Iterator[SourceFile]:
     """The files below a folder. A linked folder is read where it is no part of one that is read."""
     with os.scandir(folder) as entries:
@@ -135,6 +142,8 @@ def _walk(
                         folders.append(entry)
                 elif _is_taken(name, config):
                     yield _local_file(name, entry.path, entry.stat())
+                elif left is not None and _is_taken(name.rpartition(".")[0], config):
+                    left += [name] if name.endswith(_COMPRESSED) else []
             for entry in folders:
                 if entry.is_symlink():
                     target = os.path.realpath(entry.path)
@@ -148,7 +157,7 @@ def _walk(
                 if _is_artefact(set(os.listdir(entry.path))):
                     _tell_of_workdir(config, entry.path)
                     continue
-                yield from _walk(entry.path, f"{inside}{entry.name}/", config, parents)
+                yield from _walk(entry.path, f"{inside}{entry.name}/", config, parents, left)
 
 
 def _is_artefact(names: set[str]) -> bool:

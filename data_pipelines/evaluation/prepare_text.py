@@ -15,6 +15,7 @@ from data_pipelines.retriever.bm25 import Bm25Config, prepare_bm25
 from data_pipelines.retriever.keys import Keys, KeysConfig, prepare_keys
 from data_pipelines.retriever.neighbours import KIND as NEIGHBOURS
 from data_pipelines.retriever.neighbours import prepare_neighbours
+from data_pipelines.retriever.prefixes import Prefixes
 from data_pipelines.retriever.queries import Queries
 from data_pipelines.retriever.retriever import Ranking, Retriever
 from data_pipelines.retriever.revisions import checked, folder_of, latest, open_database
@@ -65,8 +66,10 @@ def prepare_slice(
         queries: Queries = chunks
         if retriever.ranking.by_keys:
             settings = retriever.keys.manifest.settings
-            keys = KeysConfig(bert_folder or settings["embedder"]["model"], settings["dtype"])
-            prepare_keys(folder / "keys", folder / "chunks", data / "tokenizer", keys)
+            prefixes = Prefixes.recorded(settings["embedder"])
+            bert = bert_folder or settings["embedder"]["model"]
+            keys = KeysConfig(bert, settings["dtype"], prefixes.query, prefixes.passage)
+            prepare_keys(folder / "keys", folder / "chunks", data / "tokenizer", keys, role="query")
             queries = Keys.open(folder / "keys", chunks)
         prepare_neighbours(
             table,

@@ -35,6 +35,7 @@ POOLINGS = {
 }
 # Names that the first BERTs were published with, beside those of LAYER_WEIGHTS.
 _OLDER = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+MODULES = "modules.json"  # of sentence-transformers
 MASKED = -1e9  # logit of a padded position: exp underflows to exactly zero
 
 
@@ -240,7 +241,9 @@ def load_bert(folder: Path | str) -> Bert:
     config = BertConfig.open(folder)
     path = Path(folder) / "model.safetensors"
     if not path.is_file():
-        raise UserError(f"{path}: no such file: expected the weights of a BERT")
+        other = path.with_name("pytorch_model.bin")
+        more = f"; {other.name} has to be converted to it first" if other.is_file() else ""
+        raise UserError(f"{path}: no such file: expected the weights of a BERT{more}")
     try:
         with safe_open(path, framework="numpy") as weights:
             values = _read_weights(config, path, weights)
@@ -371,21 +374,46 @@ def _read_weights(config: BertConfig, path: Path, weights: Any) -> dict[str, np.
     return values
 
 
-def _read_modules(folder: Path) -> tuple[str, bool]:
-    """The pooling, and whether modules.json lists Normalize; UserError for what BERT does not do."""
-    path, pooling, kinds = folder / "modules.json", "mean", []
-    if not path.exists():
-        return pooling, False
-    for module in read_json(path, list):
+def transformer_folder(folder: Path) -> Path:
+    """Where a folder of sentence-transformers has its BERT: the folder itself, or its 0_Transformer."""
+    path = folder / MODULES
+    if not path.exists() or (folder / "config.json").exists():
+        return folder
+    places = [place for kind, place in _modules(path) if kind == "Transformer"]
+    return folder / places[0] if places and "\0" not in places[0] else folder
+
+
+def modules_folder(folder: Path) -> Path:
+    """The folder of sentence-transformers to which a BERT's folder belongs: itself, or the one above."""
+    above = folder.absolute().parent
+    if (folder / MODULES).exists() or not (above / MODULES).exists():
+        return folder
+    is_part = ("Transformer", folder.absolute().name) in _modules(above / MODULES)
+    return above if is_part else folder
+
+
+def _modules(path: Path) -> list[tuple[str, str]]:
+    """The kind and the folder of each of modules.json."""
+    modules = read_json(path, list)
+    for module in modules:
         if not isinstance(module, dict):
             raise UserError(f"{path}: module {module!r}: expected an object with type and path")
-        kind = str(module.get("type", "")).rpartition(".")[2]
-        kinds.append(kind)
+    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
+    return list(zip(kinds, (str(module.get("path", "")) for module in modules)))
+
+
+def _read_modules(folder: Path) -> tuple[str, bool]:
+    """The pooling, and whether modules.json lists Normalize; UserError for what BERT does not do."""
+    root, pooling = modules_folder(folder), "mean"
+    modules = _modules(root / MODULES) if (root / MODULES).exists() else []
+    for kind, place in modules:
         if kind not in ("Transformer", "Pooling", "Normalize"):
-            raise UserError(f"{path}: module {kind!r}: expected Transformer, Pooling, Normalize")
+            raise UserError(
+                f"{root / MODULES}: module {kind!r}: expected Transformer, Pooling, Normalize"
+            )
         if kind == "Pooling":
-            pooling = _read_pooling(folder / str(module.get("path", "")) / "config.json")
-    return pooling, "Normalize" in kinds
+            pooling = _read_pooling(root / place / "config.json")
+    return pooling, "Normalize" in [kind for kind, _ in modules]
 
 
 def _read_pooling(path: Path) -> str:

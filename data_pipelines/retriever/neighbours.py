@@ -598,7 +598,8 @@ def recall(found: np.ndarray, truth: np.ndarray, descending: bool = False) -> fl
 
 def _check_alike(queries: Keys, keys: Keys) -> None:
     """Raises unless queries were made as the keys that they are compared with."""
-    if queries.manifest.settings != keys.manifest.settings:
+    without = {"prefix": ""}  # of queries and of the database, which may differ
+    if queries.manifest.settings | without != keys.manifest.settings | without:
         raise UserError(
             f"{queries.directory} and {keys.directory} do not belong together: expected keys of the"
             " same model and precision"

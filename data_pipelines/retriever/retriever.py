@@ -22,6 +22,7 @@ from data_pipelines.retriever.candidates import Found
 from data_pipelines.retriever.embedder import PACKAGED_MODELS, BertFolder, Embedder
 from data_pipelines.retriever.index import Index
 from data_pipelines.retriever.keys import ChunkEncoder, Keys
+from data_pipelines.retriever.prefixes import Prefixes
 from data_pipelines.retriever.queries import NewChunks
 from data_pipelines.retriever.retrieval_database import Database
 from data_pipelines.retriever.search import ChunkSearch, Dense, Reranked
@@ -174,7 +175,7 @@ class Retriever:
         """
         if self._tokenizer is None:
             raise UserError(f"{self.keys.directory}: expected a tokeniser to embed with")
-        return _encoder(self.keys, self._tokenizer, self._bert)
+        return _encoder(self.keys, self._tokenizer, self._bert, self._bert.prefixes.query)
 
     @functools.cached_property
     def _bert(self) -> BertFolder:
@@ -194,7 +195,8 @@ class Retriever:
     def encoder_of(cls, workdir: Path, keys: Keys, *, model: str | None = None) -> ChunkEncoder:
         """What embeds chunks as some keys of a workdir were made; errors as for `encoder`."""
         tokenizer = Tokenizer.open(pathlib.Path(workdir) / "tokenizer")
-        return _encoder(keys, tokenizer, _bert_of(keys, model))
+        prefix = keys.manifest.settings.get("prefix", "")
+        return _encoder(keys, tokenizer, _bert_of(keys, model), prefix)
 
     def retrieve(
         self, tokens: np.ndarray, k: int, exclude_documents: np.ndarray | None = None
@@ -225,9 +227,9 @@ class Retriever:
         return self.search.find(chunks, k, exclude_documents)
 
 
-def _encoder(keys: Keys, tokenizer: Tokenizer, bert: BertFolder) -> ChunkEncoder:
-    """The encoder that made some keys."""
-    return ChunkEncoder(tokenizer, Embedder.shared(bert), keys.manifest.settings["dtype"])
+def _encoder(keys: Keys, tokenizer: Tokenizer, bert: BertFolder, prefix: str) -> ChunkEncoder:
+    """The encoder that made some keys, or makes those that are compared with them."""
+    return ChunkEncoder(tokenizer, Embedder.shared(bert), keys.manifest.settings["dtype"], prefix)
 
 
 def _bert_of(keys: Keys, model: str | None) -> BertFolder:
@@ -239,7 +241,7 @@ def _bert_of(keys: Keys, model: str | None) -> BertFolder:
             f"{keys.directory} was made by the BERT folder {name!r}: expected its path"
             " (--bert_folder, or model= in Python)"
         )
-    folder = BertFolder.open(name)
+    folder = BertFolder.open(name, Prefixes.recorded(made_by))
     if files.plain(folder.identity) | {"model": ""} != made_by | {"model": ""}:
         raise UserError(
             f"{folder.folder} is not the BERT that made {keys.directory}: expected "

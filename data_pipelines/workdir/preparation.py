@@ -18,8 +18,11 @@ from data_pipelines.retriever.bm25 import Bm25Config
 from data_pipelines.retriever.index import IndexConfig
 from data_pipelines.retriever.keys import Keys, KeysConfig
 from data_pipelines.retriever.neighbours import NeighboursConfig, NeighbourTable, prepare_neighbours
+from data_pipelines.retriever.prefixes import Prefixes
 from data_pipelines.retriever.queries import Queries
 from data_pipelines.retriever.retriever import Retriever
+
+QUERY_KEYS = "keys/queries"  # of the training split, where queries have another prefix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +85,9 @@ def queries_of(directory: pathlib.Path, split: str, retriever: Retriever) -> Que
     if not retriever.ranking.by_keys:
         chunks = directory / "chunks" / split
         return retriever.database if split == "train" else ChunkDatabase.open(chunks)
+    embedder = retriever.keys.manifest.settings["embedder"]
+    if split == "train" and Prefixes.recorded(embedder).differ:
+        return Keys.open(directory / QUERY_KEYS, retriever.database)
     return retriever.keys if split == "train" else open_keys(directory, split)
 
 
@@ -104,6 +110,6 @@ def materialise(directory: pathlib.Path, config: BatchConfig, steps: int, runner
 
 
 def open_keys(directory: pathlib.Path, split: str) -> Keys:
-    """The keys of a split's chunks."""
-    chunks = ChunkDatabase.open(directory / "chunks" / split)
+    """The keys of a split's chunks; those of "queries" are of the training split's."""
+    chunks = ChunkDatabase.open(directory / "chunks" / ("train" if split == "queries" else split))
     return Keys.open(directory / "keys" / split, chunks)

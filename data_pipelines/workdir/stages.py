@@ -31,6 +31,7 @@ from data_pipelines.retriever.keys import prepare_keys
 from data_pipelines.retriever.retriever import Retriever
 from data_pipelines.workdir import leakage_report
 from data_pipelines.workdir.preparation import (
+    QUERY_KEYS,
     Preparation,
     PrepareConfig,
     open_keys,
@@ -251,25 +252,30 @@ def _chunks(p: Preparation) -> tuple[str, int, str]:
 
 def _keys(p: Preparation) -> tuple[str, int, str]:
     """Embeds every split: the training split is the retrieval database, the others ask it."""
+    tokenizer, prefixes = p.directory / "tokenizer", p.config.keys.open().prefixes
+    places = {split: ("keys/" + split, split, "query") for split in SPLITS}
+    places["train"] = ("keys/train", "train", "passage")
+    if prefixes.differ:  # as queries, training chunks have other keys
+        places["queries"] = (QUERY_KEYS, "train", "query")
     manifests = {
-        split: prepare_keys(
-            p.directory / "keys" / split,
-            p.directory / "chunks" / split,
-            p.directory / "tokenizer",
-            p.config.keys,
+        name: prepare_keys(
+            *(p.directory / place, p.directory / "chunks" / chunks, tokenizer, p.config.keys),
+            role=role,
             runner=p.runner,
         )
-        for split in SPLITS
+        for name, (place, chunks, role) in places.items()
     }
-    for split, manifest in manifests.items():
+    for name, (place, split, _) in places.items():
         expected = Manifest.read(p.directory / "chunks" / split).fact("chunks")
-        _check_count(p.directory / "keys" / split, manifest.fact("chunks"), expected, "chunks")
+        _check_count(p.directory / place, manifests[name].fact("chunks"), expected, "chunks")
     summary = ", ".join(f"{m.fact('keys'):,} {split}" for split, m in manifests.items())
     chunks, keys = (
         sum(manifest.fact(name) for manifest in manifests.values()) for name in ("chunks", "keys")
     )
     dimension = manifests["train"].fact("dimension")
     line = f"{summary}; {dimension} dimensions; {chunks - keys:,} chunks have no text, so no key"
+    if prefixes.settings:
+        line += f"; {prefixes.query!r} before queries, {prefixes.passage!r} before passages"
     return line, chunks, "chunks"
 
 

@@ -21,7 +21,7 @@ from data_pipelines.retriever.revisions import folder_of, latest
 from data_pipelines.retriever.sampling import sample_ids
 from data_pipelines.workdir import leakage_report
 from data_pipelines.workdir.leakage_report import HELD_OUT
-from data_pipelines.workdir.preparation import open_keys, queries_of
+from data_pipelines.workdir.preparation import QUERY_KEYS, open_keys, queries_of
 from retro_jax.errors import UserError
 
 # Keys of chunks that were embedded in other company differ by rounding, and bfloat16 rounds again.
@@ -67,12 +67,14 @@ def places(revisions: int = 0) -> dict[str, Places]:
     result["duplicates"] = Places("duplicates", {"chunks": "chunks/train"} | of_chunks)
     for split in SPLITS:
         result[f"keys/{split}"] = Places("keys", {"chunks": f"chunks/{split}"})
+    result[QUERY_KEYS] = Places("keys", {"chunks": "chunks/train"})
     result["index"] = Places("index", {"keys": "keys/train"})
     result["bm25"] = Places("bm25", {"database": "chunks/train"})
     database = {"database": "chunks/train"}
     database |= {"keys": "keys/train", "index": "index", "bm25": "bm25"}
     for split in SPLITS:
-        sources = {"chunks": f"chunks/{split}", "queries": f"keys/{split}"}
+        queries = QUERY_KEYS if split == "train" else f"keys/{split}"
+        sources = {"chunks": f"chunks/{split}", "queries": queries}
         result[f"neighbours/{split}"] = Places("neighbours", sources | database)
     for revision in range(1, revisions + 1):
         result |= _places_of(revision)
@@ -167,7 +169,8 @@ def _checks(
             again = functools.partial(leakage_report.check, directory, path, sample, seed)
             yield f"{name} again", again
     newest = latest(directory)
-    for revision, split in itertools.product(range(newest + 1), SPLITS):
+    names = (*SPLITS, pathlib.PurePath(QUERY_KEYS).name)
+    for revision, split in itertools.product(range(newest + 1), names):
         computed: dict[str, Callable[..., str]] = {
             "chunks": check_chunks,
             "keys": functools.partial(check_keys, model=model),

@@ -124,6 +124,10 @@ def targets() -> list[Target]:
     (bert / "sentence_bert_config.json").write_text('{"max_seq_length": 30}')
     prompts = {"prompts": {"query": "query: ", "document": "passage: "}}
     (bert / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    today = root / "today"  # as transformers 5 saves a BERT's tokeniser
+    shutil.copytree(bert, today)
+    (today / "vocab.txt").unlink()
+    (today / "tokenizer.json").write_text(bert_folder.tokenizer_json())
     bpe, piece = root / "bpe", root / "piece"
     base_tokenizers.train(bpe)
     shutil.rmtree(bpe / "texts")
@@ -137,6 +141,7 @@ def targets() -> list[Target]:
     files += ("config_sentence_transformers.json",)
     return [
         *(_folder("bert", bert, file, _open_bert) for file in files),
+        _folder("bert", today, "tokenizer.json", _open_bert),
         _folder("byte-level", bpe, "tokenizer.json", open_base_tokenizer),
         _folder("byte-level", bpe, "tokenizer_config.json", open_base_tokenizer),
         _folder("sentencepiece", piece, "tokenizer.model", open_base_tokenizer),

@@ -45,6 +45,14 @@ def _parquet() -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def _arrow() -> bytes:
+    """An Arrow stream of several batches, as `datasets` writes it."""
+    table, sink = pyarrow.Table.from_pylist(_ROWS), pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=5)
+    return sink.getvalue().to_pybytes()
+
+
 def _wikipedia() -> bytes:
     """As the package's file."""
     articles = {str(i): {"title": f"T{i}", "extract": f"text {i}"} for i in range(4)}
@@ -190,6 +198,7 @@ def targets() -> list[Target]:
         packed,
         _corpus("b.jsonl", "pile", lines, _count_lines),
         _corpus("a.parquet", "parquet", _parquet(), _count_rows, id_field="id"),
+        _corpus("a.arrow", "datasets", _arrow(), id_field="id"),
         _corpus("wiki.train.tokens", "wikitext", _ARTICLES.encode(), form=_Articles),
         _corpus("summaries_en-us.json", "wikipedia", _wikipedia()),
         _slice("wikitext103", "wiki.test.tokens", _ARTICLES.encode()),

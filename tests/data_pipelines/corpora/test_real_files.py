@@ -1,8 +1,10 @@
 """Files as they come: line ends, compression, byte order marks, links, rows that cannot be read."""
 
+import bz2
 import gzip
 import json
 import logging
+import lzma
 import os
 
 import pyarrow
@@ -124,11 +126,18 @@ def test_long_windows_are_read(tmp_path):
     assert len(_read(tmp_path, "jsonl")[0]) == 3
 
 
-@pytest.mark.parametrize("suffix", [".rst", ".rst.gz", ".txt.zst"])
+_PACK = {
+    "rst": bytes,
+    "gz": gzip.compress,
+    "zst": zstandard.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+}
+
+
+@pytest.mark.parametrize("suffix", [".rst", ".rst.gz", ".txt.zst", ".txt.bz2", ".md.xz"])
 def test_text_files_are_read_compressed_too(tmp_path, suffix):
-    pack = {".rst": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[
-        "." + suffix.split(".")[-1]
-    ]
+    pack = _PACK[suffix.split(".")[-1]]
     (tmp_path / f"page{suffix}").write_bytes(pack("\ufeffGrüße\n".encode()))
     documents, _ = _read(tmp_path, include=(f"*{suffix}",))
     assert [(d.id, d.text) for d in documents] == [(f"page{suffix}", "Grüße\n")]
@@ -278,3 +287,28 @@ def test_columns_of_odd_types(tmp_path):
 def _read_one_number(path):
     parquet.write_table(pyarrow.table({"text": [1.5]}), path)
     return _read(path, "parquet", skip=True)
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst", "bz2", "xz"])
+def test_compressed_files_that_are_not_whole(tmp_path, suffix, caplog):
+    path, line = tmp_path / f"x.jsonl.{suffix}", b'{"text": "a"}\n' * 9
+    whole = _PACK[suffix](line)
+    for data in (b"", whole[: len(whole) // 2], b"plain text", whole[:-3]):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=rf"x.jsonl.{suffix} is damaged"):
+            _read(path, "jsonl")
+    path.write_bytes(whole)
+    assert len(_read(path, "jsonl", id_field=None)[0]) == 9
+    (tmp_path / "y.jsonl").write_bytes(whole)  # under a name that does not say so
+    with pytest.raises(UserError, match=rf"y.jsonl is compressed: .* ends in .{suffix}"):
+        _read(tmp_path / "y.jsonl", "jsonl")
+
+
+def test_compressed_files_beside_plain_ones_are_not_forgotten(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"b"))
+    (tmp_path / "c.png").write_bytes(b"c")
+    assert [d.id for d in _read(tmp_path)[0]] == ["a.txt"]
+    assert "1 compressed files, such as b.txt.gz, are left out" in caplog.text
+    caplog.clear()
+    assert len(_read(tmp_path, include=("*.txt", "*.txt.gz"))[0]) == 2 and not caplog.text

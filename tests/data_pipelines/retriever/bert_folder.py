@@ -77,3 +77,21 @@ def write(folder: pathlib.Path, *, config=CONFIG, arrays=None, prefix="", normal
         (folder / "1_Pooling").mkdir(exist_ok=True)
         (folder / "1_Pooling" / "config.json").write_text(json.dumps(POOLING))
     return folder
+
+
+def tokenizer_json(**changes) -> str:
+    """As transformers 5 saves a BERT's tokeniser; it writes no vocab.txt.
+
+    Args:
+      **changes: PART__FIELD=value.
+    """
+    normalizer = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True}
+    normalizer |= {"strip_accents": None, "lowercase": True}
+    model = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##"}
+    model |= {"max_input_chars_per_word": 100}
+    model["vocab"] = {piece: i for i, piece in enumerate(VOCABULARY)}
+    stored = {"version": "1.0", "normalizer": normalizer, "model": model}
+    for name, value in changes.items():
+        part, _, field = name.partition("__")
+        stored[part][field] = value
+    return json.dumps(stored)

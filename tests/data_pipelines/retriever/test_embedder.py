@@ -200,7 +200,9 @@ def test_refuses_a_bad_vocabulary(tmp_path):
     with pytest.raises(UserError, match=r"vocab\.txt has 146 word pieces: expected at most 145"):
         BertFolder.open(tmp_path)
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"vocab\.txt: not readable as a WordPiece vocabulary"):
+    with pytest.raises(
+        UserError, match=r"vocab\.txt has byte 0xff at offset 0: expected a WordPiece"
+    ):
         BertFolder.open(tmp_path)
 
 
@@ -255,3 +257,55 @@ def test_a_few_plain_texts_have_the_same_pieces_without_tensorflow(
         assert not is_plain(text)
     monkeypatch.setattr(module, "import_tensorflow", lambda: pytest.fail("TensorFlow is imported"))
     assert WordPiece(minilm.model.vocabulary, lower_case).encode_few(["The river"]).lengths == [2]
+
+
+def test_a_folder_as_transformers_saves_it_today(tmp_path):
+    plain = Embedder.open(bert_folder.write(tmp_path / "plain"))
+    folder = bert_folder.write(tmp_path / "today")
+    (folder / "vocab.txt").unlink()
+    (folder / "tokenizer.json").write_text(bert_folder.tokenizer_json())
+    today = Embedder.open(folder)
+    assert today.model.vocabulary == plain.model.vocabulary
+    assert today.model.lower_case and "tokenizer.json" in today.model.identity["sha256"]
+    texts = ["Def lobster", "return crustacean 7!"]
+    np.testing.assert_array_equal(today.embed(texts), plain.embed(texts))
+    (folder / "tokenizer.json").write_text(bert_folder.tokenizer_json(normalizer__lowercase=False))
+    assert not BertFolder.open(folder).lower_case
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__type": "Unigram"}, r"model.type is 'Unigram': expected 'WordPiece'"),
+        (
+            {"model__vocab": {"[UNK]": 0, "a": 2}},
+            r"model.vocab: expected word pieces with the ids 0",
+        ),
+        ({"model__vocab": [["a", 0]]}, r"model.vocab: expected word pieces"),
+        ({"model__vocab": {"[UNK]": 0}}, r"no \[CLS\]: expected a WordPiece vocabulary"),
+        ({"normalizer__type": "NFC"}, r"the normalizer is 'NFC': expected 'BertNormalizer'"),
+        ({"normalizer__strip_accents": False}, r"lowercase is True and strip_accents False"),
+    ],
+)
+def test_a_tokenizer_json_of_another_kind_is_named(tmp_path, changes, message):
+    folder = bert_folder.write(tmp_path / "bert")
+    (folder / "vocab.txt").unlink()
+    (folder / "tokenizer.json").write_text(bert_folder.tokenizer_json(**changes))
+    with pytest.raises(UserError, match=rf"tokenizer.json: {message}"):
+        BertFolder.open(folder)
+
+
+def test_an_older_folder_of_sentence_transformers(tmp_path):
+    """Its BERT is in 0_Transformer, its pooling and prompts beside that."""
+    root = bert_folder.write(tmp_path / "root")
+    modules = [dict(module) for module in bert_folder.MODULES]
+    modules[0]["path"] = "0_Transformer"
+    (root / "modules.json").write_text(json.dumps(modules))
+    (root / "0_Transformer").mkdir()
+    for name in ("config.json", "vocab.txt", "model.safetensors"):
+        (root / name).rename(root / "0_Transformer" / name)
+    (root / "config_sentence_transformers.json").write_text('{"prompts": {"query": "q: "}}')
+    model = BertFolder.open(root)
+    assert model.name == "root" and model.prefixes.query == "q: " and model.config.normalise
+    plain = Embedder.open(bert_folder.write(tmp_path / "plain"))
+    np.testing.assert_array_equal(Embedder(model).embed(["lobster"]), plain.embed(["lobster"]))
