@@ -122,8 +122,7 @@ def _network(port: int, faults: Faults | None) -> Iterator[int]:
 
         target, drawn = port, faults
 
-    proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    proxy.daemon_threads = True
+    proxy = _Quiet(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=proxy.serve_forever, daemon=True)
     thread.start()
     try:
@@ -131,6 +130,15 @@ def _network(port: int, faults: Faults | None) -> Iterator[int]:
     finally:
         proxy.shutdown()
         proxy.server_close()
+
+
+class _Quiet(http.server.ThreadingHTTPServer):
+    """Says nothing of clients that have gone, as killed ones have."""
+
+    daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        """Nothing."""
 
 
 class _BadNetwork(http.server.BaseHTTPRequestHandler):

@@ -14,6 +14,7 @@ that a state is kept there. Commands that train have another than those that rea
 import contextlib
 import functools
 import logging
+import os
 import pathlib
 import re
 import shutil
@@ -184,13 +185,14 @@ class BucketWorkdir:
 
     def _files(self) -> list[tuple[str, pathlib.Path]]:
         """The files that belong into the bucket, by name."""
-        named = [
-            (path.relative_to(folder).as_posix(), path)
-            for folder in (self.folder, *([self.data] if self._returns_data else []))
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        ]
-        return [(name, path) for name, path in named if _is_copied(name)]
+        found = []
+        for folder in (self.folder, *([self.data] if self._returns_data else [])):
+            for place, folders, names in os.walk(folder):  # silent of what goes away meanwhile
+                here = pathlib.Path(place)
+                folders[:] = sorted(set(folders) - {CHECKPOINTS})
+                paths = [here / name for name in sorted(names)]
+                found += [(path.relative_to(folder).as_posix(), path) for path in paths]
+        return [(name, path) for name, path in found if _is_copied(name)]
 
 
 def _is_brought(name: str) -> bool:
@@ -204,7 +206,7 @@ def _is_brought(name: str) -> bool:
 
 
 def _is_copied(name: str) -> bool:
-    """Whether a file of this host belongs into the bucket, other than by its checkpoints."""
+    """Whether a file of this host, of no checkpoint, belongs into the bucket."""
     parts = name.split("/")
     if (
         any(part.startswith(".") for part in parts)
@@ -216,6 +218,9 @@ def _is_copied(name: str) -> bool:
 
 
 def _state(path: pathlib.Path) -> tuple[int, int]:
-    """What changes when a file does."""
-    status = path.stat()
+    """What changes when a file does; nothing of one that went away."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return 0, 0
     return status.st_size, status.st_mtime_ns
