@@ -28,11 +28,15 @@ CLUSTER = ["ray>=2.60"]
 PARQUET = ["pyarrow>=18"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"]
 FIT = ["gguf>=0.17.1", "tokenizers>=0.21"]
+GCS, S3 = ["gcsfs"], ["s3fs"]
+# Object stores on this machine: S3, and Google's.
+STORES = [*GCS, *S3, "moto[s3]>=5.1", "flask", "flask-cors", "gcp-storage-emulator>=2024.8.3"]
 TEST = [
     *CLUSTER,
     *PARQUET,
     *FIT,
     *SERVE,
+    *STORES,
     "jsonschema",
     "openai>=1.40",
     "pytest",
@@ -148,8 +152,8 @@ setup(
         "parquet": PARQUET,
         "fit": FIT,
         "serve": SERVE,
-        "gcs": ["gcsfs"],
-        "s3": ["s3fs"],
+        "gcs": GCS,
+        "s3": S3,
         "dist": ["build", "twine"],
         "browser": BROWSER,
         "test": DATA + TEST,

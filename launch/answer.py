@@ -19,14 +19,12 @@ from data_pipelines.questions.layout import prompts_of
 from data_pipelines.questions.passages import open_passages
 from data_pipelines.questions.reader import QuestionFile
 from data_pipelines.retriever.revisions import open_database
-from launch.common import app, configurables
+from launch.common import app, configurables, workdirs
 from launch.common.flags import (
     AVERAGED,
-    DATA,
     NUM_NEIGHBOURS,
     QUESTIONS,
     RETRIEVAL,
-    data_directory,
     question_files,
 )
 from launch.runs import trained_run
@@ -48,8 +46,7 @@ ANSWER_TOKENS = flags.DEFINE_integer(
 
 def main() -> None:
     """Answers every question, prints the figures and writes them."""
-    workdir = pathlib.Path(app.required(app.WORKDIR, "the directory of a run"))
-    data = data_directory(DATA.value or workdir)
+    workdir, data = workdirs.open_to_read()
     trained_run.refuse_gin_file()
     app.required(QUESTIONS, "NAME=FILE of questions")
     asked = question_files()

@@ -109,7 +109,7 @@ def train_arguments() -> tuple[str, ...]:
     """
     words = [
         f"--gin_file={app.required(GIN_FILE, 'the settings of the run')}",
-        f"--workdir={app.required(app.WORKDIR, 'a directory that all hosts see')}",
+        f"--workdir={app.WORKDIR.value or app.required(app.WORKDIR, 'what all hosts see')}",
     ]
     words += [f"--data={DATA.value}"] if DATA.value else []
     words += [f"--gin_bindings={binding}" for binding in GIN_BINDINGS.value]

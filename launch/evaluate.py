@@ -43,19 +43,17 @@ from data_pipelines.evaluation.sample import sampled
 from data_pipelines.evaluation.splits import open_split, places_of
 from data_pipelines.evaluation.texts import TEXTS, evaluation_text
 from data_pipelines.retriever.filled_slots import warn_of_few
-from launch.common import app, configurables
+from launch.common import app, configurables, workdirs
 from launch.common.flags import (
     AVERAGED,
     BERT_FOLDER,
     COORDINATOR_ADDRESS,
-    DATA,
     NUM_NEIGHBOURS,
     NUM_PROCESSES,
     PEER_TIMEOUT,
     PROCESS_ID,
     RETRIEVAL,
     SPLIT,
-    data_directory,
     join_processes,
 )
 from launch.evaluation.conditions import (
@@ -184,8 +182,6 @@ _BASELINE = "baseline"
 
 def main() -> None:
     """Computes missing scores, and prints the table."""
-    workdir = pathlib.Path(app.required(app.WORKDIR, "the directory of a run"))
-    data = data_directory(DATA.value or workdir)
     trained_run.refuse_gin_file()
     join_processes(
         COORDINATOR_ADDRESS.value,
@@ -193,6 +189,7 @@ def main() -> None:
         PROCESS_ID.value,
         peer_timeout=PEER_TIMEOUT.value,
     )
+    workdir, data = workdirs.open_to_read()
     settings = _settings()
     conditions = processes.together(lambda: _checked_conditions(workdir, data, settings))
     scorer = Scorer()

@@ -18,8 +18,8 @@ from data_pipelines.evaluation.splits import Split, open_split, token_counts
 from data_pipelines.evaluation.text_view import Viewer, chunk_views, sample_chunk_from_json
 from data_pipelines.evaluation.texts import evaluation_text
 from data_pipelines.retriever.revisions import open_database
-from launch.common import app
-from launch.common.flags import DATA, SPLIT, data_directory
+from launch.common import app, workdirs
+from launch.common.flags import SPLIT
 from launch.runs import trained_run
 from retro_jax.errors import UserError
 from retro_jax.evaluate.conditions import swept
@@ -66,8 +66,7 @@ _SHOWN_CORPORA, _SHOWN_SAMPLES = 4, 6
 
 def main() -> None:
     """Writes the page."""
-    workdir = pathlib.Path(app.required(app.WORKDIR, "the directory of a run"))
-    data = data_directory(DATA.value or workdir)
+    workdir, data = workdirs.open_to_read()
     trained_run.refuse_gin_file()
     path = workdir / EVALUATION / f"{SPLIT.value}.json"
     if not path.is_file():

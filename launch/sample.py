@@ -32,7 +32,7 @@ from data_pipelines.retriever.revisions import open_database
 from data_pipelines.token_memory.drafts import MemoryDrafts, memory_votes
 from data_pipelines.token_memory.memory import TokenMemory
 from data_pipelines.token_memory.workdir_memory import open_existing, prepare_and_open
-from launch.common import app, configurables
+from launch.common import app, configurables, workdirs
 from launch.common.flags import (
     AVERAGED,
     BASE,
@@ -185,8 +185,7 @@ def main() -> None:
 
 def _trained() -> _Writer:
     """The run W/retro."""
-    workdir = pathlib.Path(app.required(app.WORKDIR, "the directory of a run"))
-    data = data_directory(DATA.value or workdir)
+    workdir, data = workdirs.open_to_read()
     run = trained_run.open_run(
         workdir / "retro", configurables.GIN_BINDINGS.value, averaged=AVERAGED.value
     )

@@ -10,7 +10,6 @@ the running ones and ends with status 0. docs/serving.md has every path and limi
 
 import functools
 import os
-import pathlib
 
 from absl import flags
 
@@ -19,8 +18,8 @@ from data_pipelines.documents.documents import DocumentsConfig
 from data_pipelines.workdir.served_documents import change_documents
 from data_pipelines.workdir.settings_file import SETTINGS_FILE
 from launch import prepare
-from launch.common import app, configurables
-from launch.common.flags import AVERAGED, BERT_FOLDER, DATA, REVISION, data_directory
+from launch.common import app, configurables, workdirs
+from launch.common.flags import AVERAGED, BERT_FOLDER, DATA, REVISION
 from launch.runs.text_generator import Generator
 from retro_jax.serve.limits import Limits
 from retro_jax.serve.listening import listen
@@ -39,8 +38,7 @@ WARM_UP = flags.DEFINE_bool("warm_up", True, "Compile everything before the firs
 
 def main() -> None:
     """Serves until it is asked to stop."""
-    workdir = pathlib.Path(app.required(app.WORKDIR, "the directory of a run"))
-    data = data_directory(DATA.value or workdir)
+    workdir, data = workdirs.open_to_read()
     key = API_KEY.value or os.environ.get("RETRO_API_KEY")
     if HOST.value not in ("127.0.0.1", "localhost", "::1") and not key:
         raise flags.Error(f"--host={HOST.value}: expected --api_key, as others can reach it")

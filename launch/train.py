@@ -13,15 +13,16 @@ GKE or the TPU's metadata (launch.cluster prepares that), or by flags:
 
     python -m launch.train ... --coordinator_address=HOST:PORT --num_processes=2 --process_id=0
 
-Each reads only the rows of its devices; process 0 writes the curves. W is a directory that all see.
---data may be in a bucket (gs://B/W): each host copies the files that it reads to --stage_to. --mirror
-keeps the run's directory in a bucket too.
+Each reads only the rows of its devices; process 0 writes the curves. W is a directory that all see, or
+a place in a bucket (gs://B/W, s3://B/W): nothing else is needed to resume on other hosts. --data may be
+in a bucket too: each host copies the files that it reads (to --stage_to).
 
     python -m launch.train --replay=W --workdir=W2
 
 repeats the run of W from its record, and says whether the losses are the same bits.
 """
 
+import contextlib
 import pathlib
 import sys
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from absl import flags
 
 from data_pipelines.artefacts.bucket_copy import Bucket
 from data_pipelines.batches.training_data import TrainingData
-from launch.common import app, configurables
+from launch.common import app, configurables, workdirs
 from launch.common.flags import (
     COORDINATOR_ADDRESS,
     DATA,
@@ -48,6 +49,7 @@ from retro_jax.distributed import processes
 from retro_jax.errors import UserError
 from retro_jax.host_memory import keep_freed_memory
 from retro_jax.train import mirror, record
+from retro_jax.train.bucket_workdir import BucketWorkdir
 from retro_jax.train.checkpoint import CHECKPOINTS, latest_step
 from retro_jax.train.global_batches import BatchShape
 from retro_jax.train.loop import StopRequest
@@ -90,7 +92,6 @@ def train(name: str, settings_of: SettingsOf) -> None:
       name: RETRO_RUN or BASELINE_RUN.
       settings_of: gives the run's settings, once gin and the data are there.
     """
-    directory = pathlib.Path(app.required(app.WORKDIR, "the directory of the run"))
     if DETERMINISTIC.value:
         be_deterministic()
     join_processes(
@@ -99,25 +100,29 @@ def train(name: str, settings_of: SettingsOf) -> None:
         PROCESS_ID.value,
         peer_timeout=PEER_TIMEOUT.value,
     )
+    directory, remote = processes.together(lambda: workdirs.open_to_train(name))
+    if remote is not None and MIRROR.value is not None:
+        raise flags.Error("--mirror: expected none with a --workdir in a bucket")
     bucket = Bucket(MIRROR.value) if MIRROR.value is not None else None
     if line := processes.from_first(lambda: mirror.fetch(directory / name, bucket)):
         _say(line)
-    prepared = processes.together(lambda: prepare(directory, name, settings_of))
+    prepared = processes.together(lambda: prepare(directory, name, settings_of, remote))
     if prepared is None:
         return
     run, recorded = prepared
     steps = run.plan.settings.training.steps
+    place = f"{remote.url}/{name}" if remote else run.directory
     if run.claim():
-        _say(f"{run.directory}: trained already, {steps} steps")
+        _say(f"{place}: trained already, {steps} steps")
     else:
-        stop = StopRequest()
-        with stop.listening(), mirror.following(run.directory, bucket):
+        stop, follow = StopRequest(), remote.following if remote else contextlib.nullcontext
+        with stop.listening(), mirror.following(run.directory, bucket), follow():
             last = run.train(stop)
         if last < steps:
             saved = f"stopped and saved at step {last} of {steps}; run it again to go on"
-            _say(f"{run.directory}: {saved}", file=sys.stderr)
+            _say(f"{place}: {saved}", file=sys.stderr)
             sys.exit(app.SAVED)
-        _say(f"{run.directory}: trained {steps} steps")
+        _say(f"{place}: trained {steps} steps")
     if recorded is not None:
         _say(processes.from_first(lambda: replay.compare(recorded, run.directory)))
 
@@ -128,12 +133,15 @@ def settings_of_data(data: TrainingData) -> Settings:
 
 
 def prepare(
-    directory: pathlib.Path, name: str, settings_of: SettingsOf
+    directory: pathlib.Path,
+    name: str,
+    settings_of: SettingsOf,
+    remote: BucketWorkdir | None = None,
 ) -> tuple[Run, pathlib.Path | None] | None:
     """Reads the settings and opens the data; writes nothing. None after --print_config.
 
     Args:
-      directory: W. name: of the run in it. settings_of: as in `train`.
+      directory: W. name: of the run in it. settings_of: as in `train`. remote: W in a bucket.
 
     Returns:
       The run, and the directory of the run that it replays.
@@ -141,7 +149,8 @@ def prepare(
     Raises:
       UserError: a setting or an artefact is wrong.
     """
-    source, recorded = DATA.value or str(directory), None
+    source, recorded = DATA.value or (remote.url if remote else str(directory)), None
+    disk = STAGE_TO.value or (str(remote.data) if remote else None)
     if REPLAY.value is not None:
         given = configurables.GIN_FILE.value
         recorded = replay.find_run(REPLAY.value, name, workdir=str(directory), gin_file=given)
@@ -153,7 +162,7 @@ def prepare(
         configurables.override("RetroConfig.cca_layers", ())
         configurables.override("BatchConfig.neighbours", 0)
         configurables.override("TrainConfig.neighbour_dropout", 0.0)
-    data = find_data(source, recorded or directory / name, disk=STAGE_TO.value)
+    data = find_data(source, recorded or directory / name, disk=disk)
     settings = settings_of(data)
     data.check_model(settings.retro)
     if configurables.PRINT_CONFIG.value:
@@ -164,7 +173,8 @@ def prepare(
         replay.check(recorded, text, parents=run_parents(settings, data.parents), free=FREE)
     profile = _profiled_steps(directory / name, settings.training.steps)
     plan = make_plan(settings, BatchShape.of(data.batches))
-    return Run(directory / name, plan, data, profile=profile, on_hang=_give_up), recorded
+    more = {"open_checkpoints": remote.checkpoints(name)} if remote else {}
+    return Run(directory / name, plan, data, profile=profile, on_hang=_give_up, **more), recorded
 
 
 def parse_steps(text: str) -> tuple[int, int]:

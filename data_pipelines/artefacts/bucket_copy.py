@@ -15,14 +15,14 @@ import fcntl
 import pathlib
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import BinaryIO
 
 from tqdm import tqdm
 
 from data_pipelines.artefacts.manifest import MANIFEST_FILE, STAGED_FILE, Manifest, Path, Shard
 from retro_jax.errors import UserError
-from retro_jax.storage import files, urls
+from retro_jax.storage import buckets, files
 
 _BLOCK = 8 << 20
 _THREADS = 8
@@ -30,29 +30,8 @@ _ahead = concurrent.futures.ThreadPoolExecutor(1, "staging")
 _fetching = threading.Lock()  # what is being fetched ahead is waited for, and not fetched twice
 
 
-class Bucket:
-    """A place that fsspec can read.
-
-    Attributes:
-      url: as it was given, without a slash at its end.
-    """
-
-    def __init__(self, url: str) -> None:
-        """Finds what reads the url's protocol; connects to nothing yet.
-
-        Raises:
-          UserError: nobody knows the protocol, or its package is not installed.
-        """
-        self.url = url.rstrip("/")
-        self._files, self._root = urls.file_system(self.url)
-
-    def read(self, name: str) -> bytes | None:
-        """A small object; None where there is none."""
-        with self._telling(name):
-            try:
-                return self._files.cat_file(f"{self._root}/{name}")
-            except FileNotFoundError:
-                return None
+class Bucket(buckets.Bucket):
+    """A place with artefacts."""
 
     def copy(self, name: str, path: pathlib.Path, shard: Shard) -> None:
         """Copies an object to a file, which is written whole or not at all.
@@ -63,12 +42,7 @@ class Bucket:
         place = f"{self.url}/{name}"
         with files.temporary_name(path) as temporary:
             try:
-                with self._files.open(f"{self._root}/{name}", "rb") as source:
-
-                    def write(file: BinaryIO) -> None:
-                        shutil.copyfileobj(source, file, _BLOCK)
-
-                    size, digest = files.write_hashed(temporary, write)
+                size, digest = buckets.again(lambda: self._copy(name, temporary, shard.size))
             except FileNotFoundError as error:
                 raise UserError(
                     f"{place} is missing: expected a shard of {shard.size} bytes"
@@ -84,44 +58,18 @@ class Bucket:
                 )
             files.replace(temporary, path)
 
-    def list(self, place: str) -> list[str]:
-        """The names of all objects below a place, without it; none where there is no such place."""
-        root = f"{self._root}/{place}"
-        with self._telling(place):
-            self._files.invalidate_cache()
-            paths = self._files.find(root) if self._files.exists(root) else []
-        return sorted(name.partition(f"{root.lstrip('/')}/")[2] for name in paths)
+    def _copy(self, name: str, path: pathlib.Path, expected: int) -> tuple[int, str]:
+        """Copies an object once: its size and SHA-256. A shorter one than listed was cut on its way."""
+        listed = self._files.size(f"{self._root}/{name}")
+        with self._files.open(f"{self._root}/{name}", "rb") as source:
 
-    def get(self, name: str, path: pathlib.Path) -> None:
-        """Copies an object to a file."""
-        with self._telling(name):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._files.get_file(f"{self._root}/{name}", str(path))
+            def write(file: BinaryIO) -> None:
+                shutil.copyfileobj(source, file, _BLOCK)
 
-    def put(self, path: pathlib.Path, name: str) -> None:
-        """Copies a file to an object.
-
-        Raises:
-          FileNotFoundError: there is no such file.
-        """
-        if not path.is_file():
-            raise FileNotFoundError(path)
-        with self._telling(name, "written"):
-            self._files.makedirs(f"{self._root}/{name}".rpartition("/")[0], exist_ok=True)
-            self._files.put_file(str(path), f"{self._root}/{name}")
-
-    def remove(self, place: str) -> None:
-        """Removes all objects below a place."""
-        with self._telling(place, "removed"), contextlib.suppress(FileNotFoundError):
-            self._files.rm(f"{self._root}/{place}", recursive=True)
-
-    @contextlib.contextmanager
-    def _telling(self, name: str, what: str = "read") -> Iterator[None]:
-        """Turns whatever the protocol's package raises into a line."""
-        try:
-            yield
-        except Exception as error:
-            raise UserError(f"{self.url}/{name} cannot be {what}: {error}") from error
+            size, digest = files.write_hashed(path, write)
+        if listed == expected != size:
+            raise OSError(f"{size} bytes came of {listed}")
+        return size, digest
 
 
 @contextlib.contextmanager
@@ -207,6 +155,42 @@ def _copy(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def stage_workdir(url: str, disk: pathlib.Path, *, left_out: Collection[str] = ()) -> pathlib.Path:
+    """Copies all artefacts of a workdir, or what is missing of them.
+
+    Args:
+      url: of it. disk: where its copy is.
+      left_out: names of folders of which manifests alone are copied.
+
+    Returns:
+      The copy.
+
+    Raises:
+      UserError: as `stage`; or there is no artefact.
+    """
+    bucket = Bucket(url)
+    names = bucket.list("")
+    places = [
+        name.removesuffix(f"/{MANIFEST_FILE}")
+        for name in names
+        if name.endswith(f"/{MANIFEST_FILE}")
+    ]
+    if not places:
+        raise UserError(f"{url} has no prepared data: expected a workdir, or --data of one")
+    with alone(disk) as folder:
+        for place in places:
+            whole = place.split("/")[0] not in left_out
+            stage(bucket, place, folder, wanted=lambda name: whole)  # noqa: B023
+            for name in names:  # what stands beside a manifest and in no list of it, as marks
+                beside = name.rpartition("/")[0] == place and name.endswith((".json", ".gin"))
+                if beside and not (folder / name).is_file():
+                    bucket.get(name, folder / name)
+        for name in names:
+            if "/" not in name and name.endswith((".json", ".gin")):
+                bucket.get(name, folder / name)
+    return folder
 
 
 def exists(bucket: Bucket, place: str) -> bool:

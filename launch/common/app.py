@@ -17,6 +17,7 @@ Exit statuses:
 
 import logging
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -29,14 +30,15 @@ from retro_jax.errors import LOST as LOST
 from retro_jax.errors import SAVED as SAVED
 from retro_jax.errors import LostPeerError, SharedError, UserError, describe
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the whole run, artefacts and models.")
-flags.register_validator(
+WORKDIR = flags.DEFINE_string(
     "workdir",
-    lambda value: "://" not in (value or ""),
-    message="expected a directory; prepared data in a bucket is given to launch.train as --data",
+    None,
+    "Directory of the whole run, artefacts and models; of a trained run a bucket too, as gs://B/W.",
 )
 flags.DEFINE_bool("debug", False, "Show the traceback of every error.")
 
+_afterwards: list[Callable[[], None]] = []  # what a command does when it has succeeded
+_places: dict[str, str] = {}  # what folders of this host are called in errors
 _who: list[str] = []  # this process's name, where several make one run
 
 # Flags that every entry point may use. --help shows them, the module's own, and those of the
@@ -67,6 +69,8 @@ def execute(main: Callable[[], None], argv: list[str]) -> int:
     try:
         return _guarded(main, argv)
     finally:
+        _afterwards.clear()
+        _places.clear()
         for name, values in saved.items():
             flags.FLAGS[name].__dict__.update(values)
 
@@ -77,6 +81,16 @@ def name_process(name: str) -> None:
     _set_up_logging(debug=False)
 
 
+def after(action: Callable[[], None]) -> None:
+    """Runs an action after the command, if it succeeds."""
+    _afterwards.append(action)
+
+
+def calls(folder: object, place: str) -> None:
+    """Names a folder of this host in errors by what it is a copy of."""
+    _places[str(folder)] = place
+
+
 def required(flag: flags.FlagHolder, expected: str) -> str:
     """The value of a flag that this entry point cannot do without.
 
@@ -85,6 +99,10 @@ def required(flag: flags.FlagHolder, expected: str) -> str:
     """
     if flag.value in (None, "", []):
         raise flags.Error(f"--{flag.name} is missing: expected {expected}")
+    if flag is WORKDIR and "://" in flag.value:
+        raise flags.Error(
+            f"--workdir={flag.value}: expected a directory; runs alone may be in buckets"
+        )
     return flag.value
 
 
@@ -141,6 +159,8 @@ def _guarded(main: Callable[[], None], argv: list[str]) -> int:
             raise flags.Error(f"unexpected argument {rest[1]!r}: expected --flag=value only")
         _set_up_logging(debug="--debug" in argv)
         main()
+        for action in _afterwards:
+            action()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -149,6 +169,8 @@ def _guarded(main: Callable[[], None], argv: list[str]) -> int:
         if "--debug" in argv:
             raise
         status, message = _status_and_message(error)
+        for folder, place in _places.items():
+            message = re.sub(rf"(?<!kept in ){re.escape(folder)}(?![\w-])", place, message)
         tell(message)
         if _who and not isinstance(error, SharedError):
             leave(status)

@@ -110,6 +110,41 @@ def meet(occasion: str) -> None:
         client().wait_at_barrier(f"retro/{occasion}/{number}", _DAY * 1000)
 
 
+def after_all(occasion: str, action: Callable[[], None]) -> None:
+    """Waits until all processes are here, then runs an action in the first; without the devices.
+
+    Threads may call it beside the training: every process the same number of times.
+
+    Raises:
+      SharedError: the action raised a UserError or an OSError; all processes have its message.
+      LostPeerError: another process was lost meanwhile.
+    """
+    if jax.process_count() == 1:
+        action()
+        return
+    meet(occasion)
+    place = f"retro/{occasion}/{_meetings[occasion]}/outcome"
+    if is_first():
+        message = ""
+        try:
+            action()
+        except (UserError, OSError) as error:
+            message = describe(error) or repr(error)
+        client().key_value_set(place, f"-{message}"[:_BYTES])
+    with noticing_loss():
+        message = client().blocking_key_value_get(place, _DAY * 1000)[1:]
+    if message:
+        raise SharedError(message)
+
+
+def everyone(value: int) -> list[int]:
+    """The numbers of all processes, by process."""
+    if jax.process_count() == 1:
+        return [value]
+    gathered = multihost_utils.process_allgather(np.array([value], np.int32))
+    return [int(number) for number in np.asarray(gathered).reshape(-1)]
+
+
 def connect(mesh: Mesh) -> None:
     """Lets the devices of all processes find each other, along every set of mesh axes.
 

@@ -14,6 +14,11 @@ def is_url(place: Any) -> bool:
     return bool(_URL.match(str(place or "")))
 
 
+def is_object_store(place: str) -> bool:
+    """Whether a URL is of a store without folders, in which buckets are made by their owner."""
+    return place.partition("://")[0] in _EXTRAS
+
+
 def file_system(url: str, **options: Any) -> tuple[Any, str]:
     """fsspec's file system for a URL, and the path in it; connects to nothing yet.
 

@@ -28,13 +28,16 @@ import orbax.checkpoint as ocp
 from retro_jax.distributed.processes import from_first, together
 from retro_jax.errors import UserError
 from retro_jax.storage import files
+from retro_jax.train import sealed_parts
 from retro_jax.train.parameter_names import named_leaves
+from retro_jax.train.sealed_parts import SEAL as SEAL
+from retro_jax.train.sealed_parts import DamagedError
 from retro_jax.train.step import TrainState
 
 CHECKPOINTS = "checkpoints"
 
 FORMAT_VERSION = 1
-SEAL, _ITEM = "sealed.json", "default"
+_ITEM = "default"
 _COMMIT_SECONDS = 2 * 3600  # for the others' arrays and the seal's hashes, of terabytes too
 _COMMITTED = "commit_success.txt"  # Orbax writes it after the seal
 _MERGED = "manifest.ocdbt"  # of the arrays of all processes
@@ -97,7 +100,7 @@ class Checkpoints:
         """
         self.wait()
         leaves = {n: leaf for n, leaf in named_leaves(state).items() if not self._left_out(n)}
-        self._arrays = _describe(leaves)
+        self._arrays = describe_arrays(leaves)
         self._saving = int(state.step)
         self._manager.save(self._saving, args=ocp.args.StandardSave(leaves), force=True)
 
@@ -163,7 +166,7 @@ class Checkpoints:
             return None
         there = saved_arrays(self.directory, int(step))
         known = {n for n in named_leaves(abstract) if self._left_out(n) and n not in there}
-        return _restore_state(self.directory / step, abstract, known)
+        return restore_state(self.directory / step, abstract, known)
 
     def _newest_undamaged(self) -> str:
         """The newest checkpoint that is as it was sealed, or nothing; sets damaged ones aside."""
@@ -247,8 +250,11 @@ def restore_params(
             whole, tree = f"{part}." if all_of_it else None, {part: abstract_params}
             there = _read_arrays(path)
             known = {name for name in named_leaves(tree) if may_lack and name not in there}
-            return candidate, _restore(path, tree, whole, known)[part]
-        _warn_damaged(path, problem)
+            try:
+                return candidate, _restore(path, tree, whole, known)[part]
+            except DamagedError as error:  # found as it was read from a bucket
+                problem = str(error)
+        warn_damaged(path, problem)
     raise UserError(f"{directory}: no undamaged checkpoint, expected that of a training run")
 
 
@@ -263,6 +269,8 @@ def find_damage(path: pathlib.Path) -> str | None:
         sealed = seal["files"]
     except (OSError, ValueError, KeyError):
         return f"no readable {SEAL}"
+    if seal.get("format_version") == sealed_parts.FORMAT_VERSION:
+        return sealed_parts.find_damage(path, sealed)
     if seal.get("format_version") != FORMAT_VERSION:
         version = seal.get("format_version")
         raise UserError(f"checkpoint {path} has format {version}: expected {FORMAT_VERSION}")
@@ -299,7 +307,7 @@ def saved_arrays(directory: str | os.PathLike, step: int) -> set[str]:
     return set(_read_arrays(pathlib.Path(directory) / str(step)))
 
 
-def _restore_state(path: pathlib.Path, abstract: TrainState, known: Set[str]) -> TrainState:
+def restore_state(path: pathlib.Path, abstract: TrainState, known: Set[str]) -> TrainState:
     """Reads a state; recent losses begin again where the checkpoint was written without."""
     begun = abstract.recent_loss
     if begun is None or _RECENT_LOSS in _read_arrays(path):
@@ -325,19 +333,30 @@ def _restore(
     """
     every = named_leaves(abstract)
     leaves = {name: leaf for name, leaf in every.items() if name not in known}
-    together(lambda: _check_arrays(path, _describe(leaves), whole))
+    together(lambda: check_arrays(path, describe_arrays(leaves), whole))
+    seal = files.read_json(path / SEAL)
+    if seal["format_version"] == sealed_parts.FORMAT_VERSION:
+        arrays = together(lambda: sealed_parts.load(path, seal, leaves))
+    else:
+        arrays = _restore_with_orbax(path, leaves, whole)
+    values = [arrays[name] if name in leaves else leaf for name, leaf in every.items()]
+    return jax.tree.unflatten(jax.tree.structure(abstract), values)
+
+
+def _restore_with_orbax(
+    path: pathlib.Path, leaves: dict[str, Any], whole: str | None
+) -> dict[str, Any]:
+    """Reads arrays by name."""
     args = ocp.args.PyTreeRestore(
         item=leaves,
         restore_args=ocp.checkpoint_utils.construct_restore_args(leaves),
         partial_restore=whole != "" or _RECENT_LOSS not in leaves,
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        arrays = checkpointer.restore(path / _ITEM, args=args)
-    values = [arrays[name] if name in leaves else leaf for name, leaf in every.items()]
-    return jax.tree.unflatten(jax.tree.structure(abstract), values)
+        return checkpointer.restore(path / _ITEM, args=args)
 
 
-def _check_arrays(path: pathlib.Path, expected: dict[str, list[Any]], whole: str | None) -> None:
+def check_arrays(path: pathlib.Path, expected: dict[str, list[Any]], whole: str | None) -> None:
     """Refuses a checkpoint whose arrays are not those of the model and optimiser."""
     arrays = _read_arrays(path)
     for name, (shape, dtype) in expected.items():
@@ -352,19 +371,19 @@ def _check_arrays(path: pathlib.Path, expected: dict[str, list[Any]], whole: str
             raise UserError(f"checkpoint {path} holds {name}, which this model does not have")
 
 
-def _describe(leaves: dict[str, Any]) -> dict[str, list[Any]]:
+def describe_arrays(leaves: dict[str, Any]) -> dict[str, list[Any]]:
     """{name: [shape, dtype]} as JSON gives it back."""
     return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in leaves.items()}
 
 
-def _warn_damaged(path: pathlib.Path, problem: str) -> None:
+def warn_damaged(path: pathlib.Path, problem: str) -> None:
     """Says that a checkpoint is not used."""
     _logger.warning("checkpoint %s is damaged (%s): using the one before it", path, problem)
 
 
 def set_aside(path: pathlib.Path, problem: str) -> None:
     """Renames a damaged checkpoint, with a warning, so that its step can be written again."""
-    _warn_damaged(path, problem)
+    warn_damaged(path, problem)
     target = path.with_name(f"{path.name}.damaged")
     number = 1
     while target.exists():

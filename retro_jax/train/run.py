@@ -256,6 +256,7 @@ class Run:
         *,
         profile: tuple[int, int] | None = None,
         on_hang: Callable[[str], Any] | None = None,
+        open_checkpoints: Callable[..., Any] = Checkpoints,
     ):
         """Opens the data that is still closed; writes nothing.
 
@@ -266,6 +267,8 @@ class Run:
           on_hang: called with the reason, by another thread, when this process has waited longer than
             TrainConfig.hang_seconds for the others; must not return. None ends the process with
             status 76.
+          open_checkpoints: opens its checkpoints, as Checkpoints does; BucketWorkdir.checkpoints gives
+            one for a run in a bucket.
 
         Raises:
           UserError: the plan is for other batches, the model does not fit the data, or there are no
@@ -277,6 +280,7 @@ class Run:
             raise UserError(f"the plan is for {plan.shape}: expected the data's {shape}")
         data.check_model(plan.settings.retro)
         self._profile, self._on_hang = profile, on_hang or _end_process
+        self._open_checkpoints = open_checkpoints
         self._on_metrics: list[Callable[[int, Mapping[str, float]], Any]] = []
         self._hooks: list[Hook] = []
         self._finished: bool | None = None  # as claim found it, for the next train
@@ -392,7 +396,7 @@ class Run:
     def _train(self, stop: StopRequest, stack: contextlib.ExitStack) -> int:
         """`train` of a run that is not finished, with what has to be closed on a stack."""
         plan, training = self.plan, self.plan.settings.training
-        checkpoints = Checkpoints(
+        checkpoints = self._open_checkpoints(
             self.directory / CHECKPOINTS,
             keep=training.keep,
             keep_every=training.keep_every,

@@ -2,7 +2,7 @@
 
 python -m tests.distributed.worker ID COUNT PORT DIRECTORY STEPS DATA,FSDP,TENSOR [WHAT ID STEP]
 
-At the batch of STEP, process ID is killed (WHAT = kill) or waits for ever (WHAT = hang). Writes to
+DIRECTORY may be a place in a bucket. At the batch of STEP, process ID is killed (WHAT = kill) or waits for ever (WHAT = hang). Writes to
 DIRECTORY/rows-ID.json the step that it began with and checksums of the rows of the first batch that
 its devices hold: a file, since Gloo prints from several threads, into other lines too.
 """
@@ -25,6 +25,8 @@ from retro_jax.batch import RetroBatch
 from retro_jax.distributed import processes
 from retro_jax.errors import LostPeerError
 from retro_jax.sharding import MeshConfig, make_mesh
+from retro_jax.storage import urls
+from retro_jax.train.bucket_workdir import BucketWorkdir
 from retro_jax.train.checkpoint import Checkpoints
 from retro_jax.train.curves import Observer
 from retro_jax.train.global_batches import global_batches, local_rows
@@ -40,7 +42,7 @@ Rows = dict[int, list[int]]
 
 
 def main(
-    directory: pathlib.Path,
+    directory: str | pathlib.Path,
     steps: int,
     config: MeshConfig = MeshConfig(fsdp=2),
     accident: tuple[str, ...] = (),
@@ -50,7 +52,11 @@ def main(
     processes.connect(mesh)
     trainer = Trainer(mesh, neighbour_dropout=0.3)
     rows = local_rows(mesh, ROWS)
-    checkpoints = Checkpoints(directory / "checkpoints")
+    remote = BucketWorkdir(str(directory), "train") if urls.is_url(directory) else None
+    directory = pathlib.Path(directory) if remote is None else remote.bring() / "retro"
+    directory.mkdir(parents=True, exist_ok=True)
+    open_checkpoints = Checkpoints if remote is None else remote.checkpoints("retro")
+    checkpoints = open_checkpoints(directory / "checkpoints")
     state = checkpoints.restore(trainer.abstract) or trainer.state
     start = int(state.step)
     observer = Observer(
@@ -65,6 +71,8 @@ def main(
     what = accident[0] if accident else ""
     watchdog = Watchdog(observer.phases, _HANG_SECONDS.get(what, 0.0), _give_up)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+        if remote is not None:
+            stack.enter_context(remote.following())
 
         def make_rows(step: int) -> RetroBatch:
             if accident and step == (int(accident[2]) if what == "hang" else start):
@@ -138,9 +146,9 @@ if __name__ == "__main__":
     jax.distributed.initialize(f"localhost:{port}", count, index, heartbeat_timeout_seconds=30)
     mesh = MeshConfig(*map(int, sys.argv[6].split(",")))
     try:
-        run = pathlib.Path(sys.argv[4])
         with processes.noticing_loss():
-            result = main(run, int(sys.argv[5]), mesh, tuple(sys.argv[7:]))
-        (run / f"rows-{index}.json").write_text(json.dumps(result))
+            result = main(sys.argv[4], int(sys.argv[5]), mesh, tuple(sys.argv[7:]))
+        if not urls.is_url(sys.argv[4]):
+            pathlib.Path(sys.argv[4], f"rows-{index}.json").write_text(json.dumps(result))
     except LostPeerError as error:
         _give_up(str(error))

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import itertools
 import json
 import os
 import random
@@ -22,11 +21,15 @@ from launch import train
 from launch.common import app
 from launch.runs import trained_run
 from retro_jax.errors import UserError
+from retro_jax.storage.buckets import Bucket
 from retro_jax.train.bad_batches import describe_documents
+from retro_jax.train.bucket_checkpoints import sealed_steps
+from retro_jax.train.bucket_workdir import BucketWorkdir
 from retro_jax.train.checkpoint import latest_step
 from retro_jax.train.curves import read_curve, without_clock
 from retro_jax.train.held_out import OFF, ON
 from retro_jax.train.parameter_names import named_leaves
+from tests import object_stores
 from tests.launch.prepared import prepare_workdir
 from tests.ports import free_port
 
@@ -116,8 +119,9 @@ def test_print_config_writes_nothing(workdir, tmp_path, capsys):
 
 
 @pytest.fixture(name="cut")
-def _cut(tmp_path):
-    """Where a run with breaks goes."""
+def _cut(tmp_path, monkeypatch):
+    """Where a run with breaks goes; what is brought of buckets goes there too."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     return tmp_path
 
 
@@ -133,11 +137,13 @@ def _befall(workdir, out, what, step, *extra):
     return done.returncode, done.stdout, done.stderr
 
 
-def _harm(checkpoint):
-    """Cuts the largest file of a checkpoint in half."""
+def _harm(checkpoint, bucket=None, place=""):
+    """Cuts the largest file of a checkpoint in half, here or in a bucket."""
     files = [path for path in (checkpoint / "default").rglob("*") if path.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
+    if bucket is not None:
+        bucket.put(largest, f"{place}/{largest.relative_to(checkpoint)}")
 
 
 def _steps(checkpoints):
@@ -158,36 +164,45 @@ def test_killed_damaged_and_stopped_runs_end_with_the_same_bits(
     _harm(checkpoints / str(reached))
 
     # It makes the damaged checkpoint once more, from the one before.
-    bucket, mirror = cut / "bucket" / "retro", f"--mirror=file://{cut}/bucket"
-    status, out, err = _befall(workdir, cut, "stop", reached + 5, mirror)
-    assert status == app.SAVED
-    assert f"checkpoints/{reached} is damaged" in err
-    assert "using the one before it" in err
-    assert f"going on from step {reached - 4} of 28" in out
-    assert "Traceback" not in err
-    stopped = latest_step(checkpoints)
-    assert stopped == reached + 6  # metrics are read one step late
-    assert f"stopped and saved at step {stopped} of 28; run it again" in err
-    assert (checkpoints / f"{reached}.damaged").is_dir()
-    assert (checkpoints / f"{reached}").is_dir()
+    with object_stores.s3() as url:
+        status, out, err = _befall(workdir, cut, "stop", reached + 5, f"--mirror={url}/W")
+        assert status == app.SAVED
+        assert f"checkpoints/{reached} is damaged" in err
+        assert "using the one before it" in err
+        assert f"going on from step {reached - 4} of 28" in out
+        assert "Traceback" not in err
+        stopped = latest_step(checkpoints)
+        assert stopped == reached + 6  # metrics are read one step late
+        assert f"stopped and saved at step {stopped} of 28; run it again" in err
+        assert (checkpoints / f"{reached}.damaged").is_dir()
+        assert (checkpoints / f"{reached}").is_dir()
 
-    # The host and its disk are lost; of what stands in the bucket the newest is damaged too.
-    kept = _steps(checkpoints)
-    assert _steps(bucket / "checkpoints") == kept
-    assert (bucket / "metrics.jsonl").read_bytes() == (
-        curve := cut / "retro/metrics.jsonl"
-    ).read_bytes()
-    _harm(bucket / "checkpoints" / str(kept[-1]))
-    shutil.rmtree(cut / "retro")
-    assert _run(workdir, cut, mirror) == 0
-    assert f"checkpoints/{kept[-1]}/ is damaged (" in caplog.text
-    assert f"brought step {kept[-2]} back from file://" in capsys.readouterr().out
-    assert 28 in _steps(bucket / "checkpoints")
-    assert (bucket / "metrics.jsonl").read_bytes() == curve.read_bytes()
-    (_, expected), (_, resumed) = _params(whole[0] / "retro"), _params(cut / "retro")
+        # The host and its disk are lost; of what stands in the bucket the newest is damaged too.
+        kept, bucket = _steps(checkpoints), Bucket(f"{url}/W")
+        assert sealed_steps(bucket.list("retro/checkpoints")) == kept
+        curve = (cut / "retro/metrics.jsonl").read_bytes()
+        assert bucket.read("retro/metrics.jsonl") == curve
+        _harm(checkpoints / str(kept[-1]), bucket, f"retro/checkpoints/{kept[-1]}")
+        shutil.rmtree(cut / "retro")
+        assert _run(workdir, f"{url}/W") == 0
+        assert f"checkpoints/{kept[-1]} is damaged (" in caplog.text
+        out = capsys.readouterr().out
+        assert f"going on from step {kept[-2]} of 28" in out
+        assert f"{url}/W/retro: trained 28 steps" in out
+        assert 28 in sealed_steps(bucket.list("retro/checkpoints"))
+        here = BucketWorkdir(f"{url}/W").bring() / "retro"
+        _, resumed = _params(here)
+        assert bucket.read("retro/metrics.jsonl") == (here / "metrics.jsonl").read_bytes()
+        # Another host finds it finished, and refuses other settings by the bucket's name.
+        shutil.rmtree(BucketWorkdir(f"{url}/W", "train").folder)
+        assert _run(workdir, f"{url}/W") == 0
+        assert f"{url}/W/retro: trained already, 28 steps" in capsys.readouterr().out
+        assert _run(workdir, f"{url}/W", "--gin_bindings=TrainConfig.seed = 1") == 1
+        assert f"error: {url}/W/retro belongs to a run of other" in capsys.readouterr().err
+    _, expected = _params(whole[0] / "retro")
     for name, leaf in expected.items():
         assert leaf.tobytes() == resumed[name].tobytes(), name
-    curves = [read_curve(path / "retro" / "metrics.jsonl") for path in (whole[0], cut)]
+    curves = [read_curve(path / "metrics.jsonl") for path in (whole[0] / "retro", here)]
     assert list(map(without_clock, curves[0])) == list(map(without_clock, curves[1]))
 
 
@@ -316,7 +331,7 @@ def test_a_bad_batch_is_told_by_its_documents(workdir, tmp_path):
             ["--data=gs://B/W"],
             "--stage_to is missing: expected a directory on this host's own disk",
         ),
-        (["--workdir=gs://B/W"], "expected a directory; prepared data in a bucket is given to"),
+        (["--workdir=nowhere://B/W"], "nowhere://B/W cannot be opened"),
     ],
 )
 def test_a_replay_or_a_place_that_cannot_be_is_one_line(whole, tmp_path, capsys, flags, message):
@@ -371,26 +386,35 @@ def _finish(processes, status):
 
 
 def test_four_processes_stop_and_two_go_on_as_one_would(workdir, whole, cut):
+    """Their disks have nothing in common, and are lost: what they share is a bucket."""
     mesh = [f"--gin_bindings=MeshConfig.{axis} = 2" for axis in ("data", "tensor")]
-    four = _start_many(workdir, cut, 4, *mesh, accident=(2, "stop", 2))  # both axes lie across them
-    printed = _finish(four, app.SAVED)
-    stopped = latest_step(cut / "retro" / "checkpoints")
-    assert 3 <= stopped < 28
-    assert f"stopped and saved at step {stopped} of 28" in printed[0][1]
-    assert [out.count("RETRO of") for out, _ in printed] == [1, 0, 0, 0]
+    with object_stores.s3() as url:
+        place, bucket = f"{url}/W", Bucket(f"{url}/W")
+        # Both axes lie across the four.
+        four = _start_many(workdir, place, 4, *mesh, accident=(2, "stop", 2))
+        printed = _finish(four, app.SAVED)
+        (*_, stopped) = sealed_steps(bucket.list("retro/checkpoints"))
+        assert 3 <= stopped < 28
+        assert f"{place}/retro: stopped and saved at step {stopped} of 28" in printed[0][1]
+        assert [out.count("RETRO of") for out, _ in printed] == [1, 0, 0, 0]
+        parts = bucket.list(f"retro/checkpoints/{stopped}/parts")
+        assert len(parts) == 8  # each process wrote its own
+        shutil.rmtree(cut / "home")
 
-    two = _start_many(workdir, cut, 2, "--gin_bindings=MeshConfig.fsdp = 2")
-    out, _ = _finish(two, 0)[0]
-    assert f"going on from step {stopped} of 28" in out
-    curves = [read_curve(path / "retro" / "metrics.jsonl") for path in (whole[0], cut)]
+        two = _start_many(workdir, place, 2, "--gin_bindings=MeshConfig.fsdp = 2")
+        out, _ = _finish(two, 0)[0]
+        assert f"going on from step {stopped} of 28" in out
+        names = bucket.list("retro")
+        here = BucketWorkdir(place).bring() / "retro"
+    curves = [read_curve(path / "metrics.jsonl") for path in (whole[0] / "retro", here)]
     assert [line["step"] for line in curves[1]] == list(range(1, 29))
     for one, many in zip(*curves, strict=True):
         assert one["tokens"] == many["tokens"]
         tolerance = 1e-6 if one["step"] == 1 else 1e-4 if one["step"] <= 10 else 1e-2
         for name in {"loss", ON, OFF} & set(one):
             assert many[name] == pytest.approx(one[name], rel=tolerance)
-    names = itertools.chain(cut.rglob("events.*"), cut.rglob("*.damaged"))
-    assert len(list(names)) == 2  # one of each start, of process 0
+    assert sum(name.startswith("events.") for name in names) == 2  # of process 0 at each start
+    assert not any(".damaged" in name for name in names)
 
 
 def test_an_error_of_one_process_is_told_by_all(workdir, cut, tmp_path):

@@ -182,6 +182,8 @@ def test_protocols_that_are_not_there_are_one_line(monkeypatch):
     for url, extra in (("gs://B/W", "gcs"), ("s3://B/W", "s3")):
         monkeypatch.setitem(sys.modules, "gcsfs", None)
         monkeypatch.setitem(sys.modules, "s3fs", None)
+        known = sys.modules["fsspec.registry"]._registry
+        monkeypatch.delitem(known, url.partition(":")[0], raising=False)
         expected = rf"{url} cannot be opened .*: expected pip install 'retro-jax\[{extra}\]'"
         with pytest.raises(UserError, match=expected):
             Bucket(url)
