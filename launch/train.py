@@ -41,14 +41,14 @@ from launch.common.flags import (
     PROCESS_ID,
     join_processes,
 )
-from launch.runs import replay
+from launch.runs.replay import data_place, find_run
 from launch.runs.settings import make_settings
 from launch.runs.training_data import find_data
 from retro_jax.compiler import be_deterministic
 from retro_jax.distributed import processes
 from retro_jax.errors import UserError
 from retro_jax.host_memory import keep_freed_memory
-from retro_jax.train import mirror, record
+from retro_jax.train import mirror, record, replay
 from retro_jax.train.bucket_workdir import BucketWorkdir
 from retro_jax.train.checkpoint import CHECKPOINTS, latest_step
 from retro_jax.train.global_batches import BatchShape
@@ -153,9 +153,9 @@ def prepare(
     disk = STAGE_TO.value or (str(remote.data) if remote else None)
     if REPLAY.value is not None:
         given = configurables.GIN_FILE.value
-        recorded = replay.find_run(REPLAY.value, name, workdir=str(directory), gin_file=given)
+        recorded = find_run(REPLAY.value, name, workdir=str(directory), gin_file=given)
         configurables.load(str(recorded / record.CONFIG_FILE), configurables.GIN_BINDINGS.value)
-        source, name = DATA.value or replay.data_place(recorded), recorded.name
+        source, name = DATA.value or data_place(recorded), recorded.name
     else:
         configurables.load_from_flags()
     if BASELINE.value:

@@ -53,6 +53,6 @@ def _cost(
     )
     found: list[float | None] = [None] * len(_LOOKUP)
     if lookup is not None:
-        kept = lookup.bytes_kept / lookup.tokens if lookup.tokens else 0.0
-        found = [lookup.operations, lookup.bytes_read, kept, lookup.bytes_kept, lookup.tokens]
+        each = lookup.bytes_kept / lookup.tokens if lookup.tokens else 0.0
+        found = [lookup.operations, lookup.bytes_read, each, lookup.bytes_kept, lookup.tokens]
     return {"operations": operations, **dict(zip(_LOOKUP, found, strict=True))}
