@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import generate, generate_against
+from benchmarks import blocks, generate, generate_against
 from launch.common import app
 
 
@@ -17,6 +17,13 @@ def test_its_table_has_every_batch_and_position(capsys, tmp_path):
     assert all(row["step ms"] > 0 and row["reading ms"] > 0 for row in rows)
     assert rows[0]["uncached / step"] > 0 and rows[1]["uncached / step"] is None
     assert "among 100 random keys" in capsys.readouterr().out
+
+
+def test_blocks_are_compared_with_one_token(capsys):
+    arguments = ["--preset=tiny", "--turns=1", "--at_once=2", "--blocks=1,4"]
+    assert app.execute(blocks.main, ["benchmark", *arguments]) == 0
+    header, row = capsys.readouterr().out.splitlines()[-2:]
+    assert header.split()[-3:] == ["4", "over", "1"] and row.split()[0] == "2"
 
 
 @pytest.mark.parametrize(
