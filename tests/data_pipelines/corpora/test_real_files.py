@@ -99,6 +99,8 @@ def test_a_file_without_an_article_is_said_to_have_none(tmp_path, caplog):
         ("日本語", "日本語"),
         ("Ελληνικά", "ελληνικά"),
         ("العربية", "العربية"),
+        ("हिन्दी", "हिन्दी"),
+        ("ไทยที่", "ไทยที่"),
         ("PubMed Central", "pubmed_central"),
         ("Gutenberg (PG-19)", "gutenberg"),
         ("USPTO Backgrounds", "uspto"),
