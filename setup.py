@@ -27,11 +27,13 @@ DATA = [
 TRAIN: list[str] = []
 CLUSTER = ["ray>=2.60"]
 PARQUET = ["pyarrow>=18"]
+FAISS = ["faiss-cpu>=1.10"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"]
 FIT = ["gguf>=0.17.1", "tokenizers>=0.21"]
 TEST = [
     *CLUSTER,
     *PARQUET,
+    *FAISS,
     *FIT,
     *SERVE,
     "jsonschema",
@@ -147,6 +149,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "cluster": CLUSTER,
         "parquet": PARQUET,
+        "faiss": FAISS,
         "fit": FIT,
         "serve": SERVE,
         "gcs": ["gcsfs"],

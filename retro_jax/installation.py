@@ -20,7 +20,8 @@ PROJECT = "retro-jax"
 # The use of each extra; the packages of `cuda` and `tpu` are extras of jax with their own names.
 EXTRAS = {
     "data": "preparing texts, and sampling or scoring with live retrieval",
-    "parquet": "corpora in Parquet",
+    "parquet": "corpora in Parquet or of `datasets`, and launch.export",
+    "faiss": "indexes of FAISS, where ScaNN has no wheel",
     "fit": "existing language models",
     "serve": "launch.serve",
     "cluster": "preparing on several machines",
