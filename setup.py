@@ -26,6 +26,7 @@ DATA = [
 TRAIN: list[str] = []
 CLUSTER = ["ray>=2.60"]
 PARQUET = ["pyarrow>=18"]
+FAISS = ["faiss-cpu>=1.10"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"]
 FIT = ["gguf>=0.17.1", "tokenizers>=0.21"]
 GCS, S3 = ["gcsfs"], ["s3fs"]
@@ -34,6 +35,7 @@ STORES = [*GCS, *S3, "moto[s3]>=5.1", "flask", "flask-cors", "gcp-storage-emulat
 TEST = [
     *CLUSTER,
     *PARQUET,
+    *FAISS,
     *FIT,
     *SERVE,
     *STORES,
@@ -150,6 +152,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "cluster": CLUSTER,
         "parquet": PARQUET,
+        "faiss": FAISS,
         "fit": FIT,
         "serve": SERVE,
         "gcs": GCS,

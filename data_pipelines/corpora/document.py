@@ -146,13 +146,17 @@ def lookup(fields: Mapping[str, Any], name: str) -> Any:
 def short_label(name: str) -> str:
     """A label as in a corpus's name: "PubMed Central" is pubmed_central, "C++" is c_plus_plus.
 
-    Letters and digits of any script are kept, in small letters; signs other than spaces, points,
+    Letters, their marks and digits of any script are kept, in small letters; signs other than spaces, points,
     hyphens and the like are written out, so that labels which differ in them stay distinct.
     """
     if name in _PILE_LABELS:
         return _PILE_LABELS[name]
     written = (
-        char if char.isalnum() else "_" if char in _SEPARATORS else f"_{_name_of(char)}_"
+        char
+        if char.isalnum() or unicodedata.category(char).startswith("M")
+        else "_"
+        if char in _SEPARATORS
+        else f"_{_name_of(char)}_"
         for char in unicodedata.normalize("NFC", name.lower())
     )
     return re.sub("_+", "_", "".join(written)).strip("_")

@@ -141,6 +141,12 @@ def _walk(
                     if not _matches(f"{name}/", config.excluded):
                         folders.append(entry)
                 elif _is_taken(name, config):
+                    if not entry.is_file():
+                        what = "leads to nothing" if entry.is_symlink() else "is no plain file"
+                        raise UserError(
+                            f"corpus {config.name!r}: {entry.path} {what}: expected a file, or"
+                            " CorpusConfig.exclude to leave it out"
+                        )
                     yield _local_file(name, entry.path, entry.stat())
                 elif left is not None and _is_taken(name.rpartition(".")[0], config):
                     left += [name] if name.endswith(_COMPRESSED) else []

@@ -12,6 +12,7 @@ database:
 import dataclasses
 import hashlib
 import json
+import logging
 import pathlib
 import shutil
 import sys
@@ -36,6 +37,7 @@ from retro_jax.errors import UserError
 from retro_jax.report.views import PublishedFigures
 from retro_jax.storage import files
 
+_logger = logging.getLogger(__name__)
 MEASURES = "measures"
 SOURCE_FILE = "source.json"
 MEASURE_NAMES = ("bytes", "words", "lines", "scored_from")
@@ -213,7 +215,8 @@ def _fill(folder: pathlib.Path, config: SliceConfig) -> Runs:
     subsets: set[str] = set()
     shutil.rmtree(folder, ignore_errors=True)
     writer = RunWriter(folder, folder, SORT_BYTES)
-    for text in read_texts(config, Reading(may_skip=False)):
+    reading = Reading(may_skip=False)
+    for text in read_texts(config, reading):
         subsets.add(text.corpus)
         if config.subsets and text.corpus not in config.subsets:
             continue
@@ -221,6 +224,8 @@ def _fill(folder: pathlib.Path, config: SliceConfig) -> Runs:
         order = stable_hash(text.id, "order")
         writer.add(Entry(text.corpus, order, None, "test", text.bytes, line))
     writer.flush()
+    if reading.counts["empty"]:
+        _logger.warning("%s: %d documents without text", config.path, reading.counts["empty"])
     unknown = sorted(set(config.subsets) - subsets)
     if unknown or not writer.runs:
         names = ", ".join(sorted(subsets)) or "nothing"
@@ -276,8 +281,10 @@ def _objects(
                 if not isinstance(values.get(field), str):
                     raise UserError(f"{record.place} has no text in {field!r}: expected a string")
             _refuse_surrogates(record, [values[field] for field in fields[1:]], reading)
-            if record.text.strip():
+            if values[fields[-1]].strip():  # what is scored
                 yield record.id, values
+            else:
+                reading.counts["empty"] += 1
 
 
 def _refuse_surrogates(record: Record, more: Sequence[str], reading: Reading) -> None:

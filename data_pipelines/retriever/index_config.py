@@ -7,12 +7,13 @@ Which kind of index some keys get follows from its number of keys n (`plan_index
     100,000 <= n           tree          the same, within the leaves nearest to the query
 
 and "exact", which is chosen by name only, compares every key on JAX's devices without ScaNN: for offline
-stages that run where the accelerators are. `KINDS` names the file of each.
+stages that run where the accelerators are. "faiss", by name too, is for machines without ScaNN. `KINDS` names the file of each.
 """
 
 import dataclasses
 
 from data_pipelines.retriever.exact_index import Exact
+from data_pipelines.retriever.faiss_index import Faiss
 from data_pipelines.retriever.index_kind import IndexKind, IndexPlan
 from data_pipelines.retriever.scann_index import Scann
 from retro_jax.config import require
@@ -22,6 +23,7 @@ KINDS: dict[str, IndexKind] = {
     "hashing": Scann("hashing"),
     "tree": Scann("tree"),
     "exact": Exact(),
+    "faiss": Faiss(),
 }
 _HASHING_FROM, _TREE_FROM = 20_000, 100_000
 
@@ -31,8 +33,8 @@ class IndexConfig:
     """How the index is built; 0 leaves a choice to `plan_index`.
 
     Attributes:
-      kind: "auto" (by the number of keys), "brute_force", "hashing", "tree" or "exact".
-      num_leaves: leaves of the tree.
+      kind: "auto" (by the number of keys), "brute_force", "hashing", "tree", "exact" or "faiss".
+      num_leaves: leaves of the tree, or of "faiss".
       leaves_to_search: leaves searched per query.
       dimensions_per_block: dimensions that share one 4-bit code.
       reorder: candidates that are compared again exactly.

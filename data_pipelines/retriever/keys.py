@@ -31,6 +31,7 @@ from retro_jax.errors import UserError
 from retro_jax.storage import files
 
 KIND = "keys"
+GIVEN = "given:"  # before the name of a model that made keys elsewhere (given_keys.py)
 # Chunks embedded together, sorted by length. Not a setting: the last bits of a key depend on it.
 BLOCK = 1024
 # The form of keys on the disk; bfloat16 as the integers of its bits, which every NumPy can map.
@@ -46,7 +47,8 @@ class KeysConfig:
     """How keys are made.
 
     Attributes:
-      model: a packaged BERT ("minilm") or a Hugging Face folder.
+      model: a packaged BERT ("minilm") or a Hugging Face folder; "given:NAME" for keys that the caller
+        computed and wrote (data_pipelines/retriever/given_keys.py).
       dtype: "float32", or "bfloat16" for half the bytes.
       query_prefix: text before each chunk that is searched for, such as "query: "; None for what a
         folder of sentence-transformers states as its prompt, "" for none.
@@ -64,10 +66,20 @@ class KeysConfig:
     @property
     def folder(self) -> str | None:
         """The model's folder; None for a packaged one."""
-        return None if self.model in PACKAGED_MODELS else self.model
+        return None if self.model in PACKAGED_MODELS or self.is_given else self.model
+
+    @property
+    def is_given(self) -> bool:
+        """Whether keys are not made here."""
+        return self.model.startswith(GIVEN)
 
     def open(self) -> BertFolder:
-        """The model with its prefixes; errors as for BertFolder.open."""
+        """The model with its prefixes; errors as for BertFolder.open, and where keys are given."""
+        if self.is_given:
+            raise UserError(
+                f"KeysConfig.model is {self.model!r}: no model is here to embed other texts, expected"
+                " keys of all that is compared"
+            )
         model = BertFolder.open(self.model)
         stated = {"query": self.query_prefix, "passage": self.passage_prefix}
         given = {name: prefix for name, prefix in stated.items() if prefix is not None}

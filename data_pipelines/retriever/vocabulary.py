@@ -9,6 +9,7 @@ from retro_jax.errors import UserError
 from retro_jax.storage import files
 
 VOCABULARY, TOKENIZER = "vocab.txt", "tokenizer.json"
+_LONGEST = 256  # bytes of a piece
 _NEEDED = ("[CLS]", "[SEP]", "[UNK]")
 
 
@@ -45,7 +46,22 @@ class Vocabulary:
         for token in _NEEDED:
             if token not in found.pieces:
                 raise UserError(f"{path}: no {token}: expected a WordPiece vocabulary")
-        return found
+        return dataclasses.replace(found, pieces=_reachable(found.pieces))
+
+
+def _reachable(pieces: tuple[str, ...]) -> tuple[str, ...]:
+    """The pieces, with a name of its own for each that no text is cut into.
+
+    That is one that comes again, whose last id counts, one with a NUL, or a very long one; tensorflow-text
+    takes none of them.
+    """
+    last = {piece: i for i, piece in enumerate(pieces)}
+    return tuple(
+        piece
+        if last[piece] == i and "\0" not in piece and len(piece.encode()) <= _LONGEST
+        else f"[no text {i}]"
+        for i, piece in enumerate(pieces)
+    )
 
 
 def _of_tokenizer(path: Path) -> Vocabulary:

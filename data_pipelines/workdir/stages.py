@@ -252,6 +252,8 @@ def _chunks(p: Preparation) -> tuple[str, int, str]:
 
 def _keys(p: Preparation) -> tuple[str, int, str]:
     """Embeds every split: the training split is the retrieval database, the others ask it."""
+    if p.config.keys.is_given:
+        return _given_keys(p)
     tokenizer, prefixes = p.directory / "tokenizer", p.config.keys.open().prefixes
     places = {split: ("keys/" + split, split, "query") for split in SPLITS}
     places["train"] = ("keys/train", "train", "passage")
@@ -277,6 +279,23 @@ def _keys(p: Preparation) -> tuple[str, int, str]:
     if prefixes.settings:
         line += f"; {prefixes.query!r} before queries, {prefixes.passage!r} before passages"
     return line, chunks, "chunks"
+
+
+def _given_keys(p: Preparation) -> tuple[str, int, str]:
+    """Finds the keys that the caller wrote."""
+    counts = {}
+    for split in SPLITS:
+        path = p.directory / "keys" / split
+        found = Manifest.open(path, "keys") if (path / MANIFEST_FILE).is_file() else None
+        made_by = found.settings["embedder"]["model"] if found else "missing"
+        if found is None or made_by != p.config.keys.model:
+            raise UserError(
+                f"{path} is {made_by}: expected the keys of {p.config.keys.model!r}, as"
+                " write_given_keys writes them"
+            )
+        counts[split] = open_keys(p.directory, split).manifest.fact("keys")
+    summary = ", ".join(f"{count:,} {split}" for split, count in counts.items())
+    return f"{summary}; {p.config.keys.model}", sum(counts.values()), "chunks"
 
 
 def _index(p: Preparation) -> tuple[str, int, str]:

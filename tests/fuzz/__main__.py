@@ -37,6 +37,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         while time.monotonic() < end:
             for number, target in enumerate(targets):
+                if time.monotonic() > end and counts[target.name]:
+                    continue
                 try:
                     place = pathlib.Path(folder, str(number))
                     counts[target.name] += fuzz(target, place, _EXAMPLES, seed)

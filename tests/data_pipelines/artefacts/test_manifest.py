@@ -384,3 +384,15 @@ def test_empty_arrays_can_be_mapped(tmp_path):
     stage.finish()
     Manifest.open(tmp_path, "rows", verify=True)
     assert np.load(tmp_path / NAMES[0], mmap_mode="r").shape == (0, 64)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"parents": {"chunks": 1}}, {"facts": []}, {"settings": None}, {"kind": 7}, {"revision": "0"}]
+    + [{"shards": [{"name": name, "size": 1, "sha256": "a"}]} for name in (None, 3)]
+    + [{"shards": [{"name": "a", "size": "1", "sha256": "a"}]}],
+)
+def test_values_of_other_types_are_no_manifest(tmp_path, change):
+    stored = json.loads(_make(tmp_path).to_json()) | change
+    with pytest.raises(UserError, match=r"place is no manifest of format 1: .* (is|are) "):
+        Manifest.parse(json.dumps(stored).encode(), "place")

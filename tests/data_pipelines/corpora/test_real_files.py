@@ -99,6 +99,8 @@ def test_a_file_without_an_article_is_said_to_have_none(tmp_path, caplog):
         ("日本語", "日本語"),
         ("Ελληνικά", "ελληνικά"),
         ("العربية", "العربية"),
+        ("हिन्दी", "हिन्दी"),
+        ("ไทยที่", "ไทยที่"),
         ("PubMed Central", "pubmed_central"),
         ("Gutenberg (PG-19)", "gutenberg"),
         ("USPTO Backgrounds", "uspto"),
@@ -312,3 +314,16 @@ def test_compressed_files_beside_plain_ones_are_not_forgotten(tmp_path, caplog):
     assert "1 compressed files, such as b.txt.gz, are left out" in caplog.text
     caplog.clear()
     assert len(_read(tmp_path, include=("*.txt", "*.txt.gz"))[0]) == 2 and not caplog.text
+
+
+def test_links_to_nothing_and_pipes_are_named(tmp_path):
+    """A pipe would be waited for for ever."""
+    (tmp_path / "a.txt").write_text("a")
+    os.symlink(tmp_path / "none", tmp_path / "b.txt")
+    with pytest.raises(UserError, match=r"b.txt leads to nothing: expected a file"):
+        _read(tmp_path)
+    (tmp_path / "b.txt").unlink()
+    os.mkfifo(tmp_path / "c.txt")
+    with pytest.raises(UserError, match=r"c.txt is no plain file: expected a file"):
+        _read(tmp_path)
+    assert len(_read(tmp_path, exclude=("c.txt",))[0]) == 1

@@ -64,3 +64,11 @@ def test_a_summary_with_half_a_character_is_one_line_without_bad_advice(tmp_path
     with pytest.raises(UserError, match=r"x.jsonl:1: .*lone surrogate at character 1") as raised:
         _texts("curation", path)
     assert "skip_bad_documents" not in str(raised.value)
+
+
+def test_documents_without_a_scored_text_are_counted(tmp_path):
+    rows = [{"article": "", "summary": "a"}, {"article": "b", "summary": " "}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reading = Reading(may_skip=False)
+    texts = list(read_texts(SliceConfig("curation", str(tmp_path / "x.jsonl")), reading))
+    assert [text.text for text in texts] == ["\n\nTL;DR:\n\na"] and reading.counts["empty"] == 1

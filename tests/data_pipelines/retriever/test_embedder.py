@@ -309,3 +309,15 @@ def test_an_older_folder_of_sentence_transformers(tmp_path):
     assert model.name == "root" and model.prefixes.query == "q: " and model.config.normalise
     plain = Embedder.open(bert_folder.write(tmp_path / "plain"))
     np.testing.assert_array_equal(Embedder(model).embed(["lobster"]), plain.embed(["lobster"]))
+
+
+def test_pieces_that_no_text_is_cut_into_do_no_harm(tmp_path):
+    """A piece that comes again has its last id, as in transformers; NUL and long pieces have none."""
+    folder = bert_folder.write(tmp_path / "bert")
+    pieces = [*bert_folder.VOCABULARY[:-4], "lobster", "a\0", "x" * 400, bert_folder.VOCABULARY[-1]]
+    (folder / "vocab.txt").write_text("\n".join(pieces))
+    model = BertFolder.open(folder)
+    assert len(set(model.vocabulary)) == len(pieces)
+    word_piece = WordPiece(model.vocabulary, model.lower_case)
+    for encode in (word_piece.encode, word_piece.encode_few):
+        assert encode(["lobster def"]).ids.tolist() == [len(pieces) - 4, pieces.index("def")]

@@ -10,6 +10,7 @@ from data_pipelines.artefacts.manifest import Manifest
 from data_pipelines.retriever import index as module
 from data_pipelines.retriever.exact import ExactSearcher
 from data_pipelines.retriever.index import Index, IndexConfig, IndexPlan, plan_index, prepare_index
+from data_pipelines.retriever.index_config import KINDS
 from data_pipelines.retriever.scann_index import ScannIndex, import_scann
 from retro_jax.errors import UserError
 from tests.data_pipelines.synthetic import clustered, nearest, write_database, write_keys
@@ -52,6 +53,9 @@ def test_the_tree_of_the_plan():
         ({"kind": "hashing", "shard_keys": 1000}, 0.99),
         ({"kind": "hashing"}, 0.99),
         ({"kind": "tree", "num_leaves": 40, "leaves_to_search": 10}, 0.9),
+        ({"kind": "faiss", "num_leaves": 40, "leaves_to_search": 10}, 0.9),
+        ({"kind": "faiss", "leaves_to_search": 10**6}, 1.0),
+        ({"kind": "faiss", "shard_keys": 600}, 0.7),
     ],
 )
 def test_finds_the_nearest(tmp_path, settings, least):
@@ -297,3 +301,32 @@ def test_a_damaged_index_is_named(tmp_path):
     with pytest.raises(UserError, match=f"{path} has"):
         Index.open(tmp_path / "index", keys)
     assert Manifest.read(tmp_path / "index").fact("plan")["kind"] == "brute_force"
+
+
+def test_faiss_of_few_keys_and_its_errors(tmp_path, monkeypatch):
+    for n in (0, 1, 3):
+        plan = plan_index(n, 16, IndexConfig(kind="faiss"))
+        assert (plan.num_leaves, plan.leaves_to_search) == (1, 1)
+    plan = plan_index(100_000, 16, IndexConfig(kind="faiss"))
+    assert (plan.num_leaves, plan.leaves_to_search) == (316, 40)
+    with pytest.raises(UserError, match=r"num_leaves is 50: expected at most the 20 keys"):
+        plan_index(20, 16, IndexConfig(kind="faiss", num_leaves=50))
+    kind, vectors = KINDS["faiss"], clustered(3)
+    kind.build(vectors, plan_index(3, 32, IndexConfig(kind="faiss")), 100).save(tmp_path)
+    found = kind.load(tmp_path, plan_index(3, 32, IndexConfig(kind="faiss")), vectors)
+    ids, distances = found.search(vectors[:2], 5)
+    assert ids[:, 0].tolist() == [0, 1] and (ids[:, 3:] == -1).all()
+    assert np.isinf(distances[:, 3:]).all() and (distances[:, 0] == 0).all()
+    with pytest.raises(UserError, match=r"index.faiss has 3 keys: expected 2"):
+        kind.load(tmp_path, plan, vectors[:2])
+    (tmp_path / "index.faiss").write_bytes(b"none")
+    with pytest.raises(UserError, match=r"index.faiss cannot be read: expected an index of FAISS"):
+        kind.load(tmp_path, plan, vectors)
+    random = np.random.default_rng(0).normal(size=(600, 8)).astype(np.float32)
+    plan = plan_index(600, 8, IndexConfig(kind="faiss", num_leaves=15, leaves_to_search=1))
+    index, furthest = kind.build(random, plan, 600), nearest(random, random, 9)[:, -1:] + 1e-5
+    shares = [(index.search(random, 9, widen=w)[1] <= furthest).mean() for w in (1, 15)]
+    assert shares[0] < 0.8 and shares[1] == 1
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(UserError, match=r"FAISS cannot be imported .* retro-jax\[faiss\]"):
+        kind.load(tmp_path, plan, vectors)
