@@ -157,6 +157,7 @@ setup(
         "serve": SERVE,
         "gcs": GCS,
         "s3": S3,
+        "wandb": ["wandb"],
         "dist": ["build", "twine"],
         "browser": BROWSER,
         "test": DATA + TEST,

@@ -129,6 +129,8 @@ class RetroConfig:
       encoder_head_dim: width of an encoder head.
       encoder_d_ff: width of the encoder's feed-forward layers.
       encoder_cca_layers: P_enc, the encoder layers that attend to the decoder's activations.
+      norm_conditioning: whether an RMSNorm scales the decoder's activations before the encoder attends
+        to them; without, they have the scale of the residual stream.
       pad_id: the id of padding in tokens and neighbours.
       positions: "relative" (the paper's, Transformer-XL) or "rotary".
       cca_positions: whether CCA logits depend on positions (an ablation of the paper).
@@ -164,6 +166,7 @@ class RetroConfig:
     activation: str = "gelu"
     dropout: float = 0.0
     norm_epsilon: float = 1e-6
+    norm_conditioning: bool = False
     form: DecoderForm = DecoderForm()
 
     def __post_init__(self) -> None:
@@ -307,6 +310,7 @@ def _encoder_and_cca(config: RetroConfig) -> int:
     total += len(config.encoder_cca_layers) * _attention_parameters(
         config, width, config.d_model, inner
     )
+    total += config.norm_conditioning * bool(config.encoder_cca_layers) * config.d_model
     return total + width  # the encoder's final norm
 
 

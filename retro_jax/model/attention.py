@@ -34,7 +34,8 @@ _MOST_APART = 60.0  # nats between two denominators: exp of it is finite, times 
 class Widths:
     """The sizes of one attention: the query stream's width, the key stream's, heads and their width.
 
-    kv_heads: G, heads of keys and values; 0 for num_heads.
+    kv_heads: G, heads of keys and values; 0 for num_heads. layers: of its stack, if that is not the
+    decoder's.
     """
 
     query: int
@@ -42,6 +43,7 @@ class Widths:
     num_heads: int
     head_dim: int
     kv_heads: int = 0
+    layers: int = 0
 
 
 class Attention(nnx.Module):
@@ -88,7 +90,7 @@ class Attention(nnx.Module):
             (*heads, widths.query),
             P(TENSOR, None, FSDP),
             fan_in=math.prod(heads),
-            gain=residual_gain(config, widths.query),
+            gain=residual_gain(widths.layers or config.num_layers, widths.query),
         )
         added = _extra_parameters(form, widths, self.fused)
         if cross and form.cca_rank:

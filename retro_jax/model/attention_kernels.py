@@ -1,6 +1,7 @@
 """The decoder's self attention by fused kernels, where a backend has one that fits.
 
-    gpu    cuDNN's flash attention (jax.nn.dot_product_attention): bfloat16, heads of at most 128
+    gpu    cuDNN's flash attention (jax.nn.dot_product_attention): bfloat16, heads of at most 128,
+           NVIDIA GPUs from Ampere on
     tpu    JAX's splash attention (Pallas): causal blocks that nobody reads are never visited
            relative_kernel.py, where positions are relative: up to 4,096 tokens
     else   none: causal_attention.py computes blocks of queries
@@ -28,6 +29,7 @@ from retro_jax.sharding import Shardings
 
 PLATFORMS = ("gpu", "tpu")
 _MOST_RELATIVE = 4096  # tokens whose gradients by keys, values and R fit into a chip's memory
+_FIRST_CAPABILITY = 8  # the major number that cuDNN's attention begins with; AMD's have none
 _LANES = 128  # a TPU's vector: splash attention's blocks are multiples of it
 
 
@@ -222,6 +224,18 @@ def relative_block(length: int) -> int:
     return next(size for size in (256, _LANES, 1) if length % size == 0)
 
 
+def _gpu_without_kernel() -> str:
+    """The GPU of this process if cuDNN's attention does not run on it; empty else, and without a GPU."""
+    if jax.default_backend() != "gpu":  # the program is for devices that are not here
+        return ""
+    device = jax.local_devices()[0]
+    capability = str(getattr(device, "compute_capability", ""))
+    major = capability.partition(".")[0]
+    if major.isdecimal() and int(major) >= _FIRST_CAPABILITY:
+        return ""
+    return f"{device.device_kind} ({capability or 'of none'})"
+
+
 def _obstacle(
     platform: str, dtype: str, positions: Positions, head_dim: int, length: int
 ) -> str | None:
@@ -231,6 +245,8 @@ def _obstacle(
     if platform not in positions.kernels:
         kinds = " and ".join(map(repr, kinds_with_kernel(platform)))
         return f"no fused kernel of a {platform} has {positions.name} positions ({kinds} has one)"
+    if platform == "gpu" and (gpu := _gpu_without_kernel()):
+        return f"cuDNN's kernel needs an NVIDIA GPU of compute capability 8.0 (Ampere) and this is {gpu}"
     if platform == "gpu" and dtype != "bfloat16":
         return f"cuDNN's kernel computes in bfloat16 and activation_dtype is {dtype!r}"
     if platform == "gpu" and (head_dim > 128 or head_dim % 8):

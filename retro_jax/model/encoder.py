@@ -19,13 +19,15 @@ class EncoderLayer(nnx.Module):
 
     def __init__(self, config: RetroConfig, *, layout: Layout, rngs: nnx.Rngs):
         width = config.encoder_d_model
-        widths = Widths(width, width, config.encoder_num_heads, config.encoder_head_dim)
+        layers = config.encoder_num_layers
+        heads = (config.encoder_num_heads, config.encoder_head_dim)
+        widths = Widths(width, width, *heads, layers=layers)
         positions = positions_of(config.positions)
         self.attention = Attention(
             config, widths, positions=positions, cross=False, layout=layout, rngs=rngs
         )
         self.feed_forward = FeedForward(
-            config, width, config.encoder_d_ff, layout=layout, rngs=rngs
+            config, width, config.encoder_d_ff, layout=layout, rngs=rngs, layers=layers
         )
 
 
@@ -43,9 +45,10 @@ class Encoder(nnx.Module):
             rngs,
         )
         if config.encoder_cca_layers:
-            widths = Widths(
-                width, config.d_model, config.encoder_num_heads, config.encoder_head_dim
-            )
+            heads = (config.encoder_num_heads, config.encoder_head_dim)
+            widths = Widths(width, config.d_model, *heads, layers=config.encoder_num_layers)
+            if config.norm_conditioning:
+                self.conditioning_norm = RMSNorm(config.d_model, config.norm_epsilon)
             self.cross_attention = stack_layers(
                 lambda r: Attention(
                     config,
@@ -81,6 +84,8 @@ class Encoder(nnx.Module):
           [B, C, K, R, E].
         """
         config = self.config
+        if config.encoder_cca_layers and config.norm_conditioning:
+            h_BxNxD = self.conditioning_norm(h_BxNxD)
         batch, chunks = neighbours_BxCxKxR.shape[:2]
         h_BxCx1xMxD = h_BxNxD.reshape(batch, chunks, config.chunk_length, -1)[:, :, None]
         readable_BxCxM = (tokens_BxN != config.pad_id).reshape(batch, chunks, config.chunk_length)

@@ -160,9 +160,11 @@ class FeedForward(nnx.Module):
         layout: Layout,
         rngs: nnx.Rngs,
         form: DecoderForm = DecoderForm(),
+        layers: int = 0,
     ):
+        """Makes one. layers: of its stack, if that is not the decoder's."""
         self.norm = make_norm(form, width, config.norm_epsilon)
-        gain = residual_gain(config, width)
+        gain = residual_gain(layers or config.num_layers, width)
         self.widen = normal(rngs, (width, d_ff), P(FSDP, TENSOR), fan_in=width)
         self.narrow = normal(rngs, (d_ff, width), P(TENSOR, FSDP), fan_in=d_ff, gain=gain)
         self.gated = form.feed_forward == "gated"
@@ -222,13 +224,13 @@ def affine(
     return y if added is None else y + layout.weight(added)
 
 
-def residual_gain(config: RetroConfig, width: int) -> float:
+def residual_gain(layers: int, width: int) -> float:
     """Scales the layers' initial output to a residual stream of a width to an embedding's norm.
 
-    A token's embedding has norm 1, and so has the sum of all that 2 * num_layers branches add to it.
+    A token's embedding has norm 1, and so has the sum of all that the 2 * layers branches of a stack add.
     With sums of norm sqrt(width) a token is lost in its own stream: docs/results.md has the loss.
     """
-    return 1.0 / math.sqrt(2 * config.num_layers * width)
+    return 1.0 / math.sqrt(2 * layers * width)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Curves of a run: metrics.jsonl, TensorBoard event files, and the progress bar.
+"""Curves of a run: metrics.jsonl, what trackers.py knows beside it, and the progress bar.
 
 A line of metrics.jsonl describes the updates since the line before it:
 
@@ -6,6 +6,7 @@ A line of metrics.jsonl describes the updates since the line before it:
     loss              nats per token, over them    loss/CORPUS       the same of one corpus
     tokens            targets they had             tokens_per_second, over the last 30 seconds
     grad_norm         their mean, before clipping  param_norm, learning_rate: of the last one
+    grad_norm/PLACE, param_norm/PLACE  of the last one, by layer, with TrainConfig.layer_norms
     skipped           bad batches among the steps; their losses count nowhere; absent without any.
                       A line of bad batches alone has neither losses nor norms.
     seconds           of a step, by the clock      seconds/PHASE     of it, as phases.py has them
@@ -32,15 +33,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import tensorboardX
 import tqdm
 
 from retro_jax.distributed import processes
 from retro_jax.errors import SharedError, UserError
 from retro_jax.storage import files
 from retro_jax.train.bad_batches import BadBatches
+from retro_jax.train.layer_norms import as_values
 from retro_jax.train.phases import Phases
 from retro_jax.train.step import StepMetrics
+from retro_jax.train.trackers import open_trackers
 from retro_jax.train.utilisation import Machine, Profile, memory
 
 METRICS_FILE = "metrics.jsonl"
@@ -58,6 +60,7 @@ class Averager:
     def __init__(self, corpora: Sequence[str]):
         self._corpora = corpora
         self._times: collections.deque[tuple[float, int]] = collections.deque()
+        self._norms: dict[str, float] = {}
         self._reset()
 
     def skip(self) -> None:
@@ -73,6 +76,9 @@ class Averager:
         self._tokens += tokens
         self._grad_norm += float(metrics.grad_norm)
         self._param_norm = float(metrics.param_norm)
+        if metrics.grad_norms is not None:
+            self._norms = as_values("grad_norm", metrics.grad_norms)
+            self._norms |= as_values("param_norm", metrics.param_norms)
         self._corpus_losses += np.asarray(metrics.corpus_losses)
         self._corpus_tokens += np.asarray(metrics.corpus_tokens)
         self._times.append((time.perf_counter(), tokens))
@@ -98,6 +104,7 @@ class Averager:
         updates = self._steps - self._skipped
         if updates:
             means |= {"grad_norm": self._grad_norm / updates, "param_norm": self._param_norm}
+            means |= self._norms
         means |= {"steps": self._steps, "tokens": self._tokens}
         if self._skipped:
             means["skipped"] = self._skipped
@@ -110,6 +117,7 @@ class Averager:
         """Empties the window."""
         self._steps, self._tokens, self._skipped = 0, 0, 0
         self._loss, self._grad_norm, self._param_norm = 0.0, 0.0, 0.0
+        self._norms = {}
         self._corpus_losses: np.ndarray = np.zeros(len(self._corpora), np.float64)
         self._corpus_tokens: np.ndarray = np.zeros(len(self._corpora), np.int64)
 
@@ -150,34 +158,37 @@ class Goodput:
 
 
 class CurveWriter:
-    """Appends to metrics.jsonl and to TensorBoard's event files."""
+    """Appends to metrics.jsonl and to trackers."""
 
-    def __init__(self, directory: str | os.PathLike, start_step: int):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        start_step: int,
+        trackers: Sequence[str] = ("tensorboard",),
+    ):
         """Opens the files of a run that has made `start_step` updates.
 
         Args:
-          directory: the run's. start_step: lines after it are dropped.
+          directory: the run's. start_step: lines after it are dropped. trackers: by name.
         """
         self._path = pathlib.Path(directory) / METRICS_FILE
         truncate_curve(self._path, start_step)
         self._goodput = Goodput(read_curve(self._path), time.time())
-        # A file's name has its second only: a start within the same one would replace the other's.
-        self._events = tensorboardX.SummaryWriter(
-            str(directory), purge_step=start_step + 1, filename_suffix=f".{start_step}"
-        )
+        self._trackers = open_trackers(trackers, directory, start_step)
 
     def write(self, step: int, values: dict[str, float]) -> dict[str, float]:
         """Adds and returns a line: `values` after `step` updates, and the goodput if they have `seconds`."""
         values = values | self._goodput.after(values, time.time())
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.write(step, values)
         return values
 
     def close(self) -> None:
-        """Closes the event file."""
-        self._events.close()
+        """Closes the trackers."""
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def read_curve(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -252,12 +263,14 @@ class Watched:
       bad_batches: the action at one; by default the run stops.
       machine: to relate speed to. profile: steps that are traced.
       on_metrics: called with the step and the values of each line, in every process.
+      trackers: names of trackers.TRACKERS.
     """
 
     bad_batches: BadBatches = dataclasses.field(default_factory=BadBatches)
     machine: Machine | None = None
     profile: Profile | None = None
     on_metrics: Sequence[Callable[[int, Mapping[str, float]], Any]] = ()
+    trackers: Sequence[str] = ("tensorboard",)
 
 
 class Observer:
@@ -290,9 +303,10 @@ class Observer:
         self._averager = Averager(corpora)
         self._learning_rate, self._log_every, self._steps = learning_rate, log_every, steps
         first = processes.is_first()
-        self._writer = CurveWriter(directory, start_step) if first else None
-        self._progress = Progress(start_step, steps, shown=first)
         self._watched, self._skipped_in_a_row = watched or Watched(), 0
+        trackers = self._watched.trackers
+        self._writer = CurveWriter(directory, start_step, trackers) if first else None
+        self._progress = Progress(start_step, steps, shown=first)
         self._noted: dict[str, float] = {}
 
     def begin(self, step: int) -> None:

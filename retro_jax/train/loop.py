@@ -25,6 +25,7 @@ from retro_jax.config import require
 from retro_jax.train.checkpoint import Checkpoints
 from retro_jax.train.curves import Observer
 from retro_jax.train.step import StepMetrics, TrainState, TrainStep
+from retro_jax.train.trackers import require_trackers
 
 INITIAL_RETRIEVAL = ("random", "copying", "endings")
 INITIAL_ATTENTION = ("random", "endings")
@@ -60,6 +61,8 @@ class TrainConfig:
       evaluate_every: steps between evaluations on the validation split, a multiple of log_every; 0
         for none.
       evaluate_batches: batches of the validation split that are scored.
+      layer_norms: whether curves have the norms of gradients and parameters of every layer.
+      trackers: where curves go beside metrics.jsonl: "tensorboard", "wandb" (Weights & Biases).
       hang_seconds: how long one of several processes may wait before it gives up; 0 for ever.
     """
 
@@ -78,9 +81,13 @@ class TrainConfig:
     skip_bad_batches: bool = False
     evaluate_every: int = 0
     evaluate_batches: int = 8
+    layer_norms: bool = False
+    trackers: tuple[str, ...] = ("tensorboard",)
     hang_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "trackers", tuple(self.trackers))  # gin gives lists
+        require_trackers(self.trackers, self)
         for field in ("steps", "log_every", "checkpoint_every", "keep"):
             require(getattr(self, field) > 0, self, field, "a positive integer")
         require(self.accumulate > 0, self, "accumulate", "a positive number of parts")
@@ -116,6 +123,8 @@ FREE_SETTINGS = (
     "skip_bad_batches",
     "evaluate_every",
     "evaluate_batches",
+    "layer_norms",
+    "trackers",
     "hang_seconds",
 )
 

@@ -17,13 +17,14 @@ import optax
 from retro_jax.config import DTYPES, require
 from retro_jax.errors import UserError
 from retro_jax.parameters import decays, map_parameters
+from retro_jax.train.muon import is_matrix, scale_by_muon
 from retro_jax.train.parameter_names import map_named
 
 # Whether a parameter is trained, by its name ("encoder.layers.attention.query"); None trains all.
 Trainable = Callable[[str], bool]
 
 
-ALGORITHMS, SCHEDULES = ("adamw", "adafactor"), ("cosine", "constant")
+ALGORITHMS, SCHEDULES = ("adamw", "adafactor", "muon"), ("cosine", "constant")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +32,9 @@ class OptimizerConfig:
     """An optimiser and its schedule.
 
     Attributes:
-      algorithm: "adamw", or "adafactor": second moments by rows and columns (arXiv 1804.04235), and
-        no first moment.
+      algorithm: "adamw"; "adafactor": second moments by rows and columns (arXiv 1804.04235), and no
+        first moment; or "muon" for the matrices of layers, whose momentum it makes orthogonal, at
+        AdamW's learning rate (arXiv 2502.16982), and AdamW for the rest.
       schedule: "cosine" from the maximum to the last learning rate, or "constant" at the maximum.
       restarts: updates after which the schedule begins anew, with its warm-up, as a run that goes on
         after its end does.
@@ -44,7 +46,8 @@ class OptimizerConfig:
       beta1: Adam's decay of the first moment.
       beta2: Adam's decay of the second moment.
       epsilon: Adam's epsilon.
-      moment_dtype: of Adam's first moment, "float32" or "bfloat16".
+      moment_beta: Muon's decay of its momentum.
+      moment_dtype: of Adam's first moment and Muon's momentum, "float32" or "bfloat16".
       clip_norm: largest global norm of the gradient; 0 does not clip.
       gate_factor: multiplies the learning rate of gated CCA's gates, one number per head.
     """
@@ -61,6 +64,7 @@ class OptimizerConfig:
     gate_factor: float = 1.0
     algorithm: str = "adamw"
     moment_dtype: str = "float32"
+    moment_beta: float = 0.95
     schedule: str = "cosine"
     restarts: tuple[int, ...] = ()
 
@@ -79,7 +83,7 @@ class OptimizerConfig:
         require(self.warmup_steps >= 0, self, "warmup_steps", "a number of steps")
         require(0 <= self.final_fraction <= 1, self, "final_fraction", "a number from 0 to 1")
         require(self.weight_decay >= 0, self, "weight_decay", "a number of at least 0")
-        for field in ("beta1", "beta2"):
+        for field in ("beta1", "beta2", "moment_beta"):
             require(0 <= getattr(self, field) < 1, self, field, "a number from 0 to below 1")
         require(self.epsilon > 0, self, "epsilon", "a positive number")
         require(self.gate_factor > 0, self, "gate_factor", "a positive number")
@@ -143,13 +147,8 @@ def make_optimizer(
     Raises:
       UserError: the warm-up is not shorter than the run.
     """
-    if config.algorithm == "adafactor":
-        scale = optax.scale_by_factored_rms()
-    else:
-        dtype = None if config.moment_dtype == "float32" else config.moment_dtype
-        scale = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon, mu_dtype=dtype)
     steps = [
-        scale,
+        _scale(config),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(learning_rate(config, total_steps)),
     ]
@@ -165,6 +164,22 @@ def make_optimizer(
         return map_named(lambda name, _: "trained" if trainable(name) else "frozen", params)
 
     return optax.multi_transform({"trained": adamw, "frozen": optax.set_to_zero()}, labels)
+
+
+def _scale(config: OptimizerConfig) -> optax.GradientTransformation:
+    """The part that turns gradients into directions."""
+    if config.algorithm == "adafactor":
+        return optax.scale_by_factored_rms()
+    dtype = None if config.moment_dtype == "float32" else config.moment_dtype
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon, mu_dtype=dtype)
+    if config.algorithm == "adamw":
+        return adam
+
+    def labels(params: Any) -> Any:
+        return map_named(lambda name, _: "muon" if is_matrix(name) else "adam", params)
+
+    muon = scale_by_muon(config.moment_beta, dtype)
+    return optax.multi_transform({"muon": muon, "adam": adam}, labels)
 
 
 def decay_mask(params: Any) -> Any:

@@ -59,6 +59,7 @@ from retro_jax.train.global_batches import BatchShape, BatchSource, batches_from
 from retro_jax.train.held_out import evaluation_hook, held_out_evaluation
 from retro_jax.train.loop import Hook, StopRequest, TrainConfig
 from retro_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from retro_jax.train.trackers import check_trackers
 from retro_jax.train.utilisation import Machine, Profile, peak_flops
 from retro_jax.train.warm_start import (
     StartConfig,
@@ -162,6 +163,7 @@ def make_plan(
         loss_jump=training.loss_jump,
         skip_bad_batches=training.skip_bad_batches,
         average_decay=training.average_decay,
+        layer_norms=training.layer_norms,
     )
     graphdef, abstract = step.abstract_state(make_model, optimizer, mesh, config)
     return Plan(
@@ -279,6 +281,7 @@ class Run:
         if shape != plan.shape:
             raise UserError(f"the plan is for {plan.shape}: expected the data's {shape}")
         data.check_model(plan.settings.retro)
+        check_trackers(plan.settings.training.trackers)
         self._profile, self._on_hang = profile, on_hang or _end_process
         self._open_checkpoints = open_checkpoints
         self._on_metrics: list[Callable[[int, Mapping[str, float]], Any]] = []
@@ -474,6 +477,7 @@ class Run:
                 _machine(self.plan),
                 profile,
                 self._on_metrics,
+                training.trackers,
             ),
         )
 

@@ -15,6 +15,7 @@ from retro_jax.batch import RetroBatch
 from retro_jax.config import require
 from retro_jax.model.backend import options_for_one_use
 from retro_jax.sharding import parameter_shardings
+from retro_jax.train.layer_norms import layer_norms
 from retro_jax.train.optimizer import Trainable
 from retro_jax.train.parameter_names import map_named, named_leaves
 
@@ -60,6 +61,8 @@ class StepMetrics:
       corpus_losses: [G] summed nats of each corpus. corpus_tokens: [G] int32.
       bad: bool, whether loss or gradient is not finite, or the loss jumps by more than
         StepConfig.loss_jump. recent_loss: mean of the losses before it; 0 where none is kept.
+      grad_norms, param_norms: by layer, as layer_norms gives them; None without
+        StepConfig.layer_norms.
     """
 
     loss: jax.Array
@@ -70,6 +73,8 @@ class StepMetrics:
     corpus_tokens: jax.Array
     bad: jax.Array
     recent_loss: jax.Array
+    grad_norms: Any = None
+    param_norms: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +89,7 @@ class StepConfig:
       skip_bad_batches: whether a bad batch (StepMetrics.bad) leaves parameters and moments as they
         are; it counts as a step, in the schedule too.
       average_decay: of the moving average of the parameters, below 1; 0 keeps none.
+      layer_norms: whether the metrics have norms by layer.
     """
 
     pad_id: int
@@ -94,6 +100,7 @@ class StepConfig:
     loss_jump: float = 0.0
     skip_bad_batches: bool = False
     average_decay: float = 0.0
+    layer_norms: bool = False
 
     def __post_init__(self) -> None:
         require(self.num_corpora > 0, self, "num_corpora", "a positive number")
@@ -162,6 +169,8 @@ def train_step(
         corpus_tokens=sums.corpus_tokens,
         bad=bad,
         recent_loss=recent,
+        grad_norms=layer_norms(grads) if config.layer_norms else None,
+        param_norms=layer_norms(state.params) if config.layer_norms else None,
     )
     after = TrainState(
         step=state.step + 1,

@@ -1,6 +1,7 @@
 """Fused kernels against the plain form, where this machine can run them, and which one is chosen."""
 
 import dataclasses
+import types
 from typing import Any
 
 import jax
@@ -209,6 +210,27 @@ def test_a_kernel_that_does_not_exist_is_refused_in_one_line(platform, changes, 
         kind("fused", platform, **changes)
     assert str(raised.value).startswith("ExecutionConfig.attention is 'fused', but ")
     assert str(raised.value).endswith(": expected 'auto', 'chunked' or 'plain'")
+
+
+@pytest.mark.parametrize(
+    ("capability", "name", "expected"),
+    [
+        ("9.0", "H100", "fused"),
+        ("8.0", "A100", "fused"),
+        ("7.5", "T4", ""),
+        ("gfx90a", "MI250", ""),
+    ],
+)
+def test_a_gpu_without_the_kernel_is_excluded(monkeypatch, capability, name, expected):
+    device = types.SimpleNamespace(compute_capability=capability, device_kind=name)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert kind("auto", "gpu") == (expected or "chunked")
+    if not expected:
+        with pytest.raises(
+            UserError, match=rf"8\.0 \(Ampere\) and this is {name} \({capability}\)"
+        ):
+            kind("fused", "gpu")
 
 
 def test_a_run_is_checked_before_it_begins():

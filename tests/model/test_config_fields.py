@@ -35,6 +35,7 @@ TREE: dict[str, Any] = {
     "cca_positions": False,
     "share_embeddings": True,
     "tie_embeddings": False,
+    "norm_conditioning": True,
     "form": DecoderForm(norm="layer"),
 }
 OUTPUT: dict[str, Any] = {
@@ -154,6 +155,8 @@ VARIANTS = {
     **{f"form {n}": formed(**NEEDED.get(n, {}), **{n: value}) for n, value in FORM_TREE.items()},
     "gated with biases": formed(gated_cca=True, qkv_bias=True, out_bias=True, num_kv_heads=2),
     "crossing twice": dataclasses.replace(TINY, encoder_cca_layers=(1, 2)),
+    "norm, no crossing": dataclasses.replace(TINY, encoder_cca_layers=(), norm_conditioning=True),
+    **{f"{n}, normed": dataclasses.replace(c, norm_conditioning=True) for n, c in PRESETS.items()},
 }
 
 

@@ -44,6 +44,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"encoder_num_layers": 3, "encoder_cca_layers": (1, 3)},
         AWKWARD,
     ),
+    "normed conditioning": ({"norm_conditioning": True, "norm_epsilon": 0.01}, AWKWARD),
     "encoder crossing last": ({"encoder_cca_layers": (2,)}, {}),
     "encoder never crossing": ({"encoder_cca_layers": ()}, {}),
     "one neighbour": ({}, {"k": 1}),

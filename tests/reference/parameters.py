@@ -29,6 +29,8 @@ def reference_parameters(model: Retro) -> Tree:
         for index, p in enumerate(config.encoder_cca_layers):
             cross = _attention(left, ("encoder", "cross_attention"), index)
             params["encoder"][p - 1]["cross_attention"] = cross
+        if config.norm_conditioning and config.encoder_cca_layers:
+            params["conditioning_norm"] = left.take("encoder", "conditioning_norm", "scale")
         params["encoder_norm"] = left.take("encoder", "norm", "scale")
         if not config.share_embeddings:
             params["encoder_embedding"] = left.take("encoder", "embedding", "table")

