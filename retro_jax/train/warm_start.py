@@ -75,7 +75,6 @@ class StartConfig:
         require(bool(self.trained), self, "trained", "at least one pattern, as in ('*',)")
         idle = self.run or not (self.step or self.averaged or (self.fresh and not self.base))
         require(not (self.run and self.base), self, "base", "'' where StartConfig.run is given")
-        require(bool(self.base) or not self.gates, self, "gates", "0 without StartConfig.base")
         require(bool(idle), self, "run", "a run's directory, as step, averaged or fresh are given")
 
 
@@ -86,8 +85,10 @@ def trainable(config: StartConfig, params: Any) -> Trainable | None:
       config: of the run. params: a tree of them, or of their shapes.
 
     Raises:
-      UserError: a pattern that matches none.
+      UserError: a pattern that matches none; a first value of gates without a base.
     """
+    # Not of the config alone: launch.retrofit gives the base beside a file of settings.
+    require(bool(config.base) or not config.gates, config, "gates", "0 without StartConfig.base")
     names = list(named_leaves(params))
     _check_patterns(config, "trained", names)
     _check_patterns(config, "fresh", names)

@@ -63,6 +63,8 @@ def test_only_what_matches_is_trained():
         config = StartConfig("W", **{field: ("decoder.*",)})
         with pytest.raises(UserError, match=rf"StartConfig\.{field} has 'decoder\.\*', which no"):
             trainable(config, params)
+    with pytest.raises(UserError, match=r"StartConfig\.gates is 1\.0: expected 0 without"):
+        trainable(StartConfig(gates=1.0), params)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +75,6 @@ def test_only_what_matches_is_trained():
         ("averaged", True),
         ("fresh", ("*",)),
         ("trained", ()),
-        ("gates", 1.0),
     ],
 )
 def test_every_validation(field, value):
