@@ -2,6 +2,7 @@
 
     python -m launch.sample --workdir=W --prompt="The history of the city"
     python -m launch.sample --workdir=W --prompt="def main(" --prompt="import " --temperature=0.7 --seed=3
+    python -m launch.sample --workdir=W --prompts_file=prompts.jsonl --json_lines=samples.jsonl
     python -m launch.sample --base=MODEL --prompt="Once upon"      an existing model alone
 
 Neighbours are retrieved from W's database as soon as a chunk of 64 tokens is complete, in the prompt
@@ -11,6 +12,7 @@ request is read from there the next time.
 
 import dataclasses
 import hashlib
+import json
 import pathlib
 import shutil
 from collections.abc import Callable, Sequence
@@ -23,7 +25,7 @@ from flax import nnx
 from data_pipelines.chunk_database.base_tokenizer import check_base_tokenizer, open_base_tokenizer
 from data_pipelines.chunk_database.database import CHUNK_LENGTH
 from data_pipelines.chunk_database.tokenizer import Tokenizer
-from data_pipelines.evaluation.sampled_text import as_text, sampled_chunks
+from data_pipelines.evaluation.sampled_text import as_text, read_prompts, sampled_chunks
 from data_pipelines.evaluation.trace_sources import DatabaseLibrary
 from data_pipelines.live.database import excluded_numbers
 from data_pipelines.live.settings import LiveSettings
@@ -64,6 +66,10 @@ from retro_jax.retrofit.decoder import decoder_config, load_decoder
 from retro_jax.storage import files
 
 PROMPT = flags.DEFINE_multi_string("prompt", None, "The text to continue.")
+PROMPTS = flags.DEFINE_string(
+    "prompts_file", None, 'More of them, a JSON line {"prompt": ...} each.'
+)
+LINES = flags.DEFINE_string("json_lines", None, "Also write a JSON line for each sample.")
 MIN_TOKENS = flags.DEFINE_integer("min_tokens", 0, "The text does not end before so many.")
 TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 is greedy.")
 TOP_K = flags.DEFINE_integer("top_k", 0, "Draw among the k most likely tokens; 0 for all.")
@@ -102,6 +108,7 @@ MIXTURE = flags.DEFINE_bool(
 )
 
 _ID_DIGITS = 12
+_AT_ONCE = 32  # texts that are continued together
 _MOST_CHUNKS = 128  # of an existing model's window
 
 
@@ -128,7 +135,9 @@ class _Writer:
 def main() -> None:
     """Draws samples, or reads earlier ones, and prints them."""
     trained_run.refuse_gin_file()
-    prompts = app.required(PROMPT, "a text to continue")
+    prompts = [*(PROMPT.value or []), *(read_prompts(PROMPTS.value) if PROMPTS.value else [])]
+    if not prompts:
+        app.required(PROMPT, "a text to continue")
     sampling = SamplingConfig(
         max_tokens=MAX_TOKENS.value,
         min_tokens=MIN_TOKENS.value,
@@ -153,6 +162,10 @@ def main() -> None:
         retrieval.check_off()
     if TRACE.value:
         _check_trace(writer, TRACE.value)
+    for flag in (TRACE, LINES):
+        if flag.value and not pathlib.Path(flag.value).absolute().parent.is_dir():
+            message = "expected a file in a directory that is there"
+            raise UserError(f"--{flag.name}={flag.value}: {message}")
     request = {
         "prompts": prompts,
         "num_samples": NUM_SAMPLES.value,
@@ -179,7 +192,10 @@ def main() -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
             files.write_atomically(path, files.to_json(result))
     print(as_text(result, min(shutil.get_terminal_size((120, 40)).columns, 200)))
-    if written := [str(each) for each in (path, TRACE.value) if each]:
+    if LINES.value:
+        lines = [f"{json.dumps(each)}\n" for each in result["samples"]]
+        files.write_atomically(pathlib.Path(LINES.value), "".join(lines).encode())
+    if written := [str(each) for each in (path, TRACE.value, LINES.value) if each]:
         print(f"written to {' and '.join(written)}")
 
 
@@ -268,9 +284,7 @@ def _mixture(writer: _Writer) -> Mixture | None:
 
 
 def _check_trace(writer: _Writer, page: str) -> None:
-    """Refuses --trace where it cannot be made or written."""
-    if not pathlib.Path(page).absolute().parent.is_dir():
-        raise UserError(f"--trace={page}: expected a file in a directory that is there")
+    """Refuses --trace where it cannot be made."""
     if writer.data is None or FIXED.value or STRIDE.value != CHUNK_LENGTH:
         raise UserError(f"--trace={page}: expected a database, retrieved from at every chunk's end")
 
@@ -329,8 +343,12 @@ def make_samples(
             mixture=_mixture(writer),
         ),
     )
-    with progress_bar(sampling.max_tokens, "sampling", "token") as bar:
-        samples = sample_text(generator, tokenizer, prompts, sampling, on_step=bar.update)
+    samples: list[Sample] = []
+    size = max(1, _AT_ONCE // NUM_SAMPLES.value) * NUM_SAMPLES.value
+    blocks = [prompts[first : first + size] for first in range(0, len(prompts), size)]
+    with progress_bar(len(blocks) * sampling.max_tokens, "sampling", "token") as bar:
+        for block in blocks:
+            samples += sample_text(generator, tokenizer, block, sampling, on_step=bar.update)
     made: dict[str, Any] = {"samples": []}
 
     def views(chunk: np.ndarray, reader: np.ndarray) -> list[NeighbourView]:

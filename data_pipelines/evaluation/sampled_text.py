@@ -1,13 +1,17 @@
-"""A generated text chunk by chunk, each with its neighbours and where they are from."""
+"""A generated text chunk by chunk, each with its neighbours and where they are from; files of prompts."""
 
+import json
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from data_pipelines.artefacts.manifest import Path
 from data_pipelines.chunk_database.database import CHUNK_LENGTH
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.evaluation.text_view import sample_chunk_from_json
+from retro_jax.errors import UserError
 from retro_jax.report.side_by_side import side_by_side
 from retro_jax.report.views import NeighbourView, SampleChunk
 
@@ -34,6 +38,33 @@ def sampled_chunks(
         given, made = (tokenizer.decode(part) for part in (chunk[:prompt], chunk[prompt:]))
         chunks.append(SampleChunk(given, made, views))
     return chunks
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file of JSON lines, {"prompt": ...} each; empty lines are left out.
+
+    Raises:
+      UserError: no such file, a line of another form, or no line.
+    """
+    file = pathlib.Path(path)
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read ({error}): expected JSON lines") from None
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            prompt = json.loads(line)["prompt"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            prompt = None
+        if not isinstance(prompt, str):
+            raise UserError(f'{file}, line {number}: expected {{"prompt": "..."}}')
+        prompts.append(prompt)
+    if not prompts:
+        raise UserError(f"{file} has no line: expected prompts")
+    return prompts
 
 
 def as_text(result: Mapping[str, Any], width: int) -> str:

@@ -238,6 +238,8 @@ def test_neighbours_of_a_split_are_what_the_retriever_finds(prepared_workdir: pa
         (sample.main, ["--prompt=x", "--retrieval=on,off"], 2, "expected on or off"),
         (sample.main, ["--prompt=x", "--workdir=/nowhere"], 1, "has no checkpoint"),
         (sample.main, ["--prompt=x", "--trace=/nowhere/x.html"], 1, "in a directory that is there"),
+        (sample.main, ["--prompt=x", "--json_lines=/nowhere/x"], 1, "in a directory that is there"),
+        (sample.main, ["--prompts_file=/nowhere/x"], 1, "cannot be read"),
         (report.main, ["--split=train"], 1, "train.json is missing: expected the result of"),
     ],
 )
@@ -322,10 +324,21 @@ def test_a_page_shows_what_retrieval_changed_in_them(sampled: dict, workdir: pat
                 assert html.escape(view["document"]) in chunk
 
 
-def test_samples_without_retrieval(trained: list[str], workdir: pathlib.Path, capsys):
+def test_samples_without_retrieval(trained: list[str], tmp_path: pathlib.Path, capsys):
+    """Prompts of a file, and a line of JSON for each sample."""
+    prompts, lines = tmp_path / "prompts.jsonl", tmp_path / "samples.jsonl"
+    prompts.write_text('{"prompt": "B\\u2028C"}\n\n', encoding="utf-8")
     more = ["--prompt=A", "--retrieval=off", "--max_tokens=3", "--num_samples=2"]
+    more += [f"--prompts_file={prompts}", f"--json_lines={lines}"]
     assert call(sample.main, *trained, *more) == 0
     assert "●" not in capsys.readouterr().out
+    made = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+    assert [one["prompt"] for one in made] == ["A", "A", "B\u2028C", "B\u2028C"]
+    assert all(len(one["log_probabilities"]) == 3 for one in made)
+    for content, message in (("\n", "has no line"), ("5\n", "line 1: expected"), ("{", "line 1")):
+        prompts.write_text(content)
+        assert call(sample.main, *trained, *more) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_the_report_shows_all_of_it(
