@@ -1,15 +1,15 @@
 """Starts, follows and stops a training run on TPU VMs, on GKE or on a Slurm cluster.
 
     python -m launch.cluster tpu --name=retro --accelerator=v5p-128 --project=P --zone=Z --code=gs://B \
-        --gin_file=experiments/retro_7_5b.gin --workdir=/mnt/shared/retro --dry_run
+        --gin_file=experiments/retro_7_5b.gin --workdir=gs://B/retro --dry_run
     python -m launch.cluster gke --name=retro --image=I --accelerator=v5p --tpu_topology=4x4x4 --num_slices=2 ...
     python -m launch.cluster slurm --name=retro --hosts=8 --gpus=8 --python=/shared/venv/bin/python ...
     python -m launch.cluster gke ... --action=logs
 
 --dry_run prints the commands and manifests, and runs nothing. It ships the last commit of this
 repository (tpu), an image built from the Dockerfile (gke), or an environment that all hosts see
-(slurm). The workdir is a directory that all hosts see. --num_slices > 1 puts the data axis across
-slices. --action=stop lets the run save first; starting it again resumes it. The cluster restarts a
+(slurm). The workdir is a directory that all hosts see, or in a bucket. --num_slices > 1 puts the data
+axis across slices. --action=stop lets the run save first; starting it again resumes it. The cluster restarts a
 run that saved because a host is taken away, or that lost one.
 """
 
