@@ -393,6 +393,8 @@ def _conditions(workdir: pathlib.Path, names: Sequence[str]) -> list[Condition]:
         else Condition(name, retro, k if name != "off" else 0, name)
         for name in names
     ]
+    if TOKENS in names and IN_CONTEXT in names:
+        conditions.append(Condition(f"context+{TOKENS}", retro, k, TOKENS))
     baseline = retro
     if trained_run.is_trained(workdir / _BASELINE):
         baseline = trained_run.open_run(workdir / _BASELINE, bindings, averaged=AVERAGED.value)

@@ -10,7 +10,7 @@ context       retrieval off, with the neighbours before the text (--retrieval=in
 database_0.1  as on, from a tenth of the retrieval database's documents (smaller shares are part
               of larger ones)
 tokens        as on, mixed with the votes of the token memory (launch/evaluation/tokens.py);
-              baseline+tokens is the baseline with it
+              baseline+tokens and context+tokens are baseline and context with it
 knn, on+knn   kNN-LM on the baseline and on RETRO[ON] (launch/evaluation/knn.py); knn+tokens and
               on+knn+tokens are these with the token memory
 ngrams_0.5    as on, without neighbours that contain more than half of the 13-grams of the chunk

@@ -31,8 +31,8 @@ def _cost(
     """Figures a token; those of look-ups are None where parts of the database are not there."""
     model, store = condition.run.model, LookupCost()
     length = settings.windows(condition.run.chunks).chunks * model.chunk_length
-    kept = bool(condition.run.execution.kept_states)
-    operations = forward_flops(model, length, condition.neighbours, kept=kept).total
+    has_states = bool(condition.run.execution.kept_states)
+    operations = forward_flops(model, length, condition.neighbours, kept=has_states).total
     if condition.kind == "context":  # a row of neighbours and text for each chunk that is read out
         row = condition.neighbours * model.neighbour_length + max(length, 2 * model.chunk_length)
         flops = forward_flops(model, row, 0)

@@ -223,7 +223,9 @@ def _score_with_tokens(
         other = dataclasses.replace(work, split=split, text=text)
         return _score(other, settings, [alone])[0][0]
 
-    mixture = TokenMixture(alone.neighbours, nll_of, work.data, work.folder, work.revision)
+    mixture = TokenMixture(
+        alone.neighbours, nll_of, work.data, work.folder, work.revision, settings.sample_chunks
+    )
     return mixture.mix(work.split, work.text, nll)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.chunk_database.tokenizer import Tokenizer
+from data_pipelines.evaluation.sample import sampled
 from data_pipelines.evaluation.splits import Split, first_documents, open_split
 from data_pipelines.evaluation.stored_votes import memory_of, stored_votes
 from data_pipelines.retriever.revisions import open_database
@@ -28,7 +30,8 @@ class TokenMixture:
     Attributes:
       neighbours: a chunk's, of the condition. nll_of: the nats [n, 64] of the condition alone on a
         split, given the tokens [n, 64] bool that count. data: of the prepared data. folder:
-        W/evaluation. revision: of the database; None for the newest.
+        W/evaluation. revision: of the database; None for the newest. sample: how many random chunks of
+        the validation split tune it; None for its first TUNING_CHUNKS.
     """
 
     neighbours: int
@@ -36,6 +39,7 @@ class TokenMixture:
     data: pathlib.Path
     folder: pathlib.Path
     revision: int | None = None
+    sample: int | None = None
 
     def mix(
         self, split: Split, text: np.ndarray, nll: np.ndarray
@@ -58,7 +62,12 @@ class TokenMixture:
         memory = memory_of(database)
         k, revision = self.neighbours, self.revision
         tuning = open_split(self.data, "validation", neighbours=k, revision=revision)
-        tuning, mask = first_documents(tuning, TUNING_CHUNKS)
+        if self.sample is None:
+            tuning, mask = first_documents(tuning, TUNING_CHUNKS)
+        else:
+            tokenizer = Tokenizer.open(self.data / "tokenizer")
+            tuning = sampled(tuning, self.sample, tokenizer)
+            mask = tuning.text_mask(tokenizer.byte_lengths)
         tuning_votes = self._votes(memory, tuning, mask)
         model_nll = self.nll_of(tuning, mask)[mask]
         weights = tune_weights(model_nll, tuning_votes)

@@ -11,6 +11,7 @@ CONDITION_NAMES = {
     "oracle": "oracle",
     "context": "neighbours in context",
     "tokens": "RETRO[ON] + tokens",
+    "context+tokens": "in context + tokens",
     "baseline+tokens": "baseline + tokens",
     "on+knn": "RETRO[ON] + kNN-LM",
     "knn+tokens": "kNN-LM + tokens",
@@ -19,6 +20,7 @@ CONDITION_NAMES = {
 # The condition whose model is mixed with the token memory.
 MIXED_WITH_TOKENS = {
     "tokens": "on",
+    "context+tokens": "context",
     "baseline+tokens": "baseline",
     "knn+tokens": "knn",
     "on+knn+tokens": "on+knn",

@@ -326,7 +326,10 @@ class _Watching:
         retrieved: Retrieved,
     ) -> Any:
         """H + ATTN(H) + CCA(H, E) of layer p, and its attention."""
-        weights = self._kept(cca, carry, p, retrieved)
+        share_BxNxH = None
+        if self.whole.config.form.shared_softmax:
+            share_BxNxH = self.whole.neighbours_share(layer, cca, carry[0], p, retrieved)
+        weights = self._kept(cca, carry, p, retrieved, share_BxNxH)
         return self.whole.attend_beside(layer, cca, carry[0], p, retrieved), weights
 
     def cross_attend(
@@ -341,11 +344,16 @@ class _Watching:
         return self.whole.feed_forward(layer, carry[0], p), carry[1]
 
     def _kept(
-        self, cca: ChunkedCrossAttention, carry: Any, p: jax.Array | int, retrieved: Retrieved
+        self,
+        cca: ChunkedCrossAttention,
+        carry: Any,
+        p: jax.Array | int,
+        retrieved: Retrieved,
+        share_BxNxH: jax.Array | None = None,
     ) -> jax.Array:
         """The carry's attention with that of layer p in its place."""
         h_BxNxD, weights_PxBxNxS = carry
         encoded = self.whole.encoded(retrieved, p)
-        new = cca.weights(h_BxNxD, encoded, retrieved.present, self.whole.documents)
+        new = cca.weights(h_BxNxD, encoded, retrieved.present, self.whole.documents, share_BxNxH)
         index = cca_number(self.whole.config, p)
         return jax.lax.dynamic_update_index_in_dim(weights_PxBxNxS, new, index, axis=0)

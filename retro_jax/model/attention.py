@@ -357,11 +357,22 @@ def shared_softmax(
     Returns:
       Both heads, each times its share.
     """
-    apart = jnp.minimum(other[1] - own[1], _MOST_APART)
-    ratio_IxTxH = gate_H * jnp.exp(apart)
-    share_IxTxHx1 = (1.0 / (1.0 + jnp.abs(ratio_IxTxH)))[..., None]
-    parts = own[0] * share_IxTxHx1, other[0] * (ratio_IxTxH[..., None] * share_IxTxHx1)
-    return parts[0].astype(own[0].dtype), parts[1].astype(other[0].dtype)
+    shares = softmax_shares(own[1], other[1], gate_H)
+    first, second = (
+        (heads * share[..., None]).astype(heads.dtype)
+        for (heads, _), share in zip((own, other), shares, strict=True)
+    )
+    return first, second
+
+
+def softmax_shares(
+    own_total_IxTxH: jax.Array, other_total_IxTxH: jax.Array, gate_H: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The shares [*I, T, H] of two attentions in `shared_softmax`, by their denominators' logarithms."""
+    apart_IxTxH = jnp.minimum(other_total_IxTxH - own_total_IxTxH, _MOST_APART)
+    ratio_IxTxH = gate_H * jnp.exp(apart_IxTxH)
+    share_IxTxH = 1.0 / (1.0 + jnp.abs(ratio_IxTxH))
+    return share_IxTxH, ratio_IxTxH * share_IxTxH
 
 
 def weighted_sum(weights_IxHxTxS: jax.Array, value_IxSxHxW: jax.Array) -> jax.Array:

@@ -139,10 +139,11 @@ class ChunkedCrossAttention(nnx.Module):
         encoded_BxCxKxRxE: jax.Array,
         present_BxCxKxR: jax.Array,
         documents_BxC: jax.Array | None,
+        share_BxNxH: jax.Array | None = None,
     ) -> jax.Array:
         """The attention of each token over the neighbours that it reads, the mean over heads.
 
-        The arguments are those of a call.
+        The other arguments are those of a call. share_BxNxH: multiplies that of each head.
 
         Returns:
           [B, N, K * R] float32; zero for tokens that read none.
@@ -154,6 +155,10 @@ class ChunkedCrossAttention(nnx.Module):
         weights_BxCxHxMxS = self.attention.weights(
             given.query, given.key, given.mask, given.table, repeats=neighbours
         )
+        if share_BxNxH is not None:
+            padded = jnp.pad(share_BxNxH[:, ahead:], ((0, 0), (0, ahead), (0, 0)))
+            share_BxCxMxH = padded.reshape(batch, chunks, ahead + 1, -1)
+            weights_BxCxHxMxS *= jnp.moveaxis(share_BxCxMxH, 3, 2)[..., None]
         mean_BxNxS = jnp.mean(weights_BxCxHxMxS, axis=2).reshape(batch, length, -1)
         return jnp.pad(mean_BxNxS, ((0, 0), (ahead, 0), (0, 0)))[:, :length]
 

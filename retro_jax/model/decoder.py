@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from retro_jax.config import RetroConfig
-from retro_jax.model.attention import shared_softmax
+from retro_jax.model.attention import shared_softmax, softmax_shares
 from retro_jax.model.causal_attention import causal_attention, causal_heads
 from retro_jax.model.chunked_cross_attention import ChunkedCrossAttention, decoder_attention
 from retro_jax.model.layers import FeedForward, Layout, LearnedPositions, dropout
@@ -161,13 +161,30 @@ class WholeSequences:
         inputs = (h_BxNxD, encoded_BxCxKxRxE, retrieved.present, self.documents)
         if not self.config.form.shared_softmax:
             return self.attend(layer, h_BxNxD, p) + self.dropped(cca(*inputs), 4 * p + 1)
-        own = causal_heads(
-            layer.attention, h_BxNxD, self.documents, chunk_length=self.config.chunk_length
-        )
+        own = self._read_text(layer, h_BxNxD)
         gate_H = cca.attention.layout.weight(cca.gate)
         own_BxNxHxW, read_BxNxHxW = shared_softmax(own, cca.heads(*inputs), gate_H)
         sum_BxNxD = self._with_branch(layer, h_BxNxD, layer.attention.read_out(own_BxNxHxW), p)
         return sum_BxNxD + self.dropped(cca.attention.read_out(read_BxNxHxW), 4 * p + 1)
+
+    def _read_text(self, layer: DecoderLayer, h_BxNxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """ATTN(H) before its output, and the logarithm of its denominators."""
+        chunk_length = self.config.chunk_length
+        return causal_heads(layer.attention, h_BxNxD, self.documents, chunk_length=chunk_length)
+
+    def neighbours_share(
+        self,
+        layer: DecoderLayer,
+        cca: ChunkedCrossAttention,
+        h_BxNxD: jax.Array,
+        p: jax.Array | int,
+        retrieved: Retrieved,
+    ) -> jax.Array:
+        """[B, N, H]: how much of the shared softmax of layer p the neighbours have, times the gates."""
+        encoded_BxCxKxRxE = self.encoded(retrieved, p).astype(h_BxNxD.dtype)
+        _, total = cca.heads(h_BxNxD, encoded_BxCxKxRxE, retrieved.present, self.documents)
+        gate_H = cca.attention.layout.weight(cca.gate)
+        return softmax_shares(self._read_text(layer, h_BxNxD)[1], total, gate_H)[1]
 
     def encoded(self, retrieved: Retrieved, p: jax.Array | int) -> jax.Array:
         """The encoding that CCA of layer p reads: [B, C, K, R, E], or [B, C, K, 1 + R, D]."""

@@ -34,6 +34,7 @@ from retro_jax.train.parameter_names import named_leaves
 TENSORS_FILE, SETTINGS_FILE = "adapter.safetensors", "adapter.json"
 FORMAT_VERSION = 1
 _ADDED = ("cca.", "encoder.")
+_GATE = "cca.gate"
 
 
 def export_adapter(directory: Path, base: BaseModel, model: Retro) -> int:
@@ -59,7 +60,7 @@ def export_adapter(directory: Path, base: BaseModel, model: Retro) -> int:
             raise UserError(
                 f"{name} is not that of {base.path}: expected a run that trains cca.* and encoder.*"
             )
-        if not same or name == "cca.gate":
+        if not same or name == _GATE:
             added[name] = value
     settings = {
         "format_version": FORMAT_VERSION,
@@ -109,6 +110,8 @@ def load_adapter(
         )
     config = _config(base, settings.get("retro"), folder / SETTINGS_FILE)
     tensors = read_header(folder / TENSORS_FILE)[1]
+    for name, stored in tensors.items():
+        stored.check_dtype(name)
     model = load_decoder(base, config, execution, mesh=mesh)
     params = nnx.state(model)
     leaves = named_leaves(params)
@@ -120,6 +123,10 @@ def load_adapter(
                 f"{folder / TENSORS_FILE}: {name} has shape {stored.shape}: expected {expected}"
             )
         leaves[name] = jax.device_put(np.array(stored.map()), leaf.sharding)
+    if config.form.gated_cca and _GATE not in tensors:
+        raise UserError(
+            f"{folder / TENSORS_FILE} has no tensor {_GATE}: expected one, as adapters have"
+        )
     nnx.update(model, jax.tree.unflatten(jax.tree.structure(params), list(leaves.values())))
     return model
 

@@ -21,6 +21,8 @@ FITTED = dataclasses.replace(
     formed(gated_cca=True, sink_id=7), chunk_length=M, neighbour_length=2 * M
 )
 
+SHARED = dataclasses.replace(FITTED, form=dataclasses.replace(FITTED.form, shared_softmax=True))
+
 
 @pytest.fixture(scope="module")
 def model() -> Retro:
@@ -73,14 +75,14 @@ def test_figures_are_those_of_plain_passes(config: RetroConfig):
     assert not result.effects[:M].any()
 
 
-@pytest.mark.parametrize("config", [TINY, FITTED], ids=["paper", "fitted"])
+@pytest.mark.parametrize("config", [TINY, FITTED, SHARED], ids=["paper", "fitted", "shared"])
 def test_attention_is_a_share_of_what_the_chunk_before_retrieved(config: RetroConfig):
     result = traced(opened(config))
     assert result.attention is not None
     assert result.attention.shape == (len(config.cca_layers), LENGTH, K, 2 * M)
     sums = result.attention.sum(axis=(2, 3))
     assert not sums[:, :M].any()
-    if config.form.gated_cca:  # the sink has the rest
+    if config.form.gated_cca:  # the sink has the rest, or the text
         assert (sums[:, M:] < 1).all()
         assert (sums[:, M:] > 0).all()
     else:

@@ -1,6 +1,7 @@
 """launch.retrofit: prepare with a base's tokeniser, fit gates, evaluate; OFF is the base."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -143,6 +144,7 @@ def test_the_adapter_is_small_and_of_its_base_alone(place, tmp_path, capsys):
         ("adapter.safetensors", b"", "cannot be read .*: expected a safetensors file"),
         ("adapter.safetensors", {"cca.gate": (2, 3)}, r"has shape \(2, 3\): expected \(2, 4\)"),
         ("adapter.safetensors", {"norm.scale": (32,)}, "norm.scale has shape"),
+        ("adapter.safetensors", {}, "adapter.safetensors has no tensor cca.gate: expected one, as"),
     ],
 )
 def test_a_bad_adapter_is_refused_in_one_line(place, tmp_path, file, change, message):
@@ -195,16 +197,22 @@ def test_a_sample_is_scored_beside_neighbours_in_context(place):
     """Random neighbours, and k of them before the text; sums, bytes and files are of the sample alone."""
     fields = files.read_json(place / "base" / "config.json") | {"max_position_embeddings": 1024}
     (place / "base" / "config.json").write_bytes(files.to_json(fields))
-    asked = ["--retrieval=on,off,random,in_context", "--in_context=1", "--sample_chunks=4"]
+    asked = ["--retrieval=on,off,random,in_context,tokens", "--in_context=1", "--sample_chunks=4"]
     assert call(evaluate.main, f"--workdir={place / 'W'}", *asked) == 0
     results = made.figures(place / "W" / "evaluation" / "test.json")
-    assert set(results) == {"on", "off", "random", "context", "context_1"}
+    mixtures = {"tokens", "context+tokens"}
+    assert set(results) == {"on", "off", "random", "context", "context_1", *mixtures}
+    facts = files.read_json(place / "W" / "evaluation" / "test.json")
+    for name in mixtures:  # tuned on a sample of the validation split
+        assert 0 < facts[name]["tokens"]["tuned_on_tokens"] <= 4 * 64
     sizes = {(each["bytes"], each["tokens"]) for each in results.values()}
     ((size, tokens),) = sizes
     assert tokens <= 4 * 64 and tokens <= size < 10 * tokens
-    assert len({each["bits_per_byte"] for each in results.values()}) == 5
+    assert len({each["bits_per_byte"] for each in results.values()}) == 7
     table = (place / "W" / "evaluation" / "test.md").read_text()
     assert "in context, k = 1" in table and "neighbours in context" in table
+    for folder in ("evaluation", "token_memory"):
+        shutil.rmtree(place / "W" / folder)
 
 
 def test_fitted_and_existing_models_continue_texts(place, tmp_path, capsys):
