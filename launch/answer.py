@@ -22,6 +22,7 @@ from data_pipelines.retriever.revisions import open_database
 from launch.common import app, configurables, workdirs
 from launch.common.flags import (
     AVERAGED,
+    DATA,
     NUM_NEIGHBOURS,
     QUESTIONS,
     RETRIEVAL,
@@ -46,7 +47,7 @@ ANSWER_TOKENS = flags.DEFINE_integer(
 
 def main() -> None:
     """Answers every question, prints the figures and writes them."""
-    workdir, data = workdirs.open_to_read()
+    workdir, data = workdirs.open_to_read(DATA)
     trained_run.refuse_gin_file()
     app.required(QUESTIONS, "NAME=FILE of questions")
     asked = question_files()

@@ -48,6 +48,7 @@ from launch.common.flags import (
     AVERAGED,
     BERT_FOLDER,
     COORDINATOR_ADDRESS,
+    DATA,
     NUM_NEIGHBOURS,
     NUM_PROCESSES,
     PEER_TIMEOUT,
@@ -189,7 +190,7 @@ def main() -> None:
         PROCESS_ID.value,
         peer_timeout=PEER_TIMEOUT.value,
     )
-    workdir, data = workdirs.open_to_read()
+    workdir, data = workdirs.open_to_read(DATA)
     settings = _settings()
     conditions = processes.together(lambda: _checked_conditions(workdir, data, settings))
     scorer = Scorer()

@@ -19,7 +19,7 @@ from data_pipelines.evaluation.text_view import Viewer, chunk_views, sample_chun
 from data_pipelines.evaluation.texts import evaluation_text
 from data_pipelines.retriever.revisions import open_database
 from launch.common import app, workdirs
-from launch.common.flags import SPLIT
+from launch.common.flags import DATA, SPLIT
 from launch.runs import trained_run
 from retro_jax.errors import UserError
 from retro_jax.evaluate.conditions import swept
@@ -66,7 +66,7 @@ _SHOWN_CORPORA, _SHOWN_SAMPLES = 4, 6
 
 def main() -> None:
     """Writes the page."""
-    workdir, data = workdirs.open_to_read()
+    workdir, data = workdirs.open_to_read(DATA)
     trained_run.refuse_gin_file()
     path = workdir / EVALUATION / f"{SPLIT.value}.json"
     if not path.is_file():

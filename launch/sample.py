@@ -201,7 +201,7 @@ def main() -> None:
 
 def _trained() -> _Writer:
     """The run W/retro."""
-    workdir, data = workdirs.open_to_read()
+    workdir, data = workdirs.open_to_read(DATA)
     run = trained_run.open_run(
         workdir / "retro", configurables.GIN_BINDINGS.value, averaged=AVERAGED.value
     )

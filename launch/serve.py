@@ -38,7 +38,7 @@ WARM_UP = flags.DEFINE_bool("warm_up", True, "Compile everything before the firs
 
 def main() -> None:
     """Serves until it is asked to stop."""
-    workdir, data = workdirs.open_to_read()
+    workdir, data = workdirs.open_to_read(DATA)
     key = API_KEY.value or os.environ.get("RETRO_API_KEY")
     if HOST.value not in ("127.0.0.1", "localhost", "::1") and not key:
         raise flags.Error(f"--host={HOST.value}: expected --api_key, as others can reach it")

@@ -151,9 +151,14 @@ class TokenMemory:
         barred = self.database.removed
         if exclude is not None and len(exclude):
             barred = np.union1d(barred, exclude)
+        barred_places = 0  # of an ending all of whose documents may not vote
         for length in range(max((each for each, _ in found), default=0), 0, -1):
             reaching = [i for i, each in enumerate(found) if each[0] >= length]
             ranges = [self._parts[i].range_of(queries[i], length, found[i][1]) for i in reaching]
+            total = sum(map(len, ranges))
+            if total == barred_places:  # the same places as those of the longer ending
+                continue
+            barred_places = total
             match = self._votes([self._parts[i] for i in reaching], ranges, most_votes, barred)
             if match is not None:
                 return dataclasses.replace(match, length=length)

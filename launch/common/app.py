@@ -22,6 +22,7 @@ import signal
 import sys
 import textwrap
 import traceback
+import types
 from collections.abc import Callable
 
 from absl import flags
@@ -117,12 +118,16 @@ def usage(main: Callable[[], None]) -> str:
 def _names(main: Callable[[], None]) -> list[str]:
     """The flags that a command knows: its own, then the shared ones."""
     module = sys.modules[main.__module__]
-    holders = [value for value in vars(module).values() if isinstance(value, flags.FlagHolder)]
-    local = {holder.name for holder in holders}  # defined by the module, or imported into it
+    local, also = _held(module), getattr(module, "HELP_ALSO", ())
     by_module = flags.FLAGS.flags_by_module_dict()
-    others = (*getattr(module, "HELP_ALSO", ()), *_SHARED_MODULES)
-    shared = {flag.name for name in others for flag in by_module.get(name, [])}
+    shared = {flag.name for name in _SHARED_MODULES for flag in by_module.get(name, [])}
+    shared |= {flag for name in also for flag in _held(sys.modules[name])}
     return [*sorted(local), *sorted(shared - local)]
+
+
+def _held(module: types.ModuleType) -> set[str]:
+    """The flags that a module defines, or imports."""
+    return {value.name for value in vars(module).values() if isinstance(value, flags.FlagHolder)}
 
 
 def _parse(main: Callable[[], None], argv: list[str]) -> list[str]:

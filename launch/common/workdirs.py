@@ -6,7 +6,7 @@ from absl import flags
 
 from data_pipelines.artefacts.bucket_copy import stage_workdir
 from launch.common import app
-from launch.common.flags import DATA, data_directory
+from launch.common.flags import data_directory
 from retro_jax.storage import urls
 from retro_jax.train.bucket_workdir import BucketWorkdir
 
@@ -14,30 +14,33 @@ from retro_jax.train.bucket_workdir import BucketWorkdir
 _LEFT_OUT = ("documents", "duplicates", "leakage", "states")
 
 
-def open_to_read(expected: str = "the directory of a run") -> tuple[pathlib.Path, pathlib.Path]:
+def open_to_read(data: flags.FlagHolder[str | None]) -> tuple[pathlib.Path, pathlib.Path]:
     """The workdir and its prepared data, here; what is added is copied back after the command.
 
     Where there are several processes, they have found each other before.
+
+    Args:
+      data: the flag --data of the command, which so has it.
 
     Raises:
       flags.Error: --workdir is missing. UserError: a bucket cannot be read, or has nothing.
     """
     place = app.WORKDIR.value or ""
     if not urls.is_url(place):
-        workdir = pathlib.Path(app.required(app.WORKDIR, expected))
-        return workdir, data_directory(DATA.value or workdir)
+        workdir = pathlib.Path(app.required(app.WORKDIR, "the directory of a run"))
+        return workdir, data_directory(data.value or workdir)
     remote = BucketWorkdir(place)
     workdir = remote.bring(must_exist=True)
     app.calls(workdir, place)
-    if DATA.value is None:
-        data = stage_workdir(place, remote.data, left_out=_LEFT_OUT)
-        app.calls(data, place)
+    if data.value is None:
+        prepared = stage_workdir(place, remote.data, left_out=_LEFT_OUT)
+        app.calls(prepared, place)
     else:
-        data = data_directory(DATA.value)
+        prepared = data_directory(data.value)
     remote.note()
     app.after(remote.update)
-    flags.FLAGS["workdir"].value, flags.FLAGS["data"].value = str(workdir), str(data)
-    return workdir, data
+    flags.FLAGS["workdir"].value, flags.FLAGS["data"].value = str(workdir), str(prepared)
+    return workdir, prepared
 
 
 def open_to_train(name: str) -> tuple[pathlib.Path, BucketWorkdir | None]:

@@ -2,7 +2,14 @@
 
 import pytest
 
-from launch.common import app, flags
+from launch.common import app
+from launch.common.flags import (
+    COORDINATOR_ADDRESS,
+    NUM_PROCESSES,
+    PEER_TIMEOUT,
+    PROCESS_ID,
+    join_processes,
+)
 from retro_jax.distributed import join
 from retro_jax.errors import UserError
 
@@ -99,8 +106,8 @@ def test_an_environment_that_contradicts_itself_is_refused(environment, message)
 
 def _join() -> None:
     """Joins by flags, as a command does."""
-    three = (flags.COORDINATOR_ADDRESS, flags.NUM_PROCESSES, flags.PROCESS_ID)
-    flags.join_processes(*(flag.value for flag in three), peer_timeout=flags.PEER_TIMEOUT.value)
+    three = (COORDINATOR_ADDRESS, NUM_PROCESSES, PROCESS_ID)
+    join_processes(*(flag.value for flag in three), peer_timeout=PEER_TIMEOUT.value)
 
 
 @pytest.mark.parametrize(

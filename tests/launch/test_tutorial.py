@@ -57,6 +57,7 @@ def test_the_flags_and_bindings_of_every_command_exist(folder, command, capsys):
     def main() -> None:
         configurables.load_from_flags()
 
+    main.__module__ = module  # whose flags are known
     known = set(re.findall(r"--(?:\[no\])?(\w+)", app.usage(entry.main)))
     given = {word[2:].split("=")[0] for word in arguments}
     assert given <= known, f"{module} does not know {sorted(given - known)}"

@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
     """A random model, saved, and its parameters."""
     place = tmp_path_factory.mktemp("portable") / "model"
     model = Retro(_CONFIG, ExecutionConfig(), rngs=nnx.Rngs(3))
-    trained = TrainedModel("retro-7", model, settings_text([_CONFIG, ExecutionConfig()]), {})
+    trained = TrainedModel("retro-7", model, settings_text([_CONFIG, ExecutionConfig()]), {}, {})
     count = save_portable(place, trained)
     leaves = named_leaves(nnx.split(model)[1])
     assert count == sum(leaf.size for leaf in leaves.values())
@@ -102,4 +102,4 @@ def test_missing_and_existing_files(folder, tmp_path):
     with pytest.raises(UserError, match=r"model.safetensors is not a readable safetensors file"):
         open_portable(tmp_path)
     with pytest.raises(UserError, match=r"config.json exists: expected a new folder|exists"):
-        save_portable(place, TrainedModel("x", None, "", {}))
+        save_portable(place, TrainedModel("x", None, "", {}, {}))
