@@ -33,9 +33,8 @@ def _cost(
     length = settings.windows(condition.run.chunks).chunks * model.chunk_length
     has_states = bool(condition.run.execution.kept_states)
     operations = forward_flops(model, length, condition.neighbours, kept=has_states).total
-    if (
-        MIXED_WITH_TOKENS.get(condition.name, condition.kind) == "context"
-    ):  # a row of neighbours and text for each chunk that is read out
+    if MIXED_WITH_TOKENS.get(condition.name, condition.kind) == "context":
+        # A row of neighbours and text for each chunk that is read out.
         row = condition.neighbours * model.neighbour_length + max(length, 2 * model.chunk_length)
         flops = forward_flops(model, row, 0)
         operations = flops.decoder * row / model.chunk_length + flops.read_out

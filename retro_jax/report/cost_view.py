@@ -67,12 +67,14 @@ def cost_chart(results: Mapping[str, Any]) -> ChartView | None:
 
 def condition_style(name: str) -> str:
     """The colour of a condition in charts, a class of the style sheet; swept ones share one a kind."""
-    kinds = [*_FIRST, *(n for n in CONDITION_NAMES if n not in _FIRST), *SWEPT_NAMES]
+    others = [name for name in CONDITION_NAMES if name not in (*_FIRST, *_LAST)]
+    kinds = [*_FIRST, *others, *SWEPT_NAMES, *_LAST]
     kind = name if name in CONDITION_NAMES else name.partition("_")[0]
     return STYLES[kinds.index(kind) % len(STYLES)]
 
 
 _FIRST = ("on", "off", "baseline", "knn", "random", "oracle")  # keep their colours
+_LAST = ("context+tokens",)  # came last, so that sweeps keep theirs
 
 
 def _is_known(result: Mapping[str, Any]) -> bool:
