@@ -163,7 +163,6 @@ def example() -> Any:
     "mesh_config",
     [
         MeshConfig(fsdp=8),
-        MeshConfig(data=2, tensor=4),
         MeshConfig(data=2, fsdp=2, tensor=2),
     ],
     ids=str,

@@ -12,7 +12,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from data_pipelines.artefacts.ray_runner import RayCluster
-from data_pipelines.artefacts.runner import InProcess, LocalProcesses
+from data_pipelines.artefacts.runner import InProcess
 from data_pipelines.chunk_database.database import ChunkDatabase, prepare_chunks
 from data_pipelines.documents import reading
 from data_pipelines.documents.documents import prepare_documents
@@ -117,11 +117,6 @@ def artefacts(workdir):
     """The files of every stage that a runner makes."""
     stages = ("documents", "chunks", "keys", "neighbours")
     return {name: tree(workdir / name / "train") for name in stages}
-
-
-def test_local_processes_make_the_same_bytes(source, tmp_path):
-    make(tmp_path / "w", source, LocalProcesses(2))
-    assert artefacts(tmp_path / "w") == artefacts(source)
 
 
 def test_a_cluster_makes_the_same_bytes_though_a_node_dies(cluster, runner, source, tmp_path):
