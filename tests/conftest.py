@@ -15,6 +15,8 @@ _CACHE = pathlib.Path(__file__).resolve().parent.parent / ".cache" / "jax"
 _FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
     _FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # which later ones end the process at
+    # Eight devices share two busy cores: a collective that waits for 40 s would end the process.
+    _FLAGS.append("--xla_cpu_collective_call_terminate_timeout_seconds=300")
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 _given = os.environ.get("XLA_FLAGS", "").split()

@@ -116,7 +116,7 @@ def nats_by_the_command(workdir: pathlib.Path, name: str, database: Any) -> tupl
 def nats_by_the_server(url: str, text: str, *, retrieval: bool) -> float:
     """The nats of a text as lm-eval asks for them."""
     body = {"prompt": text, "max_tokens": 1, "echo": True, "logprobs": 1, "retrieval": retrieval}
-    answer = httpx2.post(f"{url}/v1/completions", json=body, timeout=60).json()
+    answer = httpx2.post(f"{url}/v1/completions", json=body, timeout=240).json()
     return -sum(answer["choices"][0]["logprobs"]["token_logprobs"][:-1])
 
 
@@ -138,9 +138,9 @@ def test_the_command_serves_until_it_is_asked_to_stop(names, capfd):
             text, nats = nats_by_the_command(workdir, name, database)
             seen[name] = nats_by_the_server(url, text, retrieval=retrieval) - nats
         asked = {name: body[name] for name in ("prompt", "max_tokens", "temperature")}
-        seen["trace"] = httpx2.post(f"{url}/trace", json=asked, timeout=60).json()
+        seen["trace"] = httpx2.post(f"{url}/trace", json=asked, timeout=240).json()
         lines = []
-        with httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+        with httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=240) as answer:
             for line in answer.iter_lines():
                 lines.append(line)
                 if len(lines) == 1:
