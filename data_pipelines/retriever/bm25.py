@@ -78,6 +78,8 @@ def prepare_bm25(
     """
     parents = {"database": (database.manifest, database.directory)}
     settings = dataclasses.asdict(config) | {"method": "lucene", "terms": "tokens"}
+    if part_chunks != PART_CHUNKS:  # what was begun with other parts is not gone on with
+        settings["part_chunks"] = part_chunks
     stage = Stage(directory, KIND, settings, parents)
     if stage.done:
         return stage.manifest()

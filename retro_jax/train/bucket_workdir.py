@@ -13,7 +13,6 @@ that a state is kept there. Commands that train have another than those that rea
 
 import contextlib
 import functools
-import logging
 import os
 import pathlib
 import re
@@ -30,6 +29,7 @@ from retro_jax.storage import files
 from retro_jax.storage.buckets import Bucket
 from retro_jax.train.bucket_checkpoints import UNPUBLISHED, BucketCheckpoints, fetch_seals
 from retro_jax.train.checkpoint import CHECKPOINTS, latest_step
+from retro_jax.train.following import following as files_following
 
 CACHE = pathlib.Path("~/.cache/retro_jax/workdirs")
 RUNS = ("retro", "baseline")
@@ -38,8 +38,6 @@ _STATES = "states"  # are computed again
 _OF_COPIES = ("staged.json",)
 _SECONDS = 10.0  # between looks for new files
 _VERSIONS = ".versions.json"
-
-_logger = logging.getLogger(__name__)
 
 
 class BucketWorkdir:
@@ -145,35 +143,9 @@ class BucketWorkdir:
           UserError: they cannot be written, at the start or at the end.
         """
         self.update()
-        left = threading.Event()
-
-        def follow() -> None:
-            warned = ""
-            while not left.wait(_SECONDS):
-                try:
-                    self.update()
-                except UserError as error:  # perhaps it can be written later
-                    if str(error) != warned:
-                        _logger.warning("%s", error)
-                    warned = str(error)
-
-        thread = threading.Thread(target=follow, name="bucket", daemon=True)
-        thread.start()
-        failed = True
-        try:
+        kept = f"; it is kept in {self.folder}: the same command copies it"
+        with files_following(self.update, _SECONDS, name="bucket", kept=kept):
             yield
-            failed = False
-        finally:
-            left.set()
-            thread.join()
-            try:
-                self.update()
-            except UserError as error:
-                if not failed:
-                    raise UserError(
-                        f"{error}; it is kept in {self.folder}: the same command copies it"
-                    ) from error
-                _logger.warning("%s", error)  # the error that ended the run is reported
 
     def _is_ahead(self, run: str) -> bool:
         """Whether this folder has a later state of a run than the bucket, and so its later curves."""

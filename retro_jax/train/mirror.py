@@ -12,14 +12,13 @@ import contextlib
 import logging
 import pathlib
 import shutil
-import threading
 from collections.abc import Iterator
 from typing import Protocol
 
 from retro_jax.distributed import processes
-from retro_jax.errors import UserError
 from retro_jax.storage import files
 from retro_jax.train.checkpoint import CHECKPOINTS, SEAL, find_damage, latest_step, set_aside
+from retro_jax.train.following import following as files_following
 
 _SECONDS = 10.0  # between looks for new files
 _FETCHED = "orbax-checkpoint-tmp-fetched"  # a name that Orbax removes when a copy was cut short
@@ -107,33 +106,8 @@ def following(run: pathlib.Path, bucket: Bucket | None) -> Iterator[None]:
     if bucket is None or not processes.is_first():
         yield
         return
-    copies, left = _Copies(run, bucket), threading.Event()
-
-    def follow() -> None:
-        warned = ""
-        while not left.wait(_SECONDS):
-            try:
-                copies.update()
-            except UserError as error:  # perhaps it can be written later
-                if str(error) != warned:
-                    _logger.warning("%s", error)
-                warned = str(error)
-
-    thread = threading.Thread(target=follow, name="mirror", daemon=True)
-    thread.start()
-    failed = True
-    try:
+    with files_following(_Copies(run, bucket).update, _SECONDS, name="mirror"):
         yield
-        failed = False
-    finally:
-        left.set()
-        thread.join()
-        try:
-            copies.update()
-        except UserError as error:
-            if not failed:
-                raise
-            _logger.warning("%s", error)  # the error that ended the run is reported
 
 
 class _Copies:
