@@ -3,12 +3,12 @@
 import contextlib
 import html
 import json
-import os
 import pathlib
 import re
 import shutil
 import signal
-import threading
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -120,47 +120,50 @@ def nats_by_the_server(url: str, text: str, *, retrieval: bool) -> float:
     return -sum(answer["choices"][0]["logprobs"]["token_logprobs"][:-1])
 
 
+@contextlib.contextmanager
+def served(workdir: pathlib.Path, port: int):
+    """The command as a process of its own, which answers; killed if it is still there at the end."""
+    words = [f"--workdir={workdir}", f"--port={port}", "--nowarm_up", "--documents"]
+    command = [sys.executable, "-m", "launch.serve", *words]
+    root = pathlib.Path(__file__).parents[2]
+    with subprocess.Popen(command, cwd=root) as server:
+        try:
+            while server.poll() is None:
+                with contextlib.suppress(httpx2.TransportError):
+                    if httpx2.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                        break
+                time.sleep(0.05)
+            yield server
+        finally:
+            server.kill()
+
+
 def test_the_command_serves_until_it_is_asked_to_stop(names, capfd):
     """Scores as launch.evaluate's; SIGTERM while a stream runs: it is whole, and the status is 0."""
     values, workdir = names
-    database = values["split"].database
-    port, seen = free_port(), {}
+    database, port, lines = values["split"].database, free_port(), []
     url = f"http://127.0.0.1:{port}"
-    body = {"prompt": "The history of the city", "max_tokens": 70, "temperature": 0, "stream": True}
-
-    def client() -> None:
-        while True:
-            with contextlib.suppress(httpx2.TransportError):
-                if httpx2.get(f"{url}/health").status_code == 200:
-                    break
-            time.sleep(0.05)
+    asked = {"prompt": "The history of the city", "max_tokens": 70, "temperature": 0}
+    with served(workdir, port) as server:
+        assert server.poll() is None  # what it says is shown with the failure
         for name, retrieval in (("on", True), ("off", False)):
             text, nats = nats_by_the_command(workdir, name, database)
-            seen[name] = nats_by_the_server(url, text, retrieval=retrieval) - nats
-        asked = {name: body[name] for name in ("prompt", "max_tokens", "temperature")}
-        seen["trace"] = httpx2.post(f"{url}/trace", json=asked, timeout=240).json()
-        lines = []
+            assert nats_by_the_server(url, text, retrieval=retrieval) == pytest.approx(
+                nats, abs=1e-3
+            )
+        trace = httpx2.post(f"{url}/trace", json=asked, timeout=240).json()
+        body = asked | {"stream": True}
         with httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=240) as answer:
             for line in answer.iter_lines():
                 lines.append(line)
                 if len(lines) == 1:
-                    os.kill(os.getpid(), signal.SIGTERM)
-        seen["text"] = "".join(
-            json.loads(line[6:])["choices"][0]["text"] for line in lines if line[6:7] == "{"
-        )
-
-    thread = threading.Thread(target=client, daemon=True)
-    thread.start()
-    assert (
-        call(serve.main, f"--workdir={workdir}", f"--port={port}", "--nowarm_up", "--documents")
-        == 0
-    )
-    thread.join()
-    assert seen["on"] == pytest.approx(0, abs=1e-3) and seen["off"] == pytest.approx(0, abs=1e-3)
-    assert seen["text"] == values["result"].text
+                    server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=120) == 0
+    pieces = [json.loads(line[6:])["choices"][0]["text"] for line in lines if line[6:7] == "{"]
+    assert "".join(pieces) == values["result"].text
     neighbour = values["result"].neighbours[0][0]
-    assert f"<b>{html.escape(neighbour.document)}</b>" in seen["trace"]["html"]
-    assert seen["trace"]["retrieval"]["revision"] == neighbour.revision
+    assert f"<b>{html.escape(neighbour.document)}</b>" in trace["html"]
+    assert trace["retrieval"]["revision"] == neighbour.revision
     assert call(serve.main, f"--workdir={workdir}", "--host=0.0.0.0") == 2
     assert "--host=0.0.0.0: expected --api_key" in capfd.readouterr().err
 
