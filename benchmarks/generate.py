@@ -183,8 +183,8 @@ def measure(
     }
 
 
-def retrieval_share(model: Retro, work: Work) -> dict[str, float]:
-    """Seconds of 256 tokens with live retrieval, and the part of them spent in it."""
+def retrieval_share(model: Retro, work: Work, rows: int) -> dict[str, float]:
+    """Seconds of 256 tokens of each text with live retrieval, and the part of them spent in it."""
     config, draw = work.retro, np.random.default_rng(0)
     keys = draw.normal(size=(CHUNKS.value, _KEY_WIDTH)).astype(np.float32)
     embedding = draw.normal(size=(config.vocab_size, _KEY_WIDTH)).astype(np.float32)
@@ -202,12 +202,19 @@ def retrieval_share(model: Retro, work: Work) -> dict[str, float]:
         retrieve=retrieve,
         options=GeneratorOptions(work.neighbours),
     )
-    prompt, sampling = np.ones(1, np.int32), SamplingConfig(max_tokens=256, temperature=0)
-    generator.generate([prompt], sampling)
+    prompts = [np.full(1, 1 + row, np.int32) for row in range(rows)]
+    sampling = SamplingConfig(max_tokens=256, temperature=0)
+    generator.generate(prompts, sampling)
     before = generator.retrieval_seconds
-    turn = best([timed(lambda: generator.generate([prompt], sampling))])
+    turn = best([timed(lambda: generator.generate(prompts, sampling))])
     seconds = generator.retrieval_seconds - before
-    return {"seconds": turn.wall, "retrieval": seconds, "share": seconds / turn.wall}
+    return {
+        "texts": rows,
+        "seconds": turn.wall,
+        "tokens/s": rows * sampling.max_tokens / turn.wall,
+        "retrieval s": seconds,
+        "share": seconds / turn.wall,
+    }
 
 
 def numbers(name: str, values: list[str], limit: int) -> list[int]:
@@ -241,13 +248,11 @@ def main() -> None:
     print(table(rows))
     rate = reading.bytes / fastest / 1e6
     print(f"reading: {reading.bytes / 1e6:.0f} MB at {rate:.3g} GB/s")
-    share = retrieval_share(model, work)
-    print(
-        f"256 tokens with retrieval among {CHUNKS.value:,} random keys: {share['seconds']:.3g} s, "
-        f"{share['share']:.1%} of it in retrieval"
-    )
+    shares = [retrieval_share(model, work, texts) for texts in batches]
+    print(f"256 tokens of each text, with retrieval among {CHUNKS.value:,} random keys:")
+    print(table(shares))
     if OUTPUT.value:
-        content = {"machine": machine(), "preset": PRESET.value, "table": rows, "retrieval": share}
+        content = {"machine": machine(), "preset": PRESET.value, "table": rows, "retrieval": shares}
         write_json(pathlib.Path(OUTPUT.value), content)
 
 
