@@ -1,4 +1,8 @@
-"""The token memory of a workdir: beside each revision's chunks, built where it is missing."""
+"""The token memory of a workdir: beside each revision's chunks, built where it is missing.
+
+A revision of a database that has one gets its own before it is published, so that whoever mixes a
+model with it, a server say, can go on.
+"""
 
 import pathlib
 
@@ -35,10 +39,14 @@ def prepare_and_open(
 
 def open_existing(database: ChunkDatabase) -> TokenMemory | None:
     """The token memory of a retrieval database; None where a part of it has not been built."""
-    directories = [directory for directory, _ in _places(database)]
-    if not all((directory / MANIFEST_FILE).is_file() for directory in directories):
+    if not is_built(database):
         return None
-    return TokenMemory.open(directories, database)
+    return TokenMemory.open([directory for directory, _ in _places(database)], database)
+
+
+def is_built(database: ChunkDatabase) -> bool:
+    """Whether every part of a retrieval database has its token memory."""
+    return all((directory / MANIFEST_FILE).is_file() for directory, _ in _places(database))
 
 
 def _places(database: ChunkDatabase) -> list[tuple[pathlib.Path, ChunkDatabase]]:

@@ -28,7 +28,9 @@ from data_pipelines.retriever.bm25 import KIND as BM25
 from data_pipelines.retriever.compacted import compact_keys
 from data_pipelines.retriever.index import prepare_index
 from data_pipelines.retriever.keys import Keys
+from data_pipelines.token_memory.build import prepare_token_memory
 from data_pipelines.token_memory.workdir_memory import FOLDER as TOKEN_MEMORY
+from data_pipelines.token_memory.workdir_memory import is_built
 from data_pipelines.workdir.preparation import Preparation
 from data_pipelines.workdir.tables import check_ranking, make_tables
 from retro_jax.errors import UserError
@@ -107,6 +109,8 @@ def _make_database(p: Preparation, newest: int, folder: pathlib.Path) -> None:
         runner=p.runner,
     )
     chunks = ChunkDatabase.open(places["chunks/train"])
+    if is_built(database):
+        prepare_token_memory(folder / TOKEN_MEMORY, chunks, runner=p.runner)
     added: Keys | ChunkDatabase = chunks
     if p.config.neighbours.ranking.by_keys:
         keys = revisions.open_keys(database, p.directory)

@@ -14,6 +14,9 @@ from data_pipelines.retriever import revisions
 from data_pipelines.retriever.index import prepare_index
 from data_pipelines.retriever.keys import Keys, prepare_keys
 from data_pipelines.retriever.queries import Queries
+from data_pipelines.token_memory.build import prepare_token_memory
+from data_pipelines.token_memory.workdir_memory import FOLDER as TOKEN_MEMORY
+from data_pipelines.token_memory.workdir_memory import is_built
 from data_pipelines.workdir import leakage_report
 from data_pipelines.workdir.preparation import Preparation
 from data_pipelines.workdir.tables import check_ranking, make_tables
@@ -64,7 +67,7 @@ def update(p: Preparation, *, append: bool, remove: Sequence[str]) -> None:
 def _append(
     p: Preparation, folder: pathlib.Path, database: ChunkDatabase, removed: Sequence[int]
 ) -> Queries | None:
-    """Makes chunks, and where they are needed keys and index, of the documents that are new; None if there are none."""
+    """Makes chunks of the documents that are new, and what the database has of them; None if there are none."""
     old_documents = _known_documents(p.directory, database, removed)
     manifests = prepare_documents(
         folder / "documents", p.config.documents, known=old_documents, runner=p.runner
@@ -90,6 +93,9 @@ def _append(
         runner=p.runner,
     )
     leakage_report.count_added(p, folder)
+    if is_built(database):
+        directory = folder / TOKEN_MEMORY
+        prepare_token_memory(directory, ChunkDatabase.open(chunks), runner=p.runner)
     if not p.config.neighbours.ranking.by_keys:
         return ChunkDatabase.open(chunks)
     prepare_keys(folder / "keys" / "train", chunks, tokenizer, p.config.keys, runner=p.runner)

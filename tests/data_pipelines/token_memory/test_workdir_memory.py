@@ -92,3 +92,20 @@ def test_removed_documents_do_not_vote(workdir):
     left = memory.match(ending, most_votes=0)
     assert voters[0] not in left.documents
     assert left.length > 0 and np.isin(left.documents, voters[1:]).all()
+
+
+def test_a_revision_and_a_compaction_of_a_database_with_a_memory_have_theirs(workdir):
+    prepare_and_open(revisions.open_database(workdir))
+    first = revisions.open_database(workdir).record(0)
+    (workdir.parent / "new" / "late.txt").write_text("a lighthouse keeper counted ships\n" * 3)
+    settings = workdir.parent / "more.gin"
+    assert run_prepare(workdir, settings, "--append", f"--remove={first.corpus}/{first.id}") == 0
+    for _ in range(2):
+        database = revisions.open_database(workdir)
+        memory = open_existing(database)
+        late = next(r for r in database.records() if r.id == "late.txt")
+        tokens = database.chunks(np.array([late.first_chunk]))[0]
+        match = memory.match(tokens[:9], most_votes=0)
+        assert match.length == 9 and tokens[9] in match.tokens
+        assert run_prepare(workdir, settings, "--compact") == 0
+    assert revisions.base_of(workdir, 3) == 3 == database.manifest.revision
