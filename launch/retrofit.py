@@ -8,8 +8,8 @@ MODEL is a Hugging Face folder or a GGUF file; W was prepared with its tokeniser
 launch.evaluate scores it. With retrieval off it is the base, bit for bit.
 
 Unless the settings say otherwise, CCA is in every layer, made of the layer's own weights
-(DecoderForm.gated_cca), and the gates alone are trained. StartConfig.trained = ('cca.*',) trains CCA's
-copies too. DecoderForm.gated_cca = False is the paper's start: encoder and CCA of the seed.
+(DecoderForm.gated_cca), one softmax reads neighbours and text (DecoderForm.shared_softmax), and the gates
+alone are trained, from 0. StartConfig.trained = ('cca.*',) trains CCA's copies too. DecoderForm.gated_cca = False is the paper's start: encoder and CCA of the seed.
 
     python -m launch.retrofit --workdir=W --base=MODEL --export=DIRECTORY
 
@@ -75,7 +75,9 @@ def settings_of_base(data: TrainingData) -> Settings:
         data.directory / "tokenizer", base.path, vocab_size=base.config.vocab_size
     )
     configurables.override("StartConfig.base", str(base.path))
-    form = decoder_form(base.config, gated_cca=True, sink_id=tokenizer.fact("bos_id"))
+    gated = configurables.bound("DecoderForm.gated_cca", True)
+    fitted = {"gated_cca": gated, "shared_softmax": gated, "sink_id": tokenizer.fact("bos_id")}
+    form = decoder_form(base.config, **fitted)
     decoder = decoder_settings(base.config)
     decoder |= {"cca_layers": tuple(range(1, base.config.num_layers + 1)), "form": form}
     return make_settings({"trained": ("cca.gate",)}, pad_id=data.pad_id, **decoder)

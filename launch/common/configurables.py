@@ -164,6 +164,12 @@ def override(name: str, value: Any) -> None:
     gin.bind_parameter(name, value)
 
 
+def bound(name: str, default: Any) -> Any:
+    """What the configuration has for "Class.field", or a default."""
+    cls, field = name.split(".")
+    return gin.get_bindings(configurable(cls), resolve_references=False).get(field, default)
+
+
 def make(cls: type[T], **defaults: Any) -> T:
     """Builds a dataclass from the configuration.
 

@@ -92,7 +92,7 @@ def test_gates_are_trained_and_a_table_has_on_and_off(place, capsys):
     """From a folder of texts and a folder of weights to losses; OFF has the base's bits."""
     run = open_run(place / "W" / "retro")
     assert run.step == 20 and run.model.form.gated_cca and run.model.cca_layers == (1, 2)
-    assert run.model.form.sink_id == 0 != run.model.pad_id
+    assert run.model.form.sink_id == 0 != run.model.pad_id and run.model.form.shared_softmax
     assert np.abs(np.asarray(nnx.merge(*load_model(run)).cca.gate[...])).min() > 0
     assert (
         files.read_json(run.directory / "parents.json")["base"]
