@@ -72,20 +72,23 @@ def condition_cost(
     neighbours: int = 0,
     share: float = 1.0,
     searched: bool = True,
+    states: int = 0,
     tokens: bool = False,
     beside: LookupCost = LookupCost(),
 ) -> LookupCost | None:
     """The cost of all memories of a condition; None where parts of the database are not there.
 
     Args:
-      data: W. revision: of its database; None for the newest. neighbours: a chunk's. share, searched:
-        as for `neighbour_cost`. tokens: whether a token memory is asked. beside: kNN-LM's part.
+      data: W. revision: of its database; None for the newest. neighbours: a chunk's.
+      share, searched, states: as for `neighbour_cost`.
+      tokens: whether a token memory is asked. beside: kNN-LM's part.
     """
     cost = beside
     try:
         if neighbours:
             database, ranking = Database.open(data, revision), Ranking.of(data)
-            cost += neighbour_cost(database, ranking, neighbours, share=share, searched=searched)
+            options = {"share": share, "searched": searched, "states": states}
+            cost += neighbour_cost(database, ranking, neighbours, **options)
         if tokens:
             cost += token_memory_cost(prepare_and_open(open_database(data, revision)))
     except UserError:
@@ -115,7 +118,13 @@ def embedding_operations(config: BertConfig, positions: float) -> float:
 
 
 def neighbour_cost(
-    database: Database, ranking: Ranking, k: int, *, share: float = 1.0, searched: bool = True
+    database: Database,
+    ranking: Ranking,
+    k: int,
+    *,
+    share: float = 1.0,
+    searched: bool = True,
+    states: int = 0,
 ) -> LookupCost:
     """The cost of k neighbours a chunk.
 
@@ -124,10 +133,11 @@ def neighbour_cost(
     Args:
       database: which is retrieved from. ranking: how. k: neighbours.
       share: of the database's documents that are searched. searched: False for random ones.
+      states: bytes that a fitted model keeps of a neighbour and reads; all chunks' are counted as kept.
     """
     chunks, width = database.chunks, _token_bytes(database.chunks)
-    operations, read = 0.0, float(k * NEIGHBOUR_LENGTH * width)
-    kept = float(CHUNK_LENGTH * width * chunks.live_chunks)
+    operations, read = 0.0, float(k * (NEIGHBOUR_LENGTH * width + states))
+    kept = float((CHUNK_LENGTH * width + states) * chunks.live_chunks)
     if searched and ranking.by_keys:
         keys, plan = database.keys, IndexPlan(**database.index.manifest.fact("plan"))
         count, dimension = keys.manifest.fact("keys"), keys.dimension

@@ -10,6 +10,7 @@ from launch.evaluation.results import Work
 from launch.evaluation.settings import EvaluationSettings
 from retro_jax.evaluate.conditions import MIXED_WITH_TOKENS
 from retro_jax.model.flops import forward_flops
+from retro_jax.retrofit.kept_states import state_bytes
 
 _LOOKUP = ("lookup_operations", "bytes_read", "bytes_kept", "memory_bytes", "memory_tokens")
 
@@ -31,9 +32,10 @@ def _cost(
     """Figures a token; those of look-ups are None where parts of the database are not there."""
     model, store = condition.run.model, LookupCost()
     length = settings.windows(condition.run.chunks).chunks * model.chunk_length
-    has_states = bool(condition.run.execution.kept_states)
-    operations = forward_flops(model, length, condition.neighbours, kept=has_states).total
-    if MIXED_WITH_TOKENS.get(condition.name, condition.kind) == "context":
+    in_context = MIXED_WITH_TOKENS.get(condition.name, condition.kind) == "context"
+    form = "" if in_context else condition.run.execution.kept_states
+    operations = forward_flops(model, length, condition.neighbours, kept=bool(form)).total
+    if in_context:
         # A row of neighbours and text for each chunk that is read out.
         row = condition.neighbours * model.neighbour_length + max(length, 2 * model.chunk_length)
         flops = forward_flops(model, row, 0)
@@ -49,6 +51,7 @@ def _cost(
         neighbours=condition.neighbours,
         share=condition.value if condition.kind == "database" else 1.0,
         searched=condition.kind != "random",
+        states=state_bytes(model, form) if form else 0,
         tokens=condition.kind == TOKENS,
         beside=store,
     )

@@ -208,9 +208,7 @@ class KeptStates:
     @functools.cached_property
     def _nothing(self) -> Packed:
         """The states of an absent neighbour: zeros, which are not read."""
-        layers = () if self._retro.form.neighbour_layer else (len(self._retro.cca_layers),)
-        shape = (*layers, 1 + self._retro.neighbour_length, self._retro.d_model)
-        return jax.device_get(pack(jnp.zeros(shape), self._form))
+        return jax.device_get(pack(jnp.zeros(_shape(self._retro)), self._form))
 
     def _below(self, folder: StateFolder, batch: RetroBatch) -> Packed:
         """RetroBatch.below."""
@@ -310,6 +308,18 @@ def kept_of(run: pathlib.Path, base: str, retro: RetroConfig, form: str) -> Kept
       run: its directory. base: of the run. retro: its model. form: ExecutionConfig.kept_states.
     """
     return KeptStates(run.parent / STATES, base, retro, form) if form else None
+
+
+def state_bytes(retro: RetroConfig, form: str) -> int:
+    """Bytes that are kept of one neighbour, and read for it; `form` of packed.FORMATS."""
+    packed = jax.eval_shape(lambda: pack(jnp.zeros(_shape(retro)), form))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(packed))
+
+
+def _shape(retro: RetroConfig) -> tuple[int, ...]:
+    """[P, 1 + R, D] of a neighbour's states, without P where one layer's are read by all."""
+    layers = () if retro.form.neighbour_layer else (len(retro.cca_layers),)
+    return (*layers, 1 + retro.neighbour_length, retro.d_model)
 
 
 def check_kept(retro: RetroConfig, form: str) -> None:

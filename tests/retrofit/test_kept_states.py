@@ -12,7 +12,7 @@ from retro_jax.errors import UserError
 from retro_jax.evaluate.k_sweep import sweep_losses
 from retro_jax.model import Retro
 from retro_jax.packed import pack
-from retro_jax.retrofit.kept_states import KeptStates
+from retro_jax.retrofit.kept_states import KeptStates, state_bytes
 from retro_jax.train.checkpoint import CHECKPOINTS, saved_arrays
 from retro_jax.train.global_batches import BatchShape
 from retro_jax.train.run import Run, make_plan
@@ -60,6 +60,7 @@ def test_batches_with_kept_states_have_the_same_losses(tmp_path, form, one):
     again = kept_in(tmp_path, config, form)
     assert len(again.neighbours) == len(kept.neighbours) == 13 and len(again.texts) == 2
     assert "13 neighbours" in again.summary()
+    assert again.neighbours.nbytes == 13 * state_bytes(config, form)
     read = kept_in(tmp_path, config, form).attach(batch)
     for one_leaf, other in zip(jax.tree.leaves(with_states), jax.tree.leaves(read), strict=True):
         np.testing.assert_array_equal(one_leaf, other)
