@@ -14,7 +14,7 @@ from data_pipelines.artefacts.manifest import Manifest, Path
 from data_pipelines.retriever.bm25 import Bm25
 from data_pipelines.retriever.candidates import Found, merge
 from data_pipelines.retriever.exact import squared_distances
-from data_pipelines.retriever.index import compare_all
+from data_pipelines.retriever.index_shard import compare_all
 from data_pipelines.retriever.queries import QueryChunks
 from data_pipelines.retriever.retrieval_database import Database
 from retro_jax.errors import UserError

@@ -16,7 +16,8 @@ from data_pipelines.artefacts.runner import InProcess
 from data_pipelines.chunk_database.database import ChunkDatabase, prepare_chunks
 from data_pipelines.documents import reading
 from data_pipelines.documents.documents import prepare_documents
-from data_pipelines.retriever.index import IndexConfig, prepare_index
+from data_pipelines.retriever.index_build import prepare_index
+from data_pipelines.retriever.index_config import IndexConfig
 from data_pipelines.retriever.keys import Keys, KeysConfig, prepare_keys
 from data_pipelines.retriever.neighbours import prepare_neighbours
 from data_pipelines.retriever.retriever import Retriever

@@ -11,7 +11,7 @@ from data_pipelines.artefacts.runner import InProcess, LocalProcesses
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.retriever import bm25, neighbours, postings, revisions
 from data_pipelines.retriever.bm25 import Bm25, Bm25Config, prepare_bm25
-from data_pipelines.retriever.index import compare_all
+from data_pipelines.retriever.index_shard import compare_all
 from data_pipelines.retriever.keys import Keys
 from data_pipelines.retriever.neighbours import NeighboursConfig, NeighbourTable, prepare_neighbours
 from data_pipelines.retriever.queries import OwnDocuments, StoredChunks
