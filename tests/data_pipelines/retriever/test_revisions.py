@@ -15,7 +15,8 @@ from data_pipelines.retriever.index_build import prepare_index
 from data_pipelines.retriever.index_config import IndexConfig
 from data_pipelines.retriever.index_shard import IndexShard, compare_all
 from data_pipelines.retriever.keys import Keys
-from data_pipelines.retriever.neighbours import NeighbourTable, prepare_neighbours
+from data_pipelines.retriever.neighbour_table import NeighbourTable
+from data_pipelines.retriever.neighbours import prepare_neighbours
 from data_pipelines.retriever.retrieval_database import Database
 from data_pipelines.retriever.retriever import Retriever
 from retro_jax.errors import UserError

@@ -9,7 +9,7 @@ from data_pipelines import workdir
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.corpora import SPLITS
 from data_pipelines.retriever.given_keys import write_given_keys
-from data_pipelines.retriever.neighbours import NeighbourTable
+from data_pipelines.retriever.neighbour_table import NeighbourTable
 from data_pipelines.retriever.retriever import Retriever
 from data_pipelines.workdir import DocumentsConfig, KeysConfig, PrepareConfig, TextCorpus
 from retro_jax.errors import UserError
