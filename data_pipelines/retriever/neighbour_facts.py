@@ -89,8 +89,11 @@ def _truth(work: NeighbourShard, ids: np.ndarray, runner: Runner) -> Found:
     if runner.in_process or len(ranges) < 2:
         return search.truth(chunks, work.k, work.own.of(ids))
     of_range = TruthOfRange(work.queries, work.retriever, work.k, ids, work.own.of(ids))
-    parts = [found for _, found in runner.run(of_range, ranges)]
-    return search.ranked(search.merged(parts, work.k), chunks, work.k)
+    best: Found | None = None
+    for _, found in runner.run(of_range, ranges):  # the result does not depend on their order
+        best = search.merged([found] if best is None else [best, found], work.k)
+    assert best is not None
+    return search.ranked(best, chunks, work.k)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -129,9 +129,18 @@ class NeighbourShard:
     @property
     def groups(self) -> list[range]:
         """The query shards that are searched for together: few enough tasks and files."""
-        shards, parts = len(self.database.shards), len(self.retriever.search.parts)
-        size = max(1, -(-shards * parts // self.most_searches))
+        shards, size = len(self.database.shards), self._group_size
         return [range(q, min(q + size, shards)) for q in range(0, shards, size)]
+
+    def group_of(self, index: int) -> int:
+        """The number of the group of a query shard."""
+        return index // self._group_size
+
+    @property
+    def _group_size(self) -> int:
+        """Query shards of a group."""
+        searches = len(self.database.shards) * len(self.retriever.search.parts)
+        return max(1, -(-searches // self.most_searches))
 
     def visited_path(self, index: int) -> pathlib.Path:
         """Where the index shards that a query shard's chunks visit wait."""
@@ -155,8 +164,7 @@ class NeighbourShard:
 
     def _collected(self, index: int, shards: Sequence[int]) -> Found:
         """The best candidates of query shard `index` from several index shards, one after the other."""
-        chunks = self.database.shards[index]
-        group = next(g for g, members in enumerate(self.groups) if index in members)
+        chunks, group = self.database.shards[index], self.group_of(index)
         best: Found | None = None
         for shard in shards:
             rows, ids, scores = mapped_arrays.mapped(self.found_path(shard, group), 3)

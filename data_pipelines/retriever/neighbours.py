@@ -120,7 +120,7 @@ def _find_candidates(
         unknown = [q for q in missing if not mapped_arrays.there(work.visited_path(q), 1)]
         run_counted(runner, VisitShard(work), unknown, sizes, what="routes", unit="chunk")
     groups, parts = work.groups, range(len(work.retriever.search.parts))
-    wanted = [g for g in range(len(groups)) if set(groups[g]) & set(missing)]
+    wanted = sorted({work.group_of(q) for q in missing})
     pairs = [(s, g) for s in parts for g in wanted if work.asks(s, groups[g])]
     searches = [i for i, (s, g) in enumerate(pairs) if not work.has_found(s, g)]
     of_pairs = [sum(sizes[q] for q in groups[g]) for _, g in pairs]
