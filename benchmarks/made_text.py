@@ -2,9 +2,10 @@
 
     python -m benchmarks.made_text --folder=NEW --text_megabytes=1000
 
-Writes JSON lines of about 64 MB a file. A document is some lines of code, or in one of eight of prose,
-its size log-normal about 6 kB. Its tokens are those of real text, and its order is not: no two documents
-are near-copies, and few chunks are. The same arguments give the same bytes on the same machine.
+Writes JSON lines of about 64 MB a file. A document is lines of code drawn from 400 that follow each other, or
+in one of eight of prose; its size is log-normal about 6 kB. Its tokens and its topic are those of real text,
+and its order is not: no two documents are near-copies, and few chunks are. The same arguments give the
+same bytes on the same machine.
 """
 
 import itertools
@@ -21,6 +22,7 @@ _FOLDER = flags.DEFINE_string("folder", None, "Where the files go.")
 _MEGABYTES = flags.DEFINE_integer("text_megabytes", 1000, "Of text.", lower_bound=1)
 _FILE, _POOL = 64 << 20, 100 << 20  # bytes of a file, and of the lines that are drawn from
 _LONGEST = 200  # characters of a line
+_WINDOW = 400  # lines that a document draws from
 _MEAN, _SIGMA = 8.2, 1.0  # of the logarithm of a document's characters
 
 
@@ -47,7 +49,9 @@ def documents(size: int) -> Iterator[tuple[str, str]]:
     chance, total = random.Random(0), 0
     code, prose = _lines("packages"), _lines("wikipedia")
     for number in itertools.count():
-        lines = prose if number % 8 == 0 else code
+        every = prose if number % 8 == 0 else code
+        first = chance.randrange(len(every) - _WINDOW)
+        lines = every[first : first + _WINDOW]
         wanted, text = chance.lognormvariate(_MEAN, _SIGMA), list[str]()
         left = min(wanted, size - total)
         while left > 0:

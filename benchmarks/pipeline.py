@@ -12,10 +12,10 @@ encoder, and neighbours have less meaning, but bytes, shapes and machinery are t
 the time for N = 1. The output says so.
 
 --projected_keys=384 takes random projections of each chunk's tokens as keys instead, and --made_megabytes
-takes so much text of lines drawn at random as the corpus: five million chunks are about 1,000 MB.
+takes so much text of lines drawn at random as the corpus: five million chunks are about 1,250 MB.
 --bindings adds settings, such as IndexConfig.visit_shards=2.
 
-    python -m benchmarks.pipeline --workdir=NEW --made_megabytes=1000 --projected_keys=384
+    python -m benchmarks.pipeline --workdir=NEW --made_megabytes=1250 --projected_keys=384
 
 --shard_megabytes=0.002 with --megabytes=1 makes thousands of tiny shards, to be compared with few. `files` are
 those that one process has open.
