@@ -11,6 +11,12 @@ rates per second of one core, and the peak memory of all its processes together.
 encoder, and neighbours have less meaning, but bytes, shapes and machinery are the same, in a sixth of
 the time for N = 1. The output says so.
 
+--projected_keys=384 takes random projections of each chunk's tokens as keys instead, and --made_megabytes
+takes so much text of lines drawn at random as the corpus: five million chunks are about 1,250 MB.
+--bindings adds settings, such as IndexConfig.visit_shards=2.
+
+    python -m benchmarks.pipeline --workdir=NEW --made_megabytes=1250 --projected_keys=384
+
 --shard_megabytes=0.002 with --megabytes=1 makes thousands of tiny shards, to be compared with few. `files` are
 those that one process has open.
 
@@ -30,10 +36,11 @@ from typing import Any
 
 from absl import app, flags
 
-from benchmarks import process_tree, small_bert
+from benchmarks import made_text, process_tree, projected_keys, small_bert
 from data_pipelines.artefacts.manifest import Manifest
 from data_pipelines.corpora import SPLITS
 from data_pipelines.retriever import revisions
+from data_pipelines.retriever.keys import GIVEN
 
 _MEGABYTES = flags.DEFINE_integer("megabytes", 110, "Of code, at most.", lower_bound=1)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Keep the artefacts here.")
@@ -44,6 +51,9 @@ _SHARD_MEGABYTES = flags.DEFINE_float("shard_megabytes", 16, "Of documents.", lo
 _RECALL = flags.DEFINE_integer(
     "recall_queries", 1000, "Chunks of each split whose neighbours are also found by brute force."
 )
+_MADE = flags.DEFINE_integer("made_megabytes", 0, "Of text made of lines drawn at random.")
+_PROJECTED = flags.DEFINE_integer("projected_keys", 0, "Dimensions of keys that no model makes.")
+_BINDINGS = flags.DEFINE_multi_string("bindings", [], "Further settings, as gin has them.")
 _OUTPUT = flags.DEFINE_string("output", None, "Copy the results to this JSON file too.")
 
 _RESULTS = "pipeline.json"
@@ -57,7 +67,14 @@ _STAGES = (
     "index",
     "neighbours",
 )
-_SETTINGS = """
+_MADE_CORPUS = """
+made/CorpusConfig.name = 'made'
+made/CorpusConfig.kind = 'jsonl'
+made/CorpusConfig.path = {made!r}
+made/CorpusConfig.id_field = 'id'
+DocumentsConfig.corpora = (@made/CorpusConfig(),)
+"""
+_CORPORA = """
 wikipedia/CorpusConfig.name = 'wikipedia'
 wikipedia/CorpusConfig.kind = 'wikipedia'
 packages/CorpusConfig.name = 'packages'
@@ -67,6 +84,8 @@ python/CorpusConfig.name = 'python'
 python/CorpusConfig.kind = 'stdlib'
 python/CorpusConfig.max_bytes = {code}
 DocumentsConfig.corpora = (@wikipedia/CorpusConfig(), @packages/CorpusConfig(), @python/CorpusConfig())
+"""
+_SETTINGS = """
 DocumentsConfig.validation = 0.005
 DocumentsConfig.test = 0.005
 DocumentsConfig.shard_bytes = {shard}
@@ -128,6 +147,9 @@ def run_stage(stage: str, workdir: pathlib.Path, settings: pathlib.Path, results
     resumed = results.begin(stage)
     command = [sys.executable, "-m", "launch.prepare", f"--workdir={workdir}"]
     command += [f"--gin_file={settings}", f"--stages={stage}", f"--processes={_PROCESSES.value}"]
+    if stage == "keys" and _PROJECTED.value:
+        command = [sys.executable, "-m", "benchmarks.projected_keys", f"--keys_workdir={workdir}"]
+        command += [f"--dimensions={_PROJECTED.value}"]
     start = time.perf_counter()
     status, processor, peak = process_tree.run(command)
     if status:
@@ -156,6 +178,8 @@ def facts_of(workdir: pathlib.Path, encoder: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "processes": _PROCESSES.value,
         "megabytes_of_code": _MEGABYTES.value,
+        "megabytes_made": _MADE.value,
+        "bindings": _BINDINGS.value,
         "totals": totals(workdir),
         "key_padding": Manifest.read(workdir / "keys" / "train").fact("padding"),
         "plan": Manifest.read(workdir / "index").fact("plan"),
@@ -166,9 +190,11 @@ def facts_of(workdir: pathlib.Path, encoder: str) -> dict[str, Any]:
 
 
 def single_queries(workdir: pathlib.Path) -> dict[str, float]:
-    """Microseconds of searches for the 10 neighbours of one chunk, one after the other."""
+    """Microseconds of searches for the 10 neighbours of one chunk, one after the other; of one index shard."""
     keys = revisions.open_keys(revisions.open_database(workdir), workdir)
     index = revisions.open_index(keys, workdir)
+    if len(index.shards) > 1:  # all of them would be in memory
+        return {}
     _, rows = next(keys.blocks(size=1000))
     took = []
     for row in rows:
@@ -201,8 +227,9 @@ def show(results: Results, facts: dict[str, Any]) -> None:
     peak = max(usage.tree for usage in results.stages.values())
     bound = max(usage.bound for usage in results.stages.values())
     print(f"all: {wall:,.0f} s; peak {peak / 1e6:,.0f} MB, at most {bound / 1e6:,.0f} MB")
-    single = ", ".join(f"{name} {us:,.0f} us" for name, us in facts["single_query_us"].items())
-    print(f"a query alone, 10 neighbours: {single}")
+    if single := facts["single_query_us"]:
+        shown = ", ".join(f"{name} {us:,.0f} us" for name, us in single.items())
+        print(f"a query alone, 10 neighbours: {shown}")
     for split, recall in facts["recall"].items():
         figures = (
             f"recall@{recall['k']} {recall['recall'] or 0:.4f} of {recall['queries']:,} queries"
@@ -216,11 +243,19 @@ def main(_: list[str]) -> None:
         workdir = pathlib.Path(_WORKDIR.value or folder).absolute()
         workdir.mkdir(parents=True, exist_ok=True)
         model, encoder = "minilm", "MiniLM, all its layers"
-        if _LAYERS.value is not None:
+        if _PROJECTED.value:
+            model = f"{GIVEN}{projected_keys.NAME}"
+            encoder = f"NONE: tokens projected at random to {_PROJECTED.value} dimensions"
+        elif _LAYERS.value is not None:
             model = str(small_bert.cut(model, _LAYERS.value, workdir / "encoder"))
             encoder = f"NOT THE REAL ONE: the first {_LAYERS.value} layer(s) of MiniLM"
         settings = workdir / "pipeline.gin"
-        text = _SETTINGS.format(
+        corpora, made = _CORPORA, workdir / "made"
+        if _MADE.value:
+            corpora = _MADE_CORPUS
+            made_text.write(made, _MADE.value)
+        text = (corpora + _SETTINGS + "\n".join([*_BINDINGS.value, ""])).format(
+            made=str(made),
             code=_MEGABYTES.value * 1_000_000,
             shard=int(_SHARD_MEGABYTES.value * (1 << 20)),
             vocabulary=_VOCAB_SIZE.value,

@@ -5,9 +5,11 @@
 Divides the keys of W's training split among --divisions shards as IndexConfig.visit_shards would, and
 compares held-out queries with every key. Printed for each number of copies and of visited shards: recall@10
 against brute force, as if every shard found all that it has, and the share of all keys that is compared.
+Before that, what it costs to find the shards.
 """
 
 import pathlib
+import time
 
 import numpy as np
 from absl import app, flags
@@ -43,7 +45,10 @@ def main(_: list[str]) -> None:
     truth, _ = ExactSearcher(every, on_devices=False).search(queries, _K)
     routes = Routes.train(keys, _DIVISIONS.value)
     print(f"{len(every):,} keys in {routes.count} shards, {len(queries):,} queries, recall@{_K}")
+    start = time.process_time()
     order = routes.visits(queries, max(_VISITS))
+    took = (time.process_time() - start) / len(queries) / len(routes.cells)
+    print(f"{1e9 * took:.0f} ns of a core for each query and each of {len(routes.cells):,} cells")
     for copies in map(int, _COPIES.value):
         owners = routes.visits(every, copies)
         sizes = np.bincount(owners.ravel(), minlength=routes.count)

@@ -7,7 +7,7 @@ import numpy as np
 
 from data_pipelines.artefacts.manifest import Stage, shard_name
 from data_pipelines.chunk_database.database import CHUNK_LENGTH, ChunkDatabase
-from data_pipelines.retriever.neighbours import NeighbourTable
+from data_pipelines.retriever.neighbour_table import NeighbourTable
 
 _DOCUMENT = 20  # chunks a document
 

@@ -1,5 +1,7 @@
 """The exceptions that mean "the input is wrong" or "try again", as against "the code is wrong"."""
 
+import errno
+
 # Exit statuses of a command that was asked to stop and saved, and of one that lost another process.
 SAVED, LOST = 75, 76
 
@@ -23,5 +25,12 @@ class LostPeerError(UserError):
 def describe(error: BaseException) -> str:
     """An error as a line; an operating system error as "file: what"."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
-        return f"{error.filename}: {error.strerror}"
+        return f"{error.filename}: {reason_of(error)}"
     return str(error)
+
+
+def reason_of(error: OSError) -> str:
+    """What the system says of a file, and of a limit of this process how it is raised."""
+    if error.errno == errno.EMFILE:
+        return f"{error.strerror}, expected a higher limit (ulimit -n)"
+    return error.strerror or str(error)

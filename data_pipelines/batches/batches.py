@@ -26,7 +26,7 @@ import grain
 import numpy as np
 
 from data_pipelines.chunk_database.database import CHUNK_LENGTH, ChunkDatabase
-from data_pipelines.retriever.neighbours import NeighbourTable
+from data_pipelines.retriever.neighbour_table import NeighbourTable
 from retro_jax.batch import RetroBatch
 from retro_jax.config import require
 from retro_jax.errors import UserError

@@ -21,7 +21,7 @@ from data_pipelines.artefacts.manifest import Manifest, Path, Stage, shard_name
 from data_pipelines.artefacts.runner import InProcess, Runner, run_counted, silent
 from data_pipelines.batches.batches import BatchConfig, Batches
 from data_pipelines.chunk_database.database import CHUNK_LENGTH, ChunkDatabase
-from data_pipelines.retriever.neighbours import NeighbourTable
+from data_pipelines.retriever.neighbour_table import NeighbourTable
 from retro_jax.batch import RetroBatch
 from retro_jax.errors import UserError
 from retro_jax.storage import files

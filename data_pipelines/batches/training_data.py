@@ -17,7 +17,7 @@ from data_pipelines.batches.materialised import RETRIEVED, MaterialisedBatches
 from data_pipelines.chunk_database.database import CHUNK_LENGTH, ChunkDatabase
 from data_pipelines.questions.prepared import QuestionBatches
 from data_pipelines.retriever import revisions
-from data_pipelines.retriever.neighbours import SCORES, NeighbourTable
+from data_pipelines.retriever.neighbour_table import SCORES, NeighbourTable
 from retro_jax.config import RetroConfig
 from retro_jax.errors import UserError
 from retro_jax.storage import files

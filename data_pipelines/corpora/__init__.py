@@ -27,6 +27,7 @@ from data_pipelines.corpora.parquet import parts_of_rows, read_parquet
 from data_pipelines.corpora.sources import SourceFile, find_files
 from data_pipelines.corpora.wikipedia import FILE, installed_file, read_wikipedia
 from data_pipelines.corpora.wikitext import ROWS_LOOKED_AT, are_lines, read_articles
+from data_pipelines.corpora.zstandard_frames import parts_of_frames
 from retro_jax.errors import UserError
 from retro_jax.storage.urls import is_url
 
@@ -60,6 +61,13 @@ _READERS: dict[str, Callable[[CorpusConfig, SourceFile, Reading], Iterator[Recor
     "datasets": read_arrow,
     "wikitext": read_articles,
     "wikitext_raw": read_articles,
+}
+_Cut = Callable[[SourceFile, int], Iterator[SourceFile]]
+_CUTS: dict[str, _Cut] = {  # JSON lines, by the end of a file's name
+    ".jsonl": parts_of_lines,
+    ".ndjson": parts_of_lines,
+    ".json": parts_of_lines,
+    ".zst": parts_of_frames,
 }
 
 
@@ -97,18 +105,23 @@ def files_of(config: CorpusConfig) -> Iterator[SourceFile]:
 
 
 def parts_of(config: CorpusConfig, file: SourceFile, most: int) -> Iterator[SourceFile]:
-    """A file in parts that workers read by themselves: about so many bytes of lines, or row groups.
+    """A file in parts that workers read by themselves: of about so many bytes.
 
-    Compressed files and other kinds are one part, and so are rows that are lines of WikiText.
+    Parts of Parquet are row groups, those of JSON lines begin anywhere, or with a Zstandard frame.
+    Otherwise compressed files and other kinds are one part, and so are rows that are lines of WikiText.
     """
-    cut = {"parquet": parts_of_rows}.get(config.kind, parts_of_lines)
-    plain = config.kind == "parquet" or file.suffix == ".jsonl"
-    lines_or_rows = config.kind in ("jsonl", "pile", "parquet")
-    cannot = file.size <= most or not lines_or_rows or not plain
-    if cannot or (_may_be_lines(config) and _has_lines(config, file)):
+    cut = _cut_of(config, file)
+    if file.size <= most or cut is None or (_may_be_lines(config) and _has_lines(config, file)):
         yield file
     else:
         yield from cut(file, most)
+
+
+def _cut_of(config: CorpusConfig, file: SourceFile) -> _Cut | None:
+    """How a file is cut into parts; None for one that is read whole."""
+    if config.kind == "parquet":
+        return parts_of_rows
+    return _CUTS.get(file.suffix) if config.kind in ("jsonl", "pile") else None
 
 
 def read_file(config: CorpusConfig, file: SourceFile, reading: Reading) -> Iterator[Document]:

@@ -1,10 +1,12 @@
 """The bytes of a file, decompressed where its name ends in .gz, .zst, .bz2 or .xz."""
 
 import bz2
+import dataclasses
 import gzip
+import itertools
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, cast
 
 import zstandard
@@ -23,7 +25,7 @@ _OPEN: dict[str, Callable[[BinaryIO], Any]] = {
 # How compressed files begin.
 _MAGIC = {
     b"\x1f\x8b\x08": ".gz",
-    b"\x28\xb5\x2f\xfd": ".zst",
+    zstandard.FRAME_HEADER: ".zst",
     b"\xfd7zXZ\x00": ".xz",
     b"BZh91AY&SY": ".bz2",
 }
@@ -46,15 +48,49 @@ def read_lines(file: SourceFile, *, ends: bool = False) -> Iterator[bytes]:
       file: the file.
       ends: whether lines keep the newline that ends them.
     """
-    end = b"\n" if ends else b""
-    pieces: list[bytes] = []
     with open_file(file) as opened:
+        yield from _lines(_blocks(file, opened), b"\n" if ends else b"")
+
+
+def read_lines_of_frames(file: SourceFile) -> Iterator[tuple[int, bytes]]:
+    """Lines of a part that is made of whole Zstandard frames, each with the bytes of text before it.
+
+    A line belongs to the part that has the byte before it, so no part needs the text before its own:
+
+        text of three parts   {"a":1}NL{"b"  |  :2}NL{"c":3}NL  |  {"d":4}NL
+        their lines           a, b           |  c, d            |
+
+    Raises:
+      UserError: a frame that is truncated or damaged, or that does not end with the part.
+    """
+    count = 0  # bytes of text in the frames of the part
+
+    def own() -> Iterator[bytes]:
+        nonlocal count
         for block in _blocks(file, opened):
-            first, *rest = block.split(b"\n")
-            pieces.append(first)
-            for piece in rest:
-                yield b"".join(pieces) + end
-                pieces = [piece]
+            count += len(block)
+            yield block
+
+    with open_file(file) as opened:
+        after = _blocks(dataclasses.replace(file, start=file.stop, stop=0), opened)
+        offset = 0
+        for line in _lines(itertools.chain(own(), after)):
+            if offset > count:
+                return
+            if offset or not file.start:
+                yield offset, line
+            offset += len(line) + 1
+
+
+def _lines(blocks: Iterable[bytes], end: bytes = b"") -> Iterator[bytes]:
+    """The lines of a text in blocks, each with `end` instead of its newline."""
+    pieces: list[bytes] = []
+    for block in blocks:
+        first, *rest = block.split(b"\n")
+        pieces.append(first)
+        for piece in rest:
+            yield b"".join(pieces) + end
+            pieces = [piece]
     if any(pieces):
         yield b"".join(pieces)
 
@@ -63,11 +99,12 @@ def _blocks(file: SourceFile, opened: BinaryIO) -> Iterator[bytes]:
     """The decompressed bytes; a UserError for a truncated or damaged file."""
     try:
         if file.suffix in (".zst", *_OPEN):
-            if not opened.read(1):
+            if not file.start and not opened.read(1):
                 raise EOFError("it has no byte")
-            opened.seek(0)
+            opened.seek(file.start)
         if file.suffix == ".zst":
-            yield from _zstandard_blocks(opened)
+            length = file.stop - file.start if file.stop else -1
+            yield from _zstandard_blocks(_read_blocks(opened, length))
         elif file.suffix in _OPEN:
             with _OPEN[file.suffix](opened) as plain:
                 yield from _read_blocks(cast(BinaryIO, plain))
@@ -94,16 +131,17 @@ def _plain_blocks(file: SourceFile, opened: BinaryIO) -> Iterator[bytes]:
         yield block
 
 
-def _read_blocks(file: BinaryIO) -> Iterator[bytes]:
-    """A file's bytes."""
-    while block := file.read(_BLOCK):
+def _read_blocks(file: BinaryIO, most: int = -1) -> Iterator[bytes]:
+    """A file's bytes from where it is read; so many at most, unless that is negative."""
+    while block := file.read(_BLOCK if most < 0 else min(_BLOCK, most)):
+        most -= len(block) if most >= 0 else 0
         yield block
 
 
-def _zstandard_blocks(file: BinaryIO) -> Iterator[bytes]:
-    """All frames of a Zstandard file; EOFError where the last one is cut off."""
+def _zstandard_blocks(compressed: Iterable[bytes]) -> Iterator[bytes]:
+    """The text of Zstandard frames; EOFError where the last one is cut off."""
     frame = None
-    for data in _read_blocks(file):
+    for data in compressed:
         while data:
             frame = frame or _decompressor().decompressobj()
             yield frame.decompress(data)

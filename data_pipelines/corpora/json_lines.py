@@ -6,7 +6,12 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from data_pipelines.corpora.compression import BYTE_ORDER_MARK, read_lines, read_whole
+from data_pipelines.corpora.compression import (
+    BYTE_ORDER_MARK,
+    read_lines,
+    read_lines_of_frames,
+    read_whole,
+)
 from data_pipelines.corpora.config import CorpusConfig
 from data_pipelines.corpora.document import Reading, Record, record_of
 from data_pipelines.corpora.sources import SourceFile, open_file
@@ -22,12 +27,19 @@ def read_json_objects(
     config: CorpusConfig, file: SourceFile, reading: Reading
 ) -> Iterator[tuple[Record, dict[str, Any]]]:
     """The documents of one file with the objects that they are from."""
-    lines = _lines_within(file) if file.stop else enumerate(_with_offsets(read_lines(file)), 1)
+    place = file.path
+    lines: Iterable[tuple[int, tuple[int, bytes]]]
+    if not file.stop:
+        lines = enumerate(_with_offsets(read_lines(file)), 1)
+    else:  # nobody has counted the lines before the part: they have number 0
+        is_packed = file.suffix == ".zst"
+        part = read_lines_of_frames(file) if is_packed else _lines_within(file)
+        lines = zip(itertools.repeat(0), part)
+        place += f" (the text from byte {file.start:,} on)" if is_packed else ""
     for number, (offset, line) in lines:
-        text = reading.decode(line.removeprefix(BYTE_ORDER_MARK), file.path, offset)
+        text = reading.decode(line.removeprefix(BYTE_ORDER_MARK), place, offset)
         if text is not None and text.strip():
-            # In a part of a file nobody has counted the lines before it.
-            location = f"{file.path}:{number}" if number else f"{file.path} at byte {offset:,}"
+            location = f"{file.path}:{number}" if number else f"{place} at byte {offset:,}"
             fields = _parse(text, location, reading)
             if fields is not None:
                 record = record_of(fields, f"{file.name}:{number}", location, config, reading)
@@ -43,15 +55,15 @@ def _with_offsets(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
         offset += len(line) + 1
 
 
-def _lines_within(file: SourceFile) -> Iterator[tuple[int, tuple[int, bytes]]]:
-    """The lines that begin in a part of a plain file, each with number 0 and the bytes before it."""
+def _lines_within(file: SourceFile) -> Iterator[tuple[int, bytes]]:
+    """The lines that begin in a part of a plain file, each with the bytes before it."""
     with open_file(file) as opened:
         offset = file.start
         if offset:  # a line that began before belongs to the part before, whole
             opened.seek(offset - 1)
             offset += len(opened.readline()) - 1
         while offset < file.stop and (line := opened.readline()):
-            yield 0, (offset, line.removesuffix(b"\n"))
+            yield offset, line.removesuffix(b"\n")
             offset += len(line)
 
 

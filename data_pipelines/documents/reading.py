@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.artefacts.runner import Runner, run_counted, silent
+from data_pipelines.artefacts.runner import InProcess, Runner, run_counted, silent
 from data_pipelines.corpora import (
     CorpusConfig,
     Document,
@@ -41,6 +41,7 @@ _LISTING, _STARTS, _IDENTITY, _FACTS = "listing.jsonl", "starts.npy", "identity.
 _FORMAT = 3  # of a portion: what another version left is read again
 _PORTION_FILES, _PORTION_BYTES = 1000, 16 << 20
 _PART_BYTES = 64 << 20  # of a larger file of JSON lines or Parquet, which several workers read
+_FILES_AT_ONCE = 1 << 14  # whose parts are known before they are listed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +115,18 @@ class ReadPortion:
         return reading.counts["documents"]
 
 
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Cuts large files: where frames and row groups begin is read from the file."""
+
+    corpus: CorpusConfig
+    most: int
+
+    def __call__(self, file: SourceFile) -> list[SourceFile]:
+        """The parts of a file."""
+        return list(parts_of(self.corpus, file, self.most))
+
+
 def read_corpora(
     folder: pathlib.Path, corpora: Sequence[CorpusConfig], sorting: Sorting, runner: Runner
 ) -> dict[str, tuple[Reading, Runs]]:
@@ -126,7 +139,7 @@ def read_corpora(
       UserError: a corpus that is missing, empty or bad, or what was read of it is damaged.
     """
     for corpus in corpora:  # all, before any is read: a wrong path is reported at once
-        _list(folder / corpus.name, corpus, sorting)
+        _list(folder / corpus.name, corpus, sorting, runner)
     starts = {c.name: np.load(folder / c.name / _STARTS) for c in corpora}
     portions = tuple(len(starts[c.name]) for c in corpora)
     work = ReadPortion(files.absolute(folder), tuple(corpora), portions, sorting)
@@ -157,7 +170,7 @@ def _reading_of(facts: dict[str, Any]) -> Reading:
     return Reading(**(facts | counters))
 
 
-def _list(folder: pathlib.Path, corpus: CorpusConfig, sorting: Sorting) -> None:
+def _list(folder: pathlib.Path, corpus: CorpusConfig, sorting: Sorting, runner: Runner) -> None:
     """Writes the list of a corpus's files, and empties the folder if the list there differs."""
     digest, starts = hashlib.sha256(), list[tuple[int, int, int]]()
     with files.writing(folder):
@@ -165,8 +178,7 @@ def _list(folder: pathlib.Path, corpus: CorpusConfig, sorting: Sorting) -> None:
     with files.temporary_name(folder / _LISTING) as temporary:
         offset = count = size = 0
         with open(temporary, "wb") as listing:
-            parts = (parts_of(corpus, file, _PART_BYTES) for file in files_of(corpus))
-            for file in itertools.chain.from_iterable(parts):
+            for file in _parts(corpus, runner):
                 line = json.dumps(list(vars(file).values())).encode() + b"\n"
                 if not starts or count == _PORTION_FILES or size + file.size > _PORTION_BYTES:
                     starts.append((offset, 0, 0))
@@ -191,6 +203,16 @@ def _list(folder: pathlib.Path, corpus: CorpusConfig, sorting: Sorting) -> None:
         files.write_hashed(temporary, lambda file: np.save(file, array))
         temporary.rename(folder / _STARTS)
     files.write_atomically(record, files.to_json({"identity": identity}))
+
+
+def _parts(corpus: CorpusConfig, runner: Runner) -> Iterator[SourceFile]:
+    """The files of a corpus in order, large ones in parts; several large ones are looked at at once."""
+    every, work = files_of(corpus), Parts(corpus, _PART_BYTES)
+    while bulk := list(itertools.islice(every, _FILES_AT_ONCE)):
+        large = [file for file in bulk if file.size > _PART_BYTES]
+        parts = dict((runner if len(large) > 1 else InProcess()).run(work, large))
+        for file in bulk:
+            yield from parts.get(file, [file])
 
 
 def _listed(folder: pathlib.Path, portion: int) -> Iterator[SourceFile]:

@@ -16,7 +16,7 @@ from data_pipelines.artefacts.manifest import MANIFEST_FILE
 from data_pipelines.corpora import SPLITS
 from data_pipelines.documents.documents import stable_fraction
 from data_pipelines.evaluation.splits import Split, places_of
-from data_pipelines.retriever.index import compare_all
+from data_pipelines.retriever.index_shard import compare_all
 from data_pipelines.retriever.keys import Keys
 from data_pipelines.retriever.queries import OwnDocuments
 from data_pipelines.retriever.retrieval_database import Database

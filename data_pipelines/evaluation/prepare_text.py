@@ -13,7 +13,7 @@ from data_pipelines.evaluation.texts import SliceConfig, check_source, prepare_t
 from data_pipelines.retriever.bm25 import KIND as BM25
 from data_pipelines.retriever.bm25 import Bm25Config, prepare_bm25
 from data_pipelines.retriever.keys import Keys, KeysConfig, prepare_keys
-from data_pipelines.retriever.neighbours import KIND as NEIGHBOURS
+from data_pipelines.retriever.neighbour_table import KIND as NEIGHBOURS
 from data_pipelines.retriever.neighbours import prepare_neighbours
 from data_pipelines.retriever.prefixes import Prefixes
 from data_pipelines.retriever.queries import Queries

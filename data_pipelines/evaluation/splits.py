@@ -9,7 +9,7 @@ from data_pipelines.artefacts.manifest import MANIFEST_FILE
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.evaluation.texts import MEASURE_NAMES, read_measures
 from data_pipelines.retriever.filled_slots import share_of_ids
-from data_pipelines.retriever.neighbours import NeighbourTable
+from data_pipelines.retriever.neighbour_table import NeighbourTable
 from data_pipelines.retriever.revisions import latest, open_database
 from retro_jax.batch import ChunkText, SizedDocument, text_mask
 from retro_jax.errors import UserError

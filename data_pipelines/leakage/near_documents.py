@@ -188,27 +188,31 @@ class HeldOut:
 
     def __init__(self, path: pathlib.Path, held_out: Sequence[tuple[str, str]]) -> None:
         """Reads what `prepare_leakage` wrote."""
-        keys, owners, self._places = mapped_arrays.mapped(path, 3)
+        keys, owners, places = mapped_arrays.mapped(path, 3)
         self.table = minhash.BandTable(keys, owners)
-        self._splits = [
+        splits = [
             (name, pathlib.Path(folder), [shard.name for shard in Manifest.read(folder).shards])
             for name, folder in held_out
         ]
-        self._read = functools.lru_cache(maxsize=64)(self._from_disk)
+        # No method of its own, which would keep this object, and its open files, until the next collection.
+        self._read = functools.lru_cache(maxsize=64)(functools.partial(_held_out, splits, places))
 
     def match(self, number: int, own: set[str]) -> Match:
         """Compares some grams with those of a document."""
         split, document, theirs = self._read(number)
         return Match(split, document, minhash.jaccard(own, theirs))
 
-    def _from_disk(self, number: int) -> tuple[str, Document, set[str]]:
-        """Split, document and grams of a held-out document."""
-        split, shard, offset = self._places[number].tolist()
-        name, folder, shards = self._splits[split]
-        with open(folder / shards[shard], "rb") as file:
-            file.seek(offset)
-            document = Document(**json.loads(file.readline()))
-        return name, document, minhash.grams(minhash.words_of(document.text))
+
+def _held_out(
+    splits: Sequence[tuple[str, pathlib.Path, Sequence[str]]], places: np.ndarray, number: int
+) -> tuple[str, Document, set[str]]:
+    """Split, document and grams of a held-out document."""
+    split, shard, offset = places[number].tolist()
+    name, folder, shards = splits[split]
+    with open(folder / shards[shard], "rb") as file:
+        file.seek(offset)
+        document = Document(**json.loads(file.readline()))
+    return name, document, minhash.grams(minhash.words_of(document.text))
 
 
 def sketch_words(

@@ -14,7 +14,8 @@ from data_pipelines.artefacts.runner import InProcess, Runner, run_counted, sile
 from data_pipelines.chunk_database.compacted import CompactionPlan
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.retriever.keys import KIND, Keys
-from data_pipelines.retriever.neighbours import IDS, SCORES, NeighbourTable, table_parents
+from data_pipelines.retriever.neighbour_table import IDS, SCORES, NeighbourTable
+from data_pipelines.retriever.neighbours import table_parents
 from data_pipelines.retriever.queries import Queries, chunks_of
 from data_pipelines.retriever.retriever import Retriever
 from retro_jax.errors import UserError

@@ -11,6 +11,7 @@ live retrieval and other evaluation texts are refused.
 
 import pathlib
 from collections.abc import Mapping
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -22,8 +23,21 @@ from data_pipelines.retriever.keys import GIVEN, KIND, KeysConfig
 from retro_jax.errors import UserError
 
 
+class Rows(Protocol):
+    """An array [n, d] whose rows are read some at a time: a memory map, or what computes them.
+
+    Attributes:
+      shape: (n, d).
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, rows: slice, /) -> Any: ...
+
+
 def write_given_keys(
-    workdir: Path, vectors: Mapping[str, np.ndarray], *, name: str, dtype: str = "float32"
+    workdir: Path, vectors: Mapping[str, Rows], *, name: str, dtype: str = "float32"
 ) -> dict[str, Manifest]:
     """Writes W/keys/SPLIT for each split, or what is missing of them.
 
@@ -31,7 +45,8 @@ def write_given_keys(
       workdir: W, whose chunks are made.
       vectors: for each of train, validation and test [n, d], the embedding of each of its n chunks, in
         their order; a row of NaN for a chunk without one. Neighbours are near by squared distance:
-        normalise first where a model is meant for cosines.
+        normalise first where a model is meant for cosines. Rows are read twice, a shard at a time:
+        once to be checked, then to be written.
       name: of the model, for manifests.
       dtype: as KeysConfig has it.
 
@@ -45,37 +60,51 @@ def write_given_keys(
     if set(vectors) != set(SPLITS):
         raise UserError(f"vectors are of {sorted(vectors)}: expected {', '.join(SPLITS)}")
     databases = {split: ChunkDatabase.open(root / "chunks" / split) for split in SPLITS}
-    arrays = {split: np.asarray(vectors[split], np.float32) for split in SPLITS}
-    width = arrays["train"].shape[-1] if arrays["train"].ndim == 2 else 0
-    for split, array in arrays.items():
-        expected = (len(databases[split]), width)
-        if array.shape != expected or not width:
-            raise UserError(f"vectors of {split} have shape {array.shape}: expected {expected}")
-        none = np.isnan(array).all(1)
-        if not np.isfinite(array[~none]).all():
-            raise UserError(
-                f"vectors of {split} have numbers that are not finite: expected rows of"
-                " numbers, or of NaN alone"
-            )
-    return {split: _write(root, split, databases[split], arrays[split], config) for split in SPLITS}
+    width = vectors["train"].shape[-1] if len(vectors["train"].shape) == 2 else 0
+    counts = {}
+    for split, database in databases.items():
+        shape, expected = tuple(vectors[split].shape), (len(database), width)
+        if shape != expected or not width:
+            raise UserError(f"vectors of {split} have shape {shape}: expected {expected}")
+        counts[split] = sum(_checked(vectors[split], ids, split) for ids in database.shards)
+    return {
+        split: _write(root / KIND / split, databases[split], vectors[split], config, counts[split])
+        for split in SPLITS
+    }
+
+
+def _rows(vectors: Rows, ids: range) -> np.ndarray:
+    """[n, d] float32, some of the rows."""
+    return np.asarray(vectors[ids.start : ids.stop], np.float32)
+
+
+def _checked(vectors: Rows, ids: range, split: str) -> int:
+    """How many of some rows are a key."""
+    rows = _rows(vectors, ids)
+    none = np.isnan(rows).all(1)
+    if not (np.isfinite(rows).all(1) | none).all():
+        raise UserError(
+            f"vectors of {split} have numbers that are not finite: expected rows of"
+            " numbers, or of NaN alone"
+        )
+    return len(rows) - int(none.sum())
 
 
 def _write(
-    root: pathlib.Path, split: str, database: ChunkDatabase, array: np.ndarray, config: KeysConfig
+    directory: pathlib.Path, database: ChunkDatabase, vectors: Rows, config: KeysConfig, keys: int
 ) -> Manifest:
     """The keys of one split."""
     settings = {"embedder": {"model": config.model}, "dtype": config.dtype}
     parents = {"chunks": (database.manifest, database.directory)}
-    stage = Stage(root / "keys" / split, KIND, settings, parents)
+    stage = Stage(directory, KIND, settings, parents)
     if stage.done:
         return stage.manifest()
     names = [shard_name(KIND, i) for i in range(len(database.shards))]
-    stored = array
-    if config.dtype == "bfloat16":
-        stored = array.astype(ml_dtypes.bfloat16).view(np.uint16)
     for name, ids in zip(names, database.shards, strict=True):
         if stage.missing([name]):
-            stage.write_array(name, stored[ids.start : ids.stop])
-    keys = int((~np.isnan(array[:, 0])).sum())
-    facts = {"chunks": len(database), "dimension": array.shape[1], "keys": keys}
+            stored = _rows(vectors, ids)
+            if config.dtype == "bfloat16":
+                stored = stored.astype(ml_dtypes.bfloat16).view(np.uint16)
+            stage.write_array(name, stored)
+    facts = {"chunks": len(database), "dimension": vectors.shape[1], "keys": keys}
     return stage.finish(facts | {"positions": 0, "truncated": 0, "padding": 0.0}, names)

@@ -28,7 +28,8 @@ from data_pipelines.artefacts.manifest import MANIFEST_FILE, Manifest, Path, Sta
 from data_pipelines.artefacts.sharded_rows import ShardedRows
 from data_pipelines.chunk_database.database import KIND as CHUNKS_KIND
 from data_pipelines.chunk_database.database import ChunkDatabase, DocumentRecord
-from data_pipelines.retriever.index import Index, IndexShard, RoutedShards
+from data_pipelines.retriever.index import Index, RoutedShards
+from data_pipelines.retriever.index_shard import IndexShard
 from data_pipelines.retriever.keys import KIND as KEYS_KIND
 from data_pipelines.retriever.keys import Keys
 from retro_jax.errors import UserError

@@ -1,6 +1,6 @@
 """Which index shards a query visits: keys are divided by a coarse clustering, queries go to near cells.
 
-sample of keys --k-means--> cells, 16 for each shard --near ones together, of equal size--> shards
+sample of keys --k-means--> cells, 64 for each shard --near ones together, of equal size--> shards
 key   --nearest cell--> its shard
 query --cells by nearness--> the first few shards that they belong to
 """
@@ -67,10 +67,10 @@ class Routes:
         most = min(most, self.count)
         order = np.argsort(self.shards, kind="stable")
         firsts = np.searchsorted(self.shards[order], np.arange(self.count))
-        every = [np.zeros((0, most), np.int64)]
+        every, cells = [np.zeros((0, most), np.int64)], self.cells[order]
         for first in range(0, len(queries), _BLOCK):
-            nearness = _nearness(queries[first : first + _BLOCK], self.cells)
-            best = np.maximum.reduceat(nearness[:, order], firsts, axis=1)
+            nearness = _nearness(queries[first : first + _BLOCK], cells)
+            best = np.maximum.reduceat(nearness, firsts, axis=1)
             every.append(np.argsort(-best, axis=1, kind="stable")[:, :most])
         return np.concatenate(every)
 

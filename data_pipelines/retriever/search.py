@@ -14,10 +14,12 @@ from data_pipelines.artefacts.manifest import Manifest, Path
 from data_pipelines.retriever.bm25 import Bm25
 from data_pipelines.retriever.candidates import Found, merge
 from data_pipelines.retriever.exact import squared_distances
-from data_pipelines.retriever.index import compare_all
+from data_pipelines.retriever.index_shard import compare_all
 from data_pipelines.retriever.queries import QueryChunks
 from data_pipelines.retriever.retrieval_database import Database
 from retro_jax.errors import UserError
+
+_TRUTH_CHUNKS = 1 << 17  # that a worker compares with some queries at once, at least
 
 
 class ChunkSearch(Protocol):
@@ -118,8 +120,8 @@ class Dense:
 
     @property
     def truth_ranges(self) -> Sequence[range]:
-        """As `ChunkSearch`: of the keys' shards."""
-        return self._keys.database.shards
+        """As `ChunkSearch`: of the keys' shards, small ones together."""
+        return _joined(self._keys.database.shards, _TRUTH_CHUNKS)
 
     def truth_within(
         self, ids: range, chunks: QueryChunks, k: int, exclude: np.ndarray | None = None
@@ -200,6 +202,17 @@ class Reranked:
     def _count(self, k: int) -> int:
         """How many candidates a search for k neighbours begins with."""
         return max(_positive(k), self._candidates)
+
+
+def _joined(ranges: Sequence[range], least: int) -> list[range]:
+    """Ranges that follow each other, joined until each but the last has so many members."""
+    joined = list[range]()
+    for part in ranges:
+        if joined and len(joined[-1]) < least:
+            joined[-1] = range(joined[-1].start, part.stop)
+        else:
+            joined.append(part)
+    return joined
 
 
 def _positive(k: int) -> int:

@@ -10,7 +10,7 @@ from data_pipelines.corpora import CorpusConfig, TextCorpus
 from data_pipelines.documents.documents import DocumentsConfig
 from data_pipelines.leakage.near_documents import LeakageConfig
 from data_pipelines.retriever.bm25 import Bm25Config
-from data_pipelines.retriever.index import IndexConfig
+from data_pipelines.retriever.index_config import IndexConfig
 from data_pipelines.retriever.keys import KeysConfig
 from data_pipelines.retriever.neighbours import NeighboursConfig
 from data_pipelines.workdir.preparation import PrepareConfig

@@ -26,7 +26,7 @@ from data_pipelines.documents.documents import SPILL
 from data_pipelines.retriever import revisions
 from data_pipelines.retriever.bm25 import KIND as BM25
 from data_pipelines.retriever.compacted import compact_keys
-from data_pipelines.retriever.index import prepare_index
+from data_pipelines.retriever.index_build import prepare_index
 from data_pipelines.retriever.keys import Keys
 from data_pipelines.token_memory.build import prepare_token_memory
 from data_pipelines.token_memory.workdir_memory import FOLDER as TOKEN_MEMORY

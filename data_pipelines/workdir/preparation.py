@@ -15,9 +15,10 @@ from data_pipelines.documents.documents import DocumentsConfig
 from data_pipelines.leakage.near_documents import LeakageConfig
 from data_pipelines.retriever import revisions
 from data_pipelines.retriever.bm25 import Bm25Config
-from data_pipelines.retriever.index import IndexConfig
+from data_pipelines.retriever.index_config import IndexConfig
 from data_pipelines.retriever.keys import Keys, KeysConfig
-from data_pipelines.retriever.neighbours import NeighboursConfig, NeighbourTable, prepare_neighbours
+from data_pipelines.retriever.neighbour_table import NeighbourTable
+from data_pipelines.retriever.neighbours import NeighboursConfig, prepare_neighbours
 from data_pipelines.retriever.prefixes import Prefixes
 from data_pipelines.retriever.queries import Queries
 from data_pipelines.retriever.retriever import Retriever

@@ -26,7 +26,7 @@ from data_pipelines.documents.documents import DROPPED, check_counts, prepare_do
 from data_pipelines.retriever import revisions
 from data_pipelines.retriever.bm25 import prepare_bm25
 from data_pipelines.retriever.filled_slots import describe, share_filled, warn_of_few
-from data_pipelines.retriever.index import prepare_index
+from data_pipelines.retriever.index_build import prepare_index
 from data_pipelines.retriever.keys import prepare_keys
 from data_pipelines.retriever.retriever import Retriever
 from data_pipelines.workdir import leakage_report

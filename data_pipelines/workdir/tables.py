@@ -8,7 +8,7 @@ from data_pipelines.retriever.bm25 import KIND as BM25
 from data_pipelines.retriever.bm25 import prepare_bm25
 from data_pipelines.retriever.compacted import compact_table
 from data_pipelines.retriever.filled_slots import describe, share_filled, warn_of_few
-from data_pipelines.retriever.neighbours import NeighbourTable
+from data_pipelines.retriever.neighbour_table import NeighbourTable
 from data_pipelines.retriever.prefixes import Prefixes
 from data_pipelines.retriever.retriever import Ranking, Retriever
 from data_pipelines.workdir.preparation import Preparation, prepare_table, queries_of

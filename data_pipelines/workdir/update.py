@@ -11,7 +11,7 @@ from data_pipelines.corpora import SPLITS, Document
 from data_pipelines.documents.documents import KnownDocuments, prepare_documents, read_documents
 from data_pipelines.documents.line_ids import ContentNames
 from data_pipelines.retriever import revisions
-from data_pipelines.retriever.index import prepare_index
+from data_pipelines.retriever.index_build import prepare_index
 from data_pipelines.retriever.keys import Keys, prepare_keys
 from data_pipelines.retriever.queries import Queries
 from data_pipelines.token_memory.build import prepare_token_memory

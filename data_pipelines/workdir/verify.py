@@ -14,7 +14,8 @@ from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.corpora import SPLITS
 from data_pipelines.leakage.near_documents import kept_counts, kept_documents
 from data_pipelines.retriever.filled_slots import recall_text
-from data_pipelines.retriever.neighbours import NeighbourTable, recall
+from data_pipelines.retriever.neighbour_facts import recall
+from data_pipelines.retriever.neighbour_table import NeighbourTable
 from data_pipelines.retriever.queries import OwnDocuments, Queries, StoredChunks, chunks_of
 from data_pipelines.retriever.retriever import Retriever
 from data_pipelines.retriever.revisions import folder_of, latest

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from retro_jax.distributed import processes
-from retro_jax.errors import UserError
+from retro_jax.errors import UserError, reason_of
 
 TEMPORARY = ".tmp-"
 _BLOCK = 1 << 20
@@ -179,7 +179,7 @@ def writing(path: pathlib.Path, temporary: pathlib.Path | None = None) -> Iterat
         prefixes = (str(path), str(temporary))
         if error.filename is not None and not str(error.filename).startswith(prefixes):
             raise
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise UserError(f"{path} cannot be written: {reason_of(error)}") from error
 
 
 def sync_folder(folder: pathlib.Path) -> None:

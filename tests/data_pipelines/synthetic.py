@@ -7,7 +7,9 @@ import numpy as np
 
 from data_pipelines.artefacts.manifest import Stage, shard_name
 from data_pipelines.chunk_database.database import ChunkDatabase
-from data_pipelines.retriever.index import Index, IndexConfig, prepare_index
+from data_pipelines.retriever.index import Index
+from data_pipelines.retriever.index_build import prepare_index
+from data_pipelines.retriever.index_config import IndexConfig
 from data_pipelines.retriever.keys import Keys
 from data_pipelines.retriever.retrieval_database import Database
 from data_pipelines.retriever.retriever import Retriever

@@ -4,7 +4,7 @@ import pathlib
 import re
 
 from data_pipelines.chunk_database.database import ChunkDatabase
-from data_pipelines.retriever.neighbours import NeighbourTable
+from data_pipelines.retriever.neighbour_table import NeighbourTable
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "python.md"
 

@@ -14,6 +14,7 @@ import types
 
 import numpy as np
 import pytest
+from pyarrow import parquet
 
 from data_pipelines import workdir as module
 from data_pipelines.artefacts.runner import InProcess
@@ -27,6 +28,7 @@ from data_pipelines.chunk_database.database import ChunkDatabase, prepare_chunks
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.corpora import SourceFile, compression
 from data_pipelines.documents.documents import split_of
+from data_pipelines.evaluation.export import export_chunks, export_neighbours
 from data_pipelines.evaluation.prepare_text import prepare_slice
 from data_pipelines.evaluation.splits import open_split, token_counts
 from data_pipelines.evaluation.texts import SliceConfig
@@ -42,6 +44,7 @@ from data_pipelines.token_memory.workdir_memory import prepare_and_open
 from data_pipelines.workdir import compaction, summary, update, verify
 from data_pipelines.workdir.preparation import Preparation, materialise
 from launch.evaluation.conditions import Condition, neighbour_tokens
+from launch.evaluation.scores import compare_results, keep_scores
 from retro_jax.errors import UserError
 from retro_jax.storage import files
 from tests.conftest_prepared import run_prepare
@@ -294,6 +297,39 @@ def test_materialised_batches_and_slices(places):
 
     same(places, materialised)
     same(places, of_slice)
+
+
+def test_comparisons_and_exports(places, tmp_path):
+    def compared(work):
+        """Losses that depend on the neighbours, summed by document and by what they share with the text."""
+        folder, data = tmp_path / work.name, ("test", Tokenizer.open(work / "tokenizer"))
+        split, lengths = open_split(work, data[0], neighbours=2), data[1].byte_lengths
+        text, near = split.text_mask(lengths), split.neighbours(split.ids, 2)
+        losses = {"off": np.ones(text.shape, np.float32)}
+        losses["on"] = losses["off"] * (near.sum(axis=(1, 2)) % 97)[:, None]
+        results = {}
+        for name, array in losses.items():
+            files.write_array(folder / f"{name}.npy", array)
+            facts = {"settings": {"split": "test", "max_documents": None}, "model": "retro"}
+            facts |= {"manifests": {"chunks": split.database.manifest.hash}}
+            results[name] = facts | {"condition": name, "nll": f"{name}.npy"}
+        sums = keep_scores(folder, results, split=split, text=text, lengths=lengths)
+        found = compare_results(work, [(folder, results[name]) for name in ("on", "off")])
+        assert sums.overlap is not None
+        return found, sums.corpora.tolist(), str(vars(sums.overlap))
+
+    def exported(work):
+        rows = set()
+        for write, split in itertools.product((export_chunks, export_neighbours), SPLITS):
+            write(work, split, tmp_path / "x.parquet")
+            table = parquet.read_table(tmp_path / "x.parquet")
+            columns = [c for c in table.column_names if c not in ("chunk", "neighbour", "score")]
+            rows |= set(map(str, table.select(columns).to_pylist()))
+        assert not any(name in row for row in rows for name in REMOVED)
+        return rows
+
+    same(places, compared)
+    same(places, exported)
 
 
 def test_stats_and_verify(places):

@@ -8,7 +8,7 @@ from pyarrow import feather, parquet
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.evaluation.export import export_chunks, export_neighbours
-from data_pipelines.retriever.neighbours import NeighbourTable
+from data_pipelines.retriever.neighbour_table import NeighbourTable
 from launch import export
 from retro_jax.errors import UserError
 from retro_jax.train.parameter_names import named_leaves

@@ -18,7 +18,7 @@ from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.corpora import SPLITS
 from data_pipelines.evaluation import prepare_text, splits
 from data_pipelines.evaluation.texts import SliceConfig
-from data_pipelines.retriever.neighbours import NeighbourTable
+from data_pipelines.retriever.neighbour_table import NeighbourTable
 from data_pipelines.retriever.retriever import Retriever
 from data_pipelines.workdir.stages import ALL_STAGES, only_one
 from retro_jax.errors import UserError

@@ -14,7 +14,8 @@ from data_pipelines.batches import materialised
 from data_pipelines.batches.batches import BatchConfig, Batches
 from data_pipelines.batches.materialised import MaterialisedBatches, prepare_batches
 from data_pipelines.chunk_database.database import ChunkDatabase
-from data_pipelines.retriever.neighbours import NeighbourTable, prepare_neighbours
+from data_pipelines.retriever.neighbour_table import NeighbourTable
+from data_pipelines.retriever.neighbours import prepare_neighbours
 from retro_jax.errors import UserError
 from tests.data_pipelines.small import tree
 from tests.data_pipelines.synthetic import clustered, retriever

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import resource
 import subprocess
 import sys
 
@@ -361,6 +362,20 @@ except UserError as error:
     assert run.stdout == f"{tmp_path / NAMES[1]} cannot be written: File too large\n"
     assert sorted(_tree(tmp_path)) == [f"{NAMES[0]}", f"{NAMES[0]}.json", "stage.json"]
     assert stage.missing(NAMES[:2]) == [NAMES[1]]
+
+
+def test_a_limit_of_open_files_is_named(tmp_path):
+    stage = Stage(tmp_path, "rows", {})
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = [os.open(os.devnull, os.O_RDONLY)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened[0] + 1, hard))
+    try:
+        with pytest.raises(UserError, match=r"open files, expected a higher limit \(ulimit -n\)"):
+            stage.write_array(NAMES[0], np.zeros(10))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        os.close(opened[0])
+    stage.write_array(NAMES[0], np.zeros(10))
 
 
 def test_leftovers_of_killed_writers_go_when_the_stage_finishes(tmp_path):

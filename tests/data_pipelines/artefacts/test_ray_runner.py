@@ -16,7 +16,9 @@ from data_pipelines.artefacts.runner import InProcess
 from data_pipelines.chunk_database.database import ChunkDatabase, prepare_chunks
 from data_pipelines.documents import reading
 from data_pipelines.documents.documents import prepare_documents
-from data_pipelines.retriever.index import IndexConfig, prepare_index
+from data_pipelines.retriever import search
+from data_pipelines.retriever.index_build import prepare_index
+from data_pipelines.retriever.index_config import IndexConfig
 from data_pipelines.retriever.keys import Keys, KeysConfig, prepare_keys
 from data_pipelines.retriever.neighbours import prepare_neighbours
 from data_pipelines.retriever.retriever import Retriever
@@ -99,7 +101,9 @@ def make(workdir, source, runner):
         if not (workdir / place).exists():
             (workdir / place).symlink_to(source / place)
     found, table = Retriever.open(workdir), workdir / "neighbours" / "train"
-    prepare_neighbours(table, opened, found, k=3, recall_queries=20, runner=runner)
+    with pytest.MonkeyPatch.context() as patched:  # recall by a task for each shard
+        patched.setattr(search, "_TRUTH_CHUNKS", 1)
+        prepare_neighbours(table, opened, found, k=3, recall_queries=20, runner=runner)
 
 
 @pytest.fixture(scope="module")

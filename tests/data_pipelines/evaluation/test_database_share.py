@@ -8,7 +8,8 @@ import pytest
 from data_pipelines.evaluation.database_share import kept_chunks, subsampled
 from data_pipelines.evaluation.splits import open_split
 from data_pipelines.retriever import revisions
-from data_pipelines.retriever.index import IndexConfig, prepare_index
+from data_pipelines.retriever.index_build import prepare_index
+from data_pipelines.retriever.index_config import IndexConfig
 from data_pipelines.retriever.keys import Keys
 from data_pipelines.retriever.neighbours import prepare_neighbours
 from data_pipelines.retriever.retrieval_database import Database

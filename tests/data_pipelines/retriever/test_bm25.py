@@ -9,11 +9,12 @@ import pytest
 from data_pipelines.artefacts.manifest import Stage
 from data_pipelines.artefacts.runner import InProcess, LocalProcesses
 from data_pipelines.chunk_database.database import ChunkDatabase
-from data_pipelines.retriever import bm25, neighbours, postings, revisions
+from data_pipelines.retriever import bm25, neighbour_facts, postings, revisions
 from data_pipelines.retriever.bm25 import Bm25, Bm25Config, prepare_bm25
-from data_pipelines.retriever.index import compare_all
+from data_pipelines.retriever.index_shard import compare_all
 from data_pipelines.retriever.keys import Keys
-from data_pipelines.retriever.neighbours import NeighboursConfig, NeighbourTable, prepare_neighbours
+from data_pipelines.retriever.neighbour_table import NeighbourTable
+from data_pipelines.retriever.neighbours import NeighboursConfig, prepare_neighbours
 from data_pipelines.retriever.queries import OwnDocuments, StoredChunks
 from data_pipelines.retriever.retrieval_database import Database
 from data_pipelines.retriever.retriever import Ranking, Retriever
@@ -255,8 +256,8 @@ def test_tables_are_the_same_over_processes_and_index_shards(made, tmp_path):
 def test_recall_counts_scores_from_above():
     found = np.array([[9.0, 5.0], [3.0, -np.inf], [-np.inf, -np.inf]])
     truth = np.array([[9.0, 7.0], [3.0, -np.inf], [-np.inf, -np.inf]])
-    assert neighbours.recall(found, truth, True) == 2 / 3
-    assert neighbours.recall(truth, truth, True) == 1.0
+    assert neighbour_facts.recall(found, truth, True) == 2 / 3
+    assert neighbour_facts.recall(truth, truth, True) == 1.0
 
 
 def test_removed_documents_and_the_same_document_elsewhere_are_left_out(made, tmp_path):

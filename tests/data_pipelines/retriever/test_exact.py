@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from data_pipelines.retriever import exact
 from data_pipelines.retriever.exact import ExactSearcher
-from data_pipelines.retriever.index import compare_all
+from data_pipelines.retriever.index_shard import compare_all
 from tests.data_pipelines.synthetic import clustered, nearest, write_database, write_keys
 
 

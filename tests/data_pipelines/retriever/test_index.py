@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from data_pipelines.artefacts.manifest import Manifest
-from data_pipelines.retriever import index as module
+from data_pipelines.retriever import index_config, index_shard
 from data_pipelines.retriever.exact import ExactSearcher
-from data_pipelines.retriever.index import Index, IndexConfig, IndexPlan, plan_index, prepare_index
-from data_pipelines.retriever.index_config import KINDS
+from data_pipelines.retriever.index import Index
+from data_pipelines.retriever.index_build import prepare_index
+from data_pipelines.retriever.index_config import KINDS, IndexConfig, plan_index
+from data_pipelines.retriever.index_kind import IndexPlan
 from data_pipelines.retriever.scann_index import ScannIndex, import_scann
 from retro_jax.errors import UserError
 from tests.data_pipelines.synthetic import clustered, nearest, write_database, write_keys
@@ -153,7 +155,7 @@ def test_many_neighbours_are_asked_of_the_index_too(tmp_path, monkeypatch, kind,
     vectors = clustered(2000)
     keys = make_keys(tmp_path, vectors, [4] * 500)
     prepare_index(tmp_path / "index", keys, IndexConfig(kind=kind, reorder=2000))
-    monkeypatch.setattr(module, "compare_all", None)
+    monkeypatch.setattr(index_shard, "compare_all", None)
     exclude = np.arange(3)
     ids, distances = Index.open(tmp_path / "index", keys).search(vectors[:3], k, exclude)
     owners = keys.database.documents(np.arange(2000))
@@ -207,7 +209,7 @@ class Halves:
 
 
 def test_a_further_kind_is_a_line_in_kinds(tmp_path, monkeypatch):
-    monkeypatch.setitem(module.KINDS, "halves", Halves())
+    monkeypatch.setitem(index_config.KINDS, "halves", Halves())
     vectors = clustered(400)
     vectors[0] = np.nan
     keys = make_keys(tmp_path, vectors)

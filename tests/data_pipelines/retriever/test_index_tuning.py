@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data_pipelines.retriever.index import IndexPlan
+from data_pipelines.retriever.index_kind import IndexPlan
 from data_pipelines.retriever.index_tuning import (
     Point,
     TuneConfig,

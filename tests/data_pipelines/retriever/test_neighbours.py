@@ -6,14 +6,13 @@ import pytest
 from data_pipelines.artefacts.manifest import Manifest
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.retriever.filled_slots import describe, share_filled, warn_of_few
-from data_pipelines.retriever.index import IndexConfig, IndexShard, prepare_index
+from data_pipelines.retriever.index_build import prepare_index
+from data_pipelines.retriever.index_config import IndexConfig
+from data_pipelines.retriever.index_shard import IndexShard
 from data_pipelines.retriever.keys import BlockSource, Keys, KeysConfig, prepare_keys
-from data_pipelines.retriever.neighbours import (
-    NeighboursConfig,
-    NeighbourShard,
-    NeighbourTable,
-    prepare_neighbours,
-)
+from data_pipelines.retriever.neighbour_shards import NeighbourShard
+from data_pipelines.retriever.neighbour_table import NeighbourTable
+from data_pipelines.retriever.neighbours import NeighboursConfig, prepare_neighbours
 from data_pipelines.retriever.retriever import Retriever
 from data_pipelines.retriever.search import Dense
 from retro_jax.errors import UserError

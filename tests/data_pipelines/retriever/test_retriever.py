@@ -9,7 +9,9 @@ from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.live.settings import LiveSettings
 from data_pipelines.retriever import candidates, index
-from data_pipelines.retriever.index import IndexConfig, compare_all, prepare_index
+from data_pipelines.retriever.index_build import prepare_index
+from data_pipelines.retriever.index_config import IndexConfig
+from data_pipelines.retriever.index_shard import compare_all
 from data_pipelines.retriever.keys import Keys, KeysConfig, prepare_keys
 from data_pipelines.retriever.retriever import Retriever
 from retro_jax.errors import UserError

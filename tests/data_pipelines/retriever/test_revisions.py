@@ -11,9 +11,12 @@ from data_pipelines.batches.batches import BatchConfig, Batches
 from data_pipelines.batches.training_data import copy_databases, copy_tables
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.retriever import revisions
-from data_pipelines.retriever.index import IndexConfig, IndexShard, compare_all, prepare_index
+from data_pipelines.retriever.index_build import prepare_index
+from data_pipelines.retriever.index_config import IndexConfig
+from data_pipelines.retriever.index_shard import IndexShard, compare_all
 from data_pipelines.retriever.keys import Keys
-from data_pipelines.retriever.neighbours import NeighbourTable, prepare_neighbours
+from data_pipelines.retriever.neighbour_table import NeighbourTable
+from data_pipelines.retriever.neighbours import prepare_neighbours
 from data_pipelines.retriever.retrieval_database import Database
 from data_pipelines.retriever.retriever import Retriever
 from retro_jax.errors import UserError

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 from data_pipelines.retriever import revisions
-from data_pipelines.retriever.index import Index, IndexConfig, prepare_index
-from data_pipelines.retriever.neighbours import NeighbourTable, prepare_neighbours
+from data_pipelines.retriever.index import Index
+from data_pipelines.retriever.index_build import prepare_index
+from data_pipelines.retriever.index_config import IndexConfig
+from data_pipelines.retriever.neighbour_table import NeighbourTable
+from data_pipelines.retriever.neighbours import prepare_neighbours
 from data_pipelines.retriever.retrieval_database import Database
 from data_pipelines.retriever.retriever import Retriever
 from data_pipelines.retriever.routes import Routes

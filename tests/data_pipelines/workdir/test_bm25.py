@@ -17,7 +17,7 @@ from data_pipelines.evaluation.splits import open_split
 from data_pipelines.evaluation.texts import SliceConfig
 from data_pipelines.live.database import LiveDatabases
 from data_pipelines.retriever.bm25 import Bm25
-from data_pipelines.retriever.neighbours import NeighbourTable
+from data_pipelines.retriever.neighbour_table import NeighbourTable
 from data_pipelines.retriever.retriever import Retriever
 from data_pipelines.workdir import update
 from data_pipelines.workdir.served_documents import change_documents

@@ -9,7 +9,7 @@ from data_pipelines import workdir
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.corpora import SPLITS
 from data_pipelines.retriever.given_keys import write_given_keys
-from data_pipelines.retriever.neighbours import NeighbourTable
+from data_pipelines.retriever.neighbour_table import NeighbourTable
 from data_pipelines.retriever.retriever import Retriever
 from data_pipelines.workdir import DocumentsConfig, KeysConfig, PrepareConfig, TextCorpus
 from retro_jax.errors import UserError
@@ -57,9 +57,22 @@ def test_wrong_vectors_are_refused_before_anything_is_written(prepared):
     assert not (folder / "keys").exists()
 
 
+class Computed:
+    """Rows that are computed a shard at a time."""
+
+    def __init__(self, array, shards):
+        self.shape, self._array, self._shards = array.shape, array, shards
+
+    def __getitem__(self, rows):
+        assert range(rows.start, rows.stop) in self._shards
+        return self._array[rows]
+
+
 def test_tables_are_those_of_the_vectors(prepared):
     folder, config, vectors = prepared
-    write_given_keys(folder, vectors, name="mine")
+    shards = ChunkDatabase.open(folder / "chunks" / "train").shards
+    train = Computed(vectors["train"], shards)
+    write_given_keys(folder, vectors | {"train": train}, name="mine")
     workdir.prepare(folder, config)
     scores = NeighbourTable.open(folder / "neighbours" / "test").scores(
         np.arange(len(vectors["test"]))

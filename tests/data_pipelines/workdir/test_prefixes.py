@@ -12,7 +12,7 @@ from data_pipelines.evaluation.prepare_text import prepare_slice
 from data_pipelines.evaluation.texts import SliceConfig
 from data_pipelines.retriever.embedder import Embedder
 from data_pipelines.retriever.keys import KeysConfig
-from data_pipelines.retriever.neighbours import NeighbourTable
+from data_pipelines.retriever.neighbour_table import NeighbourTable
 from data_pipelines.retriever.prefixes import Prefixes
 from data_pipelines.retriever.retriever import Retriever
 from data_pipelines.workdir import DocumentsConfig, PrepareConfig, TextCorpus, update, verify

@@ -30,6 +30,11 @@ def _raises(error: BaseException) -> int:
         (UserError("the thing\n is wrong"), 1, "error: the thing is wrong\n"),
         (OSError(errno.ENOSPC, "No space left", "/a/b"), 1, "error: /a/b: No space left\n"),
         (OSError("no errno"), 1, "error: no errno\n"),
+        (
+            OSError(errno.EMFILE, "Too many open files", "/a"),
+            1,
+            "error: /a: Too many open files, expected a higher limit (ulimit -n)\n",
+        ),
         (flags.Error("--x is missing"), 2, "error: --x is missing\n"),
         (KeyboardInterrupt(), 130, "error: interrupted: run the same command again to go on\n"),
     ],

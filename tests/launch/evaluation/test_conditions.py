@@ -12,7 +12,7 @@ from data_pipelines.evaluation.database_share import kept_chunks
 from data_pipelines.evaluation.splits import open_split
 from data_pipelines.retriever import index_config, revisions
 from data_pipelines.retriever.datastore import search_datastore
-from data_pipelines.retriever.neighbours import NeighbourTable
+from data_pipelines.retriever.neighbour_table import NeighbourTable
 from data_pipelines.retriever.retriever import Retriever
 from launch import evaluate, report
 from retro_jax.evaluate import score, scorer
