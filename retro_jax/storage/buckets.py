@@ -16,7 +16,14 @@ from retro_jax.storage import files, urls
 
 _TRIES, _FIRST_WAIT, _LONGEST_WAIT = 6, 0.5, 8.0  # seconds; each wait is twice the one before
 _REFUSED = (401, 403)  # statuses of HTTP that stay as they are
-_VERSIONS = ("ETag", "md5Hash", "etag", "mtime", "created")  # what stores call an object's version
+_VERSIONS = (
+    "ETag",
+    "md5Hash",
+    "etag",
+    "blob_id",
+    "mtime",
+    "created",
+)  # what stores call an object's version
 
 T = TypeVar("T")
 
