@@ -1,9 +1,4 @@
-"""lm-eval with the model `retro`, a trained run with its database (the extra `lm-eval`).
-
-    python -m launch.runs.lm_eval_model run --model retro --model_args workdir=W --tasks lambada_openai
-
-The rest of the command line is lm-eval's own. docs/evaluation.md has the arguments and what was measured.
-"""
+"""lm-eval's command line with the model `retro` (the extra `lm-eval`); docs/evaluation.md has the command."""
 
 from lm_eval.__main__ import cli_evaluate
 
