@@ -1,4 +1,4 @@
-"""Packaging of retro-jax. Exact versions are in constraints.txt; reasons in WORKSPACE.md.
+"""Packaging of retro-jax; pyproject.toml has its version. constraints.txt has exact ones of the rest.
 
 The lower bounds are versions with which tests of model, training and data passed on Python 3.11.
 """
@@ -30,6 +30,7 @@ FAISS = ["faiss-cpu>=1.10"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"]
 FIT = ["gguf>=0.17.1", "tokenizers>=0.21"]
 GCS, S3 = ["gcsfs"], ["s3fs"]
+HF = ["huggingface_hub>=0.34"]
 # Object stores on this machine: S3, and Google's.
 STORES = [*GCS, *S3, "moto[s3]>=5.1", "flask", "flask-cors", "gcp-storage-emulator>=2024.8.3"]
 TEST = [
@@ -39,12 +40,16 @@ TEST = [
     *FIT,
     *SERVE,
     *STORES,
+    *HF,
     "jsonschema",
     "openai>=1.40",
     "pytest",
     "pytest-xdist",
     "hypothesis",
     "setuptools>=68",
+    "setuptools-scm>=8.1",
+    "nbclient>=0.10",
+    "ipykernel>=6.29",
 ]
 # Headless Chromium for `python -m tests.report.browser`.
 BROWSER = ["playwright>=1.65"]
@@ -100,7 +105,6 @@ def urls() -> dict[str, str]:
 
 setup(
     name="retro-jax",
-    version="0.1.0",
     description="Retrieval-enhanced transformers (RETRO) in JAX and Flax, trained on TPU and GPU meshes",
     long_description=long_description(),
     long_description_content_type="text/markdown",
@@ -157,6 +161,8 @@ setup(
         "serve": SERVE,
         "gcs": GCS,
         "s3": S3,
+        "hf": HF,
+        "lm-eval": ["lm-eval>=0.4.13"],
         "wandb": ["wandb"],
         "dist": ["build", "twine"],
         "browser": BROWSER,

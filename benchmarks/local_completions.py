@@ -43,8 +43,8 @@ metric_list: [{metric: bits_per_byte}]
 """
 
 
-def documents(workdir: pathlib.Path) -> list[tuple[str, int, float]]:
-    """Text, tokens and nats of short documents, as launch.evaluate has them.
+def documents(workdir: pathlib.Path) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Text, tokens [n] and their nats [n] of short documents, as launch.evaluate has them.
 
     Raises:
       UserError: launch.evaluate has not scored the test split with retrieval.
@@ -68,7 +68,7 @@ def documents(workdir: pathlib.Path) -> list[tuple[str, int, float]]:
         own = owners == number
         if own.sum() <= most:
             ids = tokens[own][text[own]]
-            found.append((tokenizer.decode(ids), len(ids), float(nll[own][text[own]].sum())))
+            found.append((tokenizer.decode(ids), ids, nll[own][text[own]]))
     return found[: MOST.value]
 
 
@@ -96,12 +96,12 @@ def scored(url: str, texts: list[str]) -> list[float]:
         subprocess.run(command, check=True, env={**os.environ, **offline})
         (path,) = folder.rglob("samples_retro_local*.jsonl")
         samples = [json.loads(line) for line in path.read_text().splitlines()]
-    nats = {sample["doc"]["number"]: _number(sample["resps"]) for sample in samples}
+    nats = {sample["doc"]["number"]: first_number(sample["resps"]) for sample in samples}
     return [-nats[i] for i in range(len(texts))]
 
 
-def _number(value: object) -> float:
-    """The one number inside of lists."""
+def first_number(value: object) -> float:
+    """The first number inside of lists."""
     while isinstance(value, list):
         value = value[0]
     return float(str(value))
@@ -110,7 +110,7 @@ def _number(value: object) -> float:
 def main() -> None:
     """Scores and compares."""
     workdir = pathlib.Path(app.required(app.WORKDIR, "a trained and evaluated run with its data"))
-    known = documents(workdir)
+    known = [(text, len(ids), float(nats.sum())) for text, ids, nats in documents(workdir)]
     with Server(workdir) as server:
         nats = scored(server.url, [text for text, _, _ in known])
     tokens = sum(count for _, count, _ in known)

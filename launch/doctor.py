@@ -13,7 +13,6 @@ from absl import flags
 
 from launch.common import app
 from retro_jax import installation
-from retro_jax.installation import Finding, Limits
 
 NEEDED = flags.DEFINE_list("extras", [], "Extras that must be whole, as in data,cuda.")
 
@@ -24,7 +23,7 @@ def main() -> None:
     if unknown:
         names = ", ".join(installation.EXTRAS)
         raise flags.Error(f"--extras={','.join(sorted(unknown))}: expected some of {names}")
-    findings = examine(app.WORKDIR.value or ".", NEEDED.value)
+    findings = installation.examine(app.WORKDIR.value or ".", NEEDED.value)
     width = max(len(each.subject) for lines in findings.values() for each in lines)
     for heading, lines in findings.items():
         print(f"\n{heading}" if heading != next(iter(findings)) else heading)
@@ -39,20 +38,6 @@ def main() -> None:
     print(f"\n{verdict}; {notes} notes")
     if failures:
         sys.exit(1)
-
-
-def examine(workdir: str, needed: list[str]) -> dict[str, list[Finding]]:
-    """The findings by heading.
-
-    Args:
-      workdir: the directory of a run, which need not exist. needed: extras that must be whole.
-    """
-    return {
-        "Versions": installation.python_and_project(),
-        "Packages": installation.packages(installation.requirements(), needed),
-        "Devices": installation.devices(),
-        "Limits": installation.limits(Limits.read(workdir)),
-    }
 
 
 if __name__ == "__main__":

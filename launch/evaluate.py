@@ -54,6 +54,7 @@ from launch.common.flags import (
     PEER_TIMEOUT,
     PROCESS_ID,
     RETRIEVAL,
+    SKIP_BAD,
     SPLIT,
     join_processes,
 )
@@ -195,7 +196,7 @@ def main() -> None:
     conditions = processes.together(lambda: _checked_conditions(workdir, data, settings))
     scorer = Scorer()
     with processes.noticing_loss():
-        configs = wanted_slices(SLICES.value, PATHS.value, MAX_DOCUMENTS.value)
+        configs = wanted_slices(SLICES.value, PATHS.value, MAX_DOCUMENTS.value, SKIP_BAD.value)
         revisions = [*map(int, _numbers(REVISIONS, 0, 99_999, whole=True))]
         prepare_tables(data, SPLIT.value, configs, revisions, bert_folder=BERT_FOLDER.value)
         for number, name in enumerate([config.key for config in configs] or [SPLIT.value]):

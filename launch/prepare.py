@@ -39,15 +39,12 @@ from data_pipelines.workdir.preparation import Preparation, materialise
 from data_pipelines.workdir.settings_file import SETTINGS_FILE
 from data_pipelines.workdir.stages import chosen_stages, only_one
 from launch.common import app, configurables
-from launch.common.flags import QUESTIONS, question_files
+from launch.common.flags import QUESTIONS, SKIP_BAD, question_files
 from retro_jax.errors import UserError
 from retro_jax.report.tables import as_text
 from retro_jax.train import record
 
 STAGES = flags.DEFINE_list("stages", None, "Only these stages, in their own order. Default: all.")
-SKIP_BAD = flags.DEFINE_bool(
-    "skip_bad_documents", False, "Count documents that cannot be read and go on."
-)
 VERIFY = flags.DEFINE_bool(
     "verify", False, "Hash every file again, compute a sample again, print each check, and stop."
 )

@@ -27,6 +27,8 @@ EXTRAS = {
     "cluster": "preparing on several machines",
     "gcs": "gs:// addresses",
     "s3": "s3:// addresses",
+    "hf": "hf:// addresses",
+    "lm-eval": "lm-eval's tasks, with its model `retro`",
     "cuda": "NVIDIA GPUs",
     "tpu": "TPUs, and launch.compile_check for them",
 }
@@ -98,6 +100,20 @@ class Limits:
             memory=_memory(),
             cpus=len(os.sched_getaffinity(0)),
         )
+
+
+def examine(workdir: str, needed: Sequence[str]) -> dict[str, list[Finding]]:
+    """The findings by heading.
+
+    Args:
+      workdir: the directory of a run, which need not exist. needed: extras that must be whole.
+    """
+    return {
+        "Versions": python_and_project(),
+        "Packages": packages(requirements(), needed),
+        "Devices": devices(),
+        "Limits": limits(Limits.read(workdir)),
+    }
 
 
 def python_and_project() -> list[Finding]:

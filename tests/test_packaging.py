@@ -85,6 +85,8 @@ def test_its_metadata_is_whole(installed: pathlib.Path):
     assert f"VERSIONS := {' '.join(versions)}\n" in (ROOT / "Makefile").read_text("utf-8")
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8"))
     assert workflow["jobs"]["run"]["strategy"]["matrix"]["python"] == versions
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert metadata["Version"] == re.findall(r"^## (\d\S+) - ", changes, re.MULTILINE)[0]
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
     assert citation["version"] == metadata["Version"]
     assert citation["license"] == metadata["License"]
@@ -145,6 +147,30 @@ def test_links_are_absolute_where_the_repository_is_known():
     assert "](https://example.org/o/r/raw/main/docs/images/report.png)" in run.stdout
     assert not re.search(r"\]\((?!https?://|#)", run.stdout)
     assert run.stdout.splitlines()[-1] == "https://example.org/o/r"
+
+
+def test_the_version_is_that_of_the_tag(tmp_path: pathlib.Path):
+    """At a tag its own; later the next one's, with the number of commits since."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+    (tmp_path / ".gitignore").write_text("*.egg-info\n*.dist-info\n")
+    for command in ("init -q", "add .", "commit -qm one", "tag v7.8.9"):
+        subprocess.run([*git, *command.split()], cwd=tmp_path, check=True)
+    assert _version_of(tmp_path) == "7.8.9"
+    subprocess.run([*git, *["commit", "-qm", "two", "--allow-empty"]], cwd=tmp_path, check=True)
+    assert re.fullmatch(r"7\.8\.10\.dev1\+g[0-9a-f]+", _version_of(tmp_path))
+
+
+def _version_of(folder: pathlib.Path) -> str:
+    """The version in the metadata that a folder's build would have."""
+    code = "from setuptools import build_meta as b; print(b.prepare_metadata_for_build_wheel('.'))"
+    run = _python(["-c", code], cwd=folder)
+    assert run.returncode == 0, run.stderr
+    (path,) = folder.glob("*.dist-info/METADATA")
+    version = email.message_from_string(path.read_text(encoding="utf-8"))["Version"]
+    shutil.rmtree(path.parent)
+    return str(version)
 
 
 def test_it_works_in_an_empty_folder(installed: pathlib.Path, tmp_path: pathlib.Path):

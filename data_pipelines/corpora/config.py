@@ -54,7 +54,7 @@ class CorpusConfig:
         "datasets" (a folder by Hugging Face's save_to_disk, or Arrow files),
         "wikitext" (wiki.*.tokens) or "wikitext_raw" (wiki.*.raw), both also as Parquet with one line
         per row.
-      path: a folder or file, or a URL that fsspec reads (gs://, s3://); None for the files of the
+      path: a folder or file, or a URL that fsspec reads (gs://, s3://, hf://); None for the files of the
         package or interpreter, if the kind has them.
       include: patterns of paths relative to the folder, in which * crosses folders too; None for the
         kind's default (code: *.py, text: *.txt).

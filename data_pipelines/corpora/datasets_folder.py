@@ -36,9 +36,15 @@ def read_arrow(config: CorpusConfig, file: SourceFile, reading: Reading) -> Iter
             schema, batches = _open(pyarrow, file, opened)
             for name in text_columns(config):
                 check_column(name, schema, file.path)
-            whole = (_checked(pyarrow, batch, config) for batch in batches)
-            for record, _ in read_batches(whole, 0, config, file, reading):
-                yield record
+            number = 0
+            for batch in batches:
+                rows = f"row {number + 1:,} to {number + batch.num_rows:,}"
+                whole = _checked(
+                    pyarrow, batch, config, f"{file.path} is damaged from {rows}", reading
+                )
+                for record, _ in read_batches(whole, number, config, file, reading):
+                    yield record
+                number += batch.num_rows
         except UserError:
             raise
         except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
@@ -64,14 +70,17 @@ def _open(pyarrow: Any, file: SourceFile, opened: BinaryIO) -> tuple[Any, Iterat
 
 
 def _small(batches: Iterator[Any]) -> Iterator[Any]:
-    """The rows of batches, some at a time."""
+    """The rows of batches, some at a time; their number is right before rows are looked at."""
     for batch in batches:
+        batch.validate()
         for start in range(0, batch.num_rows, _ROWS):
             yield batch.slice(start, _ROWS)
 
 
-def _checked(pyarrow: Any, batch: Any, config: CorpusConfig) -> Any:
-    """The columns of a batch that are read, if their offsets stay within their bytes.
+def _checked(
+    pyarrow: Any, batch: Any, config: CorpusConfig, damaged: str, reading: Reading
+) -> list[Any]:
+    """The columns of a batch that are read, if their offsets stay within their bytes; else no batch.
 
     Arrow maps them as they are: of a damaged file they could be anywhere in memory. Text that is no
     UTF-8 is the fault of a row, not of the file, so its bytes alone are checked.
@@ -80,16 +89,20 @@ def _checked(pyarrow: Any, batch: Any, config: CorpusConfig) -> Any:
     names = [
         n for n in batch.schema.names if n in wanted or any(w.startswith(f"{n}.") for w in wanted)
     ]
-    batch.validate()
     batch = batch.select(names)
-    for column in batch.columns:
-        as_bytes = {
-            pyarrow.string(): pyarrow.binary(),
-            pyarrow.large_string(): pyarrow.large_binary(),
-        }
-        kind = as_bytes.get(column.type)
-        (column if kind is None else column.view(kind)).validate(full=True)
-    return batch
+    as_bytes = {
+        pyarrow.string(): pyarrow.binary(),
+        pyarrow.large_string(): pyarrow.large_binary(),
+    }
+    try:
+        for column in batch.columns:
+            kind = as_bytes.get(column.type)
+            (column if kind is None else column.view(kind)).validate(full=True)
+    except (pyarrow.ArrowException, ValueError) as error:
+        reason = str(error).split("\n")[0].rstrip(".")
+        reading.bad(f"{damaged} ({reason}): expected a whole Arrow file", batch.num_rows)
+        return []
+    return [batch]
 
 
 def check_folder(config: CorpusConfig) -> None:

@@ -57,7 +57,6 @@ class Reading:
       spellings: each label as the corpus spells it.
       first_bad: the fault of the first bad one.
       source: which edition of the corpus was read, where it has one.
-      may_skip: whether the caller can ask for skip_bad; an evaluation text is scored whole.
     """
 
     skip_bad: bool = False
@@ -66,7 +65,6 @@ class Reading:
     spellings: dict[str, str] = dataclasses.field(default_factory=dict)
     first_bad: str = ""
     source: str = ""
-    may_skip: bool = True
 
     def label(self, name: str) -> str:
         """Counts a document of a label; returns the label as in a corpus's name.
@@ -88,13 +86,11 @@ class Reading:
                 " that differ in more than case, spaces and points"
             )
 
-    def bad(self, message: str) -> None:
-        """Stops at a bad document, or counts it."""
+    def bad(self, message: str, count: int = 1) -> None:
+        """Stops at a bad document, or counts it, or so many that cannot be read together."""
         if not self.skip_bad:
-            if self.may_skip:
-                message = f"{message}; skip_bad_documents counts such documents and goes on"
-            raise UserError(message)
-        self.counts["bad"] += 1
+            raise UserError(f"{message}; skip_bad_documents counts such documents and goes on")
+        self.counts["bad"] += count
         self.first_bad = self.first_bad or message
 
     def decode(self, data: bytes, place: str, offset: int = 0) -> str | None:

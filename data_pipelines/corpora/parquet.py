@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 from data_pipelines.corpora.arrow_rows import (
     check_column,
@@ -17,6 +17,7 @@ from data_pipelines.corpora.sources import SourceFile, open_file
 from retro_jax.errors import UserError
 
 _ROWS = 1024  # that are plain Python objects at once
+_BLOCK = 1 << 20
 
 
 def read_parquet(config: CorpusConfig, file: SourceFile, reading: Reading) -> Iterator[Record]:
@@ -37,7 +38,7 @@ def read_parquet_objects(
     pyarrow, parquet = import_pyarrow()
     with open_file(file) as opened:
         try:
-            table = parquet.ParquetFile(opened)
+            table = parquet.ParquetFile(opened, page_checksum_verification=True)
             for name in names or text_columns(config):
                 check_column(name, table.schema_arrow, file.path)
             columns = None if names is None else list(names)
@@ -47,8 +48,10 @@ def read_parquet_objects(
                 batches = table.iter_batches(
                     _ROWS, row_groups=[group], columns=columns, use_threads=False
                 )
-                yield from read_batches(batches, number, config, file, reading)
-                number += table.metadata.row_group(group).num_rows
+                damage = _Damage(opened, table.metadata.row_group(group), file.path, number)
+                whole = damage.passed_by(batches, reading)
+                yield from read_batches(whole, number, config, file, reading)
+                number += damage.rows
         except UserError:
             raise
         except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
@@ -56,6 +59,50 @@ def read_parquet_objects(
             raise UserError(
                 f"{file.path} is damaged ({reason}): expected a whole Parquet file"
             ) from error
+
+
+class _Damage:
+    """What a damaged page makes of its row group: the rows from there on are bad.
+
+    Attributes:
+      rows: of the row group.
+    """
+
+    def __init__(self, opened: BinaryIO, group: Any, path: str, before: int) -> None:
+        """Takes an open file, a row group's metadata, the file's path, and the rows before the group."""
+        self.rows: int = group.num_rows
+        self._opened, self._group, self._path, self._before = opened, group, path, before
+
+    def passed_by(self, batches: Iterator[Any], reading: Reading) -> Iterator[Any]:
+        """The batches that can be read; all rows after them are one bad document each."""
+        pyarrow, _ = import_pyarrow()
+        count, reason = 0, "it has fewer rows than it states"
+        try:
+            for batch in batches:
+                yield batch
+                count += batch.num_rows
+        except MemoryError:
+            raise
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            self._read_bytes()  # that cannot be read at all are no damaged page
+            reason = str(error).split("\n")[0].rstrip(".")
+        if count < self.rows:
+            first, last = self._before + count + 1, self._before + self.rows
+            reading.bad(
+                f"{self._path} is damaged from row {first:,} to {last:,} ({reason}): expected a whole"
+                " Parquet file",
+                self.rows - count,
+            )
+
+    def _read_bytes(self) -> None:
+        """Reads the row group's bytes; raises what that raises."""
+        columns = [self._group.column(i) for i in range(self._group.num_columns)]
+        for column in columns:
+            offsets = (column.dictionary_page_offset, column.data_page_offset)
+            self._opened.seek(min(offset for offset in offsets if offset is not None))
+            rest = column.total_compressed_size
+            while rest > 0 and (block := self._opened.read(min(rest, _BLOCK))):
+                rest -= len(block)
 
 
 def parts_of_rows(file: SourceFile, most: int) -> Iterator[SourceFile]:

@@ -1,4 +1,4 @@
-"""The files of a corpus: on this machine, or at URLs that fsspec reads (gs://, s3://, memory://).
+"""The files of a corpus: on this machine, or at URLs that fsspec reads (gs://, s3://, hf://, memory://).
 
 Files are found one after the other, in memory that does not grow with their number: a folder of this
 machine is read 65,536 entries at a time, a remote one folder by folder.
@@ -25,7 +25,7 @@ _logger = logging.getLogger(__name__)
 WORKDIR_MARK = ".prepare.lock"  # every workdir has this file
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 _RUN_MARKS = {"config.gin", "checkpoints"}  # and every run both of these
-_STAMPS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "updated", "created")
+_STAMPS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "updated", "created")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,11 +190,13 @@ def _find_remote(root: str, config: CorpusConfig) -> Iterator[SourceFile]:
     """The files below a URL."""
     with _one_line(root):
         system, top = _file_system(root)
+        system.invalidate_cache()  # of listings, which the hub's client keeps in any case
         try:
             info = system.info(top)
         except FileNotFoundError:
+            private = ", and HF_TOKEN where it is private" if root.startswith("hf://") else ""
             raise UserError(
-                f"corpus {config.name!r}: {root} is missing: expected a file or folder"
+                f"corpus {config.name!r}: {root} is missing: expected a file or folder{private}"
             ) from None
         if info["type"] == "file":
             yield _remote_file(system, pathlib.PurePosixPath(top).name, info)

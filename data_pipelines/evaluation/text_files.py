@@ -3,11 +3,12 @@
 import logging
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from data_pipelines.corpora.config import CorpusConfig
 from data_pipelines.corpora.sources import SourceFile, find_files
 from retro_jax.errors import UserError
+from retro_jax.storage.urls import is_url
 
 _NAMES = {
     "train": "train",
@@ -44,7 +45,7 @@ def files_to_score(config: CorpusConfig) -> Iterator[SourceFile]:
     files = list(find_files(path, config))
     splits = {file.name: split_in_name(file.name) for file in files}
     held = {split for split in splits.values() if split}
-    if pathlib.Path(path).is_file() or held in (set(), {"validation"}, {"test"}):
+    if _is_file(path, files) or held in (set(), {"validation"}, {"test"}):
         yield from files
         return
     if "test" not in held:
@@ -58,3 +59,10 @@ def files_to_score(config: CorpusConfig) -> Iterator[SourceFile]:
         *(path, chosen[0].name, len(left), left[0]),
     )
     yield from chosen
+
+
+def _is_file(path: str, files: Sequence[SourceFile]) -> bool:
+    """Whether a path or URL names a file, not a folder of some."""
+    if not is_url(path):
+        return pathlib.Path(path).is_file()
+    return len(files) == 1 and pathlib.PurePosixPath(path).name == files[0].name

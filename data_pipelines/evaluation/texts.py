@@ -56,12 +56,14 @@ class SliceConfig:
       path: the file or folder; None for a slice that was prepared before.
       subsets: of the Pile: these only. () for all.
       max_documents: of each corpus, the first so many in the order of a hash of their ids.
+      skip_bad_documents: count documents that cannot be read, and go on.
     """
 
     name: str
     path: str | None = None
     subsets: tuple[str, ...] = ()
     max_documents: int | None = None
+    skip_bad_documents: bool = False
 
     @property
     def key(self) -> str:
@@ -71,10 +73,8 @@ class SliceConfig:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings in a manifest: all but the path, which may be gone after reading."""
-        fields = dataclasses.asdict(self)
-        del fields["path"]
-        return fields
+        """The settings in a manifest: the path may be gone after reading; facts count bad documents."""
+        return {name: getattr(self, name) for name in ("name", "subsets", "max_documents")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +110,12 @@ def prepare_texts(directory: Path, config: SliceConfig) -> Manifest:
     source = check_source(folder, config)
     done = Stage(folder / KIND, KIND, config.settings, claim=False)
     if done.done:
-        return done.manifest()
+        return _told(config, done.manifest())
     if config.path is None:
         raise UserError(
             f"the slice {config.key} is not prepared: expected --slice_paths={config.name}=PATH"
         )
-    runs = _fill(folder / _SPILL, config)
+    runs, reading = _fill(folder / _SPILL, config)
     files.write_atomically(folder / SOURCE_FILE, files.to_json(source))
     done.claim()
     measures: list[list[int]] = []
@@ -141,9 +141,20 @@ def prepare_texts(directory: Path, config: SliceConfig) -> Manifest:
         "documents": len(measures),
         "bytes": sum(shard["bytes"] for shard in shards),
         "shards": shards,
-        "reading": {},
+        "reading": reading,
     }
-    return done.finish(facts, [shard_name(KIND, i, ".jsonl") for i in range(len(shards))])
+    names = [shard_name(KIND, i, ".jsonl") for i in range(len(shards))]
+    return _told(config, done.finish(facts, names))
+
+
+def _told(config: SliceConfig, documents: Manifest) -> Manifest:
+    """Warns of documents that were left out, each time that the others are scored."""
+    for counts in documents.facts.get("reading", {}).values():
+        _logger.warning(
+            "the slice %s is without %d bad documents: %s",
+            *(config.key, counts["bad"], counts["first_bad"]),
+        )
+    return documents
 
 
 def check_source(directory: Path, config: SliceConfig) -> dict[str, Any]:
@@ -210,12 +221,12 @@ def read_texts(config: SliceConfig, reading: Reading) -> Iterator[Text]:
     return evaluation_text(config.name).read(config, reading)
 
 
-def _fill(folder: pathlib.Path, config: SliceConfig) -> Runs:
-    """The documents by corpus, sorted on disk."""
+def _fill(folder: pathlib.Path, config: SliceConfig) -> tuple[Runs, dict[str, Any]]:
+    """The documents by corpus, sorted on disk; what was left out, where anything was."""
     subsets: set[str] = set()
     shutil.rmtree(folder, ignore_errors=True)
     writer = RunWriter(folder, folder, SORT_BYTES)
-    reading = Reading(may_skip=False)
+    reading = Reading(config.skip_bad_documents)
     for text in read_texts(config, reading):
         subsets.add(text.corpus)
         if config.subsets and text.corpus not in config.subsets:
@@ -230,8 +241,10 @@ def _fill(folder: pathlib.Path, config: SliceConfig) -> Runs:
     if unknown or not writer.runs:
         names = ", ".join(sorted(subsets)) or "nothing"
         subject = f"subset {unknown[0]!r}" if unknown else "documents"
-        raise UserError(f"{config.path} has no {subject}: it holds {names}")
-    return Runs([folder])
+        bad = f"; {reading.counts['bad']} are bad: {reading.first_bad}" if reading.first_bad else ""
+        raise UserError(f"{config.path} has no {subject}: it holds {names}{bad}")
+    left_out = {"bad": reading.counts["bad"], "first_bad": reading.first_bad}
+    return Runs([folder]), {config.name: left_out} if reading.first_bad else {}
 
 
 def _sorted_lines(runs: Runs, corpus: str, most: int | None) -> Iterator[bytes]:
@@ -277,20 +290,21 @@ def _objects(
         read = read_parquet_objects if file.suffix == ".parquet" else read_json_objects
         for record, values in read(corpus, file, reading):
             values[fields[0]] = record.text  # as it was decoded
-            for field in fields[1:]:
-                if not isinstance(values.get(field), str):
-                    raise UserError(f"{record.place} has no text in {field!r}: expected a string")
-            _refuse_surrogates(record, [values[field] for field in fields[1:]], reading)
-            if values[fields[-1]].strip():  # what is scored
+            lacking = [field for field in fields if not isinstance(values.get(field), str)]
+            if lacking:
+                reading.bad(f"{record.place} has no text in {lacking[0]!r}: expected a string")
+            elif not _is_unicode(record, [values[field] for field in fields[1:]], reading):
+                continue
+            elif values[fields[-1]].strip():  # what is scored
                 yield record.id, values
             else:
                 reading.counts["empty"] += 1
 
 
-def _refuse_surrogates(record: Record, more: Sequence[str], reading: Reading) -> None:
-    """Raises where a document, or another of its fields, cannot be written as UTF-8."""
-    for text in (record.text, *more):
-        check_unicode(dataclasses.replace(record, text=text), record.place, reading)
+def _is_unicode(record: Record, more: Sequence[str], reading: Reading) -> bool:
+    """Whether a document and its other fields can be written as UTF-8."""
+    records = (dataclasses.replace(record, text=text) for text in (record.text, *more))
+    return all(check_unicode(one, record.place, reading) for one in records)
 
 
 def _plain(config: SliceConfig, reading: Reading) -> Iterator[Text]:
@@ -321,7 +335,8 @@ def _pile(config: SliceConfig, reading: Reading) -> Iterator[Text]:
         meta = record.get("meta")
         subset = meta.get("pile_set_name") if isinstance(meta, dict) else None
         if not isinstance(subset, str):
-            raise UserError(f"{name} has no meta.pile_set_name: expected the Pile's JSON lines")
+            reading.bad(f"{name} has no meta.pile_set_name: expected the Pile's JSON lines")
+            continue
         yield _of_text(name, pile_subset(subset), record["text"])
 
 

@@ -1,7 +1,7 @@
 """A retrieval database that grows and shrinks: revisions, each on top of the one before.
 
     W/chunks/train  W/keys/train  W/index            revision 0, what `prepare` made first
-    W/revisions/00001/chunks/train  keys/train  index    what revision 1 adds, nothing where it only removes
+    W/revisions/00001/chunks/train  keys  index          what revision 1 adds, nothing where it only removes
     W/revisions/00001/database                           published last: which documents are removed, the sums
     W/revisions/00001/neighbours/SPLIT                   the tables against revision 1
 
@@ -38,6 +38,8 @@ from retro_jax.storage import files
 KIND = "database"
 FOLDER = "revisions"
 REMOVED_FILE = "removed.npy"
+KEYS = "keys/train"
+QUERY_KEYS = "keys/queries"  # of the training split, where queries have another prefix
 COMPACTION_FILE = "compaction.npy"  # in a revision's folder, until that compaction is published
 _REMOVED_AT_ONCE = 1000  # documents whose chunks are read together
 _SUMS = ("documents", "chunks", "tokens", "bytes", "words", "lines")
@@ -217,15 +219,17 @@ class JoinedDatabase(ChunkDatabase):
                 yield _shifted(record, first)
 
 
-def open_keys(database: ChunkDatabase, workdir: Path, *, verify: bool = False) -> Keys:
-    """Opens the keys of a retrieval database, of all its revisions.
+def open_keys(
+    database: ChunkDatabase, workdir: Path, *, place: str = KEYS, verify: bool = False
+) -> Keys:
+    """Opens the keys of a retrieval database, of all its revisions; or, by QUERY_KEYS, as queries.
 
     Raises:
       UserError: none there, damaged, those of another database, or made differently from each other.
     """
     if not isinstance(database, JoinedDatabase):
-        return Keys.open(pathlib.Path(workdir) / "keys" / "train", database, verify=verify)
-    parts = [Keys.open(beside(part, "keys/train"), part, verify=verify) for part in database.parts]
+        return Keys.open(pathlib.Path(workdir) / place, database, verify=verify)
+    parts = [Keys.open(beside(part, place), part, verify=verify) for part in database.parts]
     return JoinedKeys(database, parts)
 
 
@@ -239,7 +243,7 @@ class JoinedKeys(Keys):
             if part.manifest.settings != first.manifest.settings:
                 raise UserError(
                     f"{part.directory} and {first.directory} do not belong together: expected keys of"
-                    " the same model and precision"
+                    " the same model, prefixes and precision"
                 )
         self.database, self.parts = database, tuple(parts)
         self.directory, self.dimension = database.directory, first.dimension

@@ -1,7 +1,7 @@
 """`prepare --compact` and `--purge`: one database again, and removed text gone from the disk.
 
     W/revisions/00003/compaction.npy      the plan: which documents are left, and in which shards
-    W/revisions/00003/documents/train  chunks/train  keys/train  index    copied without what was removed
+    W/revisions/00003/documents/train  chunks/train  keys  index    copied without what was removed
     W/revisions/00003/database            published: from now on it is the newest revision
     W/revisions/00003/neighbours/SPLIT    the tables of revision 2 with the new ids
 
@@ -37,7 +37,10 @@ from retro_jax.errors import UserError
 from retro_jax.storage import files
 
 # What a compaction replaces of W and of each revision before it.
-_REPLACED = ("documents/train", "chunks/train", "keys/train", "index", BM25, TOKEN_MEMORY)
+_REPLACED = (
+    *("documents/train", "chunks/train", revisions.KEYS, revisions.QUERY_KEYS, "index"),
+    *(BM25, TOKEN_MEMORY),
+)
 _QUOTING = ("samples", "report.html", "evaluation", "ablations")  # which may quote text
 
 
@@ -113,8 +116,10 @@ def _make_database(p: Preparation, newest: int, folder: pathlib.Path) -> None:
         prepare_token_memory(folder / TOKEN_MEMORY, chunks, runner=p.runner)
     added: Keys | ChunkDatabase = chunks
     if p.config.neighbours.ranking.by_keys:
-        keys = revisions.open_keys(database, p.directory)
-        compact_keys(places["keys/train"], chunks, keys, plan, runner=p.runner)
+        for place in (revisions.KEYS, revisions.QUERY_KEYS):
+            if (p.directory / place).is_dir():
+                keys = revisions.open_keys(database, p.directory, place=place)
+                compact_keys(folder / place, chunks, keys, plan, runner=p.runner)
         added = Keys.open(places["keys/train"], chunks)
         prepare_index(folder / "index", added, p.config.index, runner=p.runner)
     revisions.publish_compacted(p.directory, newest + 1, added)

@@ -23,8 +23,6 @@ from data_pipelines.retriever.prefixes import Prefixes
 from data_pipelines.retriever.queries import Queries
 from data_pipelines.retriever.retriever import Retriever
 
-QUERY_KEYS = "keys/queries"  # of the training split, where queries have another prefix
-
 
 @dataclasses.dataclass(frozen=True)
 class PrepareConfig:
@@ -88,7 +86,7 @@ def queries_of(directory: pathlib.Path, split: str, retriever: Retriever) -> Que
         return retriever.database if split == "train" else ChunkDatabase.open(chunks)
     embedder = retriever.keys.manifest.settings["embedder"]
     if split == "train" and Prefixes.recorded(embedder).differ:
-        return Keys.open(directory / QUERY_KEYS, retriever.database)
+        return revisions.open_keys(retriever.database, directory, place=revisions.QUERY_KEYS)
     return retriever.keys if split == "train" else open_keys(directory, split)
 
 

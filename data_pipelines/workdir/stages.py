@@ -31,7 +31,6 @@ from data_pipelines.retriever.keys import prepare_keys
 from data_pipelines.retriever.retriever import Retriever
 from data_pipelines.workdir import leakage_report
 from data_pipelines.workdir.preparation import (
-    QUERY_KEYS,
     Preparation,
     PrepareConfig,
     open_keys,
@@ -258,7 +257,7 @@ def _keys(p: Preparation) -> tuple[str, int, str]:
     places = {split: ("keys/" + split, split, "query") for split in SPLITS}
     places["train"] = ("keys/train", "train", "passage")
     if prefixes.differ:  # as queries, training chunks have other keys
-        places["queries"] = (QUERY_KEYS, "train", "query")
+        places["queries"] = (revisions.QUERY_KEYS, "train", "query")
     manifests = {
         name: prepare_keys(
             *(p.directory / place, p.directory / "chunks" / chunks, tokenizer, p.config.keys),

@@ -1,6 +1,6 @@
 """The neighbour tables of revisions, each made from those of the revision before."""
 
-from data_pipelines.artefacts.manifest import MANIFEST_FILE, Manifest
+from data_pipelines.artefacts.manifest import MANIFEST_FILE
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.corpora import SPLITS
 from data_pipelines.retriever import revisions
@@ -9,7 +9,6 @@ from data_pipelines.retriever.bm25 import prepare_bm25
 from data_pipelines.retriever.compacted import compact_table
 from data_pipelines.retriever.filled_slots import describe, share_filled, warn_of_few
 from data_pipelines.retriever.neighbour_table import NeighbourTable
-from data_pipelines.retriever.prefixes import Prefixes
 from data_pipelines.retriever.retriever import Ranking, Retriever
 from data_pipelines.workdir.preparation import Preparation, prepare_table, queries_of
 from retro_jax.errors import UserError
@@ -22,13 +21,6 @@ def check_ranking(p: Preparation) -> None:
         raise UserError(
             f"NeighboursConfig.retriever is {setting}: expected {ranking}, by which {p.directory}'s tables"
             " were made"
-        )
-    made_by = p.directory / "keys" / "train"
-    embedder = Manifest.read(made_by).settings["embedder"] if ranking.by_keys else {}
-    if Prefixes.recorded(embedder).differ:
-        raise UserError(
-            f"{made_by} has other prefixes for queries than for passages: expected none, as such a"
-            " database is not updated; prepare another workdir"
         )
 
 

@@ -98,7 +98,10 @@ def _append(
         prepare_token_memory(directory, ChunkDatabase.open(chunks), runner=p.runner)
     if not p.config.neighbours.ranking.by_keys:
         return ChunkDatabase.open(chunks)
-    prepare_keys(folder / "keys" / "train", chunks, tokenizer, p.config.keys, runner=p.runner)
+    prepare_keys(folder / revisions.KEYS, chunks, tokenizer, p.config.keys, runner=p.runner)
+    if (p.directory / revisions.QUERY_KEYS).is_dir():
+        place = folder / revisions.QUERY_KEYS
+        prepare_keys(place, chunks, tokenizer, p.config.keys, role="query", runner=p.runner)
     keys = Keys.open(folder / "keys" / "train", ChunkDatabase.open(chunks))
     routed = revisions.open_index(revisions.open_keys(database, p.directory), p.directory).routed
     routes = routed[0].routes if routed else None

@@ -18,11 +18,11 @@ from data_pipelines.retriever.neighbour_facts import recall
 from data_pipelines.retriever.neighbour_table import NeighbourTable
 from data_pipelines.retriever.queries import OwnDocuments, Queries, StoredChunks, chunks_of
 from data_pipelines.retriever.retriever import Retriever
-from data_pipelines.retriever.revisions import folder_of, latest
+from data_pipelines.retriever.revisions import QUERY_KEYS, folder_of, latest
 from data_pipelines.retriever.sampling import sample_ids
 from data_pipelines.workdir import leakage_report
 from data_pipelines.workdir.leakage_report import HELD_OUT
-from data_pipelines.workdir.preparation import QUERY_KEYS, open_keys, queries_of
+from data_pipelines.workdir.preparation import open_keys, queries_of
 from retro_jax.errors import UserError
 
 # Keys of chunks that were embedded in other company differ by rounding, and bfloat16 rounds again.
@@ -102,7 +102,8 @@ def _places_of(revision: int) -> dict[str, Places]:
     result[chunks] = Places("chunks", added)
     of_chunks = {split: f"chunks/{split}" for split in HELD_OUT}
     result[f"{here}duplicates"] = Places("duplicates", {"chunks": chunks} | of_chunks)
-    result[keys] = Places("keys", {"chunks": chunks})
+    for place in (keys, f"{here}{QUERY_KEYS}"):
+        result[place] = Places("keys", {"chunks": chunks})
     result[f"{here}index"] = Places("index", {"keys": keys})
     result[f"{here}database"] = Places("database", published)
     result[f"{here}bm25"] = Places("bm25", {"database": f"{here}database"})

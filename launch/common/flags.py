@@ -28,6 +28,7 @@ NUM_NEIGHBOURS = flags.DEFINE_integer(
 MAX_TOKENS = flags.DEFINE_integer(
     "max_tokens", 128, "Tokens of each sample at most.", lower_bound=1
 )
+SKIP_BAD = flags.DEFINE_bool("skip_bad_documents", False, "Count bad documents and go on.")
 QUESTIONS = flags.DEFINE_multi_string(
     "questions", [], "Questions in the layout of DPR and FiD, as in NAME=questions.jsonl."
 )

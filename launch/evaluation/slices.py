@@ -8,12 +8,13 @@ from data_pipelines.evaluation.texts import TEXTS, SliceConfig, evaluation_text
 
 
 def wanted_slices(
-    values: Sequence[str], paths: Sequence[str], max_documents: int | None
+    values: Sequence[str], paths: Sequence[str], max_documents: int | None, skip_bad: bool
 ) -> list[SliceConfig]:
     """The texts of --slices and --slice_paths; subsets of one slice together.
 
     Args:
       values: NAME, or NAME:SUBSET of a text with subsets. paths: NAME=PATH. max_documents: of each corpus.
+      skip_bad: whether bad documents are counted and left out.
 
     Raises:
       flags.Error: a value that cannot be read, or a path of no slice.
@@ -28,7 +29,7 @@ def wanted_slices(
         subsets.setdefault(name, []).extend([subset] if subset else [])
     places = _paths(paths, list(subsets))
     return [
-        SliceConfig(name, places.get(name), tuple(sorted(set(parts))), max_documents)
+        SliceConfig(name, places.get(name), tuple(sorted(set(parts))), max_documents, skip_bad)
         for name, parts in subsets.items()
     ]
 

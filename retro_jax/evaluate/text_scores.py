@@ -50,13 +50,19 @@ def token_scores(model: Retro, batch: RetroBatch, *, alternatives: int) -> jax.A
 
 
 class TextScorer:
-    """Scores texts with one model; its program is compiled for batches of 1 and of 8 windows."""
+    """Scores texts with one model; its program is compiled for batches of 1 and of 8 windows.
+
+    Attributes:
+      config: the architecture.
+      whole: tokens of a text that every window which scores it sees whole, whatever is scored with it.
+    """
 
     def __init__(self, model: Retro, *, chunks: int, alternatives: int) -> None:
         """Windows have `chunks` chunks and advance by half of it, as launch.evaluate's do."""
         self.config, self._alternatives = model.config, alternatives
         self._chunks, self._stride = chunks, max(1, chunks // 2)
         losses = functools.partial(token_scores, alternatives=alternatives)
+        self.whole = (chunks - self._stride + 1) * self.config.chunk_length
         self._losses: TokenLosses = compiled_token_losses(*nnx.split(model), losses=losses)
 
     def score(

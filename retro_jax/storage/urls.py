@@ -6,7 +6,8 @@ from typing import Any
 from retro_jax.errors import UserError
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
+_STORES = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
+_EXTRAS = {**_STORES, "hf": "hf"}
 
 
 def is_url(place: Any) -> bool:
@@ -16,7 +17,7 @@ def is_url(place: Any) -> bool:
 
 def is_object_store(place: str) -> bool:
     """Whether a URL is of a store without folders, in which buckets are made by their owner."""
-    return place.partition("://")[0] in _EXTRAS
+    return place.partition("://")[0] in _STORES
 
 
 def file_system(url: str, **options: Any) -> tuple[Any, str]:

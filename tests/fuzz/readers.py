@@ -170,11 +170,17 @@ def _corpus(name: str, kind: str, data: bytes, count=lambda path: None, form=_Co
 
 
 def _slice(name: str, file: str, data: bytes) -> Target:
-    """An evaluation text."""
+    """An evaluation text; of JSON lines every document is read or counted."""
 
     def read(folder: pathlib.Path) -> None:
-        for text in read_texts(SliceConfig(name, str(folder / file)), Reading(may_skip=False)):
+        config, reading = SliceConfig(name, str(folder / file)), Reading(skip_bad=True)
+        texts = list(read_texts(config, reading))
+        for text in texts:
             text.text.encode()
+        if file.endswith(".jsonl"):
+            left_out = reading.counts["bad"] + reading.counts["empty"]
+            assert len(texts) + left_out == _count_lines(folder / file), reading.counts
+        list(read_texts(config, Reading()))  # raises at the first bad one
 
     return Target(f"slice {name}", BYTE_CHANGES, functools.partial(_write, file, data), read)
 

@@ -1,6 +1,7 @@
 """Folders as `datasets` 4 writes them; the layout was compared with one that it made."""
 
 import json
+import struct
 
 import pyarrow
 import pytest
@@ -69,6 +70,21 @@ def test_a_folder_that_lacks_something(tmp_path):
     documents, reading = _read(_save(tmp_path / "none", rows, 1), skip=True)
     assert len(documents) == 1 and reading.counts["bad"] == 1
     assert "data-00000-of-00001.arrow:2 has no text in 'text'" in reading.first_bad
+
+
+def test_rows_of_a_damaged_batch_are_counted(tmp_path):
+    """An offset of the second batch of two rows leads outside of its bytes."""
+    (path,) = _save(tmp_path / "mine", shards=1).glob("*.arrow")
+    data = path.read_bytes()
+    offsets = struct.pack("<3i", 0, 6, 12)  # of "text 2" and "text 3", as of every other batch
+    first = data.index(offsets)
+    second = data.index(offsets, first + 12)
+    path.write_bytes(data[:second] + struct.pack("<3i", 0, 600, 12) + data[second + 12 :])
+    with pytest.raises(UserError, match=r"arrow is damaged from row 3 to 4 .*; skip_bad_documents"):
+        _read(tmp_path / "mine")
+    documents, reading = _read(tmp_path / "mine", skip=True)
+    assert [d.text for d in documents] == [f"text {i}" for i in range(10) if i not in (2, 3)]
+    assert reading.counts == {"documents": 8, "bad": 2}
 
 
 class _Frame:

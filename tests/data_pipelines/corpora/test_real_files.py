@@ -1,7 +1,9 @@
 """Files as they come: line ends, compression, byte order marks, links, rows that cannot be read."""
 
 import bz2
+import contextlib
 import gzip
+import io
 import json
 import logging
 import lzma
@@ -212,6 +214,51 @@ def test_a_damaged_page_names_its_file(tmp_path):
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"x.parquet is damaged"):
         _read(tmp_path, "parquet")
+
+
+@pytest.mark.parametrize("checksums", [False, True])
+def test_rows_from_a_damaged_page_on_are_counted(tmp_path, checksums):
+    """Of three row groups the second is damaged at its end: its first rows and the others are read."""
+    rows = [f"text {i} " * 20 for i in range(90)]
+    sink, path = pyarrow.BufferOutputStream(), tmp_path / "x.parquet"
+    settings = {"compression": "none" if checksums else "zstd", "use_dictionary": False}
+    parquet.write_table(
+        *(pyarrow.table({"text": rows}), sink),
+        row_group_size=30,
+        data_page_size=1 if checksums else 1 << 20,
+        write_batch_size=10,
+        write_page_checksum=checksums,
+        **settings,
+    )
+    data = bytearray(sink.getvalue().to_pybytes())
+    column = parquet.ParquetFile(pyarrow.BufferReader(data)).metadata.row_group(1).column(0)
+    end = column.data_page_offset + column.total_compressed_size
+    data[end - 5] ^= 255  # within a text: without a checksum and uncompressed it would go unseen
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"x.parquet is damaged from row 31 to 60 .*; skip_bad"):
+        _read(tmp_path, "parquet")
+    documents, reading = _read(tmp_path, "parquet", skip=True)
+    assert [d.text for d in documents] == rows[:30] + rows[60:]
+    assert reading.counts == {"documents": 60, "bad": 30}
+
+
+def test_bytes_that_cannot_be_fetched_are_no_damaged_page(tmp_path, monkeypatch):
+    """Else a network that fails for a moment would cost documents."""
+    _parquet(tmp_path, [f"text {i}" for i in range(9)])
+
+    class Cut(io.BytesIO):
+        def read(self, size=-1):
+            if self.tell() < 40:
+                raise OSError("connection reset")
+            return super().read(size)
+
+    @contextlib.contextmanager
+    def opened(file):
+        yield Cut((tmp_path / "x.parquet").read_bytes())
+
+    monkeypatch.setattr("data_pipelines.corpora.parquet.open_file", opened)
+    with pytest.raises(UserError, match=r"x.parquet is damaged \(connection reset\)"):
+        _read(tmp_path, "parquet", skip=True)
 
 
 def test_what_a_folder_has_instead_is_said(tmp_path):

@@ -9,14 +9,14 @@ from pyarrow import parquet
 
 from data_pipelines.corpora import Reading
 from data_pipelines.evaluation.text_files import split_in_name
-from data_pipelines.evaluation.texts import SliceConfig, read_texts
+from data_pipelines.evaluation.texts import SliceConfig, prepare_texts, read_texts
 from retro_jax.errors import UserError
 
 _ARTICLE = " \n = Town {} = \n \n The town is old . \n"
 
 
 def _texts(name, path):
-    return [text.text for text in read_texts(SliceConfig(name, str(path)), Reading(may_skip=False))]
+    return [text.text for text in read_texts(SliceConfig(name, str(path)), Reading())]
 
 
 @pytest.mark.parametrize(
@@ -58,17 +58,47 @@ def test_rows_of_parquet_are_scored_as_lines_of_json_are(tmp_path):
             _texts("pile", tmp_path / name)
 
 
-def test_a_summary_with_half_a_character_is_one_line_without_bad_advice(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "bad", "message"),
+    [
+        ("curation", '{"article": "a", "summary": "b\\ud800"}', "lone surrogate at character 1"),
+        ("curation", '{"article": "a", "summary": 3}', "has no text in 'summary'"),
+        ("pile", '{"text": "a"}', "has no meta.pile_set_name"),
+        ("lambada", '{"text": ["a"]}', "has no text in 'text'"),
+        ("mine", "{", "is not valid JSON"),
+    ],
+)
+def test_bad_documents_are_one_line_or_are_counted(tmp_path, name, bad, message, caplog):
     path = tmp_path / "x.jsonl"
-    path.write_text('{"article": "a", "summary": "b\\ud800"}\n')
-    with pytest.raises(UserError, match=r"x.jsonl:1: .*lone surrogate at character 1") as raised:
-        _texts("curation", path)
-    assert "skip_bad_documents" not in str(raised.value)
+    good = {"text": "a b", "article": "a", "summary": "b", "meta": {"pile_set_name": "ArXiv"}}
+    path.write_text(f"{json.dumps(good)}\n{bad}\n{json.dumps(good | {'text': 'c d'})}\n")
+    with pytest.raises(UserError, match=rf"x.jsonl:2.*{message}.*; skip_bad_documents counts such"):
+        prepare_texts(tmp_path / "slice", SliceConfig(name, str(path)))
+    config = SliceConfig(name, str(path), skip_bad_documents=True)
+    manifest = prepare_texts(tmp_path / "slice", config)
+    assert manifest.fact("documents") == 2
+    (counts,) = manifest.fact("reading").values()
+    assert counts["bad"] == 1 and message in counts["first_bad"]
+    caplog.clear()
+    assert prepare_texts(tmp_path / "slice", SliceConfig(name)).hash == manifest.hash
+    assert "is without 1 bad documents: " in caplog.text, "said whenever the rest is scored"
+
+
+def test_a_damaged_page_of_an_evaluation_text_is_counted(tmp_path):
+    rows = [{"text": f"some words {i}"} for i in range(20)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet", row_group_size=10)
+    data = bytearray((tmp_path / "x.parquet").read_bytes())
+    data[30:60] = bytes(30)
+    (tmp_path / "x.parquet").write_bytes(data)
+    reading = Reading(skip_bad=True)
+    texts = list(read_texts(SliceConfig("mine", str(tmp_path / "x.parquet")), reading))
+    assert [text.text for text in texts] == [row["text"] for row in rows[10:]]
+    assert reading.counts["bad"] == 10 and "from row 1 to 10" in reading.first_bad
 
 
 def test_documents_without_a_scored_text_are_counted(tmp_path):
     rows = [{"article": "", "summary": "a"}, {"article": "b", "summary": " "}]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    reading = Reading(may_skip=False)
+    reading = Reading()
     texts = list(read_texts(SliceConfig("curation", str(tmp_path / "x.jsonl")), reading))
     assert [text.text for text in texts] == ["\n\nTL;DR:\n\na"] and reading.counts["empty"] == 1

@@ -1,6 +1,8 @@
 """Query and passage prefixes through a whole preparation: every key, table and live query has its own."""
 
+import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,13 +12,21 @@ from data_pipelines.artefacts.manifest import Manifest
 from data_pipelines.artefacts.runner import InProcess
 from data_pipelines.evaluation.prepare_text import prepare_slice
 from data_pipelines.evaluation.texts import SliceConfig
+from data_pipelines.retriever import revisions
 from data_pipelines.retriever.embedder import Embedder
 from data_pipelines.retriever.keys import KeysConfig
 from data_pipelines.retriever.neighbour_table import NeighbourTable
 from data_pipelines.retriever.prefixes import Prefixes
 from data_pipelines.retriever.retriever import Retriever
-from data_pipelines.workdir import DocumentsConfig, PrepareConfig, TextCorpus, update, verify
-from data_pipelines.workdir.preparation import Preparation, open_keys
+from data_pipelines.workdir import (
+    DocumentsConfig,
+    PrepareConfig,
+    TextCorpus,
+    compaction,
+    update,
+    verify,
+)
+from data_pipelines.workdir.preparation import Preparation, open_keys, queries_of
 from retro_jax.errors import UserError
 from tests.data_pipelines.chunk_database import base_tokenizers
 from tests.data_pipelines.retriever import bert_folder
@@ -71,40 +81,70 @@ def test_keys_have_the_prefix_of_their_role(prepared):
     assert np.abs(a - b).max() > 0.01
 
 
+def check_table(folder, bert, split, k):
+    """That the newest table has, for each chunk of a split, the nearest passages of its query."""
+    retriever = Retriever.open(folder, model=str(bert))
+    database = retriever.database
+    passages = retriever.keys.rows(np.arange(len(database)))
+    queries = queries_of(folder, split, retriever)
+    vectors = queries.rows(np.arange(len(queries)))
+    table = NeighbourTable.of(folder, split, queries.database, database)
+    distances = np.square(vectors[:, None] - passages[None]).sum(-1)
+    owners = database.live_documents(np.arange(len(passages)))
+    distances[:, owners < 0] = np.inf
+    if split == "train":  # never one of the chunk's own document
+        distances[owners[:, None] == owners[None]] = np.inf
+    distances = np.where(np.isnan(distances), np.inf, distances)
+    expected = np.sort(distances, axis=1)[:, :k]
+    expected[np.isnan(vectors[:, 0])] = np.inf
+    live = owners >= 0 if split == "train" else np.ones(len(queries), bool)
+    scores = table.scores(np.arange(len(queries)), k)
+    np.testing.assert_allclose(scores[live], expected[live], rtol=1e-3, atol=1e-5)
+    again = retriever.encoder.keys(queries.database.chunks(np.arange(len(queries))))
+    np.testing.assert_allclose(again, vectors, atol=1e-5)
+
+
 def test_tables_and_live_queries_compare_queries_with_passages(prepared):
     folder, bert, _, _ = prepared
-    retriever = Retriever.open(folder, model=str(bert))
-    passages = open_keys(folder, "train").rows(np.arange(len(retriever.database)))
     for split, k in (("train", 2), ("validation", 3)):
-        queries = open_keys(folder, "queries" if split == "train" else split)
-        vectors = queries.rows(np.arange(len(queries)))
-        scores = NeighbourTable.open(folder / "neighbours" / split).scores(
-            np.arange(len(queries)), k
-        )
-        distances = np.square(vectors[:, None] - passages[None]).sum(-1)
-        if split == "train":  # never one of the chunk's own document
-            owners = retriever.database.documents(np.arange(len(passages)))
-            distances[owners[:, None] == owners[None]] = np.inf
-        distances = np.where(np.isnan(distances), np.inf, distances)
-        expected = np.sort(distances, axis=1)[:, :k]
-        expected[np.isnan(vectors[:, 0])] = np.inf
-        np.testing.assert_allclose(scores, expected, rtol=1e-3, atol=1e-5)
-        live = retriever.encoder.keys(queries.database.chunks(np.arange(len(queries))))
-        np.testing.assert_allclose(live, vectors, atol=1e-5)
+        check_table(folder, bert, split, k)
 
 
-def test_slices_verify_and_updates(prepared, tmp_path):
-    folder, bert, config, _ = prepared
+def test_slices_and_verify(prepared, tmp_path):
+    folder, bert, _, _ = prepared
     (tmp_path / "x.jsonl").write_text('{"text": "lobster crust"}\n')
     prepare_slice(folder, SliceConfig("mine", str(tmp_path / "x.jsonl")), bert_folder=str(bert))
     assert Manifest.read(folder / "slices/mine/keys").settings["prefix"] == "query: "
     lines: list[str] = []
     verify.verify(folder, sample=5, seed=0, model=str(bert), report=lines.append)
     assert any(line.startswith("keys/queries again: 5 chunks embedded") for line in lines)
-    with pytest.raises(UserError, match="has other prefixes for queries than for passages"):
-        update.update(
-            Preparation(folder, config, InProcess(), print), append=False, remove=["mine/d1"]
-        )
+
+
+def test_updates_embed_new_documents_as_passages_and_as_queries(prepared, tmp_path):
+    """Appended, then removed, then compacted and purged: every table is that of the query prefix."""
+    before, bert, config, _ = prepared
+    folder, lines = tmp_path / "W", []
+    shutil.copytree(before, folder)
+    more = (*_TEXTS, *((f"n{i}", f"crustacean {i} while lobster {i * 5}") for i in range(8)))
+    documents = dataclasses.replace(config.documents, corpora=(TextCorpus("mine", more),))
+    p = Preparation(
+        folder, dataclasses.replace(config, documents=documents), InProcess(), lines.append
+    )
+    update.update(p, append=True, remove=[])
+    added = [open_keys(folder / "revisions/00001", split) for split in ("train", "queries")]
+    assert [keys.manifest.settings["prefix"] for keys in added] == ["passage: ", "query: "]
+    assert np.abs(added[0].rows(np.arange(2)) - added[1].rows(np.arange(2))).max() > 0.01
+    for split, k in (("train", 2), ("test", 3)):
+        check_table(folder, bert, split, k)
+    first = next(revisions.open_database(folder).records())
+    update.update(p, append=False, remove=[f"mine/{first.id}"])
+    check_table(folder, bert, "train", 2)
+    compaction.purge(p)
+    assert not list((folder / "keys/queries").glob("*.npy")), "removed text leaves its keys behind"
+    for split, k in (("train", 2), ("test", 3)):
+        check_table(folder, bert, split, k)
+    verify.verify(folder, sample=5, seed=0, model=str(bert), report=lines.append)
+    assert any("revisions/00003/keys/queries again: 5 chunks" in line for line in lines)
 
 
 @pytest.mark.parametrize(
