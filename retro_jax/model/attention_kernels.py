@@ -4,6 +4,7 @@
            NVIDIA GPUs from Ampere on
     tpu    JAX's splash attention (Pallas): causal blocks that nobody reads are never visited
            relative_kernel.py, where positions are relative: up to 4,096 tokens
+           (few_keys.py has the attention of encoder and CCA)
     else   none: causal_attention.py computes blocks of queries
 
 cuDNN has no relative positions: it takes a bias, but that would need an entry for all [B, H, N, N]
@@ -205,6 +206,7 @@ def relative_kernel_attention(
     batch, length, _, head_dim = query_BxNxHxW.shape
     if segments_BxN is None:
         segments_BxN = jnp.zeros((batch, length), jnp.int32)
+    table_QxHxW = table_QxHxW.astype(query_BxNxHxW.dtype)
     content_BxNxHxW, scaled_BxNxHxW = (
         (x / math.sqrt(head_dim)).astype(x.dtype) for x in (query_BxNxHxW, position_BxNxHxW)
     )

@@ -129,6 +129,13 @@ class Rotary(Positions):
         first = rotate(x_IxTxHxW[..., :turned], positions, of_pair)
         return jnp.concatenate([first, x_IxTxHxW[..., turned:]], axis=-1)
 
+    def angles(self, positions_T: np.ndarray, width: int) -> jax.Array:
+        """[T, W] radians by which each number of a head of W turns with its partner; 0 for none."""
+        turned = self.width or width
+        of_pair = frequencies(turned, self.base, self.divisors)
+        each = np.concatenate([of_pair, of_pair, np.zeros(width - turned, np.float32)])
+        return jnp.asarray(positions_T, jnp.float32)[:, None] * each
+
 
 @dataclasses.dataclass(frozen=True)
 class Relative(Positions):
@@ -161,7 +168,8 @@ class Relative(Positions):
 
     def biased(self, weight: Weight, query_IxTxHxW: jax.Array) -> tuple[jax.Array, jax.Array]:
         """q + u and q + v."""
-        return query_IxTxHxW + weight("content_bias"), query_IxTxHxW + weight("position_bias")
+        content, position = (query_IxTxHxW + weight(f"{n}_bias") for n in ("content", "position"))
+        return content.astype(query_IxTxHxW.dtype), position.astype(query_IxTxHxW.dtype)
 
     def logits(
         self,
@@ -173,7 +181,10 @@ class Relative(Positions):
         """q + u, and (q + v).R(d) shifted from distances to keys."""
         content_IxTxHxW, position_IxTxHxW = self.biased(weight, query_IxTxHxW)
         by_distance_IxHxTxQ = jnp.einsum(
-            "...thk,nhk->...htn", position_IxTxHxW, table, preferred_element_type=jnp.float32
+            "...thk,nhk->...htn",
+            position_IxTxHxW,
+            table.astype(position_IxTxHxW.dtype),
+            preferred_element_type=jnp.float32,
         )
         return content_IxTxHxW, shift(by_distance_IxHxTxQ, num_keys)
 
