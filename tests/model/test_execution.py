@@ -35,6 +35,7 @@ CASES: dict[str, list[tuple[RetroConfig, dict[str, Any], Any, Any]]] = {
     ],
     "attention_block": [(DEEP, {"attention": "chunked"}, 10, 12)],
     "loss_block": [(DEEP, {}, 0, 6)],
+    "vocab_block": [(DEEP, {"loss_block": 8}, 0, 8)],
 }
 FIELDS = [field.name for field in dataclasses.fields(ExecutionConfig)]
 
