@@ -16,6 +16,7 @@ from retro_jax.storage import files, urls
 
 _TRIES, _FIRST_WAIT, _LONGEST_WAIT = 6, 0.5, 8.0  # seconds; each wait is twice the one before
 _REFUSED = (401, 403)  # statuses of HTTP that stay as they are
+_FORBIDDEN = "Forbidden:"  # how gcsfs begins the OSError of a 403
 _VERSIONS = ("ETag", "md5Hash", "etag", "mtime", "created")  # what stores call an object's version
 
 T = TypeVar("T")
@@ -146,7 +147,8 @@ def again(action: Callable[[], T]) -> T:
         except (FileNotFoundError, PermissionError, UserError):
             raise
         except Exception as error:  # every protocol has errors of its own
-            last = number + 1 == _TRIES or getattr(error, "code", None) in _REFUSED
+            refused = str(error).startswith(_FORBIDDEN) or getattr(error, "code", None) in _REFUSED
+            last = number + 1 == _TRIES or refused
             if last or getattr(error, "filename", None):  # of this host's disk
                 raise
         wait = min(_FIRST_WAIT * 2**number, _LONGEST_WAIT)
