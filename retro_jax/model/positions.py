@@ -265,6 +265,24 @@ def shift_by_slices(logits_IxTxQ: jax.Array, num_keys: int) -> jax.Array:
     return jnp.stack(slices, axis=-2).reshape(*leading, rows, num_keys)
 
 
+def _rotate_whole(x_IxTxHxW: jax.Array, sine: jax.Array, cosine: jax.Array) -> jax.Array:
+    """`rotate` without halves of a head, which a TPU writes as arrays of their own, padded to 128 numbers.
+
+    Every number gets its partner by a product with ones and minus ones.
+    """
+    half = np.eye(sine.shape[-1], dtype=np.float32)
+    partner_WxW = np.block([[0 * half, half], [-half, 0 * half]])
+    partner = jnp.einsum(
+        "...w,wv->...v",
+        x_IxTxHxW,
+        jnp.asarray(partner_WxW, x_IxTxHxW.dtype),
+        precision=jax.lax.Precision.HIGHEST if x_IxTxHxW.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    sine, cosine = (jnp.concatenate([part, part], axis=-1) for part in (sine, cosine))
+    return (x_IxTxHxW * cosine + partner * sine).astype(x_IxTxHxW.dtype)
+
+
 def rotate(
     x_IxTxHxW: jax.Array,
     positions_T: np.ndarray | jax.Array,
@@ -281,6 +299,8 @@ def rotate(
     of_pair = frequencies(width) if of_pair is None else of_pair
     angles = of.asarray(positions_T, np.float32)[..., None, None] * of_pair
     sine, cosine = of.sin(angles), of.cos(angles)
+    if target_platform() == "tpu":
+        return _rotate_whole(x_IxTxHxW, sine, cosine)
     first, second = (
         half.astype(jnp.float32)
         for half in (x_IxTxHxW[..., : width // 2], x_IxTxHxW[..., width // 2 :])
