@@ -206,7 +206,6 @@ def relative_kernel_attention(
     batch, length, _, head_dim = query_BxNxHxW.shape
     if segments_BxN is None:
         segments_BxN = jnp.zeros((batch, length), jnp.int32)
-    table_QxHxW = table_QxHxW.astype(query_BxNxHxW.dtype)
     content_BxNxHxW, scaled_BxNxHxW = (
         (x / math.sqrt(head_dim)).astype(x.dtype) for x in (query_BxNxHxW, position_BxNxHxW)
     )

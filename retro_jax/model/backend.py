@@ -124,6 +124,30 @@ def constants() -> Any:
     return np if target_platform() == "cpu" else jnp
 
 
+def options_for_overlap(platform: str) -> dict[str, Any] | None:
+    """Compiler options of a training step that hide exchanges between devices behind products.
+
+    GPUs order a program so only when asked to. TPUs do; theirs are the fusions of products with the
+    steps of a gather or sum beside them.
+    """
+    names: dict[str, tuple[str, ...]] = {
+        "gpu": (
+            "xla_gpu_enable_latency_hiding_scheduler",
+            "xla_gpu_enable_pipelined_all_gather",
+            "xla_gpu_enable_pipelined_reduce_scatter",
+            "xla_gpu_enable_pipelined_all_reduce",
+        ),
+        "tpu": (
+            "xla_enable_async_all_gather",
+            "xla_tpu_enable_async_collective_fusion",
+            "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+            "xla_tpu_enable_async_collective_fusion_multiple_steps",
+            "xla_tpu_overlap_compute_collective_tc",
+        ),
+    }
+    return dict.fromkeys(names[platform], True) if platform in names else None
+
+
 def options_for_one_use(platform: str) -> dict[str, Any] | None:
     """Compiler options of a program that runs once, such as the draws of initial values.
 
@@ -222,9 +246,10 @@ def _float32_gradients(
         cotangent,
         ((first, first), ((), ())),
         preferred_element_type=jnp.float32,
-        out_sharding=_spec(weight),
+        out_sharding=gathered,
     )
-    return dx, dw
+    # Not summed into parts by the product itself: a TPU would compute it in a loop over the parts.
+    return dx, lay_out(dw, _spec(weight))
 
 
 float32_gradient_product.defvjp(_gathered_product, _float32_gradients)

@@ -210,4 +210,4 @@ def _positions(attention: Attention, own: jax.Array, read: Any, few: FewKeys) ->
         lay_out(jnp.reshape(x, (-1, heads * width), out_sharding=spec), spec)
         for x in (*biases, table_QxHxW)
     )
-    return Distances(u, v, table.astype(layout.dtype))
+    return Distances(u, v, table)

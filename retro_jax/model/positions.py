@@ -164,7 +164,9 @@ class Relative(Positions):
         """R(d): [Q] distances -> [Q, H, W], the learned map of the distances' sinusoids."""
         weight_DxHxW = weight("relative")
         table_QxD = sinusoids(distances_Q, weight_DxHxW.shape[0]).astype(weight_DxHxW.dtype)
-        return jnp.einsum("nd,dhk->nhk", table_QxD, weight_DxHxW)
+        # With a product that rounds to bfloat16, a TPU sums the table's gradient over devices in it.
+        exact = jax.lax.Precision.HIGHEST if weight_DxHxW.dtype == jnp.float32 else None
+        return jnp.einsum("nd,dhk->nhk", table_QxD, weight_DxHxW, precision=exact)
 
     def biased(self, weight: Weight, query_IxTxHxW: jax.Array) -> tuple[jax.Array, jax.Array]:
         """q + u and q + v."""

@@ -47,7 +47,8 @@ def relative_attention(
     Args:
       content_BxHxNxW: (q + u) / sqrt(W). position_BxHxNxW: (q + v) / sqrt(W). key_BxHxNxW,
         value_BxHxNxW: of the same length N, a multiple of `block`.
-      table_HxQxW: R of the distances N - 1, N - 2, ..., -block: Q = N + block.
+      table_HxQxW: R of the distances N - 1, N - 2, ..., -block: Q = N + block. In float32 its gradient
+        is in float32 too.
       segments_BxN: the document of each token, a number below 2^24.
       block: T, queries and keys of a block; a power of two.
       interpret: compute the same anywhere, slowly.
@@ -70,6 +71,7 @@ def relative_attention(
 def _logits(refs: Any, i: Array, j: Array) -> Array:
     """The masked logits [T, T] of query block i and key block j, float32."""
     content, position, key, near, far, query_segments, key_segments = (ref[...] for ref in refs)
+    near, far = near.astype(position.dtype), far.astype(position.dtype)
     by_distance = jnp.concatenate(
         [product(position, near, (1, 1)), product(position, far, (1, 1))], axis=1
     )
@@ -134,6 +136,7 @@ def _backward_kernel(*refs: Any) -> None:
     def _() -> None:
         content, position, key, near, far = (ref[...] for ref in inputs[:5])
         dtype, d_out = content.dtype, cotangent[...]
+        near, far = near.astype(dtype), far.astype(dtype)
         weights = jnp.exp(_logits(inputs, i, j) - as_column(log_sum[...]))
         d_weights = product(d_out, value[...], (1, 1))
         d_logits = weights * (d_weights - as_column(inner[...]))

@@ -147,12 +147,16 @@ class _Item:
         content, position = ((query + ref[:, self.cut(head)]).astype(self.dtype) for ref in biases)
         return content, position
 
+    def table(self, head: int) -> Array:
+        """R of a head, [Q, W]; it may be stored in float32, for its gradient's sake."""
+        return self.positions.table[:, self.cut(head)].astype(self.dtype)
+
     def weights(self, query: Array, key: Array, head: int) -> Array:
         """The softmax [T, S] of one head, float32; rows of zeros for queries that read nothing."""
         short, content = self.short, query
         if isinstance(self.positions, Distances):
             content, position = self.biased(query, head)
-            by_distance = product(position, self.positions.table[:, self.cut(head)], (1, 1))
+            by_distance = product(position, self.table(head), (1, 1))
             period, keys = len(query) // short.texts, len(key) // short.neighbours
             by_key = shifted(by_distance, left=True, period=period)[:, :keys]
             logits = product(content, key, (1, 1))
@@ -218,13 +222,13 @@ def _relative_gradients(
 ) -> Array:
     """Adds a head's gradients of u, v and R; returns that of the queries for the table."""
     query, d_logits = made
-    cut, short, table = item.cut(head), item.short, item.positions.table
+    cut, short = item.cut(head), item.short
     size = d_logits.shape[1] // short.neighbours
     by_key = sum(d_logits[:, i * size : (i + 1) * size] for i in range(short.neighbours))
-    wide = jnp.pad(by_key, ((0, 0), (0, table.shape[0] - size)))
+    wide = jnp.pad(by_key, ((0, 0), (0, item.positions.table.shape[0] - size)))
     period = len(query) // short.texts
     by_distance = shifted(wide, left=False, period=period).astype(item.dtype)
-    d_position = product(by_distance, table[:, cut], (1, 0))
+    d_position = product(by_distance, item.table(head), (1, 0))
     results[0][:, cut] += jnp.sum(d_content, axis=0, keepdims=True)
     results[1][:, cut] += jnp.sum(d_position, axis=0, keepdims=True)
     results[2][:, cut] += product(by_distance, item.biased(query, head)[1], (0, 0))
