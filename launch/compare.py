@@ -14,8 +14,8 @@ from typing import Any
 
 from absl import flags
 
-from launch.common import app
-from launch.common.flags import DATA, SPLIT, data_directory
+from launch.common import app, workdirs
+from launch.common.flags import DATA, SPLIT
 from launch.evaluation.scores import compare_results
 from retro_jax.errors import UserError
 from retro_jax.evaluate.conditions import condition_name
@@ -23,34 +23,30 @@ from retro_jax.report.evaluation_tables import comparisons
 from retro_jax.report.result_files import EVALUATION
 from retro_jax.report.tables import as_markdown, interval
 from retro_jax.storage import files
+from retro_jax.train.bucket_workdir import brought
 
-OTHER = flags.DEFINE_string("other", None, "The workdir of the other model; may be the same.")
+OTHER = flags.DEFINE_string(
+    "other", None, "The workdir of the other model; may be the same, or in a bucket."
+)
 CONDITION = flags.DEFINE_string("condition", "on", "Condition of the first model.")
 OTHER_CONDITION = flags.DEFINE_string("other_condition", None, "Of the other; the same by default.")
 
 
 def main() -> None:
     """Prints the comparison, and writes it beside the first model's results."""
-    first = pathlib.Path(app.required(app.WORKDIR, "the directory of the first model"))
-    second = pathlib.Path(app.required(OTHER, "the directory of the other model"))
+    places = (app.WORKDIR.value, app.required(OTHER, "the workdir of the other model"))
+    first, data = workdirs.open_to_read(DATA)
+    second, other = brought(places[1]), pathlib.PurePosixPath(places[1]).name
     names = (CONDITION.value, OTHER_CONDITION.value or CONDITION.value)
-    data = data_directory(DATA.value or first)
     pairs = [_read(folder, name) for folder, name in zip((first, second), names, strict=True)]
-    result = compare_results(data, pairs) | {"other": second.name}
-    stem = first / EVALUATION / f"{SPLIT.value}-{names[0]}-against-{second.name}-{names[1]}"
+    result = compare_results(data, pairs) | {"other": other}
+    stem = first / EVALUATION / f"{SPLIT.value}-{names[0]}-against-{other}-{names[1]}"
     files.write_atomically(stem.with_name(f"{stem.name}.json"), files.to_json(result))
     view = comparisons([result])
     text = f"# {view.title}\n\n{as_markdown(view)}\n\n{view.caption}\n"
     files.write_atomically(stem.with_name(f"{stem.name}.md"), text.encode())
-    print(
-        _shown(
-            result,
-            [
-                f"{folder} {condition_name(n)}"
-                for folder, n in zip((first, second), names, strict=True)
-            ],
-        )
-    )
+    shown = [f"{at} {condition_name(name)}" for at, name in zip(places, names, strict=True)]
+    print(_shown(result, shown))
 
 
 def _read(workdir: pathlib.Path, condition: str) -> tuple[pathlib.Path, dict[str, Any]]:

@@ -344,6 +344,10 @@ class ExecutionConfig:
       attention_block: queries per block of chunked attention.
       loss_block: positions of every row per block of the loss, so that [B, N, V] never exists at
         once; 0 for one block.
+      vocab_block: ids of the vocabulary per block of the loss beside those of positions, so that a block's
+        logits stay in the chip's memory (model/tiled_loss.py); 0 for all. For TPUs.
+      float32_gradients: with bfloat16 activations, whether weights' gradients are summed over tokens and
+        devices in float32; without, only those of embeddings, read-out and norms are.
       kept_states: "float16" or "int8" keeps on disk what a frozen base computes of neighbours, and of
         texts below the first CCA, with gated CCA (retrofit/kept_states.py); "" computes it each time.
     """
@@ -354,14 +358,15 @@ class ExecutionConfig:
     attention: str = "auto"
     attention_block: int = 256
     loss_block: int = 1024
+    vocab_block: int = 0
+    float32_gradients: bool = False
     kept_states: str = ""
 
     def facts(self) -> dict[str, Any]:
         """The fields that a result records; one that came later only where it is not its default."""
         facts = dataclasses.asdict(self)
-        if not self.kept_states:
-            del facts["kept_states"]
-        return facts
+        later = ("vocab_block", "float32_gradients", "kept_states")
+        return {k: v for k, v in facts.items() if v or k not in later}
 
     def __post_init__(self) -> None:
         require(
@@ -385,6 +390,7 @@ class ExecutionConfig:
             "loss_block",
             "a number of tokens, or 0 for one block",
         )
+        require(self.vocab_block >= 0, self, "vocab_block", "a number of ids, or 0 for all")
 
 
 def _published(d_model: int, heads: int, head_dim: int, layers: int, last_cca: int) -> RetroConfig:

@@ -26,6 +26,8 @@ os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = (
 )
 BUCKET = "bucket"
 KINDS = ("refused", "slow", "request cut", "answer lost", "answer cut")
+DENIED = "denied"  # whoever asks has no permission; passes with no time, and is no part of KINDS
+_NO_PERMISSION = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
 
 
 @dataclasses.dataclass
@@ -33,15 +35,15 @@ class Faults:
     """What goes wrong between a client and a store.
 
     Attributes:
-      share: of the requests, from 0 to 1. kinds: which of KINDS. happened: how often, by kind.
+      share: of the requests, from 0 to 1. kinds: which of KINDS, or DENIED. happened: how often.
     """
 
     share: float
     kinds: tuple[str, ...] = KINDS
     seed: int = 0
-    happened: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(KINDS, 0))
 
     def __post_init__(self) -> None:
+        self.happened = dict.fromkeys(self.kinds, 0)
         self._random = random.Random(self.seed)
 
     def draw(self) -> str:
@@ -155,6 +157,12 @@ class _BadNetwork(http.server.BaseHTTPRequestHandler):
             self.send_response(503, "Slow Down")
             self.send_header("Content-Length", "0")
             self.end_headers()
+            return
+        if fault == DENIED:
+            self.send_response(403, "Forbidden")
+            self.send_header("Content-Length", str(len(_NO_PERMISSION)))
+            self.end_headers()
+            self.wfile.write(b"" if self.command == "HEAD" else _NO_PERMISSION)
             return
         if fault == "slow":
             time.sleep(0.2)

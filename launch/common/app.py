@@ -102,7 +102,8 @@ def required(flag: flags.FlagHolder, expected: str) -> str:
         raise flags.Error(f"--{flag.name} is missing: expected {expected}")
     if flag is WORKDIR and "://" in flag.value:
         raise flags.Error(
-            f"--workdir={flag.value}: expected a directory; runs alone may be in buckets"
+            f"--workdir={flag.value}: expected a directory; train, evaluate, compare, sample, answer, "
+            "report and serve alone read buckets"
         )
     return flag.value
 

@@ -4,7 +4,7 @@ Counted over everything that is scheduled, loops as often as they run (XLA's own
 a loop's body once):
 
     operations    2 x multiply-adds of dots and convolutions (TPUs turn dots into these), and of
-                  splash attention's kernels, whose text has their operands only
+                  attention's kernels, whose text has their operands only
     HBM           bytes that an instruction reads and writes at its border; none inside of a fusion.
                   A slice of a larger array counts as the slice, an update in place as the update,
                   the chip's own vector memory not at all
@@ -56,6 +56,7 @@ _KERNEL_PRODUCTS = {
     "relative_attention_gradients": 11,
     "relative_attention": 4,
 }
+_SHORT = "short_attention"
 _SLICES = ("dynamic-slice", "slice", "gather")
 _PAIRS = re.compile(r"\{(\d+),(\d+)\}")
 _IOTA = re.compile(r"^\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
@@ -149,9 +150,13 @@ def product_flops(computation: Computation, instruction: Instruction) -> float:
 def _kernel_flops(computation: Computation, instruction: Instruction) -> float:
     """Operations of an attention kernel, which computes the blocks on and below the diagonal."""
     products = [n for name, n in _KERNEL_PRODUCTS.items() if instruction.name.startswith(name)]
-    if not products:
+    short = instruction.name.startswith(_SHORT)
+    if not (products or short):
         return 0.0
     operands = [_array(computation, instruction, i) for i in range(len(instruction.operands))]
+    if short:
+        gradients = instruction.name.startswith(f"{_SHORT}_gradients")
+        return _short_flops(instruction.arrays[0], operands, gradients)
     batch, heads, length, head_dim = next(a.extents for a in operands if len(a.extents) == 4)
     if instruction.name.startswith("relative"):  # its table has a block more than the sequence
         rows = max(a.extents[1] for a in operands if len(a.extents) == 3)
@@ -160,6 +165,25 @@ def _kernel_flops(computation: Computation, instruction: Instruction) -> float:
         blocks = operands[0].extents[-1]  # a block of the mask for each of queries and keys
     square = 2.0 * batch * heads * length**2 * head_dim
     return products[0] * square * (blocks + 1) / (2 * blocks)
+
+
+def _short_flops(out: Array, operands: list[Array], gradients: bool) -> float:
+    """Operations of the kernel over few keys (model/short_kernel.py).
+
+    Args:
+      out: a forward kernel's result. operands: of the instruction; flags are [I, 1, T] and [I, 1, S], and
+        four arrays [T or S, W] turn queries and keys, or three [rows, H * W] have relative positions.
+      gradients: whether it is the backward kernel, whose last operand is like `out`.
+    """
+    items, queries, width = (operands[-1] if gradients else out).extents
+    keys = [a.extents[2] for a in operands if len(a.extents) == 3 and a.extents[1] == 1][1]
+    small = [array.extents for array in operands if len(array.extents) == 2]
+    total = queries * keys * (5 if gradients else 2)
+    if len(small) == 3:
+        total += queries * small[2][0] * (3 if gradients else 1)
+    elif small:  # by a matrix [W, W]; of gradients too
+        total += (queries + keys) * small[0][1] * (2 if gradients else 1)
+    return 2.0 * items * width * total
 
 
 def hbm_bytes(module: Module, computation: Computation, instruction: Instruction) -> float:
@@ -215,7 +239,7 @@ def _bytes_of_fusion(module: Module, computation: Computation, instruction: Inst
             continue
         operand = instruction.operands[int(inner.operands[0])]
         arrays = _arrays_of(computation, operand)
-        slices = _slices_of(fused, inner.name)
+        slices = _slices_of(module, fused, inner.name)
         if slices is None:
             total += sum(map(_bytes, arrays))
         elif arrays and arrays[0].in_hbm:
@@ -223,21 +247,37 @@ def _bytes_of_fusion(module: Module, computation: Computation, instruction: Inst
     return total
 
 
-def _slices_of(fused: Computation, name: str) -> list[Array] | None:
-    """The slices that a fusion takes of a parameter, if it reads nothing else of it."""
+def _slices_of(module: Module, fused: Computation, name: str) -> list[Array] | None:
+    """The slices that a fusion, or fusions in it, take of a parameter, if they read nothing else of it."""
     slices: list[Array] = []
     for user in fused.instructions.values():
         if name not in user.operands or user.opcode == "parameter":
             continue
         if user.opcode in _SLICES and user.operands[0] == name:
             slices.append(user.arrays[0])
-        elif user.opcode == "bitcast":
-            deeper = _slices_of(fused, user.name)
-            if deeper is None:
-                return None
-            slices += deeper
-        else:
+            continue
+        deeper = None
+        if user.opcode == "bitcast":
+            deeper = _slices_of(module, fused, user.name)
+        elif user.opcode == "fusion":
+            deeper = _slices_inside(module, user, name)
+        if deeper is None:
             return None
+        slices += deeper
+    return slices
+
+
+def _slices_inside(module: Module, fusion: Instruction, name: str) -> list[Array] | None:
+    """The slices that a fusion takes of an operand, if it reads nothing else of it."""
+    inner = module.computations[fusion.called[0]]
+    slices: list[Array] = []
+    for parameter in inner.instructions.values():
+        if parameter.opcode != "parameter" or fusion.operands[int(parameter.operands[0])] != name:
+            continue
+        found = _slices_of(module, inner, parameter.name)
+        if found is None:
+            return None
+        slices += found
     return slices
 
 

@@ -252,6 +252,13 @@ def _bound(
     return Bound(seconds, model_flops, chip.peak)
 
 
+def bound_of(plan: Plan, module: hlo.Module, slice_: Slice) -> Bound:
+    """The roofline of a plan's compiled step."""
+    costs = program_costs(module, plan.mesh.size)
+    exchanges = tuple(group_exchanges(costs.collectives, plan.mesh, slice_))
+    return _bound(costs, exchanges, slice_, _model_flops(plan))
+
+
 def group_exchanges(
     collectives: tuple[Collective, ...], mesh: Mesh, slice_: Slice | None
 ) -> list[Exchange]:

@@ -82,6 +82,17 @@ def from_first(action: Callable[[], str]) -> str:
     return _exchange(answer)[0]
 
 
+def first_answer(action: Callable[[], str]) -> str:
+    """Runs an action in every process; the first text that is not empty is known to all.
+
+    Raises:
+      SharedError: as `together`.
+    """
+    if jax.process_count() == 1:
+        return action()
+    return next(filter(None, _exchange(together(action))), "")
+
+
 def as_first(answers: Sequence[bool]) -> list[bool]:
     """The first process's answers, where all of them asked (which files are there)."""
     if jax.process_count() == 1 or not answers:

@@ -240,8 +240,8 @@ class Attention(nnx.Module):
         return affine(self, "output", heads_IxTxHxW, contracted=2, out_sharding=spec)
 
     def _weight(self, name: str) -> jax.Array:
-        """A parameter as its product reads it."""
-        return self.layout.weight(getattr(self, name))
+        """A parameter of the positions."""
+        return self.layout.vector(getattr(self, name))
 
 
 def _extra_parameters(form: DecoderForm, widths: Widths, fused: bool) -> dict[str, nnx.Param]:

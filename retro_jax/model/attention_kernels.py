@@ -4,6 +4,7 @@
            NVIDIA GPUs from Ampere on
     tpu    JAX's splash attention (Pallas): causal blocks that nobody reads are never visited
            relative_kernel.py, where positions are relative: up to 4,096 tokens
+           (few_keys.py has the attention of encoder and CCA)
     else   none: causal_attention.py computes blocks of queries
 
 cuDNN has no relative positions: it takes a bias, but that would need an entry for all [B, H, N, N]

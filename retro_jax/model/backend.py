@@ -20,6 +20,7 @@ and takes two to three times as long. With the weight's columns in tiles of 32 i
 products, each of which reads its tile once: 2 to 8 rows take about as long as one.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from retro_jax.sharding import target_platform
+from retro_jax.sharding import lay_out, target_platform
 
 _TILE = 32  # columns
 _FEW_ROWS = 32
@@ -49,6 +50,23 @@ def product(
     """
     multiply = _cpu_product if target_platform() == "cpu" else _product
     return multiply(x, weight, contracted, out_sharding)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def float32_gradient_product(
+    x: jax.Array,
+    weight: jax.Array,
+    contracted: int,
+    out_sharding: P | None,
+    gathered: P | None,
+) -> jax.Array:
+    """`product` with a float32 weight in the dtype of `x`; the weight's gradient never leaves float32.
+
+    Args:
+      x, contracted, out_sharding: of `product`. weight: as it is stored.
+      gathered: how the product reads the weight.
+    """
+    return _gathered_product(x, weight, contracted, out_sharding, gathered)[0]
 
 
 def column_tiles(weight: jax.Array, contracted: int = 1) -> jax.Array:
@@ -104,6 +122,30 @@ def constants() -> Any:
     On a CPU NumPy itself: XLA would compute the sines of rotary positions again for every row and head.
     """
     return np if target_platform() == "cpu" else jnp
+
+
+def options_for_overlap(platform: str) -> dict[str, Any] | None:
+    """Compiler options of a training step that hide exchanges between devices behind products.
+
+    GPUs order a program so only when asked to. TPUs do; theirs are the fusions of products with the
+    steps of a gather or sum beside them.
+    """
+    names: dict[str, tuple[str, ...]] = {
+        "gpu": (
+            "xla_gpu_enable_latency_hiding_scheduler",
+            "xla_gpu_enable_pipelined_all_gather",
+            "xla_gpu_enable_pipelined_reduce_scatter",
+            "xla_gpu_enable_pipelined_all_reduce",
+        ),
+        "tpu": (
+            "xla_enable_async_all_gather",
+            "xla_tpu_enable_async_collective_fusion",
+            "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+            "xla_tpu_enable_async_collective_fusion_multiple_steps",
+            "xla_tpu_overlap_compute_collective_tc",
+        ),
+    }
+    return dict.fromkeys(names[platform], True) if platform in names else None
 
 
 def options_for_one_use(platform: str) -> dict[str, Any] | None:
@@ -172,6 +214,45 @@ def _spec(x: jax.Array) -> P | None:
 
 
 _cpu_product.defvjp(_forward, _backward)
+
+
+def _gathered_product(
+    x: jax.Array,
+    weight: jax.Array,
+    contracted: int,
+    out_sharding: P | None,
+    gathered: P | None,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """The product, and the arrays that its gradients need."""
+    read = lay_out(weight.astype(x.dtype), gathered)
+    return _product(x, read, contracted, out_sharding), (x, read, weight)
+
+
+def _float32_gradients(
+    contracted: int,
+    out_sharding: P | None,
+    gathered: P | None,
+    saved: tuple[jax.Array, ...],
+    cotangent: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients by x and by the weight, which is summed where it is stored."""
+    x, read, weight = saved
+    rows = x.ndim - contracted
+    last = tuple(range(rows, cotangent.ndim)), tuple(range(contracted, read.ndim))
+    dx = jax.lax.dot_general(cotangent, read, (last, ((), ())), out_sharding=_spec(x))
+    first = tuple(range(rows))
+    dw = jax.lax.dot_general(
+        x,
+        cotangent,
+        ((first, first), ((), ())),
+        preferred_element_type=jnp.float32,
+        out_sharding=gathered,
+    )
+    # Not summed into parts by the product itself: a TPU would compute it in a loop over the parts.
+    return dx, lay_out(dw, _spec(weight))
+
+
+float32_gradient_product.defvjp(_gathered_product, _float32_gradients)
 
 
 def _scores(query_IxTxHxW: jax.Array, key_IxSxHxW: jax.Array) -> jax.Array:

@@ -22,17 +22,16 @@ is multiplied by its gate. With DecoderForm.shared_softmax the gate is inside of
 """
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from retro_jax.config import RetroConfig
 from retro_jax.model.attention import MASKED, Attention, Widths
 from retro_jax.model.backend import settled
+from retro_jax.model.few_keys import FewKeys, Prepared, attend_few, attend_prepared, prepare
 from retro_jax.model.layers import Layout, bias
 from retro_jax.model.positions import NoPositions, decoder_positions, positions_of
 from retro_jax.sharding import TENSOR
@@ -96,15 +95,18 @@ class ChunkedCrossAttention(nnx.Module):
           [B, N, D]; zero for the first M - 1 tokens.
         """
         batch, length, _ = h_BxNxD.shape
-        chunks, neighbours = encoded_BxCxKxRxE.shape[1:3]
-        ahead = length // chunks - 1
-        given = self._prepared(h_BxNxD, encoded_BxCxKxRxE, present_BxCxKxR, documents_BxC)
-        heads = self.attention.attend(
-            given.query, given.key, given.value, given.mask, given.table, repeats=neighbours
-        )
+        chunk_length = length // encoded_BxCxKxRxE.shape[1]
+        streams = self._streams(h_BxNxD, encoded_BxCxKxRxE)
+        few = self._few(present_BxCxKxR, documents_BxC, chunk_length)
         if self.gated:
-            heads = heads * self.attention.layout.weight(self.gate)[:, None]
-        out_BxNxD = self.attention.read_out(heads).reshape(batch, length, -1)
+            given = prepare(self.attention, *streams, few)
+            heads = attend_prepared(self.attention, given, few)
+            gate_H = self.attention.layout.vector(self.gate)
+            out = self.attention.read_out((heads * gate_H[:, None]).astype(heads.dtype))
+        else:
+            out = attend_few(self.attention, *streams, few)
+        out_BxNxD = out.reshape(batch, length, -1)
+        ahead = chunk_length - 1
         return jnp.pad(out_BxNxD, ((0, 0), (ahead, 0), (0, 0)))[:, :length]
 
     def heads(
@@ -168,13 +170,20 @@ class ChunkedCrossAttention(nnx.Module):
         encoded_BxCxKxRxE: jax.Array,
         present_BxCxKxR: jax.Array,
         documents_BxC: jax.Array | None,
-    ) -> "_Prepared":
+    ) -> Prepared:
         """The shifted chunks as queries, their neighbours as keys and values, and who may read what."""
+        few = self._few(
+            present_BxCxKxR, documents_BxC, h_BxNxD.shape[1] // present_BxCxKxR.shape[1]
+        )
+        return prepare(self.attention, *self._streams(h_BxNxD, encoded_BxCxKxRxE), few)
+
+    def _streams(
+        self, h_BxNxD: jax.Array, encoded_BxCxKxRxE: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The shifted chunks [B, C, M, D], and the neighbours of each side by side, [B, C, K * R, E]."""
         batch, chunks, neighbours, neighbour_length, width = encoded_BxCxKxRxE.shape
         chunk_length = h_BxNxD.shape[1] // chunks
         ahead = chunk_length - 1
-        offset = neighbour_length if self.gated else ahead
-        # S = K * R: the neighbours of a chunk side by side.
         context_BxCxSxE = encoded_BxCxKxRxE.reshape(
             batch, chunks, neighbours * neighbour_length, width
         )
@@ -183,31 +192,26 @@ class ChunkedCrossAttention(nnx.Module):
         )
         if self.gated:
             context_BxCxSxE = self.attention.norm(context_BxCxSxE)
-        query, key, value = self.attention.project(h_BxCxMxD, context_BxCxSxE)
-        positions = self.attention.positions
-        query = positions.turn(query, np.arange(chunk_length) + offset)
-        key = positions.turn(key, np.tile(np.arange(neighbour_length), neighbours))
-        table = self.attention.distance_table(chunk_length, neighbour_length, offset=offset)
-        mask_BxCxS = present_BxCxKxR.reshape(batch, chunks, -1)
-        mask = mask_BxCxS[:, :, None, None, :] & self._may_read(documents_BxC, chunk_length)
-        return _Prepared(query, key, value, mask, table)
+        return h_BxCxMxD, context_BxCxSxE
+
+    def _few(
+        self, present_BxCxKxR: jax.Array, documents_BxC: jax.Array | None, chunk_length: int
+    ) -> FewKeys:
+        """Who may read what, from where."""
+        batch, chunks, neighbours, neighbour_length = present_BxCxKxR.shape
+        return FewKeys(
+            readable=present_BxCxKxR.reshape(batch, chunks, -1),
+            may_read=self._may_read(documents_BxC, chunk_length),
+            query_offset=neighbour_length if self.gated else chunk_length - 1,
+            neighbours=neighbours,
+        )
 
     @staticmethod
-    def _may_read(documents_BxC: jax.Array | None, chunk_length: int) -> jax.Array:
-        """[B or 1, C or 1, 1, M, 1]: a chunk's own last token always, the next chunk's in its document."""
+    def _may_read(documents_BxC: jax.Array | None, chunk_length: int) -> jax.Array | None:
+        """[B, C, M]: a chunk's own last token always, the next chunk's in its document; None for all."""
         if documents_BxC is None:
-            return jnp.ones((1, 1, 1, 1, 1), bool)
+            return None
         last_of_chunk_M = jnp.arange(chunk_length) == 0
         following_BxC = jnp.pad(documents_BxC[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
         may_read_BxCxM = last_of_chunk_M | (documents_BxC == following_BxC)[:, :, None]
-        return settled(may_read_BxCxM)[:, :, None, :, None]
-
-
-class _Prepared(NamedTuple):
-    """What CCA's attention takes: [B, C, M or S, H or G, W], [B, C, 1, M or 1, S] bool, its distances."""
-
-    query: jax.Array
-    key: jax.Array
-    value: jax.Array
-    mask: jax.Array
-    table: jax.Array | None
+        return settled(may_read_BxCxM)

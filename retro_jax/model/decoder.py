@@ -162,7 +162,7 @@ class WholeSequences:
         if not self.config.form.shared_softmax:
             return self.attend(layer, h_BxNxD, p) + self.dropped(cca(*inputs), 4 * p + 1)
         own = self._read_text(layer, h_BxNxD)
-        gate_H = cca.attention.layout.weight(cca.gate)
+        gate_H = cca.attention.layout.vector(cca.gate)
         own_BxNxHxW, read_BxNxHxW = shared_softmax(own, cca.heads(*inputs), gate_H)
         sum_BxNxD = self._with_branch(layer, h_BxNxD, layer.attention.read_out(own_BxNxHxW), p)
         return sum_BxNxD + self.dropped(cca.attention.read_out(read_BxNxHxW), 4 * p + 1)
@@ -183,7 +183,7 @@ class WholeSequences:
         """[B, N, H]: how much of the shared softmax of layer p the neighbours have, times the gates."""
         encoded_BxCxKxRxE = self.encoded(retrieved, p).astype(h_BxNxD.dtype)
         _, total = cca.heads(h_BxNxD, encoded_BxCxKxRxE, retrieved.present, self.documents)
-        gate_H = cca.attention.layout.weight(cca.gate)
+        gate_H = cca.attention.layout.vector(cca.gate)
         return softmax_shares(self._read_text(layer, h_BxNxD)[1], total, gate_H)[1]
 
     def encoded(self, retrieved: Retrieved, p: jax.Array | int) -> jax.Array:

@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from retro_jax.config import RetroConfig
 from retro_jax.model.attention import Attention, Widths
+from retro_jax.model.few_keys import FewKeys, attend_few
 from retro_jax.model.layer_stack import stack_layers, take_layer
 from retro_jax.model.layers import Embedding, FeedForward, Layout, RMSNorm, dropout
 from retro_jax.model.positions import positions_of
@@ -87,10 +86,9 @@ class Encoder(nnx.Module):
         if config.encoder_cca_layers and config.norm_conditioning:
             h_BxNxD = self.conditioning_norm(h_BxNxD)
         batch, chunks = neighbours_BxCxKxR.shape[:2]
-        h_BxCx1xMxD = h_BxNxD.reshape(batch, chunks, config.chunk_length, -1)[:, :, None]
+        h_BxCxMxD = h_BxNxD.reshape(batch, chunks, config.chunk_length, -1)
         readable_BxCxM = (tokens_BxN != config.pad_id).reshape(batch, chunks, config.chunk_length)
-        readable = readable_BxCxM[:, :, None, None, None, :]
-        present = (neighbours_BxCxKxR != config.pad_id)[:, :, :, None, None, :]
+        present_BxCxKxR = neighbours_BxCxKxR != config.pad_id
         keys = _branch_keys(dropout_key, 3 * config.encoder_num_layers + 1)
 
         def dropped(branch_BxCxKxRxE: jax.Array) -> jax.Array:
@@ -100,11 +98,11 @@ class Encoder(nnx.Module):
         e_BxCxKxRxE = dropped(embed(neighbours_BxCxKxR))
         for p in range(1, config.encoder_num_layers + 1):
             layer = take_layer(self.layers, p - 1)
-            branch = _self_attention(layer.attention, e_BxCxKxRxE, present)
+            branch = _self_attention(layer.attention, e_BxCxKxRxE, present_BxCxKxR)
             e_BxCxKxRxE = e_BxCxKxRxE + dropped(branch)
             if p in config.encoder_cca_layers:
                 cross = take_layer(self.cross_attention, config.encoder_cca_layers.index(p))
-                branch = _cross_attention(cross, e_BxCxKxRxE, h_BxCx1xMxD, readable)
+                branch = _cross_attention(cross, e_BxCxKxRxE, h_BxCxMxD, readable_BxCxM)
                 e_BxCxKxRxE = e_BxCxKxRxE + dropped(branch)
             e_BxCxKxRxE = e_BxCxKxRxE + dropped(layer.feed_forward(e_BxCxKxRxE))
         return self.norm(e_BxCxKxRxE)
@@ -115,24 +113,18 @@ def _branch_keys(key: jax.Array | None, count: int) -> Iterator[jax.Array | None
     return iter([None] * count if key is None else list(jax.random.split(key, count)))
 
 
-def _self_attention(attention: Attention, e_BxCxKxRxE: jax.Array, present: jax.Array) -> jax.Array:
+def _self_attention(
+    attention: Attention, e_BxCxKxRxE: jax.Array, present_BxCxKxR: jax.Array
+) -> jax.Array:
     """Bidirectional attention within one neighbour, [B, C, K, R, E]; d = i - i'."""
-    length = e_BxCxKxRxE.shape[-2]
-    query, key, value = attention.project(e_BxCxKxRxE, None)
-    query, key = (attention.positions.turn(x, np.arange(length)) for x in (query, key))
-    table = attention.distance_table(length, length)
-    return attention.read_out(attention.attend(query, key, value, present, table))
+    return attend_few(attention, e_BxCxKxRxE, None, FewKeys(present_BxCxKxR))
 
 
 def _cross_attention(
-    attention: Attention, e_BxCxKxRxE: jax.Array, h_BxCx1xMxD: jax.Array, readable: jax.Array
+    attention: Attention, e_BxCxKxRxE: jax.Array, h_BxCxMxD: jax.Array, readable_BxCxM: jax.Array
 ) -> jax.Array:
     """Neighbour tokens attend to the M activations of their own chunk; d(i', i) = i' - i."""
-    length, chunk_length = e_BxCxKxRxE.shape[-2], h_BxCx1xMxD.shape[-2]
-    query, key, value = attention.project(e_BxCxKxRxE, h_BxCx1xMxD)
-    query = attention.positions.turn(query, np.arange(length))
-    key = attention.positions.turn(key, np.arange(chunk_length))
-    table = attention.distance_table(length, chunk_length)
-    key = jnp.broadcast_to(key, (*query.shape[:-3], *key.shape[-3:]))
-    value = jnp.broadcast_to(value, key.shape)
-    return attention.read_out(attention.attend(query, key, value, readable, table))
+    *leading, neighbours, length, width = e_BxCxKxRxE.shape
+    e_BxCxSxE = e_BxCxKxRxE.reshape(*leading, neighbours * length, width)
+    few = FewKeys(readable_BxCxM, texts=neighbours)
+    return attend_few(attention, e_BxCxSxE, h_BxCxMxD, few).reshape(e_BxCxKxRxE.shape)

@@ -14,7 +14,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from retro_jax.config import DecoderForm, ExecutionConfig, RetroConfig
-from retro_jax.model.backend import few_rows_product, has_few_rows, product
+from retro_jax.model.backend import (
+    few_rows_product,
+    float32_gradient_product,
+    has_few_rows,
+    product,
+)
 from retro_jax.parameters import parameter
 from retro_jax.sharding import FSDP, TENSOR, Shardings, draw_sharding, lay_out
 
@@ -62,6 +67,42 @@ class Layout:
     def weight(self, param: nnx.Param) -> jax.Array:
         """A parameter as its product reads it: in the activations' dtype, gathered over fsdp."""
         return lay_out(param[...].astype(self.dtype), self.shardings.gathered(param))
+
+    def vector(self, param: nnx.Param) -> jax.Array:
+        """A small parameter that is added or multiplied; float32 where its gradient is summed in it."""
+        if not self.sums_in_float32:
+            return self.weight(param)
+        return lay_out(param[...], self.shardings.gathered(param))
+
+    def product(
+        self, x: jax.Array, param: nnx.Param, *, contracted: int = 1, out_sharding: P | None
+    ) -> jax.Array:
+        """The product with a parameter; the arguments are those of backend.product."""
+        gathered = self.shardings.gathered(param)
+        return self.product_of(
+            param[...], x, contracted=contracted, gathered=gathered, out_sharding=out_sharding
+        )
+
+    def product_of(
+        self,
+        weight: jax.Array,
+        x: jax.Array,
+        *,
+        gathered: P | None,
+        contracted: int = 1,
+        out_sharding: P | None,
+    ) -> jax.Array:
+        """`product` with an array of parameters, which it reads laid out as `gathered`."""
+        gathered = gathered if self.shardings.active else None
+        if self.sums_in_float32:
+            return float32_gradient_product(x, weight, contracted, out_sharding, gathered)
+        weight = lay_out(weight.astype(self.dtype), gathered)
+        return product(x, weight, contracted=contracted, out_sharding=out_sharding)
+
+    @property
+    def sums_in_float32(self) -> bool:
+        """Whether weights' gradients are summed in another dtype than that of the activations."""
+        return self.execution.float32_gradients and self.dtype != jnp.float32
 
 
 class RMSNorm(nnx.Module):
@@ -213,15 +254,13 @@ def affine(
         shape = param.shape[contracted:]
         y = few_rows_product(x, tiles[...], shape, contracted=contracted)
     else:
-        weight = layout.weight(param)
-        y = product(x, weight, contracted=contracted, out_sharding=out_sharding)
+        y = layout.product(x, param, contracted=contracted, out_sharding=out_sharding)
     if (down := getattr(module, f"{name}_down", None)) is not None:
         rows = layout.shardings.rows(x.ndim - contracted + 1)
-        narrow = product(x, layout.weight(down), contracted=contracted, out_sharding=rows)
-        up = layout.weight(getattr(module, f"{name}_up"))
-        y = y + product(narrow, up, out_sharding=out_sharding)
+        narrow = layout.product(x, down, contracted=contracted, out_sharding=rows)
+        y = y + layout.product(narrow, getattr(module, f"{name}_up"), out_sharding=out_sharding)
     added = getattr(module, f"{name}_bias", None)
-    return y if added is None else y + layout.weight(added)
+    return y if added is None else (y + layout.vector(added)).astype(y.dtype)
 
 
 def residual_gain(layers: int, width: int) -> float:

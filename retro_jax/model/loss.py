@@ -6,6 +6,7 @@ from flax import nnx
 
 from retro_jax.model.backend import product
 from retro_jax.model.layers import Layout, largest_divisor
+from retro_jax.model.tiled_loss import Tiling, tiled_losses
 from retro_jax.sharding import lay_out
 
 
@@ -40,6 +41,12 @@ def token_losses(
     Returns:
       [B, N] float32; 0 where the target is pad_id.
     """
+    batch, length = targets_BxN.shape
+    block = largest_divisor(length, layout.execution.loss_block or length)
+    if layout.execution.vocab_block:
+        ids, shardings = layout.execution.vocab_block, layout.shardings
+        tiling = Tiling(ids, block, pad_id, layout.dtype, shardings)
+        return tiled_losses(h_BxNxD, table[...], targets_BxN, tiling)
     # Gathered once and in float32, so that the blocks' gradients add up in float32.
     table_VxD = lay_out(table[...], layout.shardings.gathered(table))
 
@@ -51,8 +58,6 @@ def token_losses(
         losses_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1) - target_logits_BxT
         return jnp.where(targets_BxT == pad_id, 0.0, losses_BxT)
 
-    batch, length = targets_BxN.shape
-    block = largest_divisor(length, layout.execution.loss_block or length)
     if block == length:
         return block_losses(h_BxNxD, targets_BxN)
 

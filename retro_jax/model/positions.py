@@ -129,6 +129,13 @@ class Rotary(Positions):
         first = rotate(x_IxTxHxW[..., :turned], positions, of_pair)
         return jnp.concatenate([first, x_IxTxHxW[..., turned:]], axis=-1)
 
+    def angles(self, positions_T: np.ndarray, width: int) -> jax.Array:
+        """[T, W] radians by which each number of a head of W turns with its partner; 0 for none."""
+        turned = self.width or width
+        of_pair = frequencies(turned, self.base, self.divisors)
+        each = np.concatenate([of_pair, of_pair, np.zeros(width - turned, np.float32)])
+        return jnp.asarray(positions_T, jnp.float32)[:, None] * each
+
 
 @dataclasses.dataclass(frozen=True)
 class Relative(Positions):
@@ -157,11 +164,14 @@ class Relative(Positions):
         """R(d): [Q] distances -> [Q, H, W], the learned map of the distances' sinusoids."""
         weight_DxHxW = weight("relative")
         table_QxD = sinusoids(distances_Q, weight_DxHxW.shape[0]).astype(weight_DxHxW.dtype)
-        return jnp.einsum("nd,dhk->nhk", table_QxD, weight_DxHxW)
+        # With a product that rounds to bfloat16, a TPU sums the table's gradient over devices in it.
+        exact = jax.lax.Precision.HIGHEST if weight_DxHxW.dtype == jnp.float32 else None
+        return jnp.einsum("nd,dhk->nhk", table_QxD, weight_DxHxW, precision=exact)
 
     def biased(self, weight: Weight, query_IxTxHxW: jax.Array) -> tuple[jax.Array, jax.Array]:
         """q + u and q + v."""
-        return query_IxTxHxW + weight("content_bias"), query_IxTxHxW + weight("position_bias")
+        content, position = (query_IxTxHxW + weight(f"{n}_bias") for n in ("content", "position"))
+        return content.astype(query_IxTxHxW.dtype), position.astype(query_IxTxHxW.dtype)
 
     def logits(
         self,
@@ -173,7 +183,10 @@ class Relative(Positions):
         """q + u, and (q + v).R(d) shifted from distances to keys."""
         content_IxTxHxW, position_IxTxHxW = self.biased(weight, query_IxTxHxW)
         by_distance_IxHxTxQ = jnp.einsum(
-            "...thk,nhk->...htn", position_IxTxHxW, table, preferred_element_type=jnp.float32
+            "...thk,nhk->...htn",
+            position_IxTxHxW,
+            table.astype(position_IxTxHxW.dtype),
+            preferred_element_type=jnp.float32,
         )
         return content_IxTxHxW, shift(by_distance_IxHxTxQ, num_keys)
 
@@ -254,6 +267,24 @@ def shift_by_slices(logits_IxTxQ: jax.Array, num_keys: int) -> jax.Array:
     return jnp.stack(slices, axis=-2).reshape(*leading, rows, num_keys)
 
 
+def _rotate_whole(x_IxTxHxW: jax.Array, sine: jax.Array, cosine: jax.Array) -> jax.Array:
+    """`rotate` without halves of a head, which a TPU writes as arrays of their own, padded to 128 numbers.
+
+    Every number gets its partner by a product with ones and minus ones.
+    """
+    half = np.eye(sine.shape[-1], dtype=np.float32)
+    partner_WxW = np.block([[0 * half, half], [-half, 0 * half]])
+    partner = jnp.einsum(
+        "...w,wv->...v",
+        x_IxTxHxW,
+        jnp.asarray(partner_WxW, x_IxTxHxW.dtype),
+        precision=jax.lax.Precision.HIGHEST if x_IxTxHxW.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    sine, cosine = (jnp.concatenate([part, part], axis=-1) for part in (sine, cosine))
+    return (x_IxTxHxW * cosine + partner * sine).astype(x_IxTxHxW.dtype)
+
+
 def rotate(
     x_IxTxHxW: jax.Array,
     positions_T: np.ndarray | jax.Array,
@@ -270,6 +301,8 @@ def rotate(
     of_pair = frequencies(width) if of_pair is None else of_pair
     angles = of.asarray(positions_T, np.float32)[..., None, None] * of_pair
     sine, cosine = of.sin(angles), of.cos(angles)
+    if target_platform() == "tpu":
+        return _rotate_whole(x_IxTxHxW, sine, cosine)
     first, second = (
         half.astype(jnp.float32)
         for half in (x_IxTxHxW[..., : width // 2], x_IxTxHxW[..., width // 2 :])

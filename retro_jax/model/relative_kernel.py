@@ -11,8 +11,7 @@ become keys:
     a = 1    3  2  1  0 -1 -2 -3  .    1  0 -1 -2
     a = 3    3  2  1  0 -1 -2 -3  .    3  2  1  0
 
-A shift of each row by its own amount is log2(T) rotations by a power of two, each for the rows whose
-amount has that bit. Logits never leave the chip, nor does the shift: in HBM both are [N, N] for each head.
+kernel_parts.py says how. Logits never leave the chip, nor does the shift: in HBM both are [N, N] for each head.
 
 The forward pass is flash attention's (Dao et al. 2022, arXiv 2205.14135). The backward pass is one kernel
 too: it computes a block's logits once, and adds to the gradients of queries (a block), of keys and values
@@ -20,7 +19,6 @@ too: it computes a block's logits once, and adds to the gradients of queries (a 
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,8 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-_MASKED = -1e30
-_VMEM_BYTES = 64 * 2**20
+from retro_jax.model.kernel_parts import MASKED, as_column, as_row, parameters, product, shifted
 
 Array = jax.Array
 
@@ -50,7 +47,8 @@ def relative_attention(
     Args:
       content_BxHxNxW: (q + u) / sqrt(W). position_BxHxNxW: (q + v) / sqrt(W). key_BxHxNxW,
         value_BxHxNxW: of the same length N, a multiple of `block`.
-      table_HxQxW: R of the distances N - 1, N - 2, ..., -block: Q = N + block.
+      table_HxQxW: R of the distances N - 1, N - 2, ..., -block: Q = N + block. In float32 its gradient
+        is in float32 too.
       segments_BxN: the document of each token, a number below 2^24.
       block: T, queries and keys of a block; a power of two.
       interpret: compute the same anywhere, slowly.
@@ -70,47 +68,18 @@ def relative_attention(
     )[0]
 
 
-def _shifted(t_TxS: Array, *, left: bool) -> Array:
-    """Row a of [T, 2T] rotated by T - 1 - a, to the left or back to the right."""
-    rows, columns = t_TxS.shape
-    amount = rows - 1 - jax.lax.broadcasted_iota(jnp.int32, t_TxS.shape, 0)
-    bit = 1
-    while bit < rows:
-        turned = pltpu.roll(t_TxS, columns - bit if left else bit, 1)
-        t_TxS = jnp.where((amount & bit) != 0, turned, t_TxS)
-        bit *= 2
-    return t_TxS
-
-
-def _product(a: Array, b: Array, axes: tuple[int, int]) -> Array:
-    """A product of two matrices over an axis of each, in float32."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        a, b, (((axes[0],), (axes[1],)), ((), ())), precision, preferred_element_type=jnp.float32
-    )
-
-
-def _column(row_1xT: Array) -> Array:
-    """[1, T] -> [T, 1]."""
-    return jnp.broadcast_to(row_1xT, (8, row_1xT.shape[1])).T[:, :1]
-
-
-def _row(column_Tx1: Array) -> Array:
-    """[T, 1] -> [1, T]."""
-    return jnp.broadcast_to(column_Tx1, (column_Tx1.shape[0], 8)).T[:1]
-
-
 def _logits(refs: Any, i: Array, j: Array) -> Array:
     """The masked logits [T, T] of query block i and key block j, float32."""
     content, position, key, near, far, query_segments, key_segments = (ref[...] for ref in refs)
+    near, far = near.astype(position.dtype), far.astype(position.dtype)
     by_distance = jnp.concatenate(
-        [_product(position, near, (1, 1)), _product(position, far, (1, 1))], axis=1
+        [product(position, near, (1, 1)), product(position, far, (1, 1))], axis=1
     )
     block = content.shape[0]
-    logits = _product(content, key, (1, 1)) + _shifted(by_distance, left=True)[:, :block]
+    logits = product(content, key, (1, 1)) + shifted(by_distance, left=True)[:, :block]
     query = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0) + i * block
     past = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) + j * block <= query
-    return jnp.where(past & (_column(query_segments) == key_segments), logits, _MASKED)
+    return jnp.where(past & (as_column(query_segments) == key_segments), logits, MASKED)
 
 
 def _forward_kernel(*refs: Any) -> None:
@@ -120,7 +89,7 @@ def _forward_kernel(*refs: Any) -> None:
 
     @pl.when(j == 0)
     def _() -> None:
-        most[...] = jnp.full_like(most, _MASKED)
+        most[...] = jnp.full_like(most, MASKED)
         total[...] = jnp.zeros_like(total)
         mean[...] = jnp.zeros_like(mean)
 
@@ -133,13 +102,13 @@ def _forward_kernel(*refs: Any) -> None:
         kept = jnp.exp(before - now)
         total[...] = kept * total[...] + jnp.sum(weights, axis=1, keepdims=True)
         values = value[...]
-        mean[...] = kept * mean[...] + _product(weights.astype(values.dtype), values, (1, 0))
+        mean[...] = kept * mean[...] + product(weights.astype(values.dtype), values, (1, 0))
         most[...] = now
 
     @pl.when(j == i)
     def _() -> None:
         out[...] = (mean[...] / total[...]).astype(out.dtype)
-        log_sum[...] = _row(most[...] + jnp.log(total[...]))
+        log_sum[...] = as_row(most[...] + jnp.log(total[...]))
 
 
 def _backward_kernel(*refs: Any) -> None:
@@ -167,20 +136,21 @@ def _backward_kernel(*refs: Any) -> None:
     def _() -> None:
         content, position, key, near, far = (ref[...] for ref in inputs[:5])
         dtype, d_out = content.dtype, cotangent[...]
-        weights = jnp.exp(_logits(inputs, i, j) - _column(log_sum[...]))
-        d_weights = _product(d_out, value[...], (1, 1))
-        d_logits = weights * (d_weights - _column(inner[...]))
+        near, far = near.astype(dtype), far.astype(dtype)
+        weights = jnp.exp(_logits(inputs, i, j) - as_column(log_sum[...]))
+        d_weights = product(d_out, value[...], (1, 1))
+        d_logits = weights * (d_weights - as_column(inner[...]))
         keys = pl.ds(j * block, block)
-        d_value[keys] += _product(weights.astype(d_out.dtype), d_out, (0, 0))
-        d_key[keys] += _product(d_logits.astype(dtype), content, (0, 0))
-        d_content[...] += _product(d_logits.astype(dtype), key, (1, 0))
+        d_value[keys] += product(weights.astype(d_out.dtype), d_out, (0, 0))
+        d_key[keys] += product(d_logits.astype(dtype), content, (0, 0))
+        d_content[...] += product(d_logits.astype(dtype), key, (1, 0))
         wide = jnp.concatenate([d_logits, jnp.zeros_like(d_logits)], axis=1)
-        by_distance = _shifted(wide, left=False).astype(dtype)
+        by_distance = shifted(wide, left=False).astype(dtype)
         to_near, to_far = by_distance[:, :block], by_distance[:, block:]
-        d_position[...] += _product(to_near, near, (1, 0)) + _product(to_far, far, (1, 0))
+        d_position[...] += product(to_near, near, (1, 0)) + product(to_far, far, (1, 0))
         place = (blocks - 1 - (i - j)) * block
-        d_table[pl.ds(place, block)] += _product(to_near, position, (0, 0))
-        d_table[pl.ds(place + block, block)] += _product(to_far, position, (0, 0))
+        d_table[pl.ds(place, block)] += product(to_near, position, (0, 0))
+        d_table[pl.ds(place + block, block)] += product(to_far, position, (0, 0))
 
 
 def _specs(blocks: int, block: int, width: int, *, heads_first: bool) -> dict[str, pl.BlockSpec]:
@@ -237,7 +207,7 @@ def _forward(
             jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32),
         ],
         scratch_shapes=[pltpu.VMEM((block, size), jnp.float32) for size in (1, 1, width)],
-        compiler_params=_parameters(("parallel", "parallel", "parallel", "arbitrary")),
+        compiler_params=parameters(("parallel", "parallel", "parallel", "arbitrary")),
         interpret=interpret,
         name="relative_attention",
     )(content, position, key, table, table, rows, rows, value)
@@ -260,7 +230,7 @@ def _backward(block: int, interpret: bool, residuals: Any, cotangent: Array) -> 
         in_specs=[specs[name] for name in names],
         out_specs=[specs[name] for name in ("query", "query", "all keys", "all keys", "table")],
         out_shape=[wide] * 4 + [jax.ShapeDtypeStruct(table.shape, jnp.float32)],
-        compiler_params=_parameters(("parallel", "arbitrary", "arbitrary", "arbitrary")),
+        compiler_params=parameters(("parallel", "arbitrary", "arbitrary", "arbitrary")),
         interpret=interpret,
         name="relative_attention_gradients",
     )(content, position, key, table, table, rows, rows, value, cotangent, log_sum, inner)
@@ -269,11 +239,6 @@ def _backward(block: int, interpret: bool, residuals: Any, cotangent: Array) -> 
         *(gradient.astype(x.dtype) for gradient, x in zip(gradients, arrays, strict=True)),
         None,
     )
-
-
-def _parameters(axes: Sequence[Any]) -> Any:
-    """What the compiler is told: the grid's axes and how much of the chip's memory may be used."""
-    return pltpu.CompilerParams(dimension_semantics=axes, vmem_limit_bytes=_VMEM_BYTES)
 
 
 relative_attention.defvjp(_forward, _backward)

@@ -25,7 +25,7 @@ import jax
 
 from retro_jax.distributed import processes
 from retro_jax.errors import UserError
-from retro_jax.storage import files
+from retro_jax.storage import files, urls
 from retro_jax.storage.buckets import Bucket
 from retro_jax.train.bucket_checkpoints import UNPUBLISHED, BucketCheckpoints, fetch_seals
 from retro_jax.train.checkpoint import CHECKPOINTS, latest_step
@@ -165,6 +165,17 @@ class BucketWorkdir:
                 paths = [here / name for name in sorted(names)]
                 found += [(path.relative_to(folder).as_posix(), path) for path in paths]
         return [(name, path) for name, path in found if _is_copied(name)]
+
+
+def brought(place: str) -> pathlib.Path:
+    """A workdir to read: the directory itself, or what was brought here of one in a bucket.
+
+    Raises:
+      UserError: the bucket cannot be read, or has nothing there.
+    """
+    return (
+        BucketWorkdir(place).bring(must_exist=True) if urls.is_url(place) else pathlib.Path(place)
+    )
 
 
 def _is_brought(name: str) -> bool:

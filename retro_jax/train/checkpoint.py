@@ -5,14 +5,14 @@
       1000/sealed.json   shape and dtype of every array; size and sha256 of every file of default/
       2000.damaged/      a checkpoint whose files differ from its seal
 
-Orbax writes into a temporary directory, the seal is added when all arrays are there, and a rename
-makes the checkpoint appear: a killed run leaves whole checkpoints only. Later damage (a disk,
-a copy cut short) is found by the seal before anything is read; the one before is used then.
+Orbax writes into a temporary directory, each process hashes what it wrote (hashed_files.py), the seal is
+added when all arrays are there, and a rename makes the checkpoint appear: a killed run leaves whole
+checkpoints only. Later damage (a disk, a copy cut short) is found by the seal before anything is
+read, each process checking its share; the one before is used then.
 """
 
-import concurrent.futures
+import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -25,10 +25,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from retro_jax.distributed.processes import from_first, together
+from retro_jax.distributed.processes import first_answer, from_first, is_first, together
 from retro_jax.errors import UserError
 from retro_jax.storage import files
-from retro_jax.train import sealed_parts
+from retro_jax.train import hashed_files, sealed_parts
 from retro_jax.train.parameter_names import named_leaves
 from retro_jax.train.sealed_parts import SEAL as SEAL
 from retro_jax.train.sealed_parts import DamagedError
@@ -39,7 +39,7 @@ CHECKPOINTS = "checkpoints"
 FORMAT_VERSION = 1
 _ITEM = "default"
 _COMMIT_SECONDS = 2 * 3600  # for the others' arrays and the seal's hashes, of terabytes too
-_COMMITTED = "commit_success.txt"  # Orbax writes it after the seal
+_WRITTEN = "async_write_complete"  # where Orbax's processes meet, each with its own arrays on disk
 _MERGED = "manifest.ocdbt"  # of the arrays of all processes
 _RECENT_LOSS = "recent_loss"  # the one array that a checkpoint may lack or have too much
 
@@ -83,7 +83,9 @@ class Checkpoints:
             keep_period=keep_every or None,
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(
-                timeout_secs=_COMMIT_SECONDS, post_finalization_callback=self._seal
+                timeout_secs=_COMMIT_SECONDS,
+                barrier_sync_fn=self._hash_and_meet,
+                post_finalization_callback=self._seal,
             ),
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -160,7 +162,7 @@ class Checkpoints:
         Raises:
           UserError: it belongs to another model or optimiser; names the array that differs.
         """
-        step = from_first(self._newest_undamaged)
+        step = self._newest_undamaged()
         self._manager.reload()
         if not step:
             return None
@@ -170,17 +172,26 @@ class Checkpoints:
 
     def _newest_undamaged(self) -> str:
         """The newest checkpoint that is as it was sealed, or nothing; sets damaged ones aside."""
-        for step in reversed(self.steps()):
-            path = self.directory / str(step)
-            problem = find_damage(path)
-            if problem is None:
-                return str(step)
-            set_aside(path, problem)
-        return ""
+        while step := from_first(lambda: str(latest_step(self.directory) or "")):
+            path = self.directory / step
+            share = (jax.process_index(), jax.process_count())
+            problem = first_answer(lambda: find_damage(path, share) or "")  # noqa: B023
+            if not problem:
+                break
+            together(lambda: set_aside(path, problem) if is_first() else None)  # noqa: B023
+        return step
 
     def _temporary(self) -> list[pathlib.Path]:
         """Where Orbax is writing, if it is."""
         return list(self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
+
+    def _hash_and_meet(self, *, key: str, timeout_ms: int) -> None:
+        """Orbax's barrier of all processes; before that of the written arrays, each hashes its own."""
+        if _WRITTEN in key:
+            with contextlib.suppress(OSError, UserError):  # the first process hashes what lacks
+                for path in self._temporary():
+                    hashed_files.write_list(path, jax.process_index())
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
     def _seal(self) -> None:
         """Adds the seal to the checkpoint that is about to be renamed to its final name."""
@@ -189,7 +200,8 @@ class Checkpoints:
         (path,) = self._temporary()
         if not (path / _ITEM / _MERGED).is_file():  # nothing could be restored
             raise OSError(f"Orbax did not merge the arrays of {path / _ITEM}: expected {_MERGED}")
-        seal = {"format_version": FORMAT_VERSION, "arrays": self._arrays, "files": _hashes(path)}
+        entries = hashed_files.collect(path)
+        seal = {"format_version": FORMAT_VERSION, "arrays": self._arrays, "files": entries}
         files.write_atomically(path / SEAL, json.dumps(seal, indent=1).encode())
 
 
@@ -258,8 +270,11 @@ def restore_params(
     raise UserError(f"{directory}: no undamaged checkpoint, expected that of a training run")
 
 
-def find_damage(path: pathlib.Path) -> str | None:
+def find_damage(path: pathlib.Path, share: tuple[int, int] = (0, 1)) -> str | None:
     """The damage to a checkpoint's files, or None: they are those that were sealed.
+
+    Args:
+      path: of the checkpoint. share: (i, n) for the content of every n-th file only, from i on.
 
     Raises:
       UserError: it was written in another format than this code reads.
@@ -274,32 +289,7 @@ def find_damage(path: pathlib.Path) -> str | None:
     if seal.get("format_version") != FORMAT_VERSION:
         version = seal.get("format_version")
         raise UserError(f"checkpoint {path} has format {version}: expected {FORMAT_VERSION}")
-    for name, (size, _) in sealed.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes, expected {size}"
-    hashes = _hashes(path)
-    for name, entry in sealed.items():
-        if hashes[name] != entry:
-            return f"{name} has other content than was written"
-    return None
-
-
-def _hashes(path: pathlib.Path) -> dict[str, list[Any]]:
-    """{file: [size, sha256]} of a checkpoint's array files."""
-    paths = sorted(file for file in (path / _ITEM).rglob("*") if file.is_file())
-    paths = [file for file in paths if file.name != _COMMITTED]
-
-    def entry(file: pathlib.Path) -> list[Any]:
-        with open(file, "rb") as stream:
-            return [file.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()]
-
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # hashing releases the interpreter lock
-        return {
-            str(f.relative_to(path)): e for f, e in zip(paths, pool.map(entry, paths), strict=True)
-        }
+    return hashed_files.find_damage(path, sealed, share)
 
 
 def saved_arrays(directory: str | os.PathLike, step: int) -> set[str]:

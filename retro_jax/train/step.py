@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from retro_jax.batch import RetroBatch
 from retro_jax.config import require
-from retro_jax.model.backend import options_for_one_use
+from retro_jax.model.backend import options_for_one_use, options_for_overlap
 from retro_jax.sharding import parameter_shardings
 from retro_jax.train.layer_norms import layer_norms
 from retro_jax.train.optimizer import Trainable
@@ -315,12 +315,13 @@ def compile_train_step(
     optimizer: optax.GradientTransformation,
     config: StepConfig,
     trainable: Trainable | None = None,
+    platform: str = "",
 ) -> TrainStep:
-    """`train_step` under jax.jit; the state that is passed in is donated."""
+    """`train_step` under jax.jit for a platform; the state that is passed in is donated."""
     step = functools.partial(
         train_step, graphdef=graphdef, optimizer=optimizer, config=config, trainable=trainable
     )
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=options_for_overlap(platform))
 
 
 def drop_neighbours(batch: RetroBatch, key: jax.Array, *, rate: float, pad_id: int) -> RetroBatch:

@@ -93,6 +93,29 @@ def test_a_fusion_moves_the_slices_it_reads_and_the_update_it_makes():
     assert costs(body, more=FUSED).hbm_bytes == row + row + row + index
 
 
+def test_a_slice_in_a_fusion_within_a_fusion_counts_as_the_slice():
+    more = """
+%inner (q0: f32[100,8], q1: s32[]) -> f32[1,8] {
+  %q0 = f32[100,8]{1,0} parameter(0)
+  %q1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %row = f32[1,8]{1,0} dynamic-slice(%q0, %q1, %zero), dynamic_slice_sizes={1,8}
+}
+%outer (p0: f32[100,8], p1: s32[]) -> f32[1,8] {
+  %p0 = f32[100,8]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %row = f32[1,8]{1,0} fusion(%p0, %p1), kind=kLoop, calls=%inner
+  ROOT %twice = f32[1,8]{1,0} add(%row, %row)
+}
+"""
+    body = """
+  %x = f32[100,8]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %f = f32[1,8]{1,0} fusion(%x, %i), kind=kOutput, calls=%outer
+"""
+    assert costs(body, more=more).hbm_bytes == 4 * 8 + 4 + 4 * 8
+
+
 @pytest.mark.parametrize(
     ("line", "kind", "groups", "received"),
     [
@@ -189,6 +212,36 @@ def test_the_kernel_for_relative_positions_is_counted_by_its_table(kernel, produ
   ROOT %{kernel}.1 = bf16[2,3,64,8]{{3,2,1,0}} custom-call(%q, %q, %q, %r, %r, %s, %s, %q), custom_call_target="tpu_custom_call"
 """)
     assert found.flops == products * 10 * 2 * 2 * 3 * 16 * 16 * 8
+
+
+SHORT = {
+    "relative": "%u = bf16[1,24] parameter(4)\n%v = bf16[1,24] parameter(5)\n%w = bf16[64,24] parameter(6)",
+    "rotary": "%u = f32[16,8] parameter(4)\n%v = f32[16,8] parameter(5)\n"
+    "%w = f32[32,8] parameter(6)\n%z = f32[32,8] parameter(7)",
+}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "positions", "products"),
+    [
+        ("short_attention", "relative", 16 * (2 * 32 + 64)),
+        ("short_attention_gradients", "relative", 16 * (5 * 32 + 3 * 64)),
+        ("short_attention", "rotary", 16 * 2 * 32 + 48 * 8),
+        ("short_attention_gradients", "rotary", 16 * 5 * 32 + 2 * 48 * 8),
+    ],
+)
+def test_the_kernel_over_few_keys_is_counted_by_its_keys_and_positions(kernel, positions, products):
+    """16 queries and 32 keys of three heads of 8; 64 distances, or a matrix [8, 8] that turns."""
+    more = ", %z" if positions == "rotary" else ""
+    found = costs(f"""
+  %q = bf16[6,16,24]{{2,1,0}} parameter(0)
+  %k = bf16[6,32,48]{{2,1,0}} parameter(1)
+  %f = f32[6,1,16]{{2,1,0}} parameter(2)
+  %g = f32[6,1,32]{{2,1,0}} parameter(3)
+{SHORT[positions]}
+  ROOT %{kernel}.1 = bf16[6,16,24]{{2,1,0}} custom-call(%q, %k, %f, %g, %u, %v, %w{more}, %q), custom_call_target="tpu_custom_call"
+""")
+    assert found.flops == 2 * 6 * 24 * products
 
 
 LOOP = """

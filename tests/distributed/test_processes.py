@@ -69,7 +69,10 @@ def test_two_processes_equal_one(two, tmp_path):
         assert a["step"] == b["step"]
         assert a["tokens"] == b["tokens"]
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
-    assert find_damage(directory / "checkpoints" / "8") is None
+    checkpoint = directory / "checkpoints" / "8"
+    sealed = json.loads((checkpoint / "sealed.json").read_text())["files"]
+    assert {name.split("/")[1] for name in sealed} > {"ocdbt.process_0", "ocdbt.process_1"}
+    assert find_damage(checkpoint) is None and not list(checkpoint.glob("hashed-*"))
     named = [_leaves(directory), _leaves(tmp_path / "one")]
     for name, leaf in named[0].items():
         np.testing.assert_allclose(leaf, named[1][name], rtol=1e-4, atol=1e-6, err_msg=name)

@@ -6,7 +6,7 @@ import shutil
 import fsspec
 import pytest
 
-from launch import evaluate, prepare, report, sample, train
+from launch import compare, evaluate, prepare, report, sample, train, tune
 from retro_jax.storage import buckets
 from retro_jax.storage.buckets import Bucket
 from retro_jax.train import bucket_workdir
@@ -36,6 +36,8 @@ def test_evaluated_sampled_and_reported_from_the_bucket_alone(
         expected = evaluated["on"]["all"]["bits_per_byte"]
         assert result["on"]["all"]["bits_per_byte"] == expected
         shutil.rmtree(tmp_path / "brought")
+        assert call(compare.main, where, f"--other={url}/W", "--other_condition=off") == 0
+        assert "evaluation/test-on-against-W-off.json" in bucket.list("")
         assert call(sample.main, where, "--prompt=The ", "--max_tokens=8") == 0
         assert call(report.main, where) == 0
         assert b"The " in bucket.read("report.html")
@@ -53,5 +55,7 @@ def test_bad_places_are_one_line(workdir, prepared_workdir, capsys):
         assert f"error: {nobody} is empty or not there" in capsys.readouterr().err
         assert call(train.main, f"--workdir={url}/W", f"--mirror={url}/M", *flags) == 2
         assert "--mirror: expected none with a --workdir in a bucket" in capsys.readouterr().err
-        assert call(prepare.main, f"--workdir={url}/W") == 2
-        assert f"error: --workdir={url}/W: expected a directory" in capsys.readouterr().err
+        for main in (prepare.main, tune.main):
+            assert call(main, f"--workdir={url}/W") == 2
+            expected = f"error: --workdir={url}/W: expected a directory; train, evaluate, compare,"
+            assert expected in capsys.readouterr().err

@@ -66,8 +66,10 @@ def test_sinusoids_are_the_references():
     assert_close(np.asarray(sinusoids(jnp.asarray(distances), 12)), expected, 1e-4)
 
 
-def test_rotary_is_the_references_and_relative():
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_rotary_is_the_references_and_relative(platform, monkeypatch):
     """Equal to the reference, and a product of turned vectors depends on the distance alone."""
+    monkeypatch.setattr(kinds, "target_platform", lambda: platform)
     x = np.random.default_rng(0).normal(size=(5, 2, 8)).astype(np.float32)
     positions = np.array([0, 1, 2, 40, 100])
     turned = np.asarray(rotate(jnp.asarray(x), jnp.asarray(positions)))

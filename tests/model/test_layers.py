@@ -4,14 +4,18 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from retro_jax.config import ExecutionConfig
 from retro_jax.model import Retro
 from retro_jax.model.layers import Embedding, Layout
-from retro_jax.sharding import Shardings
+from retro_jax.parameters import parameter
+from retro_jax.sharding import MESH_SHARDINGS, MeshConfig, Shardings, make_mesh
 from tests.model.tiny import TINY
 
 
@@ -83,3 +87,27 @@ def test_the_gradient_of_a_frequent_token_is_summed_in_float32():
 
     gradient = jax.grad(total)(params, np.ones(4096, np.int32))["table"][...]
     np.testing.assert_array_equal(gradient, [[0, 0], [4096, 4096], [0, 0]])
+
+
+@pytest.mark.parametrize(("summed", "wanted"), [(True, 263.0), (False, 264.0)])
+def test_gradients_of_weights_are_summed_in_float32(summed, wanted):
+    """Over devices: 256 and seven times 1, which bfloat16 rounds to 264."""
+    execution = ExecutionConfig(activation_dtype="bfloat16", float32_gradients=summed)
+    layout = Layout(execution, MESH_SHARDINGS)
+    mesh = make_mesh(MeshConfig(fsdp=8))
+    rows = NamedSharding(mesh, P(("data", "fsdp")))
+    values = jnp.where(jnp.arange(8) == 0, 256.0, 1.0).astype(jnp.bfloat16)
+    x = jax.device_put(jnp.broadcast_to(values[:, None, None], (8, 1, 16)), rows)
+    weight = jax.device_put(jnp.ones((16, 4)), NamedSharding(mesh, P("fsdp", None)))
+
+    def total(weight, added):
+        param = parameter(weight, P("fsdp", None))
+        y = layout.product(x, param, out_sharding=layout.shardings.rows(3))
+        y = (y + layout.vector(parameter(added, P(None))) * x[..., :1]).astype(jnp.bfloat16)
+        return jnp.sum(y.astype(jnp.float32))
+
+    with jax.set_mesh(mesh):
+        grads = jax.jit(jax.grad(total, (0, 1)))(weight, jnp.ones(4))
+    for grad in grads:
+        assert grad.dtype == jnp.float32
+        np.testing.assert_array_equal(grad, wanted)

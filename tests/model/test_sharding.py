@@ -129,9 +129,13 @@ def test_every_strategy_splits_parameters_into_as_many_parts(mesh_config, matric
 
 
 def losses_and_gradient(
-    model: Retro, batch: Any, key: jax.Array | None = None
+    model: Retro, batch: Any, key: jax.Array | None = None, texts: list[str] | None = None
 ) -> tuple[np.ndarray, Any]:
-    """Token losses, with dropout if there is a key, and the gradient of their sum."""
+    """Token losses, with dropout if there is a key, and the gradient of their sum.
+
+    Args:
+      texts: is added the compiled program.
+    """
     graph, params = nnx.split(model)
 
     @jax.jit
@@ -142,7 +146,10 @@ def losses_and_gradient(
 
         return jax.grad(loss, has_aux=True)(params)
 
-    gradient, losses = compute(params, batch)
+    compiled = compute.lower(params, batch).compile()
+    if texts is not None:
+        texts.append(compiled.as_text())
+    gradient, losses = compiled(params, batch)
     return losses, gradient
 
 
@@ -191,7 +198,10 @@ def test_eight_devices_compute_what_one_does(mesh_config):
 
 
 def test_each_device_draws_its_part_of_parameters(monkeypatch):
-    """The values of one device, and no draw that is not split; dropout too drops the same."""
+    """The values of one device, and no draw that is not split; dropout too drops the same.
+
+    No program has an array of a parameter's whole shape, nor of a dropout mask's of the whole batch.
+    """
     config = dataclasses.replace(CONFIG, dropout=0.25, tie_embeddings=False)
     mesh, key = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), jax.random.key(3)
     wanted = Retro(config, rngs=nnx.Rngs(5))
@@ -220,10 +230,16 @@ def test_each_device_draws_its_part_of_parameters(monkeypatch):
     for name in split:
         monkeypatch.setattr(jax.random, name, recorded(name))
     with jax.set_mesh(mesh):
-        params = make()
+        compiled = make.lower().compile()
+        texts, params = [compiled.as_text()], compiled()
         batch = jax.device_put(example(), batch_sharding(mesh))
-        losses, _ = losses_and_gradient(nnx.merge(graph, params), batch, key)
+        losses, _ = losses_and_gradient(nnx.merge(graph, params), batch, key, texts)
     assert all(draws and all(draws) for draws in split.values())
+    # Stacks of three layers are split everywhere; others may have the shape of some activations.
+    whole = {leaf.shape for leaf in jax.tree.leaves(params) if leaf.ndim > 3 and len(leaf) == 3}
+    whole |= {(8, 16, 16), (8, 4, 2, 8, 8)}  # the decoder's masks [B, N, D], the encoder's
+    for text in texts:
+        assert not [shape for shape in whole if f"[{','.join(map(str, shape))}]" in text]
     values = named_leaves(nnx.state(wanted))
     for name, value in named_leaves(params).items():
         np.testing.assert_allclose(value, values[name], rtol=1e-6, err_msg=name)

@@ -199,6 +199,24 @@ def test_places_that_cannot_be_written_are_one_line(tmp_path, monkeypatch):
                 BucketWorkdir(f"{url}/W").bring(must_exist=True)
 
 
+@pytest.mark.parametrize("store", object_stores.STORES)
+def test_a_bucket_without_permission_is_named_at_once(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(bucket_workdir, "CACHE", tmp_path)
+    monkeypatch.setattr(buckets, "_FIRST_WAIT", 60.0)  # asking again would take minutes
+    with object_stores.STORES[store](Faults(1.0, kinds=(object_stores.DENIED,))) as url:
+        actions = {
+            "W/ cannot be read: ": lambda: BucketWorkdir(f"{url}/W").bring(),
+            "W/a.json cannot be read: ": lambda: Bucket(f"{url}/W").read("a.json"),
+            "W/a.json cannot be written: ": lambda: Bucket(f"{url}/W").write("a.json", b"{}"),
+        }
+        for message, action in actions.items():
+            with pytest.raises(UserError) as error:
+                action()
+            assert str(error.value).startswith(f"{url}/{message}"), error.value
+            assert "\n" not in str(error.value)
+            assert "orbidden" in str(error.value) or "enied" in str(error.value)
+
+
 def test_what_is_brought_and_what_goes_back(tmp_path, monkeypatch):
     monkeypatch.setattr(bucket_workdir, "CACHE", tmp_path / "cache")
     with object_stores.s3() as url:

@@ -236,10 +236,10 @@ def test_recent_losses_may_be_begun_or_dropped_when_a_run_goes_on(trainer, saved
 def test_a_write_that_fails_is_an_os_error(trainer, tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
 
-    def fail(path: pathlib.Path):
+    def fail(path: pathlib.Path, paths):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr("retro_jax.train.checkpoint._hashes", fail)
+    monkeypatch.setattr("retro_jax.train.hashed_files.hash_files", fail)
     checkpoints.save(trainer.state)
     with pytest.raises(OSError, match="No space left on device"):
         checkpoints.wait()
