@@ -87,8 +87,9 @@ def condition_cost(
     try:
         if neighbours:
             database, ranking = Database.open(data, revision), Ranking.of(data)
-            options = {"share": share, "searched": searched, "states": states}
-            cost += neighbour_cost(database, ranking, neighbours, **options)
+            cost += neighbour_cost(
+                database, ranking, neighbours, share=share, searched=searched, states=states
+            )
         if tokens:
             cost += token_memory_cost(prepare_and_open(open_database(data, revision)))
     except UserError:
