@@ -132,6 +132,7 @@ class Deadly:
         self.lines.append(
             f"{self._step:13} {type(work).__name__:15} {len(shards):5} tasks {seconds:6.1f} s  {what}"
         )
+        print(self.lines[-1], file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Ends the cluster."""

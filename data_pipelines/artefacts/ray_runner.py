@@ -114,6 +114,12 @@ class RayCluster:
         try:
             return ray.get(reference)
         except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, ray.exceptions.RaySystemError):
+                reason = str(error.cause).split("\n")[0]
+                raise UserError(
+                    f"a Ray worker cannot open its work ({reason}): expected the packages and files of"
+                    " this process on every node"
+                ) from None
             raise error.cause if isinstance(error.cause, Exception) else error from None
         except ray.exceptions.RayError as error:
             reason = str(error).split("\n")[0]

@@ -73,6 +73,21 @@ def test_runs_shards_and_keeps_the_message_of_a_failure(runner, tmp_path):
     assert len(list(tmp_path.iterdir())) == 4, "what fails by itself is not tried again"
 
 
+class Missing:
+    """Work that cannot be opened by a worker."""
+
+    def __reduce__(self):
+        return __import__, ("no_such_package",)
+
+
+def test_work_that_a_node_cannot_open_is_one_line(runner):
+    message = (
+        r"cannot open its work \(System error: No module named 'no_such_package'\): expected the"
+    )
+    with pytest.raises(UserError, match=message):
+        list(runner.run(Missing(), [0]))
+
+
 def test_accelerators_are_asked_for_by_work_that_wants_them():
     @dataclasses.dataclass(frozen=True)
     class Embeds:
