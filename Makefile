@@ -47,19 +47,21 @@ facts: install
 test: install
 	$(BIN)/python -m pytest
 
-# The tests under every supported Python of this machine (also pyenv's), each with a .venv of its own.
+# The tests under every supported Python of this machine (also pyenv's), each with a .venv of its own. One that
+# fails does not keep the others from running.
 VERSIONS := 3.11 3.12 3.13
 test-all:
-	@set -e; for version in $(VERSIONS); do \
+	@failed=; for version in $(VERSIONS); do \
 	  for python in python$$version $$HOME/.pyenv/versions/$$version.*/bin/python; do \
 	    if $$python -c "" 2>/dev/null; then \
 	      echo "== Python $$version: $$python"; \
-	      $(MAKE) test PYTHON=$$python VENV=.venv-$$version; \
+	      $(MAKE) test PYTHON=$$python VENV=.venv-$$version || failed="$$failed $$version"; \
 	      continue 2; \
 	    fi; \
 	  done; \
 	  echo "== Python $$version: not here"; \
-	done
+	done; \
+	if [ -n "$$failed" ]; then echo "failed under Python$$failed"; exit 1; fi
 
 lint: install
 	$(BIN)/ruff check .

@@ -25,7 +25,7 @@ COMMANDS = {
     "compare": "compare two trained models",
     "sample": "continue a text, with retrieval",
     "answer": "answer questions, and count the right answers",
-    "generate": "continue many texts, with retrieval",
+    "generate": "the same command as sample",
     "serve": "answer requests for texts over HTTP",
     "report": "write everything of a workdir on one page",
     "export": "write chunks, neighbours, scores or a model as Parquet or safetensors",
@@ -33,6 +33,7 @@ COMMANDS = {
     "compile-check": "predict a step's memory and cost on a TPU slice",
     "cluster": "start a run on TPU VMs, GKE or Slurm",
 }
+_ALIASES = {"generate": "sample"}
 _HELP = ("--help", "-help", "-h", "help")
 
 
@@ -56,7 +57,7 @@ def available() -> list[str]:
 
 def module(name: str) -> str:
     """The module of a command, as `python -m` takes it."""
-    return f"launch.{name.replace('-', '_')}"
+    return f"launch.{_ALIASES.get(name, name).replace('-', '_')}"
 
 
 def usage() -> str:

@@ -17,7 +17,7 @@ from data_pipelines.corpora.sources import SourceFile, open_file
 from retro_jax.errors import UserError
 
 _ROWS = 1024  # that are plain Python objects at once
-_BLOCK = 1 << 20
+_DAMAGE = (OSError, ValueError, RuntimeError)  # what is raised besides Arrow's own errors
 
 
 def read_parquet(config: CorpusConfig, file: SourceFile, reading: Reading) -> Iterator[Record]:
@@ -36,7 +36,8 @@ def read_parquet_objects(
       names: columns that are read; None for all.
     """
     pyarrow, parquet = import_pyarrow()
-    with open_file(file) as opened:
+    with open_file(file) as bytes_of_it:
+        opened = _Watched(bytes_of_it)
         try:
             table = parquet.ParquetFile(opened, page_checksum_verification=True)
             for name in names or text_columns(config):
@@ -45,64 +46,76 @@ def read_parquet_objects(
             groups = range(file.start, file.stop or table.num_row_groups)
             number = sum(table.metadata.row_group(i).num_rows for i in range(groups.start))
             for group in groups:
+                rows = range(number, number + table.metadata.row_group(group).num_rows)
                 batches = table.iter_batches(
                     _ROWS, row_groups=[group], columns=columns, use_threads=False
                 )
-                damage = _Damage(opened, table.metadata.row_group(group), file.path, number)
-                whole = damage.passed_by(batches, reading)
+                whole = _whole_batches(batches, rows, file, opened, reading)
                 yield from read_batches(whole, number, config, file, reading)
-                number += damage.rows
+                number = rows.stop
         except UserError:
             raise
-        except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
+        except (pyarrow.ArrowException, *_DAMAGE, MemoryError) as error:
             reason = str(error).split("\n")[0].rstrip(".")
+            if opened.error is not None:
+                raise UserError(f"{file.path} cannot be read: {reason}") from error
             raise UserError(
                 f"{file.path} is damaged ({reason}): expected a whole Parquet file"
             ) from error
 
 
-class _Damage:
-    """What a damaged page makes of its row group: the rows from there on are bad.
+class _Watched:
+    """An open file that remembers the error with which reading it failed.
 
     Attributes:
-      rows: of the row group.
+      error: the last one; None while all bytes could be read.
     """
 
-    def __init__(self, opened: BinaryIO, group: Any, path: str, before: int) -> None:
-        """Takes an open file, a row group's metadata, the file's path, and the rows before the group."""
-        self.rows: int = group.num_rows
-        self._opened, self._group, self._path, self._before = opened, group, path, before
+    def __init__(self, opened: BinaryIO) -> None:
+        self._opened = opened
+        self.error: Exception | None = None
 
-    def passed_by(self, batches: Iterator[Any], reading: Reading) -> Iterator[Any]:
-        """The batches that can be read; all rows after them are one bad document each."""
-        pyarrow, _ = import_pyarrow()
-        count, reason = 0, "it has fewer rows than it states"
+    def read(self, size: int = -1) -> bytes:
+        """As any file; Arrow reads by this method alone."""
         try:
-            for batch in batches:
-                yield batch
-                count += batch.num_rows
-        except MemoryError:
+            return self._opened.read(size)
+        except Exception as error:
+            self.error = error
             raise
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
-            self._read_bytes()  # that cannot be read at all are no damaged page
-            reason = str(error).split("\n")[0].rstrip(".")
-        if count < self.rows:
-            first, last = self._before + count + 1, self._before + self.rows
-            reading.bad(
-                f"{self._path} is damaged from row {first:,} to {last:,} ({reason}): expected a whole"
-                " Parquet file",
-                self.rows - count,
-            )
 
-    def _read_bytes(self) -> None:
-        """Reads the row group's bytes; raises what that raises."""
-        columns = [self._group.column(i) for i in range(self._group.num_columns)]
-        for column in columns:
-            offsets = (column.dictionary_page_offset, column.data_page_offset)
-            self._opened.seek(min(offset for offset in offsets if offset is not None))
-            rest = column.total_compressed_size
-            while rest > 0 and (block := self._opened.read(min(rest, _BLOCK))):
-                rest -= len(block)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._opened, name)
+
+
+def _whole_batches(
+    batches: Iterator[Any], rows: range, file: SourceFile, opened: _Watched, reading: Reading
+) -> Iterator[Any]:
+    """The batches of a row group up to a damaged page; each row after them is a bad document.
+
+    Args:
+      batches: of the row group. rows: its rows in the file.
+      file: for messages. opened: its bytes: that they cannot be read is no damage.
+      reading: what is done with bad documents.
+    """
+    pyarrow, _ = import_pyarrow()
+    count, reason = 0, "it has fewer rows than it states"
+    try:
+        for batch in batches:
+            yield batch
+            count += batch.num_rows
+    except MemoryError:
+        raise
+    except (pyarrow.ArrowException, *_DAMAGE) as error:
+        if opened.error is not None:
+            raise
+        reason = str(error).split("\n")[0].rstrip(".")
+    left = rows.stop - rows.start - count  # len(rows) has no room for what damaged metadata states
+    if left > 0:
+        reading.bad(
+            f"{file.path} is damaged from row {rows.start + count + 1:,} to {rows.stop:,} ({reason}):"
+            " expected a whole Parquet file",
+            left,
+        )
 
 
 def parts_of_rows(file: SourceFile, most: int) -> Iterator[SourceFile]:
@@ -111,7 +124,7 @@ def parts_of_rows(file: SourceFile, most: int) -> Iterator[SourceFile]:
     try:
         with open_file(file) as opened:
             count = parquet.ParquetFile(opened).num_row_groups
-    except (pyarrow.ArrowException, OSError):
+    except (pyarrow.ArrowException, *_DAMAGE):
         count = 0  # whoever reads it reports that
     parts = min(count, -(-file.size // most))
     if parts < 2:

@@ -48,6 +48,13 @@ def test_a_lost_document_and_a_traceback_are_seen(tmp_path, monkeypatch):
         outcome(lines, tmp_path, [("insert", 1.0, 0.0, b"")])
 
 
+def test_metadata_that_ends_the_process_is_not_asked_for(tmp_path):
+    """Found by tests.fuzz.guided: pyarrow ends the process where it is asked for this column's metadata."""
+    parquet = next(t for t in readers.targets() if t.name == "parquet a.parquet")
+    change = ("flip", 0.5976792279411739, 0.050588235320311106, b"null")
+    assert outcome(parquet, tmp_path, [change]) == "refused"
+
+
 def _nameless():
     raise UserError("something is wrong")
 

@@ -31,6 +31,11 @@ def test_the_table_is_the_folder():
     assert {retro.module(name) for name in retro.available()} == modules
 
 
+def test_every_command_is_there_and_generate_is_sample():
+    assert retro.available() == list(retro.COMMANDS)
+    assert retro.module("generate") == retro.module("sample") == "launch.sample"
+
+
 def test_help_has_a_line_for_each_command(capsys):
     assert _call("--help") == 0
     lines = capsys.readouterr().out.splitlines()

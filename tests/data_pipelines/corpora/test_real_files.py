@@ -257,7 +257,7 @@ def test_bytes_that_cannot_be_fetched_are_no_damaged_page(tmp_path, monkeypatch)
         yield Cut((tmp_path / "x.parquet").read_bytes())
 
     monkeypatch.setattr("data_pipelines.corpora.parquet.open_file", opened)
-    with pytest.raises(UserError, match=r"x.parquet is damaged \(connection reset\)"):
+    with pytest.raises(UserError, match=r"x.parquet cannot be read: connection reset"):
         _read(tmp_path, "parquet", skip=True)
 
 
