@@ -175,7 +175,11 @@ def make_plan(
         abstract=abstract,
         first_state=step.compile_first_state(make_model, optimizer, abstract),
         step=step.compile_train_step(
-            graphdef=graphdef, optimizer=optimizer, config=config, trainable=trained
+            graphdef=graphdef,
+            optimizer=optimizer,
+            config=config,
+            trainable=trained,
+            platform=mesh.devices.flat[0].platform,
         ),
         left_out=known_from_base(settings.start, settings.retro, trained),
     )

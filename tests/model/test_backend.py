@@ -1,11 +1,18 @@
 """Products with their own backward pass: values and gradients are those of the plain einsum."""
 
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
 
 from retro_jax.model import backend
-from tests.model.tiny import assert_close
+from retro_jax.train import step
+from retro_jax.train.global_batches import BatchShape
+from retro_jax.train.loop import TrainConfig
+from retro_jax.train.run import Settings, make_plan
+from tests.model.tiny import TINY, assert_close
 
 # shape of x, shape of the weight, contracted axes: wider, narrower, several parts, heads
 CASES = [
@@ -75,3 +82,20 @@ def test_only_a_cpu_is_told_how_arrays_lie(monkeypatch):
     assert "optimization_barrier" in program("cpu")
     assert "optimization_barrier" not in program("gpu")
     assert "custom_vjp" not in program("gpu")
+
+
+def test_a_step_for_gpus_is_asked_to_overlap_and_xla_knows_the_flags(monkeypatch):
+    """An unknown flag ends the process that reads it."""
+    assert backend.options_for_overlap("cpu") is backend.options_for_overlap("tpu") is None
+    flags = [f"--{name}=true" for name in backend.options_for_overlap("gpu")]
+    assert len(flags) == 4
+    monkeypatch.setenv("XLA_FLAGS", " ".join(flags))
+    subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], check=True, timeout=120)
+
+
+def test_the_step_is_compiled_for_its_mesh(monkeypatch):
+    given = []
+    monkeypatch.setattr(step, "options_for_overlap", given.append)
+    settings = Settings(retro=TINY, training=TrainConfig(steps=1000))
+    make_plan(settings, BatchShape(2, 16), jax.devices()[:1])
+    assert given == ["cpu"]
