@@ -31,7 +31,7 @@ _UNKNOWN = {
     "frequency_penalty": (None, 0.0),
     "logit_bias": (None, {}),
 }
-_POLL = 0.5  # seconds between looks at whether a client is still there
+_POLL = 0.1  # seconds between looks at whether a client is still there
 
 
 @dataclasses.dataclass
@@ -107,12 +107,15 @@ class Completion:
         """
         by_text = {id(choice.text): choice for choice in self.choices}
         left = len(self.choices) if self._jobs else 0
+        asked = time.monotonic()
         while left:
+            if time.monotonic() - asked >= _POLL:
+                if await gone():
+                    raise ConnectionError("the client has gone")
+                asked = time.monotonic()
             try:
                 progress = await asyncio.wait_for(self._events.get(), _POLL)
             except TimeoutError:
-                if await gone():
-                    raise ConnectionError("the client has gone") from None
                 continue
             if progress.ended == "timeout":
                 limit = self._service.limits.seconds

@@ -13,7 +13,7 @@ from retro_jax.errors import UserError
 from retro_jax.generate.harness import Harness
 from tests.serve.fakes import CONFIG, EOS, FakeDatabase, make_generator
 
-_M = CONFIG.chunk_length
+_M, _CHUNKS = CONFIG.chunk_length, 4
 _PAIRS = [
     ("the lobster is", " blue"),
     ("", "a text of its own"),
@@ -23,12 +23,14 @@ _PAIRS = [
 ]  # each at most 23 tokens, which every window sees whole
 
 
-@functools.cache
+generator_of_all = functools.cache(make_generator)  # its programs are compiled once
+
+
 def forced(text: str, retrieval: bool) -> np.ndarray:
     """[n + 1, V] log-probabilities of a text's tokens and of what follows, by one forward pass."""
-    generator = make_generator()
+    generator = generator_of_all()
     tokens = np.array([*generator.encode(text), EOS], np.int32)
-    count = -(-len(tokens) // _M)
+    count = _CHUNKS
     chunks = np.zeros((count, _M), np.int32)
     chunks.reshape(-1)[: len(tokens)] = tokens
     neighbours = None
@@ -37,16 +39,22 @@ def forced(text: str, retrieval: bool) -> np.ndarray:
         found, _ = database.find(chunks, generator.neighbours)
         neighbours = database.values(found)[None]
     documents = np.zeros((1, count), np.int32)
-    logits = generator.model(chunks.reshape(1, -1), neighbours, documents)
+    logits = _forward()(generator.model, chunks.reshape(1, -1), neighbours, documents)
     return np.asarray(jax.nn.log_softmax(logits.astype(np.float32), axis=-1))[0, : len(tokens) - 1]
+
+
+@functools.cache
+def _forward():
+    """The whole pass, compiled."""
+    return jax.jit(lambda model, *inputs: model(*inputs))
 
 
 @pytest.mark.parametrize("retrieval", [True, False])
 def test_continuations_are_scored_after_their_contexts(retrieval):
-    answers = Harness(make_generator(), retrieval=retrieval).log_likelihoods(_PAIRS)
+    answers = Harness(generator_of_all(), retrieval=retrieval).log_likelihoods(_PAIRS)
     for (context, continuation), (nats, greedy) in zip(_PAIRS, answers, strict=True):
         scores = forced(context + continuation, retrieval)[len(context) :]
-        ids = make_generator().codec.encode(continuation)
+        ids = generator_of_all().codec.encode(continuation)
         scores = scores[: len(ids)]
         assert nats == pytest.approx(float(scores[np.arange(len(ids)), ids].sum()), abs=2e-4)
         assert greedy == bool((scores.argmax(-1) == ids).all())
@@ -54,7 +62,7 @@ def test_continuations_are_scored_after_their_contexts(retrieval):
 
 
 def test_a_greedy_continuation_is_greedy_and_another_is_not():
-    generator = make_generator()
+    generator = generator_of_all()
     harness = Harness(generator)
     (text,) = harness.continuations([("the lobster", {"max_gen_toks": 6})])
     assert len(text) == 6
@@ -64,7 +72,7 @@ def test_a_greedy_continuation_is_greedy_and_another_is_not():
 
 
 def test_rolling_scores_are_those_of_score_and_of_no_context():
-    generator, texts = make_generator(), ["a text", "of two chunks", "c"]
+    generator, texts = generator_of_all(), ["a text", "of two chunks", "c"]
     harness = Harness(generator)
     rolling = harness.answers("loglikelihood_rolling", [(text,) for text in texts])
     sums = [float(one.log_probabilities.sum()) for one in generator.score(texts)]
@@ -75,7 +83,7 @@ def test_rolling_scores_are_those_of_score_and_of_no_context():
 
 def test_no_answer_depends_on_the_other_requests():
     """Texts of more than C - stride + 1 chunks are cut by windows, whose places must not move."""
-    generator, counted = make_generator(), []
+    generator, counted = generator_of_all(), []
     long = "abcdefgh ijklmnop " * 6
     assert len(long) > generator.scorer.whole
     harness = Harness(generator)
@@ -87,7 +95,7 @@ def test_no_answer_depends_on_the_other_requests():
 
 def test_a_token_across_the_boundary_counts(monkeypatch):
     """Of a tokeniser whose token is two letters, a context that ends within one gives it away."""
-    harness = Harness(make_generator())
+    harness = Harness(generator_of_all())
     tokens = np.arange(4)
     monkeypatch.setattr(
         type(harness._generator.codec), "decode_bytes", lambda self, ids: b"ab" * len(ids)
@@ -96,7 +104,7 @@ def test_a_token_across_the_boundary_counts(monkeypatch):
 
 
 def test_continuations_end_as_they_are_asked_to():
-    harness, counted = Harness(make_generator(), max_tokens=9), []
+    harness, counted = Harness(generator_of_all(), max_tokens=9), []
     (whole,) = harness.continuations([("some context", {})])
     assert len(whole) == 9
     stop = whole[4]
@@ -120,9 +128,9 @@ def test_continuations_end_as_they_are_asked_to():
 )
 def test_bad_settings_are_one_line(arguments, message):
     with pytest.raises(UserError, match=message):
-        Harness(make_generator()).continuations([("a", {}), ("b", arguments)])
+        Harness(generator_of_all()).continuations([("a", {}), ("b", arguments)])
     with pytest.raises(UserError, match="retrieval is 9 neighbours: expected 0 to 2"):
-        Harness(make_generator(), retrieval=9)
+        Harness(generator_of_all(), retrieval=9)
 
 
 def test_the_model_of_lm_eval(monkeypatch):
@@ -144,7 +152,7 @@ def test_the_model_of_lm_eval(monkeypatch):
 
     def open_generator(workdir, **more):
         opened.append((workdir, more))
-        return make_generator()
+        return generator_of_all()
 
     name = "retro_jax.generate.lm_eval_model"
     importlib.import_module(name).model_class(open_generator)
@@ -153,7 +161,7 @@ def test_the_model_of_lm_eval(monkeypatch):
     assert opened == [("W", {"revision": 2})]
     requests = [types.SimpleNamespace(args=pair) for pair in _PAIRS]
     assert lm.loglikelihood(requests, disable_tqdm=True) == Harness(
-        make_generator()
+        generator_of_all()
     ).log_likelihoods(_PAIRS)
     one = [types.SimpleNamespace(args=("a text",))]
     assert len(lm.loglikelihood_rolling(one, disable_tqdm=True)) == 1

@@ -3,7 +3,8 @@
 tests/data/make_old_workdir.py says what it holds and how it was made. Users have such workdirs: a
 change that breaks one of these tests breaks theirs. On the kind of machine that made the data every
 bit is the same; elsewhere losses agree to 1e-6, parameters to 1e-5 of the largest. The last state's
-bits are those since each device draws its part of a dropout mask; the old code's agree as elsewhere.
+bits are those since the gradients of relative positions are summed in float32; the old code's agree as
+elsewhere.
 """
 
 import json

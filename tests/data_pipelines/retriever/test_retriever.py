@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.live.settings import LiveSettings
-from data_pipelines.retriever import candidates, index
+from data_pipelines.retriever import candidates, index_shard
 from data_pipelines.retriever.index_build import prepare_index
 from data_pipelines.retriever.index_config import IndexConfig
 from data_pipelines.retriever.index_shard import compare_all
@@ -112,13 +112,13 @@ def test_three_chunks_are_a_database(tmp_path):
 
 
 def test_a_document_longer_than_any_widening_is_looked_beyond(tmp_path, monkeypatch):
-    monkeypatch.setattr(index, "_WIDEST", 100)
+    monkeypatch.setattr(index_shard, "_WIDEST", 100)
     vectors = clustered(600)
     vectors[500:] += 5  # the other documents are far from the long one
     found = retriever(tmp_path, [500, 99, 1], vectors, kind="hashing")
     calls = []
     monkeypatch.setattr(
-        index,
+        index_shard,
         "compare_all",
         lambda keys, q, *rest: calls.append(len(q)) or compare_all(keys, q, *rest),
     )
