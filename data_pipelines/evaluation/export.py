@@ -19,6 +19,7 @@ from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.corpora.arrow_rows import import_pyarrow
 from data_pipelines.evaluation.splits import Split, open_split
+from data_pipelines.retriever.given_keys import ADDED, added_chunks
 from retro_jax.errors import UserError
 from retro_jax.storage import files
 
@@ -30,21 +31,29 @@ def export_chunks(data: pathlib.Path, split: str, path: pathlib.Path) -> int:
     """Writes every chunk of a split with its text; returns the number of rows.
 
     Args:
-      data: W. split: of it, or an evaluation text that was prepared. path: *.parquet, *.arrow, *.feather.
+      data: W. split: of it, or an evaluation text that was prepared, or "added" for the documents that an
+        unfinished --append adds (data_pipelines/retriever/given_keys.py). path: *.parquet, *.arrow,
+        *.feather.
 
     Raises:
       UserError: no such split, another kind of file, or no pyarrow.
     """
-    opened, tokenizer = open_split(data, split, neighbours=0), Tokenizer.open(data / "tokenizer")
+    if split == ADDED:
+        database = added_chunks(data)
+        chosen = np.arange(len(database))
+    else:
+        opened = open_split(data, split, neighbours=0)
+        database, chosen = opened.database, opened.ids
+    tokenizer = Tokenizer.open(data / "tokenizer")
 
     def rows(ids: np.ndarray) -> Rows:
-        tokens, about = opened.database.chunks(ids), _documents(opened.database, ids)
-        before = opened.database.documents(np.maximum(ids - 1, 0))
-        first = (ids == 0) | (before != opened.database.documents(ids))
-        text = [tokenizer.decode(row[row != opened.database.pad_id]) for row in tokens]
+        tokens, about = database.chunks(ids), _documents(database, ids)
+        before = database.documents(np.maximum(ids - 1, 0))
+        first = (ids == 0) | (before != database.documents(ids))
+        text = [tokenizer.decode(row[row != database.pad_id]) for row in tokens]
         return {"chunk": ids, **about, "first": first, "text": text, "tokens": tokens.tolist()}
 
-    return _write(path, map(rows, _blocks(opened.ids)))
+    return _write(path, map(rows, _blocks(chosen)))
 
 
 def export_neighbours(data: pathlib.Path, split: str, path: pathlib.Path) -> int:

@@ -5,6 +5,10 @@
     write_given_keys(W, {"train": vectors, "validation": ..., "test": ...}, name="my-model")
     prepare(W, config)                                    with KeysConfig(model="given:my-model")
 
+    python -m launch.prepare --workdir=W --append ...     names the keys that are missing
+    python -m launch.export --workdir=W --what=chunks --split=added --to=added.parquet
+    write_added_keys(W, vectors)                          then --append again
+
 Tables, training and evaluation of W's own splits then work as with any keys. New texts cannot be embedded:
 live retrieval and other evaluation texts are refused.
 """
@@ -16,11 +20,14 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from data_pipelines.artefacts.manifest import Manifest, Path, Stage, shard_name
+from data_pipelines.artefacts.manifest import MANIFEST_FILE, Manifest, Path, Stage, shard_name
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.corpora import SPLITS
-from data_pipelines.retriever.keys import GIVEN, KIND, KeysConfig
+from data_pipelines.retriever import revisions
+from data_pipelines.retriever.keys import GIVEN, KIND, Keys, KeysConfig
 from retro_jax.errors import UserError
+
+ADDED = "added"  # what --append has begun to add, as the name of a split
 
 
 class Rows(Protocol):
@@ -61,16 +68,60 @@ def write_given_keys(
         raise UserError(f"vectors are of {sorted(vectors)}: expected {', '.join(SPLITS)}")
     databases = {split: ChunkDatabase.open(root / "chunks" / split) for split in SPLITS}
     width = vectors["train"].shape[-1] if len(vectors["train"].shape) == 2 else 0
-    counts = {}
-    for split, database in databases.items():
-        shape, expected = tuple(vectors[split].shape), (len(database), width)
-        if shape != expected or not width:
-            raise UserError(f"vectors of {split} have shape {shape}: expected {expected}")
-        counts[split] = sum(_checked(vectors[split], ids, split) for ids in database.shards)
+    counts = {s: _checked(vectors[s], database, width, s) for s, database in databases.items()}
     return {
         split: _write(root / KIND / split, databases[split], vectors[split], config, counts[split])
         for split in SPLITS
     }
+
+
+def write_added_keys(workdir: Path, vectors: Rows) -> Manifest:
+    """Writes the keys of the documents that an unfinished --append adds, or what is missing of them.
+
+    Args:
+      workdir: W, whose keys were given, and where --append has stopped for want of these.
+      vectors: [n, d], as for `write_given_keys`, of `added_chunks` in their order, by the same model.
+
+    Returns:
+      The manifest. Its settings are those of the keys that are there.
+
+    Raises:
+      UserError: no --append was begun, the keys of W were not given, or the array is wrong.
+    """
+    chunks = added_chunks(workdir)
+    before = revisions.open_keys(revisions.open_database(workdir), workdir)
+    model = before.model
+    if not before.are_given:
+        raise UserError(f"{before.directory} is of {model!r}: expected given keys to add to")
+    count = _checked(vectors, chunks, before.dimension, ADDED)
+    config = KeysConfig(model, before.manifest.settings["dtype"])
+    return _write(revisions.beside(chunks, revisions.KEYS), chunks, vectors, config, count)
+
+
+def added_chunks(workdir: Path) -> ChunkDatabase:
+    """The chunks of the documents that an unfinished --append adds.
+
+    Raises:
+      UserError: there are none.
+    """
+    folder = revisions.folder_of(workdir, revisions.latest(workdir) + 1) / "chunks" / "train"
+    if not (folder / MANIFEST_FILE).is_file():
+        raise UserError(f"{folder} is missing: expected documents that --append has begun to add")
+    return ChunkDatabase.open(folder)
+
+
+def check_added_keys(chunks: ChunkDatabase, model: str) -> None:
+    """Raises unless the keys of an update's chunks, by a model given:NAME, were written."""
+    path = revisions.beside(chunks, revisions.KEYS)
+    if (path / MANIFEST_FILE).is_file():
+        found = Keys.open(path, chunks).model
+        if found == model:
+            return
+        raise UserError(f"{path} is {found}: expected keys of {model!r}")
+    raise UserError(
+        f"{path} is missing: expected the keys of {len(chunks)} new chunks (launch.export --what=chunks"
+        f" --split={ADDED} writes their texts), as write_added_keys writes them, then --append again"
+    )
 
 
 def _rows(vectors: Rows, ids: range) -> np.ndarray:
@@ -78,7 +129,15 @@ def _rows(vectors: Rows, ids: range) -> np.ndarray:
     return np.asarray(vectors[ids.start : ids.stop], np.float32)
 
 
-def _checked(vectors: Rows, ids: range, split: str) -> int:
+def _checked(vectors: Rows, database: ChunkDatabase, width: int, split: str) -> int:
+    """How many rows are a key; raises unless there is one of `width` numbers for each chunk."""
+    shape, expected = tuple(vectors.shape), (len(database), width)
+    if shape != expected or not width:
+        raise UserError(f"vectors of {split} have shape {shape}: expected {expected}")
+    return sum(_keys_among(vectors, ids, split) for ids in database.shards)
+
+
+def _keys_among(vectors: Rows, ids: range, split: str) -> int:
     """How many of some rows are a key."""
     rows = _rows(vectors, ids)
     none = np.isnan(rows).all(1)

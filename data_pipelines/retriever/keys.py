@@ -255,6 +255,16 @@ class Keys:
         """Pickles by its place, so that worker processes map the files themselves."""
         return Keys, (files.absolute(self.directory), self.manifest, self.database)
 
+    @property
+    def model(self) -> str:
+        """What made them: a model's name, or given:NAME."""
+        return str(self.manifest.settings["embedder"]["model"])
+
+    @property
+    def are_given(self) -> bool:
+        """Whether the caller computed them, by a model that is not here."""
+        return self.model.startswith(GIVEN)
+
     def __len__(self) -> int:
         """Chunks, with text or without."""
         return len(self._shards)

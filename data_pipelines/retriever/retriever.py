@@ -21,7 +21,7 @@ from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.retriever.candidates import Found
 from data_pipelines.retriever.embedder import PACKAGED_MODELS, BertFolder, Embedder
 from data_pipelines.retriever.index import Index
-from data_pipelines.retriever.keys import GIVEN, ChunkEncoder, Keys
+from data_pipelines.retriever.keys import ChunkEncoder, Keys
 from data_pipelines.retriever.prefixes import Prefixes
 from data_pipelines.retriever.queries import NewChunks
 from data_pipelines.retriever.retrieval_database import Database
@@ -236,9 +236,9 @@ def _bert_of(keys: Keys, model: str | None) -> BertFolder:
     """The BERT that made some keys; a UserError if it is not there."""
     made_by = keys.manifest.settings["embedder"]
     name = model or made_by["model"]
-    if made_by["model"].startswith(GIVEN):
+    if keys.are_given:
         raise UserError(
-            f"{keys.directory} was given as arrays ({made_by['model']!r}): no model is here to embed"
+            f"{keys.directory} was given as arrays ({keys.model!r}): no model is here to embed"
             " other texts, expected keys of all that is compared"
         )
     if model is None and name not in PACKAGED_MODELS:

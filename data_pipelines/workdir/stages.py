@@ -285,14 +285,14 @@ def _given_keys(p: Preparation) -> tuple[str, int, str]:
     counts = {}
     for split in SPLITS:
         path = p.directory / "keys" / split
-        found = Manifest.open(path, "keys") if (path / MANIFEST_FILE).is_file() else None
-        made_by = found.settings["embedder"]["model"] if found else "missing"
+        found = open_keys(p.directory, split) if (path / MANIFEST_FILE).is_file() else None
+        made_by = found.model if found else "missing"
         if found is None or made_by != p.config.keys.model:
             raise UserError(
                 f"{path} is {made_by}: expected the keys of {p.config.keys.model!r}, as"
                 " write_given_keys writes them"
             )
-        counts[split] = open_keys(p.directory, split).manifest.fact("keys")
+        counts[split] = found.manifest.fact("keys")
     summary = ", ".join(f"{count:,} {split}" for split, count in counts.items())
     return f"{summary}; {p.config.keys.model}", sum(counts.values()), "chunks"
 

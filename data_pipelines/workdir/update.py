@@ -11,6 +11,7 @@ from data_pipelines.corpora import SPLITS, Document
 from data_pipelines.documents.documents import KnownDocuments, prepare_documents, read_documents
 from data_pipelines.documents.line_ids import ContentNames
 from data_pipelines.retriever import revisions
+from data_pipelines.retriever.given_keys import check_added_keys
 from data_pipelines.retriever.index_build import prepare_index
 from data_pipelines.retriever.keys import Keys, prepare_keys
 from data_pipelines.retriever.queries import Queries
@@ -98,7 +99,10 @@ def _append(
         prepare_token_memory(directory, ChunkDatabase.open(chunks), runner=p.runner)
     if not p.config.neighbours.ranking.by_keys:
         return ChunkDatabase.open(chunks)
-    prepare_keys(folder / revisions.KEYS, chunks, tokenizer, p.config.keys, runner=p.runner)
+    if p.config.keys.is_given:
+        check_added_keys(ChunkDatabase.open(chunks), p.config.keys.model)
+    else:
+        prepare_keys(folder / revisions.KEYS, chunks, tokenizer, p.config.keys, runner=p.runner)
     if (p.directory / revisions.QUERY_KEYS).is_dir():
         place = folder / revisions.QUERY_KEYS
         prepare_keys(place, chunks, tokenizer, p.config.keys, role="query", runner=p.runner)

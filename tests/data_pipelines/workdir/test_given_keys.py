@@ -1,17 +1,26 @@
 """Embeddings given as arrays: their tables are those of brute force, and nothing else is embedded."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
+from pyarrow import parquet
 
 from data_pipelines import workdir
+from data_pipelines.artefacts.runner import InProcess
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.corpora import SPLITS
-from data_pipelines.retriever.given_keys import write_given_keys
+from data_pipelines.evaluation.export import export_chunks
+from data_pipelines.evaluation.splits import open_split
+from data_pipelines.retriever.given_keys import write_added_keys, write_given_keys
 from data_pipelines.retriever.neighbour_table import NeighbourTable
 from data_pipelines.retriever.retriever import Retriever
 from data_pipelines.workdir import DocumentsConfig, KeysConfig, PrepareConfig, TextCorpus
+from data_pipelines.workdir.compaction import compact
+from data_pipelines.workdir.preparation import Preparation
+from data_pipelines.workdir.update import update
+from data_pipelines.workdir.verify import verify
 from retro_jax.errors import UserError
 from tests.data_pipelines.chunk_database import base_tokenizers
 
@@ -86,3 +95,52 @@ def test_tables_are_those_of_the_vectors(prepared):
         UserError, match=r"keys/train is given:mine: expected the keys of 'given:oth"
     ):
         workdir.prepare(folder, other)
+
+
+def test_an_update_takes_given_keys(prepared, tmp_path):
+    folder, config, vectors = prepared
+    W = tmp_path / "W"
+    lines = []
+    shutil.copytree(folder, W)
+    write_given_keys(W, vectors, name="mine")
+    workdir.prepare(W, config)
+    with pytest.raises(UserError, match=r"revisions/00001/chunks/train is missing: expected docu"):
+        write_added_keys(W, vectors["train"])
+    texts = [("new", "a crab of def return"), ("other", "lobster " * 200)]
+    corpora = (TextCorpus("more", texts, split="train"),)
+    documents = dataclasses.replace(config.documents, corpora=corpora)
+    more = dataclasses.replace(config, documents=documents)
+    p = Preparation(W, more, InProcess(), lines.append)
+    missing = r"revisions/00001/keys/train is missing: expected the keys of \d+ new chunks"
+    for _ in range(2):
+        with pytest.raises(UserError, match=missing):
+            update(p, append=True, remove=[])
+    count = export_chunks(W, "added", tmp_path / "added.parquet")
+    table = parquet.read_table(tmp_path / "added.parquet")
+    assert "crab" in table["text"].to_pylist()[table["document"].to_pylist().index("new")]
+    new = np.random.default_rng(1).normal(size=(count, 6))
+    for wrong in (new[1:], new[:, 1:], new[:0]):
+        with pytest.raises(UserError, match=r"vectors of added have shape .* expected \("):
+            write_added_keys(W, wrong)
+    write_added_keys(W, new)
+    update(p, append=True, remove=[])
+    every = np.concatenate([vectors["train"], new])
+    distances = np.square(vectors["test"][:, None] - every[None]).sum(-1)
+    ids = np.arange(len(distances))
+    expected = np.sort(distances, axis=1)[:, :3]
+    scores = open_split(W, "test", neighbours=3).table.scores(ids)
+    np.testing.assert_allclose(scores, expected, rtol=1e-4)
+    # What was removed is gone, with or without a compaction, and --verify has nothing to embed.
+    removed = ChunkDatabase.open(W / "chunks/train").record(0)
+    gone = range(removed.first_chunk, removed.first_chunk + removed.chunks)
+    distances[:, list(gone)] = np.inf
+    expected = np.sort(distances, axis=1)[:, :3]
+    for change in (
+        lambda: update(p, append=False, remove=[f"mine/{removed.id}"]),
+        lambda: compact(p),
+    ):
+        change()
+        scores = open_split(W, "test", neighbours=3).table.scores(ids)
+        np.testing.assert_allclose(scores, expected, rtol=1e-4)
+    verify(W, sample=3, seed=0, report=lines.append)
+    assert any("given:mine is not here, so no chunk is embedded again" in line for line in lines)
