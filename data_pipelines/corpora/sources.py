@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 
@@ -25,6 +26,9 @@ _logger = logging.getLogger(__name__)
 WORKDIR_MARK = ".prepare.lock"  # every workdir has this file
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 _RUN_MARKS = {"config.gin", "checkpoints"}  # and every run both of these
+# Hashes of a file's bytes that stores state: Google's, the hub's, and S3's of an object sent in one part.
+_CONTENT_HASHES = ("md5Hash", "blob_id", "ETag", "etag")
+_HEX_HASH = re.compile(r"[0-9a-f]{32,64}")
 _STAMPS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "updated", "created")
 
 
@@ -39,6 +43,7 @@ class SourceFile:
       stamp: something that is another when the file has changed.
       start, stop: of a part of a file, the bytes in which its lines begin, or its row groups; 0 and 0
         for all of it. The size is then about that of the part.
+      content: of a remote file, a hash of its bytes that its store states; empty where it states none.
     """
 
     name: str
@@ -47,6 +52,7 @@ class SourceFile:
     stamp: str
     start: int = 0
     stop: int = 0
+    content: str = ""
 
     @property
     def suffix(self) -> str:
@@ -219,7 +225,17 @@ def _find_remote(root: str, config: CorpusConfig) -> Iterator[SourceFile]:
 def _remote_file(system: Any, name: str, info: dict[str, Any]) -> SourceFile:
     """A file that fsspec described."""
     stamp = next((str(info[field]) for field in _STAMPS if info.get(field)), "")
-    return SourceFile(name, system.unstrip_protocol(info["name"]), int(info["size"] or 0), stamp)
+    path, size = system.unstrip_protocol(info["name"]), int(info["size"] or 0)
+    return SourceFile(name, path, size, stamp, content=content_hash(info))
+
+
+def content_hash(info: dict[str, Any]) -> str:
+    """What a store states about the bytes of a file; empty if that is no hash of them alone."""
+    for field in _CONTENT_HASHES:
+        value = str(info.get(field) or "").strip('"')
+        if value and (field == "md5Hash" or _HEX_HASH.fullmatch(value)):
+            return value
+    return ""
 
 
 @contextlib.contextmanager

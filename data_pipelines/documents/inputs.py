@@ -25,8 +25,8 @@ Identity = dict[str, Any]
 def identity_of(corpus: CorpusConfig) -> Identity:
     """The identity of a corpus now, in memory that does not grow with its files.
 
-    Of up to 1,000 files the bytes count, of larger ones 64 blocks of 16 kB; of all others, and of
-    files at URLs, names and sizes.
+    Of up to 1,000 files the bytes count, of larger ones 64 blocks of 16 kB; of all others names and
+    sizes. Of files at URLs the hashes count that their store states, and are not read.
 
     Raises:
       UserError: the corpus is missing, or cannot be listed.
@@ -91,6 +91,9 @@ def _change(before: Identity, now: Identity) -> str:
     if before == now:
         return ""
     old, new = before["contents"], now["contents"]
+    new = {name: _as_recorded(content, old.get(name)) for name, content in new.items()}
+    if before == now | {"contents": new}:
+        return ""
     parts = []
     if max(before["files"], now["files"]) <= _SAMPLED_FILES:  # else files push others out
         parts += [f"lacks {name!r}" for name in sorted(set(old) - set(new))[:1]]
@@ -103,6 +106,11 @@ def _change(before: Identity, now: Identity) -> str:
     return " and ".join(parts) or "has files of other names or sizes"
 
 
+def _as_recorded(content: str, before: str | None) -> str:
+    """A file's content without its hash, where an earlier version recorded a size alone."""
+    return content if before is None or ":" in before else content.split(":")[0]
+
+
 def _number(text: str) -> int:
     """128 bits of a hash."""
     data = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).digest()
@@ -110,9 +118,9 @@ def _number(text: str) -> int:
 
 
 def _sample(file: SourceFile) -> str:
-    """The size of a file and, on this machine, a hash of its bytes or of blocks of them."""
+    """The size of a file and a hash of its bytes or of blocks of them; at a URL, what is stated there."""
     if is_url(file.path):
-        return f"{file.size}"
+        return f"{file.size}:{file.content}" if file.content else f"{file.size}"
     digest = hashlib.sha256()
     with open(file.path, "rb") as opened:
         if file.size <= _BLOCKS * _BLOCK_BYTES:

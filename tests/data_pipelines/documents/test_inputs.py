@@ -1,14 +1,17 @@
 """A corpus that changed after it was read is refused, and the message says what changed."""
 
+import json
 import pathlib
 import shutil
 
+import fsspec
 import pytest
 
-from data_pipelines.corpora import CorpusConfig
+from data_pipelines.corpora import CorpusConfig, sources
 from data_pipelines.documents import documents, inputs
-from data_pipelines.documents.documents import prepare_documents
+from data_pipelines.documents.documents import DocumentsConfig, prepare_documents
 from retro_jax.errors import UserError
+from tests import object_stores
 from tests.data_pipelines.small import documents_config, tree, write_texts
 
 
@@ -124,3 +127,47 @@ def test_a_sample_of_a_large_corpus_bounds_the_cost(tmp_path, monkeypatch):
     (tmp_path / "b" / "more.txt").write_text("more")
     with pytest.raises(UserError, match=r"corpus 'b' (?!lacks).*had 30 files .* has 31 files"):
         inputs.refuse_changes(tmp_path, {"b": first}, {"b": inputs.identity_of(corpus)}, "no")
+
+
+def test_a_file_in_a_bucket_is_known_by_the_hash_that_is_stated_there(tmp_path):
+    with object_stores.s3() as bucket:
+        system = fsspec.filesystem("s3", use_listings_cache=False)
+        for i in range(30):
+            system.pipe_file(f"{bucket}/b/text-{i:03d}.txt", f"text number {i} of all".encode())
+        config = DocumentsConfig((CorpusConfig("b", "text", f"{bucket}/b"),))
+        prepare_documents(tmp_path / "out", config)
+        system.copy(
+            f"{bucket}/b/text-004.txt", f"{bucket}/b/text-004.txt", MetadataDirective="REPLACE"
+        )
+        prepare_documents(tmp_path / "out", config)
+        system.pipe_file(f"{bucket}/b/text-004.txt", b"text NUMBER 4 of all")
+        with pytest.raises(UserError, match=r"corpus 'b' has other bytes in 'text-004\.txt'; exp"):
+            prepare_documents(tmp_path / "out", config)
+        # A record of an earlier version has sizes alone, and only these are compared.
+        path = tmp_path / "out" / inputs.INPUTS_FILE
+        record = json.loads(path.read_text())
+        contents = record["corpora"]["b"]["contents"]
+        for name, content in contents.items():
+            contents[name] = content.split(":")[0]
+        path.write_text(json.dumps(record))
+        prepare_documents(tmp_path / "out", config)
+        system.pipe_file(f"{bucket}/b/text-004.txt", b"longer")
+        with pytest.raises(
+            UserError, match=r"corpus 'b' has other bytes in 'text-004\.txt' and had"
+        ):
+            prepare_documents(tmp_path / "out", config)
+
+
+@pytest.mark.parametrize(
+    ("stated", "content"),
+    [
+        ({"md5Hash": "kAFQmDzST7DWlj99KOF/cg=="}, "kAFQmDzST7DWlj99KOF/cg=="),
+        ({"ETag": '"900150983cd24fb0d6963f7d28e17f72"'}, "900150983cd24fb0d6963f7d28e17f72"),
+        ({"ETag": '"900150983cd24fb0d6963f7d28e17f72-2"'}, ""),  # of parts: their sizes change it
+        ({"etag": "0x8DB", "LastModified": "today"}, ""),
+        ({"blob_id": "a" * 40, "mtime": 3.0}, "a" * 40),
+        ({"created": "today"}, ""),
+    ],
+)
+def test_only_hashes_of_bytes_are_taken(stated, content):
+    assert sources.content_hash(stated) == content
