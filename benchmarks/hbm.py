@@ -21,7 +21,7 @@ from retro_jax.costs.partial_compile import compile_until_allocated
 from retro_jax.errors import UserError
 from retro_jax.report.tables import as_text
 from retro_jax.report.views import Table
-from retro_jax.train.run import make_plan
+from retro_jax.train.plan import make_plan
 
 TOPOLOGY = compile_check.TOPOLOGY
 

@@ -5,7 +5,8 @@ import pathlib
 
 import numpy as np
 
-from data_pipelines.artefacts.manifest import Stage, shard_name
+from data_pipelines.artefacts.manifest import shard_name
+from data_pipelines.artefacts.stage import Stage
 from data_pipelines.chunk_database.database import CHUNK_LENGTH, ChunkDatabase
 from data_pipelines.retriever.neighbour_table import NeighbourTable
 

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from data_pipelines.artefacts.manifest import Manifest, Stage, shard_name
+from data_pipelines.artefacts.manifest import Manifest, shard_name
+from data_pipelines.artefacts.stage import Stage
 from data_pipelines.chunk_database.database import CHUNK_LENGTH, ChunkDatabase
 from data_pipelines.chunk_database.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 from data_pipelines.corpora import CorpusConfig

@@ -16,7 +16,7 @@ from retro_jax.model.flops import training_flops
 from retro_jax.sharding import batch_sharding
 from retro_jax.train.global_batches import BatchShape
 from retro_jax.train.loop import TrainConfig
-from retro_jax.train.run import Plan, Settings, make_plan
+from retro_jax.train.plan import Plan, Settings, make_plan
 from retro_jax.train.step import TrainState
 
 PRESET = flags.DEFINE_string("preset", "peer", "tiny, peer (retro-pytorch's), or a published size.")

@@ -28,7 +28,7 @@ from retro_jax.report.tables import as_text
 from retro_jax.report.views import Table
 from retro_jax.storage import files
 from retro_jax.train.global_batches import BatchShape
-from retro_jax.train.run import Plan, make_plan
+from retro_jax.train.plan import Plan, make_plan
 
 TOPOLOGY = flags.DEFINE_string(
     "topology", None, "What to compile for: v4:AxBxC, v5p:AxBxC, v5e:AxB, v6e:AxB chips, or cpu:N."

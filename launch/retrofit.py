@@ -33,7 +33,7 @@ from retro_jax.host_memory import keep_freed_memory
 from retro_jax.retrofit import open_base
 from retro_jax.retrofit.adapter import export_adapter
 from retro_jax.retrofit.decoder import check_decoder, decoder_form, decoder_settings
-from retro_jax.train.run import Settings
+from retro_jax.train.plan import Settings
 
 EXPORT = flags.DEFINE_string(
     "export", None, "Write gates, CCA and encoder of the trained run into this directory, and stop."

@@ -138,17 +138,7 @@ def main() -> None:
     prompts = [*(PROMPT.value or []), *(read_prompts(PROMPTS.value) if PROMPTS.value else [])]
     if not prompts:
         app.required(PROMPT, "a text to continue")
-    sampling = SamplingConfig(
-        max_tokens=MAX_TOKENS.value,
-        min_tokens=MIN_TOKENS.value,
-        temperature=TEMPERATURE.value,
-        top_k=TOP_K.value,
-        top_p=TOP_P.value,
-        seed=SEED.value,
-        min_p=MIN_P.value,
-        repetition_penalty=REPETITION_PENALTY.value,
-        stop=tuple(STOP.value),
-    )
+    sampling = _sampling()
     retrieval = LiveSettings(
         revision=REVISION.value,
         exclude=tuple(EXCLUDE.value),
@@ -197,6 +187,21 @@ def main() -> None:
         files.write_atomically(pathlib.Path(LINES.value), "".join(lines).encode())
     if written := [str(each) for each in (path, TRACE.value, LINES.value) if each]:
         print(f"written to {' and '.join(written)}")
+
+
+def _sampling() -> SamplingConfig:
+    """As the flags say."""
+    return SamplingConfig(
+        max_tokens=MAX_TOKENS.value,
+        min_tokens=MIN_TOKENS.value,
+        temperature=TEMPERATURE.value,
+        top_k=TOP_K.value,
+        top_p=TOP_P.value,
+        seed=SEED.value,
+        min_p=MIN_P.value,
+        repetition_penalty=REPETITION_PENALTY.value,
+        stop=tuple(STOP.value),
+    )
 
 
 def _trained() -> _Writer:

@@ -53,7 +53,8 @@ from retro_jax.train.bucket_workdir import BucketWorkdir
 from retro_jax.train.checkpoint import CHECKPOINTS, latest_step
 from retro_jax.train.global_batches import BatchShape
 from retro_jax.train.loop import StopRequest
-from retro_jax.train.run import FREE, Run, Settings, make_plan, run_parents
+from retro_jax.train.plan import Settings, make_plan, run_parents
+from retro_jax.train.run import FREE, Run
 
 BASELINE = flags.DEFINE_bool(
     "baseline", False, "Train the transformer of equal decoder, without retrieval, in W/baseline."

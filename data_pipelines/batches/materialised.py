@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.artefacts import bucket_copy
-from data_pipelines.artefacts.manifest import Manifest, Path, Stage, shard_name
+from data_pipelines.artefacts.manifest import Manifest, Path, shard_name
 from data_pipelines.artefacts.runner import InProcess, Runner, run_counted, silent
+from data_pipelines.artefacts.stage import Stage
 from data_pipelines.batches.batches import BatchConfig, Batches
 from data_pipelines.chunk_database.database import CHUNK_LENGTH, ChunkDatabase
 from data_pipelines.retriever.neighbour_table import NeighbourTable

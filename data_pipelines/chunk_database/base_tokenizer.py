@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-from data_pipelines.artefacts.manifest import Manifest, Path, Stage
+from data_pipelines.artefacts.manifest import Manifest, Path
+from data_pipelines.artefacts.stage import Stage
 from data_pipelines.chunk_database.byte_level import read_gguf_vocabulary, read_tokenizer_json
 from data_pipelines.chunk_database.encodings import (
     BYTE_LEVEL,

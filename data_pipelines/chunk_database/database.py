@@ -15,10 +15,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data_pipelines.artefacts.manifest import Manifest, Path, Stage, shard_name
+from data_pipelines.artefacts.manifest import Manifest, Path, shard_name
 from data_pipelines.artefacts.opened_once import opened_once
 from data_pipelines.artefacts.runner import InProcess, Runner, run_counted, silent
 from data_pipelines.artefacts.sharded_rows import ShardedRows
+from data_pipelines.artefacts.stage import Stage
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.leakage.near_documents import KIND as LEAKAGE
 from data_pipelines.leakage.near_documents import kept_counts, kept_documents

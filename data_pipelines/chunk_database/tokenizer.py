@@ -23,7 +23,8 @@ from typing import BinaryIO
 import numpy as np
 import sentencepiece
 
-from data_pipelines.artefacts.manifest import Manifest, Path, Stage
+from data_pipelines.artefacts.manifest import Manifest, Path
+from data_pipelines.artefacts.stage import Stage
 from data_pipelines.chunk_database.encodings import Encoding, open_encoding, sentencepiece_bytes
 from data_pipelines.corpora import Document
 from data_pipelines.documents.documents import read_documents, read_shard, stable_fraction

@@ -15,8 +15,9 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
-from data_pipelines.artefacts.manifest import Manifest, Path, Stage, shard_name
+from data_pipelines.artefacts.manifest import Manifest, Path, shard_name
 from data_pipelines.artefacts.runner import InProcess, Runner, run_counted
+from data_pipelines.artefacts.stage import Stage
 from data_pipelines.corpora import SPLITS, CorpusConfig, Document, TextCorpus
 from data_pipelines.corpora.in_memory import written
 from data_pipelines.documents import inputs

@@ -14,8 +14,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data_pipelines.artefacts.manifest import Parents, Stage, shard_name
+from data_pipelines.artefacts.manifest import Parents, shard_name
 from data_pipelines.artefacts.runner import silent
+from data_pipelines.artefacts.stage import Stage
 from data_pipelines.corpora import SPLITS, CorpusConfig, places_of
 from data_pipelines.documents.external_sort import (
     ROW,

@@ -21,7 +21,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data_pipelines.artefacts.manifest import Manifest, Path, Stage, shard_name
+from data_pipelines.artefacts.manifest import Manifest, Path, shard_name
+from data_pipelines.artefacts.stage import Stage
 from data_pipelines.corpora import CorpusConfig, Reading
 from data_pipelines.corpora.document import Record, check_unicode
 from data_pipelines.corpora.document import short_label as pile_subset

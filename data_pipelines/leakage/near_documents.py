@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.artefacts import mapped_arrays
-from data_pipelines.artefacts.manifest import Manifest, Path, Stage, shard_name
+from data_pipelines.artefacts.manifest import Manifest, Path, shard_name
 from data_pipelines.artefacts.runner import InProcess, Runner, run_counted, silent
 from data_pipelines.artefacts.sharded_rows import header_of
+from data_pipelines.artefacts.stage import Stage
 from data_pipelines.corpora import Document
 from data_pipelines.documents.documents import read_shard
 from data_pipelines.leakage import minhash

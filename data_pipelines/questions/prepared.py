@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_pipelines.artefacts.manifest import Manifest, Path, Stage
+from data_pipelines.artefacts.manifest import Manifest, Path
+from data_pipelines.artefacts.stage import Stage
 from data_pipelines.batches.batches import BatchConfig, Batches, keep_part, permutation
 from data_pipelines.chunk_database.database import CHUNK_LENGTH, token_dtype
 from data_pipelines.chunk_database.tokenizer import Tokenizer

@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.artefacts.manifest import Manifest, Path, Stage, shard_name
+from data_pipelines.artefacts.manifest import Manifest, Path, shard_name
 from data_pipelines.artefacts.runner import InProcess, Runner, run_counted, silent
 from data_pipelines.artefacts.sharded_rows import ShardedRows
+from data_pipelines.artefacts.stage import Stage
 from data_pipelines.chunk_database.database import CHUNK_LENGTH, ChunkDatabase
 from data_pipelines.retriever import postings
 from data_pipelines.retriever.candidates import Found

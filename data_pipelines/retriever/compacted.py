@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from data_pipelines.artefacts.manifest import Manifest, Path, Stage, shard_name
+from data_pipelines.artefacts.manifest import Manifest, Path, shard_name
 from data_pipelines.artefacts.runner import InProcess, Runner, run_counted, silent
+from data_pipelines.artefacts.stage import Stage
 from data_pipelines.chunk_database.compacted import CompactionPlan
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.retriever.keys import KIND, Keys

@@ -20,7 +20,8 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from data_pipelines.artefacts.manifest import MANIFEST_FILE, Manifest, Path, Stage, shard_name
+from data_pipelines.artefacts.manifest import MANIFEST_FILE, Manifest, Path, shard_name
+from data_pipelines.artefacts.stage import Stage
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.corpora import SPLITS
 from data_pipelines.retriever import revisions

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.artefacts import mapped_arrays
-from data_pipelines.artefacts.manifest import MANIFEST_FILE, Manifest, Path, Stage
+from data_pipelines.artefacts.manifest import MANIFEST_FILE, Manifest, Path
 from data_pipelines.artefacts.runner import InProcess, Runner, run_counted, silent
+from data_pipelines.artefacts.stage import Stage
 from data_pipelines.retriever.index_config import KINDS, IndexConfig, plan_index
 from data_pipelines.retriever.index_shard import CHUNK_IDS, KIND, shard_folder
 from data_pipelines.retriever.keys import BLOCK, Keys

@@ -5,9 +5,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from data_pipelines.artefacts.manifest import Stage
 from data_pipelines.artefacts.runner import Runner
 from data_pipelines.artefacts.sharded_rows import ShardedRows
+from data_pipelines.artefacts.stage import Stage
 from data_pipelines.retriever.candidates import Found
 from data_pipelines.retriever.neighbour_shards import NeighbourShard
 from data_pipelines.retriever.queries import Queries, StoredChunks

@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_pipelines.artefacts import mapped_arrays
-from data_pipelines.artefacts.manifest import Stage
 from data_pipelines.artefacts.runner import silent
+from data_pipelines.artefacts.stage import Stage
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.retriever.candidates import Found, nothing
 from data_pipelines.retriever.keys import BLOCK, BlockSource, Keys

@@ -12,8 +12,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from data_pipelines.artefacts import mapped_arrays
-from data_pipelines.artefacts.manifest import Manifest, Parents, Path, Stage
+from data_pipelines.artefacts.manifest import Manifest, Parents, Path
 from data_pipelines.artefacts.runner import InProcess, Runner, run_counted
+from data_pipelines.artefacts.stage import Stage
 from data_pipelines.retriever.keys import Keys
 from data_pipelines.retriever.neighbour_facts import facts_of
 from data_pipelines.retriever.neighbour_shards import FindShard, NeighbourShard, VisitShard

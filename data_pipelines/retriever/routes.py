@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_pipelines.artefacts.manifest import Path, Stage
+from data_pipelines.artefacts.manifest import Path
+from data_pipelines.artefacts.stage import Stage
 from data_pipelines.retriever.keys import Keys
 from data_pipelines.retriever.sampling import sample_ids
 

@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.artefacts.manifest import Manifest, Path, Stage, shard_name
+from data_pipelines.artefacts.manifest import Manifest, Path, shard_name
 from data_pipelines.artefacts.runner import InProcess, Runner, run_counted, silent
+from data_pipelines.artefacts.stage import Stage
 from data_pipelines.chunk_database.database import ChunkDatabase
 from retro_jax.config import require
 from retro_jax.errors import UserError

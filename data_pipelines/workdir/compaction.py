@@ -23,7 +23,7 @@ from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.corpora import SPLITS
 from data_pipelines.documents.documents import SPILL
-from data_pipelines.retriever import revisions
+from data_pipelines.retriever import publishing, revisions
 from data_pipelines.retriever.bm25 import KIND as BM25
 from data_pipelines.retriever.compacted import compact_keys
 from data_pipelines.retriever.index_build import prepare_index
@@ -122,7 +122,7 @@ def _make_database(p: Preparation, newest: int, folder: pathlib.Path) -> None:
                 compact_keys(folder / place, chunks, keys, plan, runner=p.runner)
         added = Keys.open(places["keys/train"], chunks)
         prepare_index(folder / "index", added, p.config.index, runner=p.runner)
-    revisions.publish_compacted(p.directory, newest + 1, added)
+    publishing.publish_compacted(p.directory, newest + 1, added)
 
 
 def purge(p: Preparation) -> None:

@@ -10,7 +10,7 @@ from data_pipelines.chunk_database.database import ChunkDatabase, prepare_chunks
 from data_pipelines.corpora import SPLITS, Document
 from data_pipelines.documents.documents import KnownDocuments, prepare_documents, read_documents
 from data_pipelines.documents.line_ids import ContentNames
-from data_pipelines.retriever import revisions
+from data_pipelines.retriever import publishing, revisions
 from data_pipelines.retriever.given_keys import check_added_keys
 from data_pipelines.retriever.index_build import prepare_index
 from data_pipelines.retriever.keys import Keys, prepare_keys
@@ -56,7 +56,7 @@ def update(p: Preparation, *, append: bool, remove: Sequence[str]) -> None:
         p.report(f"revision {current}: nothing to change")
     else:
         current += 1
-        manifest = revisions.publish(p.directory, current, removed, added)
+        manifest = publishing.publish(p.directory, current, removed, added)
         count = manifest.fact("documents") - manifest.fact("removed")
         p.report(
             f"revision {current}: {manifest.fact('added'):,} documents added, {len(removed):,} removed;"

@@ -8,7 +8,7 @@ from retro_jax.config import ExecutionConfig, RetroConfig
 from retro_jax.sharding import MeshConfig
 from retro_jax.train.loop import TrainConfig
 from retro_jax.train.optimizer import OptimizerConfig
-from retro_jax.train.run import Settings
+from retro_jax.train.plan import Settings
 from retro_jax.train.warm_start import StartConfig
 
 

@@ -26,7 +26,7 @@ from retro_jax.errors import UserError
 from retro_jax.model.flops import training_flops
 from retro_jax.sharding import batch_sharding
 from retro_jax.train.global_batches import BatchShape
-from retro_jax.train.run import Plan, Settings, make_plan
+from retro_jax.train.plan import Plan, Settings, make_plan
 from retro_jax.train.warm_start import wanted_parameters
 
 STEP, FIRST_STATE = "step", "first state"  # the programs of a plan

@@ -321,8 +321,8 @@ def programs(graphdef: nnx.GraphDef, structure: Any, shapes: CacheLayout) -> Pro
 
     def run_block(weights: list[jax.Array], cache: Cache, *inputs: Any) -> Any:
         params, tables, read_out = jax.tree.unflatten(structure, weights)
-        model = nnx.merge(graphdef, params)
-        return _run_block(model, tables, read_out, cache, *inputs)
+        parts = (nnx.merge(graphdef, params), tables, read_out)
+        return _run_block(parts, cache, *inputs)
 
     def choose_rows(cache: Cache, logits: jax.Array, rows: jax.Array) -> Any:
         return caches.take_rows(logits, rows), caches.choose_rows(cache, rows)
@@ -345,9 +345,7 @@ def programs(graphdef: nnx.GraphDef, structure: Any, shapes: CacheLayout) -> Pro
 
 
 def _run_block(
-    model: Retro,
-    tables: DistanceTables,
-    read_out: ReadOut,
+    parts: tuple[Retro, DistanceTables, ReadOut],
     cache: Cache,
     tokens_BxT: jax.Array,
     starts_B: jax.Array,
@@ -357,6 +355,7 @@ def _run_block(
     strides_B: jax.Array,
 ) -> tuple[jax.Array, Cache]:
     """Logits after the tokens `last_B` of a block, or after all, and the cache with the block in it."""
+    model, tables, read_out = parts
     operators = CachedBlock(model.config, starts_B, tables, completed, strides_B)
     carry = (model.embed(tokens_BxT, operators), cache)
     if cache.chunk is None:

@@ -22,28 +22,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
-import optax
 from flax import nnx
-from jax.sharding import Mesh
 
-from retro_jax.config import ExecutionConfig, RetroConfig
+from retro_jax.config import RetroConfig
 from retro_jax.distributed import processes
 from retro_jax.errors import LOST, SharedError, UserError
 from retro_jax.model import Retro
-from retro_jax.model.attention_kernels import check_attention
-from retro_jax.model.copying_init import begin_with_copying
-from retro_jax.model.ending_init import begin_with_endings
 from retro_jax.model.flops import training_flops
-from retro_jax.retrofit import open_base
-from retro_jax.retrofit.decoder import check_decoder
-from retro_jax.retrofit.kept_states import KeptBatches, check_kept, kept_of
-from retro_jax.sharding import (
-    MESH_SHARDINGS,
-    MeshConfig,
-    abstract_parameters,
-    check_mesh,
-    make_mesh,
-)
+from retro_jax.retrofit.kept_states import KeptBatches, kept_of
 from retro_jax.train import loop, record, step, trained_model
 from retro_jax.train.bad_batches import BadBatches, describe_documents
 from retro_jax.train.checkpoint import (
@@ -57,19 +43,19 @@ from retro_jax.train.continuation import longer
 from retro_jax.train.curves import Observer, Watched
 from retro_jax.train.global_batches import BatchShape, BatchSource, batches_from
 from retro_jax.train.held_out import evaluation_hook, held_out_evaluation
-from retro_jax.train.loop import Hook, StopRequest, TrainConfig
-from retro_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from retro_jax.train.loop import Hook, StopRequest
+from retro_jax.train.optimizer import learning_rate
+from retro_jax.train.plan import Plan, Settings, make_plan, run_parents
 from retro_jax.train.trackers import check_trackers
 from retro_jax.train.utilisation import Machine, Profile, peak_flops
 from retro_jax.train.warm_start import (
-    StartConfig,
     begin,
     begin_with_base,
     complete_with_base,
-    known_from_base,
-    trainable,
 )
 from retro_jax.train.watchdog import Watchdog
+
+__all__ = ["FREE", "Plan", "Run", "RunData", "Settings", "make_plan"]
 
 # Settings that may differ when a run resumes: the numbers do not depend on them.
 FREE = (
@@ -79,150 +65,6 @@ FREE = (
     "StartConfig.base",  # parents.json has its fingerprint
     *(f"TrainConfig.{field}" for field in loop.FREE_SETTINGS),
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Every configuration of a run besides that of its batches."""
-
-    retro: RetroConfig
-    training: TrainConfig
-    execution: ExecutionConfig = dataclasses.field(default_factory=ExecutionConfig)
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    start: StartConfig = dataclasses.field(default_factory=StartConfig)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """A run that has been checked and not yet begun: nothing is written or allocated.
-
-    Attributes:
-      settings: its configurations. shape: of its batches. mesh: of its devices.
-      optimizer: of all its steps. graphdef: of its model.
-      abstract: its state's shapes and shardings.
-      first_state: builds the state before the first step, under jax.jit.
-      step: the train step, under jax.jit.
-      left_out: arrays of the state that checkpoints need not have, as the base has them; None for none.
-    """
-
-    settings: Settings
-    shape: BatchShape
-    mesh: Mesh
-    optimizer: optax.GradientTransformation
-    graphdef: nnx.GraphDef
-    abstract: step.TrainState
-    first_state: Callable[[], step.TrainState]
-    step: step.TrainStep
-    left_out: Callable[[str], bool] | None = None
-
-
-def make_plan(
-    settings: Settings, shape: BatchShape, devices: list[jax.Device] | None = None
-) -> Plan:
-    """Everything that can be known, and refused, before anything is written or allocated.
-
-    Args:
-      settings: of the run. shape: of its batches.
-      devices: of the mesh, present or described by a topology; None for all that are present.
-
-    Raises:
-      UserError: the mesh, the model, the batch and the schedule do not fit together.
-    """
-    mesh, training = make_mesh(settings.mesh, devices), settings.training
-    if shape.sequence_length % settings.retro.chunk_length:
-        raise UserError(
-            f"sequence_length {shape.sequence_length}: expected a multiple of chunk_length "
-            f"{settings.retro.chunk_length}"
-        )
-    if shape.batch_size % training.accumulate:
-        raise UserError(
-            f"TrainConfig.accumulate is {training.accumulate}: expected a divisor of the batch size "
-            f"{shape.batch_size}"
-        )
-    check_mesh(settings.retro, mesh, shape.batch_size // training.accumulate)
-    check_attention(
-        settings.retro,
-        settings.execution,
-        platform=mesh.devices.flat[0].platform,
-        length=shape.sequence_length,
-    )
-    if settings.start.base:
-        check_decoder(settings.retro, open_base(settings.start.base))
-    if settings.execution.kept_states:
-        _check_kept(settings)
-    make_model = model_maker(settings)
-    trained = trainable(settings.start, abstract_parameters(make_model)[1])
-    optimizer = make_optimizer(settings.optimizer, training.steps, trained)
-    config = step.StepConfig(
-        pad_id=settings.retro.pad_id,
-        num_corpora=shape.num_corpora,
-        seed=training.seed,
-        neighbour_dropout=training.neighbour_dropout,
-        accumulate=training.accumulate,
-        loss_jump=training.loss_jump,
-        skip_bad_batches=training.skip_bad_batches,
-        average_decay=training.average_decay,
-        layer_norms=training.layer_norms,
-    )
-    graphdef, abstract = step.abstract_state(make_model, optimizer, mesh, config)
-    return Plan(
-        settings=settings,
-        shape=shape,
-        mesh=mesh,
-        optimizer=optimizer,
-        graphdef=graphdef,
-        abstract=abstract,
-        first_state=step.compile_first_state(make_model, optimizer, abstract),
-        step=step.compile_train_step(
-            graphdef=graphdef,
-            optimizer=optimizer,
-            config=config,
-            trainable=trained,
-            platform=mesh.devices.flat[0].platform,
-        ),
-        left_out=known_from_base(settings.start, settings.retro, trained),
-    )
-
-
-def _check_kept(settings: Settings) -> None:
-    """Refuses kept states where a step could change what they are computed from.
-
-    Raises:
-      UserError: names the setting.
-    """
-    form, start = settings.execution.kept_states, settings.start
-    check_kept(settings.retro, form)
-    if not start.base or not all(pattern.startswith("cca.") for pattern in start.trained):
-        raise UserError(
-            f"ExecutionConfig.kept_states is {form!r}: expected '', or a StartConfig.base of which"
-            " StartConfig.trained leaves all but cca.* as it is"
-        )
-
-
-def model_maker(settings: Settings) -> Callable[[], Retro]:
-    """A function that builds the run's module with its first parameters, on a mesh."""
-
-    def make() -> Retro:
-        rngs = nnx.Rngs(settings.training.seed)
-        model = Retro(settings.retro, settings.execution, shardings=MESH_SHARDINGS, rngs=rngs)
-        training = settings.training
-        if training.initial_retrieval == "copying":
-            begin_with_copying(model)
-        begin_with_endings(
-            model,
-            neighbours=training.initial_retrieval == "endings",
-            text=training.initial_attention == "endings",
-        )
-        return model
-
-    return make
-
-
-def run_parents(settings: Settings, data: Mapping[str, str]) -> dict[str, str]:
-    """Hashes of all that a run depends on: of its data, and the fingerprint of its base as "base"."""
-    base = settings.start.base
-    return dict(data) | ({"base": open_base(base).fingerprint()} if base else {})
 
 
 class RunData(Protocol):

@@ -17,7 +17,7 @@ from retro_jax.errors import UserError
 from retro_jax.train.global_batches import BatchShape
 from retro_jax.train.loop import TrainConfig
 from retro_jax.train.parameter_names import named_leaves
-from retro_jax.train.run import Settings, make_plan
+from retro_jax.train.plan import Settings, make_plan
 from retro_jax.train.warm_start import StartConfig
 from tests.model.tiny import TINY
 

@@ -5,7 +5,8 @@ import pathlib
 
 import numpy as np
 
-from data_pipelines.artefacts.manifest import Stage, shard_name
+from data_pipelines.artefacts.manifest import shard_name
+from data_pipelines.artefacts.stage import Stage
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.retriever.index import Index
 from data_pipelines.retriever.index_build import prepare_index

@@ -8,7 +8,7 @@ import pathlib
 
 import numpy as np
 
-from data_pipelines.artefacts.manifest import Stage
+from data_pipelines.artefacts.stage import Stage
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.retriever.neighbour_table import IDS, KIND, SCORES
 from tests.data_pipelines.small import documents_config, prepare, write_texts

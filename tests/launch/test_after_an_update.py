@@ -8,7 +8,6 @@ import contextlib
 import itertools
 import json
 import pathlib
-import random
 import shutil
 import types
 
@@ -27,7 +26,6 @@ from data_pipelines.batches.training_data import (
 from data_pipelines.chunk_database.database import ChunkDatabase, prepare_chunks
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.corpora import SourceFile, compression
-from data_pipelines.documents.documents import split_of
 from data_pipelines.evaluation.export import export_chunks, export_neighbours
 from data_pipelines.evaluation.prepare_text import prepare_slice
 from data_pipelines.evaluation.splits import open_split, token_counts
@@ -51,57 +49,15 @@ from tests.conftest_prepared import run_prepare
 from tests.data_pipelines.chunk_database import base_tokenizers
 from tests.data_pipelines.retriever import bert_folder
 from tests.data_pipelines.small import tree
-
-SPLITS = ("train", "validation", "test")
-SHARES = {"validation": 0.15, "test": 0.15}
-_WORDS = [
-    "lobster",
-    "crust",
-    "def",
-    "return",
-    "pale",
-    "gulls",
-    "harbour",
-    "boats",
-    "lay",
-    "0.5",
-    "x,",
-]
-_CORPORA = ("code", "prose")
-
-
-def document(corpus: str, number: int, split: str | None = None) -> tuple[str, str]:
-    """Id and text of a document, of a split if one is wanted."""
-    rng = random.Random(f"{corpus} {number}")
-    tries = (f"{corpus}-{number}-{i}" for i in range(1000))
-    name = next(n for n in tries if split in (None, split_of(n, **SHARES)))
-    return name, f"{number} {corpus} " + " ".join(rng.choices(_WORDS, k=20 + number % 60))
-
-
-OLD = {corpus: dict(document(corpus, i) for i in range(22)) for corpus in _CORPORA}
-NEW = {corpus: dict(document(corpus, i, "train") for i in range(30, 36)) for corpus in _CORPORA}
-_HELD_OUT = next(n for n in OLD["prose"] if split_of(n, **SHARES) == "test")
-OLD["code"][document("code", 40, "train")[0]] = OLD["prose"][_HELD_OUT]  # which is withdrawn
-_TRAIN = [n for n in OLD["code"] if split_of(n, **SHARES) == "train"]
-REMOVED, REPLACED = _TRAIN[2:5], _TRAIN[6]
-NEW_TEXT = document("code", 50)[1]
-
-
-def settings(folder: pathlib.Path, corpora: dict[str, dict[str, str]]) -> module.PrepareConfig:
-    """Writes corpora as JSON lines, and returns the settings that read them."""
-    configs = []
-    for name, documents in corpora.items():
-        path = folder / f"{name}.jsonl"
-        lines = [json.dumps({"name": n, "text": text}) + "\n" for n, text in documents.items()]
-        path.write_text("".join(lines))
-        configs.append(module.CorpusConfig(name, "jsonl", str(path), id_field="name"))
-    return module.PrepareConfig(
-        module.DocumentsConfig(configs, **SHARES, shard_bytes=1500),
-        tokenizer=module.TokenizerConfig(base=str(folder / "base")),
-        keys=module.KeysConfig(str(folder / "bert")),
-        index=module.IndexConfig(kind="exact"),
-        neighbours=module.NeighboursConfig(train=3, validation=5, test=5, recall_queries=20),
-    )
+from tests.launch.updated_corpora import (
+    NEW,
+    NEW_TEXT,
+    OLD,
+    REMOVED,
+    REPLACED,
+    SPLITS,
+    settings,
+)
 
 
 @pytest.fixture(scope="module")

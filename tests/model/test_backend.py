@@ -11,7 +11,7 @@ from retro_jax.model import backend
 from retro_jax.train import step
 from retro_jax.train.global_batches import BatchShape
 from retro_jax.train.loop import TrainConfig
-from retro_jax.train.run import Settings, make_plan
+from retro_jax.train.plan import Settings, make_plan
 from tests.model.tiny import TINY, assert_close
 
 # shape of x, shape of the weight, contracted axes: wider, narrower, several parts, heads

@@ -31,7 +31,7 @@ from retro_jax.sharding import (
 from retro_jax.train.global_batches import BatchShape
 from retro_jax.train.loop import TrainConfig
 from retro_jax.train.parameter_names import named_leaves
-from retro_jax.train.run import Settings, make_plan
+from retro_jax.train.plan import Settings, make_plan
 from tests.model.tiny import TINY, assert_close, make_batch, make_model
 
 # Divisible by every mesh below: 8 ways of fsdp, 4 ways of tensor.

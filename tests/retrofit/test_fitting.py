@@ -22,7 +22,8 @@ from retro_jax.train.held_out import OFF, ON
 from retro_jax.train.loop import TrainConfig
 from retro_jax.train.optimizer import OptimizerConfig
 from retro_jax.train.parameter_names import named_leaves
-from retro_jax.train.run import Run, Settings, make_plan
+from retro_jax.train.plan import Settings, make_plan
+from retro_jax.train.run import Run
 from retro_jax.train.warm_start import StartConfig
 from tests.reference.fitted_numpy import Fitted
 from tests.retrofit.base_files import FOLDER, NAMES

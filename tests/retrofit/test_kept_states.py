@@ -15,7 +15,8 @@ from retro_jax.packed import pack
 from retro_jax.retrofit.kept_states import KeptStates, state_bytes
 from retro_jax.train.checkpoint import CHECKPOINTS, saved_arrays
 from retro_jax.train.global_batches import BatchShape
-from retro_jax.train.run import Run, make_plan
+from retro_jax.train.plan import make_plan
+from retro_jax.train.run import Run
 from retro_jax.train.warm_start import StartConfig
 from tests.retrofit.base_files import FOLDER
 from tests.retrofit.test_fitting import (

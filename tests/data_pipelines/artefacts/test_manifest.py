@@ -10,7 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from data_pipelines.artefacts.manifest import FORMAT_VERSION, Manifest, Shard, Stage, shard_name
+from data_pipelines.artefacts.manifest import FORMAT_VERSION, Manifest, Shard, shard_name
+from data_pipelines.artefacts.stage import Stage
 from retro_jax.errors import UserError
 
 
@@ -218,7 +219,7 @@ def test_open_refuses_parents_that_do_not_belong(tmp_path):
 def test_shards_written_by_other_processes_are_gathered(tmp_path):
     Stage(tmp_path / "a", "rows", _Settings())
     code = (
-        "import sys, numpy as np; from data_pipelines.artefacts.manifest import Stage;"
+        "import sys, numpy as np; from data_pipelines.artefacts.stage import Stage;"
         "Stage.attach(sys.argv[1]).write_array(sys.argv[2],"
         " np.full((2, 4), int(sys.argv[3]), np.uint16), facts={'rows': 2})"
     )
@@ -347,7 +348,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     stage.write_array(NAMES[0], np.zeros(10))
     code = f"""
 import resource, sys, numpy as np
-from data_pipelines.artefacts.manifest import Stage
+from data_pipelines.artefacts.stage import Stage
 from retro_jax.errors import UserError
 stage = Stage.attach(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.artefacts.manifest import Manifest, Stage
+from data_pipelines.artefacts.manifest import Manifest
 from data_pipelines.artefacts.runner import LocalProcesses
+from data_pipelines.artefacts.stage import Stage
 from data_pipelines.chunk_database import database as module
 from data_pipelines.chunk_database.database import (
     CHUNK_LENGTH,
@@ -167,11 +168,11 @@ def test_bytes_depend_on_neither_place_nor_processes_nor_batches(workdir, tmp_pa
 
 _KILLED = """
 import os, pathlib, signal, sys
-from data_pipelines.artefacts import manifest
+from data_pipelines.artefacts import stage
 from tests.data_pipelines.small import documents_config, prepare
 
 workdir, left = pathlib.Path(sys.argv[1]), int(sys.argv[2])
-publish = manifest.Stage._publish
+publish = stage.Stage._publish
 
 def dying(self, temporary, shard, facts):
     global left
@@ -180,7 +181,7 @@ def dying(self, temporary, shard, facts):
         os.kill(os.getpid(), signal.SIGKILL)
     return publish(self, temporary, shard, facts)
 
-manifest.Stage._publish = dying
+stage.Stage._publish = dying
 prepare(workdir / "out", documents_config(workdir / "b", workdir / "a"))
 """
 

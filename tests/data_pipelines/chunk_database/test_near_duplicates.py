@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data_pipelines.artefacts.manifest import Stage
+from data_pipelines.artefacts.stage import Stage
 from data_pipelines.chunk_database.near_duplicates import prepare_duplicates
 from data_pipelines.leakage.near_documents import LeakageConfig
 from retro_jax.errors import UserError

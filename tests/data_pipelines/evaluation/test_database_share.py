@@ -7,7 +7,7 @@ import pytest
 
 from data_pipelines.evaluation.database_share import kept_chunks, subsampled
 from data_pipelines.evaluation.splits import open_split
-from data_pipelines.retriever import revisions
+from data_pipelines.retriever import publishing, revisions
 from data_pipelines.retriever.index_build import prepare_index
 from data_pipelines.retriever.index_config import IndexConfig
 from data_pipelines.retriever.keys import Keys
@@ -32,7 +32,7 @@ def workdir(tmp_path_factory):
     names = ["held-out", "document-5"]
     queries = write_database(work / "chunks" / "validation", [9, 6], names=names, seed=1)
     write_keys(work / "keys" / "validation", queries, clustered(15, seed=1))
-    revisions.publish(work, 1, REMOVED)
+    publishing.publish(work, 1, REMOVED)
     place = revisions.folder_of(work, 1) / "neighbours" / "validation"
     stored = Keys.open(work / "keys" / "validation", queries)
     prepare_neighbours(place, stored, Retriever(Database.open(work)), k=K, recall_queries=0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from data_pipelines.artefacts.manifest import Stage
+from data_pipelines.artefacts.stage import Stage
 from data_pipelines.corpora import Reading
 from data_pipelines.documents.documents import read_documents
 from data_pipelines.evaluation.detokenise import detokenise

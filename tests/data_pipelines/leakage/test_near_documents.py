@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from data_pipelines.artefacts.manifest import Manifest, Stage
+from data_pipelines.artefacts.manifest import Manifest
 from data_pipelines.artefacts.runner import LocalProcesses
+from data_pipelines.artefacts.stage import Stage
 from data_pipelines.chunk_database.database import ChunkDatabase, prepare_chunks
 from data_pipelines.chunk_database.tokenizer import train_tokenizer
 from data_pipelines.leakage import near_documents

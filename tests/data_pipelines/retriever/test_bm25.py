@@ -6,10 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
-from data_pipelines.artefacts.manifest import Stage
 from data_pipelines.artefacts.runner import InProcess, LocalProcesses
+from data_pipelines.artefacts.stage import Stage
 from data_pipelines.chunk_database.database import ChunkDatabase
-from data_pipelines.retriever import bm25, neighbour_facts, postings, revisions
+from data_pipelines.retriever import bm25, neighbour_facts, postings, publishing, revisions
 from data_pipelines.retriever.bm25 import Bm25, Bm25Config, prepare_bm25
 from data_pipelines.retriever.index_shard import compare_all
 from data_pipelines.retriever.keys import Keys
@@ -264,7 +264,7 @@ def test_removed_documents_and_the_same_document_elsewhere_are_left_out(made, tm
     folder, _, _ = made
     workdir = shutil.copytree(folder, tmp_path / "W")
     base = ChunkDatabase.open(workdir / "chunks" / "train")
-    revisions.publish(workdir, 1, [4, 6])
+    publishing.publish(workdir, 1, [4, 6])
     database = revisions.open_database(workdir)
     manifest = prepare_bm25(workdir / "revisions/00001/bm25", database, Bm25Config(k1=1.2, b=0.5))
     assert manifest.revision == 1

@@ -10,7 +10,7 @@ import pytest
 from data_pipelines.batches.batches import BatchConfig, Batches
 from data_pipelines.batches.training_data import copy_databases, copy_tables
 from data_pipelines.chunk_database.database import ChunkDatabase
-from data_pipelines.retriever import revisions
+from data_pipelines.retriever import publishing, revisions
 from data_pipelines.retriever.index_build import prepare_index
 from data_pipelines.retriever.index_config import IndexConfig
 from data_pipelines.retriever.index_shard import IndexShard, compare_all
@@ -69,7 +69,7 @@ def workdir(tmp_path_factory):
         make_table(work, split, 0)
     shutil.copytree(work, work.parent / "before")
     added = make_part(revisions.folder_of(work, 1), 1)
-    revisions.publish(work, 1, REMOVED, added)
+    publishing.publish(work, 1, REMOVED, added)
     return work
 
 
@@ -195,14 +195,14 @@ def test_a_removal_that_was_killed_leaves_nothing_in_the_way(workdir, tmp_path, 
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(revisions.Stage, "finish", killed)
+        patched.setattr(publishing.Stage, "finish", killed)
         with pytest.raises(Killed):
-            revisions.publish(work, 2, [0])
+            publishing.publish(work, 2, [0])
     place = revisions.folder_of(work, 2)
     assert revisions.latest(work) == 1 and (place / "database" / "stage.json").is_file()
     revisions.clear_unfinished(work)
     assert not place.exists() and revisions.folder_of(work, 1).exists()
-    assert revisions.publish(work, 2, [1]).fact("removed") == 3
+    assert publishing.publish(work, 2, [1]).fact("removed") == 3
     begun = revisions.folder_of(work, 3) / "documents"
     begun.mkdir(parents=True)
     revisions.clear_unfinished(work)
@@ -215,11 +215,11 @@ def test_removing_again_adds_up_and_the_last_can_be_withdrawn(workdir, tmp_path)
         revisions.open_database(work), [("made", "old-3"), ("made", "old-0")]
     )
     assert numbers == [0, 6], "the document that took the removed one's place"
-    manifest = revisions.publish(work, 2, numbers)
+    manifest = publishing.publish(work, 2, numbers)
     assert (manifest.fact("added"), manifest.fact("removed")) == (0, 4)
-    assert revisions.publish(work, 2, numbers) == manifest
+    assert publishing.publish(work, 2, numbers) == manifest
     with pytest.raises(UserError, match="was made with other settings: removed: "):
-        revisions.publish(work, 2, [1])
+        publishing.publish(work, 2, [1])
     database = revisions.open_database(work)
     assert database.removed.tolist() == [0, 3, 5, 6]
     assert database.corpora["made"] == [range(3, 9), range(11, 15), range(23, 31)]

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from data_pipelines.retriever import revisions
+from data_pipelines.retriever import publishing, revisions
 from data_pipelines.retriever.index import Index
 from data_pipelines.retriever.index_build import prepare_index
 from data_pipelines.retriever.index_config import IndexConfig
@@ -127,7 +127,7 @@ def test_what_an_update_adds_follows_the_routes(workdir, tmp_path, chunks, shard
     assert len(own.shards) == shards
     if shards > 1:
         np.testing.assert_array_equal(own.routed[0].routes.cells, old.routes.cells)
-    revisions.publish(work, 1, [0, 250], keys)
+    publishing.publish(work, 1, [0, 250], keys)
     database = Database.open(work)
     assert [group.first for group in database.index.routed] == [0, SHARDS][: 1 + bool(own.routed)]
     every, queries = database.keys.rows(np.arange(CHUNKS + chunks)), clustered(100, seed=5)

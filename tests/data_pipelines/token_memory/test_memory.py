@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.artefacts.manifest import Stage
 from data_pipelines.artefacts.runner import LocalProcesses
+from data_pipelines.artefacts.stage import Stage
 from data_pipelines.chunk_database import ChunkDatabase
 from data_pipelines.token_memory import TokenMemory
 from data_pipelines.token_memory.build import TokenMemoryConfig, prepare_token_memory

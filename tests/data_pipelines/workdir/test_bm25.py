@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 
-from data_pipelines.artefacts.manifest import Stage
+from data_pipelines.artefacts.stage import Stage
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.corpora import SPLITS
 from data_pipelines.evaluation import prepare_text

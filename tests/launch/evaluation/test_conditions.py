@@ -10,7 +10,7 @@ import pytest
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.evaluation.database_share import kept_chunks
 from data_pipelines.evaluation.splits import open_split
-from data_pipelines.retriever import index_config, revisions
+from data_pipelines.retriever import index_config, publishing, revisions
 from data_pipelines.retriever.datastore import search_datastore
 from data_pipelines.retriever.neighbour_table import NeighbourTable
 from data_pipelines.retriever.retriever import Retriever
@@ -100,7 +100,7 @@ def test_knn_lm_of_an_updated_database_has_no_removed_document(
     for name in ("tokenizer", "chunks"):
         shutil.copytree(prepared_workdir / name, data / name)
     removed = [0, 3, 4]
-    revisions.publish(data, 1, removed)
+    publishing.publish(data, 1, removed)
     shutil.copytree(trained[0].partition("=")[2], work, ignore=shutil.ignore_patterns("evaluation"))
     where = [f"--workdir={work}", f"--data={data}", "--retrieval=off"]
     more = ["--knn", "--knn_neighbours=8", "--knn_tokens=1000000", "--stride_chunks=4"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.evaluation.splits import open_split
-from data_pipelines.retriever import revisions
+from data_pipelines.retriever import publishing, revisions
 from launch import evaluate, report
 from retro_jax.storage import files
 from tests.conftest_prepared import run_prepare
@@ -39,8 +39,8 @@ DocumentsConfig.corpora = (@new/CorpusConfig(),)
     )
     assert run_prepare(data, settings, "--append") == 0
     count = revisions.open_database(data).num_documents
-    revisions.publish(data, 2, [count - 1])
-    revisions.publish(data, 3, list(range(count - 1)))
+    publishing.publish(data, 2, [count - 1])
+    publishing.publish(data, 3, list(range(count - 1)))
     (folder / "mine.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
     return [
         f"--workdir={folder / 'work'}",

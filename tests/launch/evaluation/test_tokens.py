@@ -10,7 +10,7 @@ import pytest
 
 from data_pipelines.artefacts.manifest import Manifest
 from data_pipelines.evaluation.splits import open_split
-from data_pipelines.retriever import revisions
+from data_pipelines.retriever import publishing, revisions
 from data_pipelines.token_memory.workdir_memory import FOLDER, prepare_and_open
 from launch import evaluate, report
 from launch.runs import trained_run
@@ -158,7 +158,7 @@ def test_a_removed_document_does_not_vote(mixed: dict, places: list[str], tmp_pa
     data = tmp_path / "data"
     shutil.copytree(places[1].partition("=")[2], data)
     count = revisions.open_database(data).num_documents
-    revisions.publish(data, 1, list(range(0, count, 2)))
+    publishing.publish(data, 1, list(range(0, count, 2)))
     database = revisions.open_database(data)
     memory = prepare_and_open(database)
     assert not (data / "revisions" / "00001" / FOLDER).exists()  # it added nothing
