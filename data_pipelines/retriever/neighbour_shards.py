@@ -127,6 +127,14 @@ class NeighbourShard:
         return self.wants_accelerator and bool(self.retriever.index.routed)
 
     @property
+    def visits(self) -> int:
+        """How many parts of the database each chunk is compared with."""
+        if not self.routed:
+            return len(self.retriever.search.parts)
+        dimension = self.retriever.keys.dimension
+        return self.retriever.index.visited(np.zeros((0, dimension), np.float32)).shape[1]
+
+    @property
     def groups(self) -> list[range]:
         """The query shards that are searched for together: few enough tasks and files."""
         shards, size = len(self.database.shards), self._group_size
@@ -237,8 +245,8 @@ class VisitShard:
             self.work.retriever.index.visited(queries.rows(block)).astype(np.int32)
             for block in _cut(np.array(chunks, np.int64))
         ]
-        none = self.work.retriever.index.visited(np.zeros((0, queries.dimension), np.float32))
-        visited = np.concatenate([none.astype(np.int32), *parts])
+        none = np.zeros((0, self.work.visits), np.int32)
+        visited = np.concatenate([none, *parts])
         mapped_arrays.write(self.work.visited_path(index), [visited])
         report(len(chunks))
         return len(chunks)

@@ -11,6 +11,8 @@ for anew.
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
+
 from data_pipelines.artefacts import mapped_arrays
 from data_pipelines.artefacts.manifest import Manifest, Parents, Path
 from data_pipelines.artefacts.runner import InProcess, Runner, run_counted
@@ -124,7 +126,9 @@ def _find_candidates(
     wanted = sorted({work.group_of(q) for q in missing})
     pairs = [(s, g) for s in parts for g in wanted if work.asks(s, groups[g])]
     searches = [i for i, (s, g) in enumerate(pairs) if not work.has_found(s, g)]
-    of_pairs = [sum(sizes[q] for q in groups[g]) for _, g in pairs]
+    # Of all chunks a share visits each part; summed first, so that the total is that of the visits.
+    until = np.cumsum([sum(sizes[q] for q in groups[g]) for _, g in pairs], dtype=np.int64)
+    of_pairs = np.diff(until * work.visits // len(parts), prepend=0).tolist()
     search = FindShard(work, tuple(pairs))
     run_counted(runner, search, searches, of_pairs, what="candidates", unit="chunk")
 

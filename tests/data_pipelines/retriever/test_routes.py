@@ -116,6 +116,13 @@ def test_tables_are_what_the_index_finds(workdir, tmp_path, monkeypatch):
     )
 
 
+def test_progress_is_that_of_the_searches_that_are_made(workdir, tmp_path, capsys):
+    retriever = Retriever(Database.open(workdir))
+    prepare_neighbours(tmp_path / "t", retriever.keys, retriever, k=4, recall_queries=9)
+    searches = CHUNKS * retriever.index.routed[0].visit
+    assert f" {searches}/{searches} " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("chunks", "shards"), [(450, SHARDS), (90, 1)])
 def test_what_an_update_adds_follows_the_routes(workdir, tmp_path, chunks, shards):
     """Many new keys are divided as the old ones; few are one shard, which every query visits."""
