@@ -133,6 +133,8 @@ class ExactSearcher:
         for block in self._read() if self._blocks is None else self._blocks:
             for state in states:
                 state.add(block, self._recall_target)
+            # Reading can be faster than comparing: one block is in memory, not all that were read.
+            jax.block_until_ready([state.scores for state in states])
         for part, state in zip(parts, states):
             places = state.places()[: len(part)]
             results[0][part], results[1][part] = self._nearest(queries[part], places, k)
@@ -205,7 +207,11 @@ class _Block:
 
 
 class _Best:
-    """What some queries have found: for each device scores and places within it, [devices, q, count]."""
+    """What some queries have found: for each device scores and places within it, [devices, q, count].
+
+    Attributes:
+      scores: of the blocks so far; their computation may not have ended.
+    """
 
     def __init__(
         self,
@@ -215,20 +221,20 @@ class _Best:
         within: jax.Array,
     ) -> None:
         self._queries, self._exclude = queries, exclude
-        self._scores, self._within = scores, within
+        self.scores, self._within = scores, within
         self._starts: list[int] = []
         self._rows = 1
 
     def add(self, block: _Block, recall_target: float) -> None:
         """Compares them with a block's keys."""
         self._rows = block.keys.shape[1]
-        self._scores, self._within = _compare(
+        self.scores, self._within = _compare(
             self._queries,
             self._exclude,
             block.keys,
             block.documents,
             len(self._starts) * self._rows,
-            self._scores,
+            self.scores,
             self._within,
             recall_target=recall_target,
         )
@@ -236,7 +242,7 @@ class _Best:
 
     def places(self) -> np.ndarray:
         """[q, count] int64: the best of all devices, equal ones by place; -1 where there are no more."""
-        scores, within = np.asarray(self._scores), np.asarray(self._within, np.int64)
+        scores, within = np.asarray(self.scores), np.asarray(self._within, np.int64)
         number, row = np.divmod(np.maximum(within, 0), self._rows)
         firsts = np.asarray(self._starts)[number]
         firsts += np.arange(len(within))[:, None, None] * self._rows  # of the device

@@ -140,6 +140,37 @@ def test_keys_are_cut_over_all_devices():
     np.testing.assert_array_equal(rows, clustered(512))
 
 
+class Made:
+    """Keys that are made when they are read, faster than they are compared."""
+
+    def __init__(self, count, compared):
+        self._count, self._compared = count, compared
+
+    def __len__(self):
+        return self._count
+
+    def rows(self, places):
+        assert all(scores.is_ready() for scores, _ in self._compared)
+        return np.ones((len(places), 384), np.float32)
+
+    def documents(self, places):
+        return np.asarray(places)
+
+
+def test_one_block_is_in_memory_however_fast_they_are_read(monkeypatch):
+    compared, compare = [], exact._compare
+
+    def keep(*arguments, **options):
+        compared.append(compare(*arguments, **options))
+        return compared[-1]
+
+    monkeypatch.setattr(exact, "_compare", keep)
+    rows = (1 << 13) // jax.local_device_count()
+    keys = Made(20 << 13, compared)
+    ExactSearcher(keys, on_devices=False, rows=rows).search(np.ones((256, 384), np.float32), 4)
+    assert len(compared) == 20
+
+
 def test_an_approximate_search_reaches_its_target():
     keys, queries = clustered(4000), clustered(50, seed=1)
     _, distances = ExactSearcher(keys, recall_target=0.9).search(queries, 10)
