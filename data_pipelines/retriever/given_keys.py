@@ -105,10 +105,12 @@ def added_chunks(workdir: Path) -> ChunkDatabase:
     Raises:
       UserError: there are none.
     """
-    folder = revisions.folder_of(workdir, revisions.latest(workdir) + 1) / "chunks" / "train"
-    if not (folder / MANIFEST_FILE).is_file():
-        raise UserError(f"{folder} is missing: expected documents that --append has begun to add")
-    return ChunkDatabase.open(folder)
+    folder = revisions.folder_of(workdir, revisions.latest(workdir) + 1)
+    chunks, compacting = folder / "chunks" / "train", (folder / revisions.COMPACTION_FILE).is_file()
+    if compacting or not (chunks / MANIFEST_FILE).is_file():
+        found = "is of a compaction" if compacting else "is missing"
+        raise UserError(f"{chunks} {found}: expected documents that --append has begun to add")
+    return ChunkDatabase.open(chunks)
 
 
 def check_added_keys(chunks: ChunkDatabase, model: str) -> None:

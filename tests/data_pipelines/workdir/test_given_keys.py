@@ -13,6 +13,7 @@ from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.corpora import SPLITS
 from data_pipelines.evaluation.export import export_chunks
 from data_pipelines.evaluation.splits import open_split
+from data_pipelines.retriever import revisions
 from data_pipelines.retriever.given_keys import write_added_keys, write_given_keys
 from data_pipelines.retriever.neighbour_table import NeighbourTable
 from data_pipelines.retriever.retriever import Retriever
@@ -142,5 +143,13 @@ def test_an_update_takes_given_keys(prepared, tmp_path):
         change()
         scores = open_split(W, "test", neighbours=3).table.scores(ids)
         np.testing.assert_allclose(scores, expected, rtol=1e-4)
+    folder = revisions.folder_of(W, 4)
+    folder.mkdir()
+    (folder / revisions.COMPACTION_FILE).touch()  # one that was killed
+    with pytest.raises(
+        UserError, match="revisions/00004/chunks/train is of a compaction: expected"
+    ):
+        write_added_keys(W, new)
+    shutil.rmtree(folder)
     verify(W, sample=3, seed=0, report=lines.append)
     assert any("given:mine is not here, so no chunk is embedded again" in line for line in lines)
