@@ -4,6 +4,7 @@ Files are found one after the other, in memory that does not grow with their num
 machine is read 65,536 entries at a time, a remote one folder by folder.
 """
 
+import base64
 import contextlib
 import dataclasses
 import fnmatch
@@ -26,9 +27,7 @@ _logger = logging.getLogger(__name__)
 WORKDIR_MARK = ".prepare.lock"  # every workdir has this file
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 _RUN_MARKS = {"config.gin", "checkpoints"}  # and every run both of these
-# Hashes of a file's bytes that stores state: Google's, the hub's, and S3's of an object sent in one part.
-_CONTENT_HASHES = ("md5Hash", "blob_id", "ETag", "etag")
-_HEX_HASH = re.compile(r"[0-9a-f]{32,64}")
+_MD5, _GIT = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{40}")
 _STAMPS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "updated", "created")
 
 
@@ -43,7 +42,8 @@ class SourceFile:
       stamp: something that is another when the file has changed.
       start, stop: of a part of a file, the bytes in which its lines begin, or its row groups; 0 and 0
         for all of it. The size is then about that of the part.
-      content: of a remote file, a hash of its bytes that its store states; empty where it states none.
+      content: of a remote file, a hash of its bytes that its store states, as KIND:HEX; empty where it
+        states none.
     """
 
     name: str
@@ -230,12 +230,16 @@ def _remote_file(system: Any, name: str, info: dict[str, Any]) -> SourceFile:
 
 
 def content_hash(info: dict[str, Any]) -> str:
-    """What a store states about the bytes of a file; empty if that is no hash of them alone."""
-    for field in _CONTENT_HASHES:
-        value = str(info.get(field) or "").strip('"')
-        if value and (field == "md5Hash" or _HEX_HASH.fullmatch(value)):
-            return value
-    return ""
+    """What a store states about the bytes of a file, as KIND:HEX; empty if it states no hash of them alone.
+
+    Google and S3 (of an object sent in one part) state MD5, the hub git's hash.
+    """
+    if stated := info.get("md5Hash"):
+        return f"md5:{base64.b64decode(stated).hex()}"
+    if _GIT.fullmatch(blob := str(info.get("blob_id") or "")):
+        return f"git:{blob}"
+    tag = str(info.get("ETag") or info.get("etag") or "").strip('"')
+    return f"md5:{tag}" if _MD5.fullmatch(tag) else ""
 
 
 @contextlib.contextmanager

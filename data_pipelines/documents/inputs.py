@@ -91,8 +91,10 @@ def _change(before: Identity, now: Identity) -> str:
     if before == now:
         return ""
     old, new = before["contents"], now["contents"]
-    new = {name: _as_recorded(content, old.get(name)) for name, content in new.items()}
-    if before == now | {"contents": new}:
+    pairs = {name: _comparable(old[name], new[name]) for name in set(old) & set(new)}
+    old = old | {name: pair[0] for name, pair in pairs.items()}
+    new = new | {name: pair[1] for name, pair in pairs.items()}
+    if before | {"contents": old} == now | {"contents": new}:
         return ""
     parts = []
     if max(before["files"], now["files"]) <= _SAMPLED_FILES:  # else files push others out
@@ -106,9 +108,14 @@ def _change(before: Identity, now: Identity) -> str:
     return " and ".join(parts) or "has files of other names or sizes"
 
 
-def _as_recorded(content: str, before: str | None) -> str:
-    """A file's content without its hash, where an earlier version recorded a size alone."""
-    return content if before is None or ":" in before else content.split(":")[0]
+def _comparable(old: str, new: str) -> tuple[str, str]:
+    """Contents of a file before and now; their sizes alone where stores state hashes of two kinds, or none.
+
+    SIZE:HASH is of a file of this machine, SIZE:KIND:HASH and SIZE of one at a URL.
+    """
+    parts = [old.split(":"), new.split(":")]
+    here = any(len(part) == 2 for part in parts)
+    return (old, new) if here or parts[0][1:-1] == parts[1][1:-1] else (parts[0][0], parts[1][0])
 
 
 def _number(text: str) -> int:

@@ -1,5 +1,6 @@
 """A corpus that changed after it was read is refused, and the message says what changed."""
 
+import contextlib
 import json
 import pathlib
 import shutil
@@ -161,13 +162,32 @@ def test_a_file_in_a_bucket_is_known_by_the_hash_that_is_stated_there(tmp_path):
 @pytest.mark.parametrize(
     ("stated", "content"),
     [
-        ({"md5Hash": "kAFQmDzST7DWlj99KOF/cg=="}, "kAFQmDzST7DWlj99KOF/cg=="),
-        ({"ETag": '"900150983cd24fb0d6963f7d28e17f72"'}, "900150983cd24fb0d6963f7d28e17f72"),
+        ({"md5Hash": "kAFQmDzST7DWlj99KOF/cg=="}, "md5:900150983cd24fb0d6963f7d28e17f72"),
+        ({"ETag": '"900150983cd24fb0d6963f7d28e17f72"'}, "md5:900150983cd24fb0d6963f7d28e17f72"),
         ({"ETag": '"900150983cd24fb0d6963f7d28e17f72-2"'}, ""),  # of parts: their sizes change it
         ({"etag": "0x8DB", "LastModified": "today"}, ""),
-        ({"blob_id": "a" * 40, "mtime": 3.0}, "a" * 40),
+        ({"blob_id": "a" * 40, "mtime": 3.0}, f"git:{'a' * 40}"),
         ({"created": "today"}, ""),
     ],
 )
 def test_only_hashes_of_bytes_are_taken(stated, content):
     assert sources.content_hash(stated) == content
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "same"),
+    [
+        ("5:md5:aa", "5:md5:aa", True),
+        ("5:md5:aa", "5:md5:bb", False),
+        ("5:md5:aa", "5:git:bb", True),  # copied to another store: sizes are compared
+        ("5:md5:aa", "5", True),  # sent again in several parts
+        ("5", "6:md5:aa", False),
+        ("5:aa", "5:bb", False),  # files of this machine
+        ("5:aa", "5:md5:bb", False),
+    ],
+)
+def test_hashes_of_two_stores_are_not_compared(before, now, same):
+    sizes = {"files": 1, "bytes": 5, "names": "0"}
+    identities = [{"b": sizes | {"contents": {"x.txt": content}}} for content in (before, now)]
+    with contextlib.nullcontext() if same else pytest.raises(UserError, match=r"bytes in 'x\.txt'"):
+        inputs.refuse_changes(pathlib.Path("W"), *identities, "it")
