@@ -75,8 +75,8 @@ def main() -> None:
 
 HEADER = (
     "| size | slice | chips | positions, mesh, remat | parameters | optimiser | activations (GiB) "
-    "| total of HBM | operations / model's | compute, HBM, links (s) | step (s) | bound by | MFU at most | compiled in |",
-    "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    "| total of HBM | first state, restore (GiB) | operations / model's | compute, HBM, links (s) | step (s) | bound by | MFU at most | compiled in |",
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
 )
 
 
@@ -99,6 +99,7 @@ def row(size: str, report: dict[str, Any]) -> str:
         f"{report['positions']}, {axes}, {report['remat']}",
         *parts,
         f"{memory['total'] / 2**30:.1f} of {memory['hbm'] / 2**30:.0f} GiB",
+        f"{report['first_state'] / 2**30:.2f}, {report['restore'] / 2**30:.2f}",
         f"{report['program_flops'] / report['model_flops']:.2f}",
         seconds,
         f"{bound['step']:.2f}",

@@ -5,9 +5,11 @@ it. Tests compile much and compute little: without LLVM's optimisation the gradi
 compiles in 2 s instead of 11, its initialisation in 3 s instead of 38 (2 cores, jax 0.10.2).
 """
 
+import gc
 import importlib.metadata
 import os
 import pathlib
+from collections.abc import Iterator
 
 import pytest
 
@@ -36,6 +38,22 @@ _FIRST = (
     "launch/test_prepare.py",
     "data_pipelines/artefacts/test_ray_runner.py",
 )
+
+# Linux gives a process 65,530 memory maps. A compiled program keeps three or more, and XLA ends the
+# process that has none left: a file may add 20,000 (jaxlib 0.12).
+_MAPS = pathlib.Path("/proc/self/maps")
+_MANY_MAPS = 20_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_memory_maps() -> Iterator[None]:
+    """Forgets compiled programs after a file of tests, where they keep many maps."""
+    yield
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MANY_MAPS:
+        import jax  # only now, as the environment above must be read first
+
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

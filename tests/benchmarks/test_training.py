@@ -170,6 +170,8 @@ def test_a_row_of_the_scaling_table():
             "total": 3.5 * 2**30,
             "hbm": 95 * 2**30,
         },
+        "first_state": 1.75 * 2**30,
+        "restore": 1.5 * 2**30,
         "model_flops": flops,
         "program_flops": 1.5 * flops,
         "bound": {
@@ -193,6 +195,7 @@ def test_a_row_of_the_scaling_table():
             "1.00",
             "2.00",
             "3.5 of 95 GiB",
+            "1.75, 1.50",
         ),
         *("1.50", "2.00, 1.00, 0.50", "2.00", "compute", "60% (40%)", "61 s, 5.0 MB"),
     ]

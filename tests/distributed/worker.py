@@ -36,7 +36,7 @@ from tests.train.small import ROWS, Trainer, host_rows
 
 # How long a process may wait. Where one of them hangs, the watch begins at that step: before it,
 # whatever takes long is no accident.
-_HANG_SECONDS = {"hang": 20.0, "soak": 60.0}
+_HANG_SECONDS = {"hang": 10.0, "soak": 60.0}
 
 Rows = dict[int, list[int]]
 

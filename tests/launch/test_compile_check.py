@@ -101,20 +101,15 @@ def test_the_plan_is_that_of_training(settings, tmp_path, capsys):
     assert state <= plain["restore"] < 1.01 * state
     assert state < plain["first_state"]  # its outputs; random bits and code besides
 
-    parts = _figures(settings, tmp_path, "TrainConfig.accumulate = 4")
-    assert parts["memory"]["temporaries"] < 0.9 * plain["memory"]["temporaries"]
-
     capsys.readouterr()
-    averaged = _figures(settings, tmp_path, "TrainConfig.average_decay = 0.99")
-    assert averaged["memory"]["average"] == weights
-    assert averaged["memory"]["total"] > plain["memory"]["total"] + 0.9 * weights
-    assert averaged["restore"] == plain["restore"] + weights
-    # its outputs are the whole state; the copy may take memory that random bits had before
-    assert averaged["first_state"] > max(plain["first_state"], averaged["restore"])
+    bindings = ("accumulate = 4", "average_decay = 0.99", "loss_jump = 1.0")
+    planned = _figures(settings, tmp_path, *(f"TrainConfig.{each}" for each in bindings))
     assert "moving average" in capsys.readouterr().out
-
-    judged = _figures(settings, tmp_path, "TrainConfig.loss_jump = 1.0")
-    assert judged["restore"] == plain["restore"] + 8  # two numbers
+    assert planned["memory"]["temporaries"] < 0.9 * plain["memory"]["temporaries"]
+    assert planned["memory"]["average"] == weights
+    assert planned["restore"] == plain["restore"] + weights + 8  # of loss_jump two numbers
+    # its outputs are the whole state; the copy may take memory that random bits had before
+    assert planned["first_state"] > max(plain["first_state"], planned["restore"])
 
     fitted = _figures(settings, tmp_path, "StartConfig.trained = ('encoder.*', 'cca.*')")
     assert fitted["memory"]["optimizer"] < 0.7 * plain["memory"]["optimizer"]

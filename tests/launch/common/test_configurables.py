@@ -118,7 +118,7 @@ def test_a_decoder_of_another_form_is_written_and_read_again(gin_file):
         ("RetroConfig.d_ff = @ExecConfig()", "unknown configurable 'ExecConfig'"),
         ("x/RetroConfig.d_ff = 2", "unknown scope (no @ refers to it) 'x/RetroConfig'"),
         ("RetroConfig.d_ff = ", "bad syntax in 'RetroConfig.d_ff =': Unable to parse value."),
-        ("RetroConfig.d_ff = (1,", "bad syntax in 'RetroConfig.d_ff = (1,': EOF in multi-line"),
+        ("RetroConfig.d_ff = (1,", "bad syntax in 'RetroConfig.d_ff = (1,': "),
         ("RetroConfig.positions = rotary", "a string needs quotes"),
         ("RetroConfig.d_ff 8", "bad syntax"),
         ("import os", "'import' is not supported"),
