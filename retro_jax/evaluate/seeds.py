@@ -19,6 +19,8 @@ from retro_jax.evaluate.uncertainty import SAMPLES, plain
 _CONDITIONS = ("baseline", "off", "on")
 _PAIRS = (("on", "off"), ("on", "baseline"))
 _LIMITS = (0.5, 1.0)  # of r(C)
+_NO_OVERLAP = "figures of seeds need those by overlap: expected a neighbour table"
+_OTHER_TEXTS = "the seeds' results are of other texts: expected one split and table"
 _OF_SEEDS = 1_000  # the seed of the draws of seeds, apart from those of any corpus
 
 
@@ -32,22 +34,27 @@ class _Sums:
     bits: np.ndarray
 
 
-def seed_figures(scored: Sequence[ScoredText]) -> list[dict[str, Any]]:
+def seed_figures(
+    scored: Sequence[ScoredText],
+    conditions: Sequence[str] = _CONDITIONS,
+    pairs: Sequence[tuple[str, str]] = _PAIRS,
+) -> list[dict[str, Any]]:
     """Figures of each corpus, and of all together.
 
     Args:
       scored: the sums of one text by each seed's models, S of them, with figures by overlap.
+      conditions: those wanted; what a seed has no sums of is left out. pairs: whose differences.
 
     Returns:
       Rows with "corpus" ("" for all), "at_most" of r(C), "chunks", "bits_per_byte" by condition and
-      "differences" by "on-off" and "on-baseline". Each figure has the mean over seeds as its "value",
+      "differences" by pair, as in "on-off". Each figure has the mean over seeds as its "value",
       "low" and "high" of its 95% interval, and "seeds": the value of each.
 
     Raises:
       UserError: the sums are of different texts, or have no figures by overlap.
     """
     first = scored[0]
-    names = [name for name in _CONDITIONS if all(name in each.nats for each in scored)]
+    names = [name for name in conditions if all(name in each.nats for each in scored)]
     seeds = len(scored)
     times = resampled_sums(np.eye(seeds), samples=SAMPLES, seed=_OF_SEEDS) / seeds
     rows = []
@@ -69,8 +76,34 @@ def seed_figures(scored: Sequence[ScoredText]) -> list[dict[str, Any]]:
             sampled = np.einsum("bs,bsc->bc", times, sampled)
             about = {"corpus": corpus, "at_most": sums.limit}
             about["chunks"] = int(sums.chunks[inside].sum())
-            rows.append(about | _figures(names, values, sampled))
+            rows.append(about | _figures(names, pairs, values, sampled))
     return rows
+
+
+def ablation_figures(ablated: Sequence[ScoredText], whole: Sequence[ScoredText]) -> dict[str, Any]:
+    """RETRO[ON] of an ablation beside that of the whole model, over all text.
+
+    Args:
+      ablated, whole: the sums of one text by each seed's model, S of each; equal seeds are paired.
+
+    Returns:
+      The last row of seed_figures, with the conditions "ablated" and "whole" and their difference.
+
+    Raises:
+      UserError: as seed_figures.
+    """
+    both = []
+    for one, other in zip(ablated, whole, strict=True):
+        parts = {"ablated": one, "whole": other}
+        if any(each.overlap is None for each in parts.values()):
+            raise UserError(_NO_OVERLAP)
+        if not np.array_equal(one.overlap.bytes[:, -1], other.overlap.bytes[:, -1]):
+            raise UserError(_OTHER_TEXTS)
+        nats = {name: each.nats["on"] for name, each in parts.items()}
+        bits = {name: each.overlap.bits["on"] for name, each in parts.items()}
+        overlap = dataclasses.replace(other.overlap, bits=bits)
+        both.append(dataclasses.replace(other, nats=nats, overlap=overlap))
+    return seed_figures(both, tuple(parts), (("ablated", "whole"),))[-1]
 
 
 def spread(figure: dict[str, Any]) -> float:
@@ -79,9 +112,14 @@ def spread(figure: dict[str, Any]) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
-def _figures(names: Sequence[str], values: np.ndarray, sampled: np.ndarray) -> dict[str, Any]:
+def _figures(
+    names: Sequence[str],
+    wanted: Sequence[tuple[str, str]],
+    values: np.ndarray,
+    sampled: np.ndarray,
+) -> dict[str, Any]:
     """Figures of one place: values [S, C] and their resamples [B, C]."""
-    pairs = [(a, b) for a, b in _PAIRS if a in names and b in names]
+    pairs = [(a, b) for a, b in wanted if a in names and b in names]
     columns = [(names.index(a), names.index(b)) for a, b in pairs]
     differences = np.stack([values[:, a] - values[:, b] for a, b in columns], axis=1)
     drawn = np.stack([sampled[:, a] - sampled[:, b] for a, b in columns], axis=1)
@@ -107,15 +145,13 @@ def _by_limit(scored: Sequence[ScoredText], names: Sequence[str]) -> list[_Sums]
         chunks, sizes, bits = [], [], []
         for each in scored:
             if each.overlap is None:
-                raise UserError(
-                    "figures of seeds need those by overlap: expected a neighbour table"
-                )
+                raise UserError(_NO_OVERLAP)
             found = each.overlap
             at = int(np.argmin(np.abs(found.thresholds - limit)))
             chunks.append(found.chunks[:, at])
             sizes.append(found.bytes[:, at])
             bits.append(np.stack([found.bits[name][:, at] for name in names], axis=1))
         if any(x.shape != sizes[0].shape or (x != sizes[0]).any() for x in sizes):
-            raise UserError("the seeds' results are of other texts: expected one split and table")
+            raise UserError(_OTHER_TEXTS)
         sums.append(_Sums(limit, chunks[0], sizes[0], np.stack(bits, axis=1)))
     return sums

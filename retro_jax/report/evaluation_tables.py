@@ -10,7 +10,6 @@ from retro_jax.evaluate.conditions import (
     condition_order,
     swept,
 )
-from retro_jax.evaluate.seeds import spread
 from retro_jax.evaluate.size_law import describe
 from retro_jax.report.cost_view import cost_table
 from retro_jax.report.published import beside_paper
@@ -329,26 +328,3 @@ def _cells(
     """A figure of every condition."""
     values = [figures[name][figure] for name in conditions]
     return ["" if value is None else f"{value:.{digits}f}" for value in values]
-
-
-def seed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Figures of several seeds, as retro_jax.evaluate.seeds gives them."""
-    names = list(rows[0]["bits_per_byte"])
-    pairs = list(rows[0]["differences"])
-    shown = [" - ".join(map(condition_name, pair.split("-"))) for pair in pairs]
-    header = ["corpus", "r(C)", "chunks", *map(condition_name, names)]
-    header += [cell for name in shown for cell in (name, "of each seed")]
-    lines = []
-    for row in rows:
-        cells = [row["corpus"] or "all", f"<= {row['at_most']:.0%}", f"{row['chunks']:,}"]
-        for figure in row["bits_per_byte"].values():
-            cells.append(f"{figure['value']:.4f} ± {spread(figure):.4f}")
-        for figure in row["differences"].values():
-            cells += [interval(figure, "+"), " ".join(f"{x:+.4f}" for x in figure["seeds"])]
-        lines.append(cells)
-    count = len(rows[0]["bits_per_byte"][names[0]]["seeds"])
-    caption = (
-        f"Bits per byte, the mean of {count} seeds ± their standard deviation. Another seed has other initial"
-        " values and another order of batches. In brackets: 95%, resamples of documents and seeds."
-    )
-    return Table(header, lines, f"{count} seeds", caption)

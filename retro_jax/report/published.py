@@ -22,6 +22,13 @@ ABLATIONS = {
     "cca_every_layer": (0.860, 0.823),
 }
 
+
+def ablation_loss(name: str) -> float:
+    """Bits per byte that an ablation loses in the paper; 0 of one that it does not have."""
+    ablated, whole = ABLATIONS.get(name, (0.0, 0.0))
+    return ablated - whole
+
+
 _OTHERS = (
     "The paper's models have up to 7.5B parameters and training data of their own: the rows stand in one "
     "table, not in one competition."

@@ -7,8 +7,8 @@ import pytest
 
 from retro_jax.errors import UserError
 from retro_jax.evaluate.overlap import overlap_curve
-from retro_jax.evaluate.seeds import seed_figures, spread
-from retro_jax.report.evaluation_tables import seed_table
+from retro_jax.evaluate.seeds import ablation_figures, seed_figures, spread
+from retro_jax.report.seed_tables import ablation_table, seed_table
 from tests.evaluate.test_scored_text import _scored as scored_text
 
 
@@ -57,3 +57,54 @@ def test_results_of_other_texts_and_without_overlap_are_refused():
     sizes = dataclasses.replace(one.overlap, bytes=one.overlap.bytes + 1)
     with pytest.raises(UserError, match="expected one split and table"):
         seed_figures([one, dataclasses.replace(one, overlap=sizes)])
+
+
+def test_an_ablation_is_beside_the_model_of_its_seed():
+    """Equal models differ by nothing, whatever their seeds; a worse one by what it is worse."""
+    whole = [scored_text(seed)[0] for seed in range(3)]
+    bits = [each.overlap.bits["on"] for each in whole]
+    worse = [
+        dataclasses.replace(one, overlap=dataclasses.replace(one.overlap, bits={"on": 1.1 * on}))
+        for one, on in zip(whole, bits, strict=True)
+    ]
+    same = ablation_figures(whole, whole)["differences"]["ablated-whole"]
+    assert same["seeds"] == [0.0] * 3 and same["low"] == same["high"] == 0
+    figures = ablation_figures(worse, whole)
+    ablated, of_whole = (figures["bits_per_byte"][name] for name in ("ablated", "whole"))
+    assert of_whole["value"] == pytest.approx(
+        seed_figures(whole)[-1]["bits_per_byte"]["on"]["value"]
+    )
+    assert ablated["seeds"] == pytest.approx([1.1 * value for value in of_whole["seeds"]])
+    difference = figures["differences"]["ablated-whole"]
+    assert difference["value"] == pytest.approx(0.1 * of_whole["value"])
+    assert difference["low"] > 0
+    row = ablation_table({"chunk_only": figures}).rows[0]
+    assert row[0] == "chunk only" and row[-2:] == ["+0.128", "yes"]
+    sizes = dataclasses.replace(whole[0].overlap, bytes=whole[0].overlap.bytes + 1)
+    with pytest.raises(UserError, match="expected one split and table"):
+        ablation_figures([dataclasses.replace(whole[0], overlap=sizes)], whole[:1])
+    with pytest.raises(UserError, match="expected a neighbour table"):
+        ablation_figures([scored_text(neighbours=False)[0]], whole[:1])
+
+
+@pytest.mark.parametrize(
+    ("name", "interval", "shown"),
+    [
+        ("chunk_only", (0.1, 0.05, 0.15), ["+0.128", "yes"]),
+        ("chunk_only", (-0.1, -0.15, -0.05), ["+0.128", "no"]),
+        (
+            "own_embeddings",
+            (-0.1, -0.15, -0.05),
+            ["-0.001", "yes"],
+        ),  # sharing is the worse one there
+        ("one_neighbour", (0.1, -0.05, 0.15), ["+0.036", "not clear"]),
+        ("norm_conditioning", (0.1, 0.05, 0.15), ["not in the paper", ""]),
+    ],
+)
+def test_a_sign_is_that_of_the_papers_ablation(name, interval, shown):
+    difference = dict(zip(("value", "low", "high"), interval, strict=True)) | {"seeds": [0.1]}
+    figure = {"value": 1.0, "seeds": [1.0]}
+    found = {"bits_per_byte": {"ablated": figure}, "differences": {"ablated-whole": difference}}
+    row = ablation_table({name: found}).rows[0]
+    assert row[-2:] == shown
+    assert row[2] == f"{interval[0]:+.4f} [{interval[1]:+.4f}, {interval[2]:+.4f}]"

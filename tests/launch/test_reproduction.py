@@ -24,6 +24,7 @@ CHANGED = {
     "cca_last_layer": {"cca_layers": (3,)},
     "cca_every_layer": {"cca_layers": (1, 2, 3)},
     "one_neighbour": {"neighbours": 1},
+    "norm_conditioning": {"norm_conditioning": True},  # ours
 }
 
 
@@ -39,7 +40,9 @@ def _settings(path: pathlib.Path) -> dict:
 def test_each_ablation_changes_one_setting(monkeypatch):
     monkeypatch.chdir(FOLDER.parent)
     base = _settings(FOLDER / "code_small.gin")
-    assert results.ablations(None) == sorted(CHANGED) == sorted(published.ABLATIONS)
+    names = results.ablations(None)
+    assert sorted(names) == sorted(CHANGED) == sorted({*published.ABLATIONS, "norm_conditioning"})
+    assert names[:2] == ["chunk_only", "continuation_only"]  # what costs most in the paper
     for name, changed in CHANGED.items():
         found = _settings(FOLDER / "ablations" / f"{name}.gin")
         assert {key: found[key] for key in found if found[key] != base[key]} == changed
@@ -47,45 +50,34 @@ def test_each_ablation_changes_one_setting(monkeypatch):
 
 def test_the_commands_are_of_entry_points_and_their_flags(monkeypatch):
     monkeypatch.chdir(FOLDER.parent)
-    commands = results.steps("W", "experiments/code_small.gin", ["one_neighbour"])
-    of_seeds = results.seed_steps("W", "experiments/quickstart.gin", 3)
+    commands = results.steps("W", "experiments/code_small.gin")
+    of_seeds = results.seed_steps("W", "experiments/quickstart.gin", ["one_neighbour"], 3)
     assert [arguments[0].removeprefix("launch.") for _, arguments in of_seeds] == [
-        *("train", "train", "evaluate") * 2
+        *("train", "train", "evaluate") * 2,
+        *("train", "evaluate") * 3,
     ]
-    for number, (_, arguments) in enumerate(of_seeds):
+    for number, (_, arguments) in enumerate(of_seeds[:6]):
         assert {"--data=W", f"--workdir=W/seeds/{1 + number // 3}"} <= set(arguments)
+    homes = ("W", "W/seeds/1", "W/seeds/2")
+    for number, (_, arguments) in enumerate(of_seeds[6:]):
+        home = f"--workdir={homes[number // 2]}/ablations/one_neighbour"
+        assert {"--data=W", home} <= set(arguments)
+        seeds = [
+            f"--gin_bindings={of}.seed = {number // 2}" for of in ("TrainConfig", "BatchConfig")
+        ]
+        given = [argument for argument in arguments if ".seed = " in argument]
+        assert given == (seeds if number >= 2 and number % 2 == 0 else [])
     assert [arguments[0] for _, arguments in commands] == [
-        *("launch.prepare", "launch.train", "launch.train", "launch.evaluate", "launch.report"),
-        *("launch.train", "launch.evaluate"),
+        *("launch.prepare", "launch.train", "launch.train", "launch.evaluate", "launch.report")
     ]
     for _, (module, *arguments) in [*commands, *of_seeds]:
         importlib.import_module(module)  # defines its flags
         for argument in arguments:
             name = argument.removeprefix("--").partition("=")[0]
             assert name in flags.FLAGS
-    assert "--data=W" in commands[-1][1]
     with pytest.raises(flags.Error, match="--ablations=none: expected some of cca_every_layer"):
         results.ablations(["none"])
     assert results.ablations([""]) == []
-
-
-@pytest.mark.parametrize(
-    ("name", "interval", "verdict"),
-    [
-        ("chunk_only", (0.1, 0.05, 0.15), "yes"),
-        ("chunk_only", (-0.1, -0.15, -0.05), "no"),
-        ("own_embeddings", (-0.1, -0.15, -0.05), "yes"),  # the paper's sharing is the worse one
-        ("one_neighbour", (0.1, -0.05, 0.15), "not clear"),
-    ],
-)
-def test_a_sign_is_that_of_the_papers_ablation(name, interval, verdict, monkeypatch):
-    difference = dict(zip(("value", "low", "high"), interval, strict=True))
-    found = {"difference": difference, "bits_per_byte": [1.0, 0.9], "p_value": 0.01}
-    monkeypatch.setattr(results.scores, "compare_results", lambda *_: found)
-    monkeypatch.setattr(results.files, "read_json", lambda _: {"on": {"nll": "x.npy"}})
-    row = results.ablation_row(pathlib.Path("W"), name, {"nll": "y.npy"})
-    assert row[-1] == verdict
-    assert row[2] == f"{interval[0]:+.4f} [{interval[1]:+.4f}, {interval[2]:+.4f}]"
 
 
 def test_what_is_generated_is_replaced_and_nothing_else(tmp_path: pathlib.Path, capsys):
