@@ -13,6 +13,7 @@ import numpy as np
 
 from retro_jax.errors import UserError
 from retro_jax.evaluate.bootstrap import intervals, resampled_sums
+from retro_jax.evaluate.overlap import OverlapSums
 from retro_jax.evaluate.scored_text import ScoredText
 from retro_jax.evaluate.uncertainty import SAMPLES, plain
 
@@ -92,18 +93,17 @@ def ablation_figures(ablated: Sequence[ScoredText], whole: Sequence[ScoredText])
     Raises:
       UserError: as seed_figures.
     """
+    names = ("ablated", "whole")
     both = []
-    for one, other in zip(ablated, whole, strict=True):
-        parts = {"ablated": one, "whole": other}
-        if any(each.overlap is None for each in parts.values()):
-            raise UserError(_NO_OVERLAP)
-        if not np.array_equal(one.overlap.bytes[:, -1], other.overlap.bytes[:, -1]):
+    for pair in zip(ablated, whole, strict=True):
+        overlaps = [_overlap(each) for each in pair]
+        if not np.array_equal(overlaps[0].bytes[:, -1], overlaps[1].bytes[:, -1]):
             raise UserError(_OTHER_TEXTS)
-        nats = {name: each.nats["on"] for name, each in parts.items()}
-        bits = {name: each.overlap.bits["on"] for name, each in parts.items()}
-        overlap = dataclasses.replace(other.overlap, bits=bits)
-        both.append(dataclasses.replace(other, nats=nats, overlap=overlap))
-    return seed_figures(both, tuple(parts), (("ablated", "whole"),))[-1]
+        nats = {name: each.nats["on"] for name, each in zip(names, pair, strict=True)}
+        bits = {name: each.bits["on"] for name, each in zip(names, overlaps, strict=True)}
+        overlap = dataclasses.replace(overlaps[1], bits=bits)
+        both.append(dataclasses.replace(pair[1], nats=nats, overlap=overlap))
+    return seed_figures(both, names, (names,))[-1]
 
 
 def spread(figure: dict[str, Any]) -> float:
@@ -134,6 +134,17 @@ def _figures(
     }
 
 
+def _overlap(scored: ScoredText) -> OverlapSums:
+    """The sums by r(C).
+
+    Raises:
+      UserError: there are none.
+    """
+    if scored.overlap is None:
+        raise UserError(_NO_OVERLAP)
+    return scored.overlap
+
+
 def _by_limit(scored: Sequence[ScoredText], names: Sequence[str]) -> list[_Sums]:
     """The sums under each limit of r(C).
 
@@ -144,9 +155,7 @@ def _by_limit(scored: Sequence[ScoredText], names: Sequence[str]) -> list[_Sums]
     for limit in _LIMITS:
         chunks, sizes, bits = [], [], []
         for each in scored:
-            if each.overlap is None:
-                raise UserError(_NO_OVERLAP)
-            found = each.overlap
+            found = _overlap(each)
             at = int(np.argmin(np.abs(found.thresholds - limit)))
             chunks.append(found.chunks[:, at])
             sizes.append(found.bytes[:, at])
