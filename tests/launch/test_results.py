@@ -252,7 +252,7 @@ def test_bad_input_is_one_line(trained: list[str], main, arguments, status, mess
 
 
 PROMPTS = ["--prompt=import json\n\n\ndef load(", "--prompt=" + "The river flows. " * 40]
-SETTINGS = ["--max_tokens=70", "--temperature=0.9", "--top_k=20", "--seed=5"]
+SETTINGS = ["--max_tokens=70", "--min_tokens=70", "--temperature=0.9", "--top_k=20", "--seed=5"]
 
 
 @pytest.fixture(scope="module")
