@@ -238,12 +238,39 @@ class Gke:
 
 def gke_manifest(job: Job, machine: Gke) -> dict[str, Any]:
     """The JobSet: one job a slice, one pod a host; any failed pod starts all of them again."""
-    hosts = machine.hosts_a_slice
+    work = {
+        "parallelism": machine.hosts_a_slice,
+        "completions": machine.hosts_a_slice,
+        "completionMode": "Indexed",
+        "backoffLimit": 0,
+        "template": {"spec": _gke_pod(job, machine)},
+    }
+    exclusive = "alpha.jobset.sigs.k8s.io/exclusive-topology"
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {
+            "name": job.name,
+            "namespace": machine.namespace,
+            "annotations": {exclusive: "cloud.google.com/gke-nodepool"},
+        },
+        "spec": {
+            "failurePolicy": {"maxRestarts": _RESTARTS},
+            "network": {"enableDNSHostnames": True},
+            "replicatedJobs": [
+                {"name": "slice", "replicas": job.slices, "template": {"spec": work}}
+            ],
+        },
+    }
+
+
+def _gke_pod(job: Job, machine: Gke) -> dict[str, Any]:
+    """What a pod runs, where, and what it may use."""
     selector = {"cloud.google.com/gke-accelerator": machine.accelerator}
     limits: dict[str, Any] = {"nvidia.com/gpu": machine.gpus}
     environment = [{"name": "PYTHONUNBUFFERED", "value": "1"}]
     if machine.gpus:
-        environment += _gpu_environment(job, hosts)
+        environment += _gpu_environment(job, machine.hosts_a_slice)
     else:
         _, name, chips = _TPUS[machine.accelerator]
         selector = {
@@ -276,30 +303,7 @@ def gke_manifest(job: Job, machine: Gke) -> dict[str, Any]:
         container["volumeMounts"].append({"name": "shared", "mountPath": "/mnt/shared"})
         claim = {"claimName": machine.claim}
         pod["volumes"].append({"name": "shared", "persistentVolumeClaim": claim})
-    work = {
-        "parallelism": hosts,
-        "completions": hosts,
-        "completionMode": "Indexed",
-        "backoffLimit": 0,
-        "template": {"spec": pod},
-    }
-    exclusive = "alpha.jobset.sigs.k8s.io/exclusive-topology"
-    return {
-        "apiVersion": "jobset.x-k8s.io/v1alpha2",
-        "kind": "JobSet",
-        "metadata": {
-            "name": job.name,
-            "namespace": machine.namespace,
-            "annotations": {exclusive: "cloud.google.com/gke-nodepool"},
-        },
-        "spec": {
-            "failurePolicy": {"maxRestarts": _RESTARTS},
-            "network": {"enableDNSHostnames": True},
-            "replicatedJobs": [
-                {"name": "slice", "replicas": job.slices, "template": {"spec": work}}
-            ],
-        },
-    }
+    return pod
 
 
 def _gpu_environment(job: Job, hosts: int) -> list[dict[str, Any]]:

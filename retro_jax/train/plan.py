@@ -80,27 +80,7 @@ def make_plan(
       UserError: the mesh, the model, the batch and the schedule do not fit together.
     """
     mesh, training = make_mesh(settings.mesh, devices), settings.training
-    if shape.sequence_length % settings.retro.chunk_length:
-        raise UserError(
-            f"sequence_length {shape.sequence_length}: expected a multiple of chunk_length "
-            f"{settings.retro.chunk_length}"
-        )
-    if shape.batch_size % training.accumulate:
-        raise UserError(
-            f"TrainConfig.accumulate is {training.accumulate}: expected a divisor of the batch size "
-            f"{shape.batch_size}"
-        )
-    check_mesh(settings.retro, mesh, shape.batch_size // training.accumulate)
-    check_attention(
-        settings.retro,
-        settings.execution,
-        platform=mesh.devices.flat[0].platform,
-        length=shape.sequence_length,
-    )
-    if settings.start.base:
-        check_decoder(settings.retro, open_base(settings.start.base))
-    if settings.execution.kept_states:
-        _check_kept(settings)
+    _check_fit(settings, shape, mesh)
     make_model = model_maker(settings)
     trained = trainable(settings.start, abstract_parameters(make_model)[1])
     optimizer = make_optimizer(settings.optimizer, training.steps, trained)
@@ -133,6 +113,36 @@ def make_plan(
         ),
         left_out=known_from_base(settings.start, settings.retro, trained),
     )
+
+
+def _check_fit(settings: Settings, shape: BatchShape, mesh: jax.sharding.Mesh) -> None:
+    """Refuses a batch, a mesh or a base that the model cannot take.
+
+    Raises:
+      UserError: as make_plan.
+    """
+    training = settings.training
+    if shape.sequence_length % settings.retro.chunk_length:
+        raise UserError(
+            f"sequence_length {shape.sequence_length}: expected a multiple of chunk_length "
+            f"{settings.retro.chunk_length}"
+        )
+    if shape.batch_size % training.accumulate:
+        raise UserError(
+            f"TrainConfig.accumulate is {training.accumulate}: expected a divisor of the batch size "
+            f"{shape.batch_size}"
+        )
+    check_mesh(settings.retro, mesh, shape.batch_size // training.accumulate)
+    check_attention(
+        settings.retro,
+        settings.execution,
+        platform=mesh.devices.flat[0].platform,
+        length=shape.sequence_length,
+    )
+    if settings.start.base:
+        check_decoder(settings.retro, open_base(settings.start.base))
+    if settings.execution.kept_states:
+        _check_kept(settings)
 
 
 def _check_kept(settings: Settings) -> None:
