@@ -12,9 +12,9 @@ the paper's ablations were reproduced. After a stop at any point, the same comma
 --docs, the part of that file between its two markers is replaced.
 
 --seeds=5 trains and scores both models and every ablation with four further seeds, in W/seeds.
---headline scores baseline, OFF and ON alone, and trains no ablation unless --ablations names some. An
-ablation is always one of experiments/code_small.gin. They are trained in the given order, or those that
-cost most in the paper first.
+--headline scores baseline, OFF and ON alone, and trains no ablation unless --ablations names some.
+Ablations are of experiments/code_small.gin, so another --gin_file trains none. They are trained in the
+given order, or those that cost most in the paper first.
 """
 
 import pathlib
@@ -58,6 +58,8 @@ def main() -> None:
     workdir = app.required(app.WORKDIR, "the directory of all runs")
     gin_file = configurables.GIN_FILE.value or _GIN_FILE
     names = ablations([] if HEADLINE.value and ABLATIONS.value is None else ABLATIONS.value)
+    if names and pathlib.Path(gin_file).name != pathlib.Path(_GIN_FILE).name:
+        raise UserError(f"--gin_file={gin_file}: ablations are of {_GIN_FILE}; expected --headline")
     if DOCS.value is not None:
         replaced(pathlib.Path(DOCS.value), "")  # fails before hours of work, not after
     scored = _HEADLINE if HEADLINE.value else _EVALUATION

@@ -80,6 +80,14 @@ def test_the_commands_are_of_entry_points_and_their_flags(monkeypatch):
     assert results.ablations([""]) == []
 
 
+def test_ablations_of_other_settings_are_refused(tmp_path: pathlib.Path, monkeypatch, capsys):
+    monkeypatch.chdir(FOLDER.parent)
+    arguments = [f"--workdir={tmp_path / 'W'}", "--gin_file=experiments/quickstart.gin"]
+    assert app.execute(results.main, ["results", *arguments]) == 1
+    assert "ablations are of experiments/code_small.gin" in capsys.readouterr().err
+    assert not (tmp_path / "W").exists()
+
+
 def test_what_is_generated_is_replaced_and_nothing_else(tmp_path: pathlib.Path, capsys):
     path = tmp_path / "results.md"
     path.write_text(f"# Results\n\n{results.BEGIN}\nold\n{results.END}\nkept\n")
