@@ -9,6 +9,19 @@ from retro_jax.report import published
 from retro_jax.report.tables import interval
 from retro_jax.report.views import Table
 
+_PAIR = "ablated-whole"
+_PAPER = (
+    ' The paper\'s differences are of C4 at 247M parameters. "not clear": the interval holds 0.'
+)
+_OF_SEEDS = (
+    "Bits per byte of RETRO[ON], the mean of {} seeds ± their standard deviation, each beside the RETRO of the"
+    " same seed. In brackets: 95%, resamples of documents and seeds." + _PAPER
+)
+_OF_ONE = (
+    "Bits per byte of RETRO[ON], each trained once, like the RETRO that it is compared with. In brackets: 95%,"
+    " resamples of documents; another seed may differ by more." + _PAPER
+)
+
 
 def seed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Figures of several seeds, as retro_jax.evaluate.seeds gives them."""
@@ -39,36 +52,18 @@ def ablation_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
     Args:
       found: by name of experiments/ablations, as retro_jax.evaluate.seeds.ablation_figures gives it.
     """
-    header = [
-        "ablation",
-        "ON",
-        "against RETRO[ON]",
-        "of each seed",
-        "the paper's difference",
-        "same sign?",
-    ]
+    header = ["ablation", "ON", "against RETRO[ON]"]
+    count = max(len(each["differences"][_PAIR]["seeds"]) for each in found.values())
+    header += ["of each seed"] * (count > 1) + ["the paper's difference", "same sign?"]
     rows = []
     for name, figures in found.items():
-        figure, difference = (
-            figures["bits_per_byte"]["ablated"],
-            figures["differences"]["ablated-whole"],
-        )
-        rows.append(
-            [
-                name.replace("_", " "),
-                f"{figure['value']:.4f} ± {spread(figure):.4f}",
-                interval(difference, "+"),
-                " ".join(f"{x:+.4f}" for x in difference["seeds"]),
-                *_beside_the_paper(name, difference),
-            ]
-        )
-    count = len(difference["seeds"])
-    caption = (
-        f"Bits per byte of RETRO[ON], the mean of {count} seeds ± their standard deviation, each beside the RETRO"
-        " of the same seed. In brackets: 95%, resamples of documents and seeds. The paper's differences are of C4"
-        ' at 247M parameters. "not clear": the interval holds 0.'
-    )
-    return Table(header, rows, "Ablations", caption)
+        figure, difference = figures["bits_per_byte"]["ablated"], figures["differences"][_PAIR]
+        cells = [name.replace("_", " "), f"{figure['value']:.4f}", interval(difference, "+")]
+        if count > 1:
+            cells[1] += f" ± {spread(figure):.4f}"
+            cells.append(" ".join(f"{x:+.4f}" for x in difference["seeds"]))
+        rows.append([*cells, *_beside_the_paper(name, difference)])
+    return Table(header, rows, "Ablations", _OF_SEEDS.format(count) if count > 1 else _OF_ONE)
 
 
 def _beside_the_paper(name: str, difference: Mapping[str, float]) -> tuple[str, str]:

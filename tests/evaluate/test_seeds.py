@@ -78,8 +78,11 @@ def test_an_ablation_is_beside_the_model_of_its_seed():
     difference = figures["differences"]["ablated-whole"]
     assert difference["value"] == pytest.approx(0.1 * of_whole["value"])
     assert difference["low"] > 0
-    row = ablation_table({"chunk_only": figures}).rows[0]
+    table = ablation_table({"chunk_only": figures})
+    row = table.rows[0]
     assert row[0] == "chunk only" and row[-2:] == ["+0.128", "yes"]
+    assert row[1] == f"{ablated['value']:.4f} ± {spread(ablated):.4f}"
+    assert len(row) == len(table.header) and "the mean of 3 seeds" in table.caption
     sizes = dataclasses.replace(whole[0].overlap, bytes=whole[0].overlap.bytes + 1)
     with pytest.raises(UserError, match="expected one split and table"):
         ablation_figures([dataclasses.replace(whole[0], overlap=sizes)], whole[:1])
@@ -105,6 +108,8 @@ def test_a_sign_is_that_of_the_papers_ablation(name, interval, shown):
     difference = dict(zip(("value", "low", "high"), interval, strict=True)) | {"seeds": [0.1]}
     figure = {"value": 1.0, "seeds": [1.0]}
     found = {"bits_per_byte": {"ablated": figure}, "differences": {"ablated-whole": difference}}
-    row = ablation_table({name: found}).rows[0]
-    assert row[-2:] == shown
+    table = ablation_table({name: found})
+    row = table.rows[0]
+    assert row[1] == "1.0000" and row[-2:] == shown
+    assert len(row) == len(table.header) and "another seed may differ by more" in table.caption
     assert row[2] == f"{interval[0]:+.4f} [{interval[1]:+.4f}, {interval[2]:+.4f}]"

@@ -107,6 +107,8 @@ def test_the_plan_is_that_of_training(settings, tmp_path, capsys):
     assert "moving average" in capsys.readouterr().out
     assert planned["memory"]["temporaries"] < 0.9 * plain["memory"]["temporaries"]
     assert planned["memory"]["average"] == weights
+    named = ("parameters", "optimizer", "average", "batch", "temporaries")
+    assert planned["memory"]["total"] == sum(planned["memory"][part] for part in named)
     assert planned["restore"] == plain["restore"] + weights + 8  # of loss_jump two numbers
     # its outputs are the whole state; the copy may take memory that random bits had before
     assert planned["first_state"] > max(plain["first_state"], planned["restore"])

@@ -1,6 +1,7 @@
 """launch.results: commands that parse, ablations that differ from the base in what they say."""
 
 import importlib
+import json
 import pathlib
 
 import pytest
@@ -11,7 +12,9 @@ from launch import results
 from launch.common import app, configurables
 from retro_jax.config import RetroConfig
 from retro_jax.errors import UserError
-from retro_jax.report import published
+from retro_jax.evaluate.scored_text import documents_file, write_scored_text
+from retro_jax.report import generated_part, published
+from tests.evaluate.test_scored_text import _scored as scored_text
 
 FOLDER = pathlib.Path(__file__).parents[2] / "experiments"
 CHANGED = {
@@ -57,16 +60,18 @@ def test_the_commands_are_of_entry_points_and_their_flags(monkeypatch):
         *("train", "evaluate") * 3,
     ]
     for number, (_, arguments) in enumerate(of_seeds[:6]):
-        assert {"--data=W", f"--workdir=W/seeds/{1 + number // 3}"} <= set(arguments)
+        seed = 1 + number // 3
+        assert {"--data=W", f"--workdir=W/seeds/{seed}"} <= set(arguments)
+        if arguments[0] == "launch.train":
+            assert set(_bound(seed)) < set(arguments)
     homes = ("W", "W/seeds/1", "W/seeds/2")
     for number, (_, arguments) in enumerate(of_seeds[6:]):
         home = f"--workdir={homes[number // 2]}/ablations/one_neighbour"
         assert {"--data=W", home} <= set(arguments)
-        seeds = [
-            f"--gin_bindings={of}.seed = {number // 2}" for of in ("TrainConfig", "BatchConfig")
-        ]
-        given = [argument for argument in arguments if ".seed = " in argument]
-        assert given == (seeds if number >= 2 and number % 2 == 0 else [])
+        if arguments[0] == "launch.train":
+            assert "--gin_file=experiments/ablations/one_neighbour.gin" in arguments
+            given = [argument for argument in arguments if ".seed = " in argument]
+            assert given == (_bound(number // 2) if number >= 2 else [])
     assert [arguments[0] for _, arguments in commands] == [
         *("launch.prepare", "launch.train", "launch.train", "launch.evaluate", "launch.report")
     ]
@@ -80,22 +85,59 @@ def test_the_commands_are_of_entry_points_and_their_flags(monkeypatch):
     assert results.ablations([""]) == []
 
 
+def _bound(seed: int) -> list[str]:
+    """The flags of a seed."""
+    return [f"--gin_bindings={of}.seed = {seed}" for of in ("TrainConfig", "BatchConfig")]
+
+
+def test_figures_of_seeds_and_ablations_are_written(tmp_path: pathlib.Path):
+    """From what launch.evaluate left in each run's folder, seed beside seed."""
+    scored = [scored_text(seed)[0] for seed in range(3)]
+    for seed, home in enumerate((tmp_path, tmp_path / "seeds/1")):
+        for folder, sums in ((home, scored[seed]), (home / "ablations/chunk_only", scored[2])):
+            (folder / "evaluation").mkdir(parents=True)
+            write_scored_text(documents_file(folder / "evaluation", "test"), sums)
+    seeds, ablations = results.seed_parts(tmp_path, ["chunk_only"], 2)
+    assert "2 seeds" in seeds and "| chunk only |" in ablations
+    found = json.loads((tmp_path / "ablations.json").read_text())["chunk_only"]
+    figures = json.loads((tmp_path / "seeds.json").read_text())[-1]["bits_per_byte"]["on"]
+    assert found["bits_per_byte"]["whole"] == figures
+    first, second = found["bits_per_byte"]["ablated"]["seeds"]
+    assert first == second  # one model under both
+    assert len(results.seed_parts(tmp_path, ["chunk_only"], 1)) == 1
+    assert results.seed_parts(tmp_path, [], 1) == []
+
+
 def test_ablations_of_other_settings_are_refused(tmp_path: pathlib.Path, monkeypatch, capsys):
     monkeypatch.chdir(FOLDER.parent)
-    arguments = [f"--workdir={tmp_path / 'W'}", "--gin_file=experiments/quickstart.gin"]
-    assert app.execute(results.main, ["results", *arguments]) == 1
-    assert "ablations are of experiments/code_small.gin" in capsys.readouterr().err
-    assert not (tmp_path / "W").exists()
+    made: list = []
+    monkeypatch.setattr(results, "run_steps", made.extend)
+    monkeypatch.setattr(results, "summary", lambda *_: "")
+    (tmp_path / "W").mkdir()
+    arguments = ["results", f"--workdir={tmp_path / 'W'}", "--gin_file=experiments/quickstart.gin"]
+    for more in ([], ["--headline", "--ablations=chunk_only"]):
+        assert app.execute(results.main, [*arguments, *more]) == 1
+        assert "ablations are of experiments/code_small.gin" in capsys.readouterr().err
+        assert not made
+    for more in (["--headline"], ["--ablations="]):
+        assert app.execute(results.main, [*arguments, *more]) == 0
+        assert made and not any("ablation" in about for about, _ in made)
+        made.clear()
+    assert app.execute(results.main, [*arguments[:2], "--headline", "--ablations=chunk_only"]) == 0
+    assert made[-1][0] == "Score the ablation chunk_only, seed 0"
 
 
 def test_what_is_generated_is_replaced_and_nothing_else(tmp_path: pathlib.Path, capsys):
     path = tmp_path / "results.md"
-    path.write_text(f"# Results\n\n{results.BEGIN}\nold\n{results.END}\nkept\n")
-    text = results.replaced(path, "# Evaluation\n\nnew")
-    assert text == f"# Results\n\n{results.BEGIN}\n\n## Evaluation\n\nnew\n\n{results.END}\nkept\n"
+    path.write_text(f"# Results\n\n{generated_part.BEGIN}\nold\n{generated_part.END}\nkept\n")
+    text = generated_part.replaced(path, "# Evaluation\n\nnew")
+    assert (
+        text
+        == f"# Results\n\n{generated_part.BEGIN}\n\n## Evaluation\n\nnew\n\n{generated_part.END}\nkept\n"
+    )
     path.write_text("# Results\n")
     with pytest.raises(UserError, match=r"results\.md: expected the lines"):
-        results.replaced(path, "")
+        generated_part.replaced(path, "")
     arguments = ["results", f"--workdir={tmp_path / 'W'}", f"--docs={path}"]
     assert app.execute(results.main, arguments) == 1  # before anything is computed
     assert not (tmp_path / "W").exists()
