@@ -19,6 +19,7 @@ given order, or those that cost most in the paper first.
 
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -148,22 +149,32 @@ def summary(workdir: pathlib.Path, names: Sequence[str], seeds: int = 1) -> str:
 
 
 def seed_parts(workdir: pathlib.Path, names: Sequence[str], seeds: int) -> list[str]:
-    """The tables of seeds and ablations as Markdown; both are written to JSON files too."""
+    """The tables of seeds and ablations as Markdown; both are written to JSON files too.
+
+    Each file has the "figures", and the "sources" of the models: the hashes of the losses behind them.
+    """
     homes = [_home(workdir, seed) for seed in range(seeds)]
     parts = []
+    whole = [_sums(home) for home in homes] if names or seeds > 1 else []
+    sources: dict[str, Any] = {"whole": [each.source for each in whole]}
     if seeds > 1:
-        figures = seed_figures([_sums(home) for home in homes])
-        files.write_atomically(workdir / "seeds.json", files.to_json(figures))
-        parts.append(section(seed_table(figures)) + "\n")
+        rows = seed_figures(whole)
+        _write(workdir / "seeds.json", rows, sources)
+        parts.append(section(seed_table(rows)) + "\n")
     if names:
-        whole = [_sums(home) for home in homes]
-        found = {
-            name: ablation_figures([_sums(home / "ablations" / name) for home in homes], whole)
-            for name in names
-        }
-        files.write_atomically(workdir / "ablations.json", files.to_json(found))
+        found = {}
+        for name in names:
+            ablated = [_sums(home / "ablations" / name) for home in homes]
+            found[name] = ablation_figures(ablated, whole)
+            sources[name] = [each.source for each in ablated]
+        _write(workdir / "ablations.json", found, sources)
         parts.append(section(ablation_table(found)) + "\n")
     return parts
+
+
+def _write(path: pathlib.Path, figures: Any, sources: dict[str, Any]) -> None:
+    """Writes figures with what they were made from."""
+    files.write_atomically(path, files.to_json({"sources": sources, "figures": figures}))
 
 
 def _sums(home: pathlib.Path) -> ScoredText:

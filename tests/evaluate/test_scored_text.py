@@ -36,7 +36,7 @@ RESULTS = {
 }
 
 
-def _scored(seed: int = 0, neighbours: bool = True) -> tuple[ScoredText, dict[str, np.ndarray]]:
+def scored_text(seed: int = 0, neighbours: bool = True) -> tuple[ScoredText, dict[str, np.ndarray]]:
     """Six chunks of three documents, scored at random."""
     generator = np.random.default_rng(seed)
     nats = {name: generator.uniform(1, 9, 6) for name in ("off", "on", "k_2")}
@@ -55,7 +55,7 @@ def _scored(seed: int = 0, neighbours: bool = True) -> tuple[ScoredText, dict[st
 
 
 def test_sums_are_those_of_each_document():
-    scored, nats = _scored()
+    scored, nats = scored_text()
     assert scored.corpora.tolist() == ["a", "b", "a"]
     assert [scored.bytes.tolist(), scored.words.tolist()] == [[10, 4, 20], [4, 1, 9]]
     assert scored.tokens.tolist() == [9, 2, 7]
@@ -72,7 +72,7 @@ def test_sums_are_those_of_each_document():
 
 @pytest.mark.parametrize("neighbours", [True, False])
 def test_a_file_gives_the_same_figures_and_equal_sums_equal_bytes(neighbours, tmp_path):
-    scored, _ = _scored(neighbours=neighbours)
+    scored, _ = scored_text(neighbours=neighbours)
     path = documents_file(tmp_path, "test")
     write_scored_text(path, scored)
     found = read_scored_text(path)
@@ -93,7 +93,7 @@ def test_a_file_gives_the_same_figures_and_equal_sums_equal_bytes(neighbours, tm
 
 def test_a_damaged_file_is_one_line(tmp_path: pathlib.Path):
     path = documents_file(tmp_path, "test")
-    write_scored_text(path, _scored()[0])
+    write_scored_text(path, scored_text()[0])
     whole = path.read_bytes()
     for part in (whole[: len(whole) // 2], b"x" * 100, b""):
         path.write_bytes(part)
@@ -102,7 +102,7 @@ def test_a_damaged_file_is_one_line(tmp_path: pathlib.Path):
 
 
 def test_two_results_are_compared_by_their_sums_alone():
-    first, other = _scored(0)[0], _scored(1)[0]
+    first, other = scored_text(0)[0], scored_text(1)[0]
     found = compare([(RESULTS["on"], first), (RESULTS["off"], other)])
     values = [first.nats["on"].sum(), other.nats["off"].sum()]
     assert found["bits_per_byte"] == pytest.approx(np.array(values) / np.log(2) / 34)

@@ -14,7 +14,7 @@ from retro_jax.config import RetroConfig
 from retro_jax.errors import UserError
 from retro_jax.evaluate.scored_text import documents_file, write_scored_text
 from retro_jax.report import generated_part, published
-from tests.evaluate.test_scored_text import _scored as scored_text
+from tests.evaluate.test_scored_text import scored_text
 
 FOLDER = pathlib.Path(__file__).parents[2] / "experiments"
 CHANGED = {
@@ -99,8 +99,14 @@ def test_figures_of_seeds_and_ablations_are_written(tmp_path: pathlib.Path):
             write_scored_text(documents_file(folder / "evaluation", "test"), sums)
     seeds, ablations = results.seed_parts(tmp_path, ["chunk_only"], 2)
     assert "2 seeds" in seeds and "| chunk only |" in ablations
-    found = json.loads((tmp_path / "ablations.json").read_text())["chunk_only"]
-    figures = json.loads((tmp_path / "seeds.json").read_text())[-1]["bits_per_byte"]["on"]
+    written = json.loads((tmp_path / "ablations.json").read_text())
+    assert written["sources"] == {
+        "whole": [each.source for each in scored[:2]],
+        "chunk_only": [scored[2].source] * 2,
+    }
+    found = written["figures"]["chunk_only"]
+    rows = json.loads((tmp_path / "seeds.json").read_text())["figures"]
+    figures = rows[-1]["bits_per_byte"]["on"]
     assert found["bits_per_byte"]["whole"] == figures
     first, second = found["bits_per_byte"]["ablated"]["seeds"]
     assert first == second  # one model under both
