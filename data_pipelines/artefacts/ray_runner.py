@@ -78,11 +78,9 @@ class RayCluster:
                 ray.wait(list(pending), num_returns=1)
                 done, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0)
                 for reference in done:
-                    yield pending[reference], self._result(ray, reference)
-                    del pending[reference]
-        finally:
-            for reference in pending:  # of an error or a driver that stopped reading
-                ray.cancel(reference, force=True)
+                    yield pending.pop(reference), self._result(ray, reference)
+        finally:  # of an error, or of a driver that stopped reading
+            _cancel(ray, list(pending))
 
     def _join(self, ray: Any) -> None:
         """Joins the cluster until this process ends: its workers keep what they have loaded."""
@@ -127,6 +125,18 @@ class RayCluster:
                 f"a Ray task was lost {self.retries + 1} times ({reason}): run again to make the"
                 " missing shards"
             ) from error
+
+
+def _cancel(ray: Any, references: list[Any]) -> None:
+    """Ends the tasks that run or wait.
+
+    Not those that are done: Ray shows a result a moment before it counts the task as ended, and ends
+    the whole process if the task is cancelled between the two (2.60).
+    """
+    if references:
+        _, running = ray.wait(references, num_returns=len(references), timeout=0)
+        for reference in running:
+            ray.cancel(reference, force=True)
 
 
 _work: dict[str, Any] = {}  # of this worker: what the newest run shares

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from retro_jax.evaluate.size_law import describe, fit_size_law, size_law
-from tests.evaluate.test_scored_text import _scored as scored_text
+from tests.evaluate.test_scored_text import scored_text
 
 SIZES = np.array([0.01, 0.1, 0.5, 1.0])
 
