@@ -6,23 +6,26 @@ An interval thus belongs to the same set of texts wherever it is shown.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from retro_jax.errors import UserError
 from retro_jax.evaluate.bootstrap import Interval, intervals, paired_test, resampled_sums
+from retro_jax.evaluate.conditions import swept
 from retro_jax.evaluate.scored_text import ScoredText
 
-PAIRS = (
+_PAIRS = (
     ("on", "off"),
     ("on", "baseline"),
     ("on", "random"),
+    ("on", "context"),
     ("on", "knn"),
     ("tokens", "on"),
     ("tokens", "knn"),
     ("tokens", "baseline+tokens"),
+    ("tokens", "context+tokens"),
     ("on+knn", "on"),
     ("on+knn", "knn"),
     ("tokens", "on+knn"),
@@ -37,6 +40,15 @@ _DENOMINATORS = ("bytes", "words", "tokens")  # the columns before the condition
 def plain(interval: Interval) -> dict[str, float | None]:
     """An Interval for JSON, which has no NaN."""
     return {n: v if math.isfinite(v) else None for n, v in dataclasses.asdict(interval).items()}
+
+
+def compared_pairs(names: Collection[str]) -> list[tuple[str, str]]:
+    """Which of the conditions are compared: the first of a pair minus the second.
+
+    Beside the fixed pairs these are RETRO[ON] and the context with the same number of neighbours.
+    """
+    same_number = [(name, name.replace("k_", "context_")) for name in swept(names, "k")]
+    return [pair for pair in (*_PAIRS, *same_number) if set(pair) <= set(names)]
 
 
 def with_intervals(results: Mapping[str, Any], scored: ScoredText) -> dict[str, Any]:
@@ -87,11 +99,10 @@ def _add(
         for name, each in zip(names, intervals(values, samples), strict=True):
             by_condition[name].setdefault("intervals", {})[figure] = plain(each)
     values, samples = figures["bits_per_byte"]
-    for first, second in PAIRS:
-        if first in names and second in names:
-            a, b = names.index(first), names.index(second)
-            (each,) = intervals(values[[a]] - values[[b]], samples[:, [a]] - samples[:, [b]])
-            by_condition[first].setdefault("differences", {})[second] = plain(each)
+    for first, second in compared_pairs(names):
+        a, b = names.index(first), names.index(second)
+        (each,) = intervals(values[[a]] - values[[b]], samples[:, [a]] - samples[:, [b]])
+        by_condition[first].setdefault("differences", {})[second] = plain(each)
 
 
 def share_with_interval(right: np.ndarray) -> dict[str, float | None]:

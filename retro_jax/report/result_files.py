@@ -9,7 +9,7 @@ from typing import Any
 
 from retro_jax.evaluate import overlap, size_law
 from retro_jax.evaluate.scored_text import ScoredText
-from retro_jax.evaluate.uncertainty import PAIRS, plain
+from retro_jax.evaluate.uncertainty import compared_pairs, plain
 from retro_jax.report.cost_view import cost_chart, cost_table
 from retro_jax.report.evaluation_tables import curves
 from retro_jax.report.html import overlap_chart
@@ -92,7 +92,7 @@ def write_overlap(
       and threshold.
     """
     assert scored.overlap is not None
-    pairs = [pair for pair in PAIRS if set(pair) <= set(scored.conditions)]
+    pairs = compared_pairs(scored.conditions)
     rows = [_row(point) for point in overlap.overlap_curve(scored.overlap, pairs)]
     paths = overlap_files(folder, scored.source["split"])
     contents = {

@@ -16,7 +16,7 @@ from retro_jax.evaluate.scored_text import (
     token_gains,
     write_scored_text,
 )
-from retro_jax.evaluate.uncertainty import compare, with_intervals
+from retro_jax.evaluate.uncertainty import compare, compared_pairs, with_intervals
 from tests.evaluate.texts import Document
 
 OWNERS = np.array([3, 3, 3, 5, 8, 8])
@@ -123,3 +123,10 @@ def test_gains_are_bits_of_the_tokens_that_count():
     found = token_gains(on, off, counted)
     assert found.gains * np.log(2) == pytest.approx(np.array([[1.0, -1.0], [0.5, 0.0]]))
     assert found.bits * np.log(2) == pytest.approx(np.array([3.0, 1.0]))
+
+
+def test_neighbours_read_are_compared_with_as_many_in_the_context():
+    names = ["baseline", "off", "on", "context", "k_1", "k_4", "context_4", "context_8"]
+    pairs = [("on", "off"), ("on", "baseline"), ("on", "context"), ("k_4", "context_4")]
+    assert compared_pairs(names) == pairs
+    assert compared_pairs(["off"]) == []
