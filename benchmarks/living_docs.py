@@ -9,6 +9,7 @@ Writes, of the .rst files (also .rst.gz) in both folders:
     base/      files of the new version, without those that were chosen as changed
     changed/   --changed_files files whose text differs between the versions, in the new version
     before/    the same files in the old version
+    earlier/   the other files whose text differs, in the old version: for training with near-copies
     before.txt their names, as launch.prepare --remove=@before.txt takes them
 
 Files are chosen by a hash of their names, among those of 4 to 40 kB. Translations are left out.
@@ -17,6 +18,7 @@ Files are chosen by a hash of their names, among those of 4 to 40 kB. Translatio
 import gzip
 import hashlib
 import pathlib
+from collections.abc import Collection
 
 from absl import app, flags
 
@@ -52,6 +54,14 @@ def changed_files(old: dict[str, str], new: dict[str, str], count: int) -> list[
     return sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())[:count]
 
 
+def earlier_versions(
+    old: dict[str, str], new: dict[str, str], *, without: Collection[str]
+) -> dict[str, str]:
+    """The old texts of all changed files, of any size, but those of the given names."""
+    names = set(old) & set(new) - set(without)
+    return {name: old[name] for name in sorted(names) if old[name] != new[name]}
+
+
 def main(_: list[str]) -> None:
     """Writes the folders."""
     for flag in (_OLD, _NEW):
@@ -63,6 +73,7 @@ def main(_: list[str]) -> None:
         "base": {name: text for name, text in new.items() if name not in set(chosen)},
         "changed": {name: new[name] for name in chosen},
         "before": {name: old[name] for name in chosen},
+        "earlier": earlier_versions(old, new, without=chosen),
     }
     for part, texts in parts.items():
         for name, text in texts.items():

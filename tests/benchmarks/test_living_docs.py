@@ -4,7 +4,7 @@ import gzip
 
 import pytest
 
-from benchmarks.living_docs import changed_files, read_docs
+from benchmarks.living_docs import changed_files, earlier_versions, read_docs
 from retro_jax.errors import UserError
 
 
@@ -28,7 +28,10 @@ def test_changed_files_are_those_of_both_versions_with_other_text(tmp_path):
     found = {version: read_docs(tmp_path / version) for version in ("old", "new")}
     assert found["old"] == old and found["new"] == {**new, "plain.rst": "plain"}
     assert sorted(changed_files(found["old"], found["new"], 9)) == ["a.rst", "sub/c.rst"]
-    assert len(changed_files(found["old"], found["new"], 1)) == 1
+    (chosen,) = changed_files(found["old"], found["new"], 1)
+    (other,) = {"a.rst", "sub/c.rst"} - {chosen}
+    earlier = earlier_versions(found["old"], found["new"], without=[chosen])
+    assert earlier == {name: old[name] for name in (other, "small.rst")}
 
 
 def test_a_folder_without_documents_is_refused(tmp_path):
