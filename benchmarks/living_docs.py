@@ -9,8 +9,8 @@ Writes, of the .rst files (also .rst.gz) in both folders:
     base/      files of the new version, without those that were chosen as changed
     changed/   --changed_files files whose text differs between the versions, in the new version
     before/    the same files in the old version
-    earlier/   the other files whose text differs, in the old version: for training with near-copies
     before.txt their names, as launch.prepare --remove=@before.txt takes them
+    earlier/   the other files whose text differs, in the old version: for training with near-copies
 
 Files are chosen by a hash of their names, among those of 4 to 40 kB. Translations are left out.
 """

@@ -54,7 +54,7 @@ def runner(cluster):
 
 @dataclasses.dataclass(frozen=True)
 class Note:
-    """Leaves a note of its process; bad shards fail."""
+    """Leaves a note of its process; one shard fails, another does not end."""
 
     folder: str
 
@@ -62,18 +62,23 @@ class Note:
         pathlib.Path(self.folder, f"{shard}-{os.getpid()}-{time.monotonic_ns()}").touch()
         if shard == 3:
             raise UserError("shard 3: expected a good one")
+        if shard == 4:
+            time.sleep(600)
         return shard * shard
 
 
 def test_runs_shards_and_keeps_the_message_of_a_failure(runner, tmp_path, monkeypatch):
-    cancelled: list[object] = []
-    monkeypatch.setattr(ray, "cancel", lambda task, **_: cancelled.append(task))
+    cancelled, cancel = [], ray.cancel
+    monkeypatch.setattr(ray, "cancel", lambda *a, **k: (cancelled.append(a), cancel(*a, **k)))
     assert dict(runner.run(Note(str(tmp_path)), [0, 1, 2])) == {0: 0, 1: 1, 2: 4}
     assert {note.name[0] for note in tmp_path.iterdir()} == {"0", "1", "2"}
     with pytest.raises(UserError, match=r"^shard 3: expected a good one$"):
         list(runner.run(Note(str(tmp_path)), [3]))
     assert len(list(tmp_path.iterdir())) == 4, "what fails by itself is not tried again"
     assert not cancelled, "Ray may end the process that cancels a task which has ended"
+    with pytest.raises(UserError, match=r"^shard 3: expected a good one$"):
+        list(runner.run(Note(str(tmp_path)), [4, 3]))
+    assert len(cancelled) == 1, "what still runs is ended"
 
 
 class Missing:
