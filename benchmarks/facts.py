@@ -4,7 +4,7 @@
     python -m benchmarks.facts --workdir=W --debian=DEBIAN --from_scratch
 
 DEBIAN is an unpacked dictionary (benchmarks/glosses.py says how). The command prepares a database of
-glosses with the tokeniser of SmolLM2-135M-Instruct, fits gates on questions about some of its terms,
+glosses with the tokeniser of SmolLM2-135M-Instruct, fits CCA on questions about some of its terms,
 and asks for others. Then it edits the glosses of 200 of these in the database alone, and asks again.
 Nothing is trained after the edit. After a stop, the same command goes on. With --from_scratch a RETRO of
 1.6M parameters is trained on the questions alone, with a database four times as large.
