@@ -85,6 +85,14 @@ def test_the_commands_are_of_entry_points_and_their_flags(monkeypatch):
     assert results.ablations([""]) == []
 
 
+def test_a_number_of_neighbours_is_that_of_every_score():
+    commands = results.seed_steps("W", "experiments/code_small.gin", ["one_neighbour"], 2)
+    assert results.with_neighbours(commands, None) == commands
+    for (_, given), (_, found) in zip(commands, results.with_neighbours(commands, 4), strict=True):
+        more = ["--num_neighbours=4"] if given[0] == "launch.evaluate" else []
+        assert found == [*given, *more]
+
+
 def _bound(seed: int) -> list[str]:
     """The flags of a seed."""
     return [f"--gin_bindings={of}.seed = {seed}" for of in ("TrainConfig", "BatchConfig")]
