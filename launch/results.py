@@ -13,7 +13,8 @@ the paper's ablations were reproduced. After a stop at any point, the same comma
 
 --seeds=5 trains and scores both models and every ablation with four further seeds, in W/seeds.
 --headline scores baseline, OFF and ON alone, and trains no ablation unless --ablations names some.
---num_neighbours=4 scores every model with that number, whatever it was trained with.
+--num_neighbours=4 scores every model with that number, whatever it was trained with, and
+--retrieval=on,off,oracle,tokens under these conditions.
 Ablations are of experiments/code_small.gin, and refused with another --gin_file. They are trained in the
 given order, or those that cost most in the paper first.
 """
@@ -25,7 +26,7 @@ from typing import Any
 from absl import flags
 
 from launch.common import app, configurables, experiments
-from launch.common.flags import NUM_NEIGHBOURS
+from launch.common.flags import NUM_NEIGHBOURS, RETRIEVAL
 from launch.quickstart import run_steps
 from retro_jax.errors import UserError
 from retro_jax.evaluate.scored_text import ScoredText, documents_file, read_scored_text
@@ -68,8 +69,8 @@ def main() -> None:
     if DOCS.value is not None:
         replaced(pathlib.Path(DOCS.value), "")  # fails before hours of work, not after
     scored = _HEADLINE if HEADLINE.value else _EVALUATION
-    further = seed_steps(workdir, gin_file, names, SEEDS.value)
-    run_steps(with_neighbours(steps(workdir, gin_file, scored) + further, NUM_NEIGHBOURS.value))
+    every = steps(workdir, gin_file, scored) + seed_steps(workdir, gin_file, names, SEEDS.value)
+    run_steps(scored_with(every, NUM_NEIGHBOURS.value, RETRIEVAL.value))
     text = summary(pathlib.Path(workdir), names, SEEDS.value)
     files.write_atomically(pathlib.Path(workdir) / "results.md", text.encode())
     print(f"\nwritten to {workdir}/results.md")
@@ -131,15 +132,25 @@ def seed_steps(
     return commands
 
 
-def with_neighbours(
-    commands: Sequence[tuple[str, list[str]]], count: int | None
+def scored_with(
+    commands: Sequence[tuple[str, list[str]]], count: int | None, conditions: Sequence[str] | None
 ) -> list[tuple[str, list[str]]]:
-    """The steps with a number of neighbours for every score; None for as many as in training."""
+    """The steps with other settings of every score; None for those that they have.
+
+    Args:
+      commands: of `steps` and `seed_steps`. count: neighbours. conditions: those of --retrieval.
+    """
     more = [] if count is None else [f"--num_neighbours={count}"]
-    return [
-        (about, [*command, *more] if command[0] == "launch.evaluate" else command)
-        for about, command in commands
-    ]
+    if conditions:
+        more.append(f"--retrieval={','.join(conditions)}")
+
+    def changed(command: list[str]) -> list[str]:
+        if command[0] != "launch.evaluate":
+            return command
+        kept = [each for each in command if not (conditions and each.startswith("--retrieval="))]
+        return [*kept, *more]
+
+    return [(about, changed(command)) for about, command in commands]
 
 
 def _home(workdir: str | pathlib.Path, seed: int) -> pathlib.Path:

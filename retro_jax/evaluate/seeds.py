@@ -17,8 +17,8 @@ from retro_jax.evaluate.overlap import OverlapSums
 from retro_jax.evaluate.scored_text import ScoredText
 from retro_jax.evaluate.uncertainty import SAMPLES, plain
 
-_CONDITIONS = ("baseline", "off", "on")
-_PAIRS = (("on", "off"), ("on", "baseline"))
+_CONDITIONS = ("baseline", "off", "on", "random", "oracle", "baseline+tokens", "tokens")
+_PAIRS = (("on", "off"), ("on", "baseline"), ("oracle", "on"), ("tokens", "baseline+tokens"))
 _LIMITS = (0.5, 1.0)  # of r(C)
 _NO_OVERLAP = "figures of seeds need those by overlap: expected a neighbour table"
 _OTHER_TEXTS = "the seeds' results are of other texts: expected one split and table"

@@ -50,6 +50,25 @@ def test_seeds_that_differ_widen_the_interval_and_are_shown():
     assert f"{figure['value']:.4f} ± {spread(figure):.4f}" in table.rows[0]
 
 
+def test_conditions_that_every_seed_has_are_compared():
+    """A condition that one seed lacks is left out; the others are paired seed by seed."""
+    scored = []
+    for seed in range(2):
+        one, _ = scored_text(seed)
+        on = one.overlap.bits["on"]
+        bits = one.overlap.bits | {"oracle": 0.9 * on, "random": 1.2 * on}
+        nats = one.nats | {"oracle": 0.9 * one.nats["on"]}
+        nats |= {"random": one.nats["on"]} if seed else {}
+        overlap = dataclasses.replace(one.overlap, bits=bits)
+        scored.append(dataclasses.replace(one, nats=nats, overlap=overlap))
+    row = seed_figures(scored)[-1]
+    assert list(row["bits_per_byte"]) == ["off", "on", "oracle"]
+    assert list(row["differences"]) == ["on-off", "oracle-on"]
+    given = row["bits_per_byte"]["on"]["seeds"]
+    assert row["differences"]["oracle-on"]["seeds"] == pytest.approx([-0.1 * x for x in given])
+    assert seed_table([row]).header[-2:] == ["oracle - RETRO[ON]", "of each seed"]
+
+
 def test_results_of_other_texts_and_without_overlap_are_refused():
     one, other = scored_text()[0], scored_text(neighbours=False)[0]
     with pytest.raises(UserError, match="expected a neighbour table"):

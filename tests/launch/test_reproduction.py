@@ -85,12 +85,17 @@ def test_the_commands_are_of_entry_points_and_their_flags(monkeypatch):
     assert results.ablations([""]) == []
 
 
-def test_a_number_of_neighbours_is_that_of_every_score():
+def test_every_score_has_the_given_neighbours_and_conditions():
     commands = results.seed_steps("W", "experiments/code_small.gin", ["one_neighbour"], 2)
-    assert results.with_neighbours(commands, None) == commands
-    for (_, given), (_, found) in zip(commands, results.with_neighbours(commands, 4), strict=True):
-        more = ["--num_neighbours=4"] if given[0] == "launch.evaluate" else []
-        assert found == [*given, *more]
+    assert results.scored_with(commands, None, None) == commands
+    changed = results.scored_with(commands, 4, ["on", "tokens"])
+    for (_, given), (_, found) in zip(commands, changed, strict=True):
+        if given[0] != "launch.evaluate":
+            assert found == given
+        else:
+            rest = [each for each in given if each != "--retrieval=on,off"]
+            assert found == [*rest, "--num_neighbours=4", "--retrieval=on,tokens"]
+            assert len(rest) == len(given) - 1
 
 
 def _bound(seed: int) -> list[str]:
