@@ -21,7 +21,6 @@ given order, or those that cost most in the paper first.
 
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 from absl import flags
 
@@ -29,14 +28,11 @@ from launch.common import app, configurables, experiments
 from launch.common.flags import NUM_NEIGHBOURS, RETRIEVAL
 from launch.quickstart import run_steps
 from retro_jax.errors import UserError
-from retro_jax.evaluate.scored_text import ScoredText, documents_file, read_scored_text
-from retro_jax.evaluate.seeds import ablation_figures, seed_figures
 from retro_jax.report import published
 from retro_jax.report.evaluation_tables import markdown
 from retro_jax.report.generated_part import replaced
 from retro_jax.report.result_files import EVALUATION, overlap_files
-from retro_jax.report.seed_tables import ablation_table, seed_table
-from retro_jax.report.tables import section
+from retro_jax.report.seed_files import seed_parts
 from retro_jax.storage import files
 
 ABLATIONS = flags.DEFINE_list("ablations", None, "Which to train. Default: all; '' for none.")
@@ -170,41 +166,8 @@ def summary(workdir: pathlib.Path, names: Sequence[str], seeds: int = 1) -> str:
     results = files.read_json(folder / f"{_SPLIT}.json")
     path = overlap_files(folder, _SPLIT).json
     parts = [markdown(results, files.read_json(path) if path.is_file() else None)]
-    return "\n".join([*parts, *seed_parts(workdir, names, seeds)])
-
-
-def seed_parts(workdir: pathlib.Path, names: Sequence[str], seeds: int) -> list[str]:
-    """The tables of seeds and ablations as Markdown; both are written to JSON files too.
-
-    Each file has the "figures", and the "sources" of the models: the hashes of the losses behind them.
-    """
     homes = [_home(workdir, seed) for seed in range(seeds)]
-    parts = []
-    whole = [_sums(home) for home in homes] if names or seeds > 1 else []
-    sources: dict[str, Any] = {"whole": [each.source for each in whole]}
-    if seeds > 1:
-        rows = seed_figures(whole)
-        _write(workdir / "seeds.json", rows, sources)
-        parts.append(section(seed_table(rows)) + "\n")
-    if names:
-        found = {}
-        for name in names:
-            ablated = [_sums(home / "ablations" / name) for home in homes]
-            found[name] = ablation_figures(ablated, whole)
-            sources[name] = [each.source for each in ablated]
-        _write(workdir / "ablations.json", found, sources)
-        parts.append(section(ablation_table(found)) + "\n")
-    return parts
-
-
-def _write(path: pathlib.Path, figures: Any, sources: dict[str, Any]) -> None:
-    """Writes figures with what they were made from."""
-    files.write_atomically(path, files.to_json({"sources": sources, "figures": figures}))
-
-
-def _sums(home: pathlib.Path) -> ScoredText:
-    """What launch.evaluate summed by document in a workdir."""
-    return read_scored_text(documents_file(home / EVALUATION, _SPLIT))
+    return "\n".join([*parts, *seed_parts(workdir, homes, names, _SPLIT)])
 
 
 if __name__ == "__main__":

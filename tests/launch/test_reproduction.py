@@ -14,6 +14,7 @@ from retro_jax.config import RetroConfig
 from retro_jax.errors import UserError
 from retro_jax.evaluate.scored_text import documents_file, write_scored_text
 from retro_jax.report import generated_part, published
+from retro_jax.report.seed_files import seed_parts
 from tests.evaluate.test_scored_text import scored_text
 
 FOLDER = pathlib.Path(__file__).parents[2] / "experiments"
@@ -106,11 +107,12 @@ def _bound(seed: int) -> list[str]:
 def test_figures_of_seeds_and_ablations_are_written(tmp_path: pathlib.Path):
     """From what launch.evaluate left in each run's folder, seed beside seed."""
     scored = [scored_text(seed)[0] for seed in range(3)]
-    for seed, home in enumerate((tmp_path, tmp_path / "seeds/1")):
+    homes = [tmp_path, tmp_path / "seeds/1"]
+    for seed, home in enumerate(homes):
         for folder, sums in ((home, scored[seed]), (home / "ablations/chunk_only", scored[2])):
             (folder / "evaluation").mkdir(parents=True)
             write_scored_text(documents_file(folder / "evaluation", "test"), sums)
-    seeds, ablations = results.seed_parts(tmp_path, ["chunk_only"], 2)
+    seeds, ablations = seed_parts(tmp_path, homes, ["chunk_only"], "test")
     assert "2 seeds" in seeds and "| chunk only |" in ablations
     written = json.loads((tmp_path / "ablations.json").read_text())
     assert written["sources"] == {
@@ -123,8 +125,8 @@ def test_figures_of_seeds_and_ablations_are_written(tmp_path: pathlib.Path):
     assert found["bits_per_byte"]["whole"] == figures
     first, second = found["bits_per_byte"]["ablated"]["seeds"]
     assert first == second  # one model under both
-    assert len(results.seed_parts(tmp_path, ["chunk_only"], 1)) == 1
-    assert results.seed_parts(tmp_path, [], 1) == []
+    assert len(seed_parts(tmp_path, homes[:1], ["chunk_only"], "test")) == 1
+    assert seed_parts(tmp_path, homes[:1], [], "test") == []
 
 
 def test_ablations_of_other_settings_are_refused(tmp_path: pathlib.Path, monkeypatch, capsys):
