@@ -26,6 +26,7 @@ from absl import flags
 
 from launch.common import app, configurables, experiments
 from launch.common.flags import NUM_NEIGHBOURS, RETRIEVAL
+from launch.evaluation.conditions import KINDS
 from launch.quickstart import run_steps
 from retro_jax.errors import UserError
 from retro_jax.report import published
@@ -51,6 +52,7 @@ _EVALUATION = [
     "--knn",
 ]
 _HEADLINE = ["--retrieval=on,off"]
+_FURTHER = ", ".join(name for name in KINDS if name != "on")
 
 
 def main() -> None:
@@ -64,9 +66,12 @@ def main() -> None:
         )
     if DOCS.value is not None:
         replaced(pathlib.Path(DOCS.value), "")  # fails before hours of work, not after
+    wanted = RETRIEVAL.value
+    if wanted is not None and ("on" not in wanted or set(wanted) - set(KINDS)):
+        raise flags.Error(f"--retrieval={','.join(wanted)}: expected on and some of {_FURTHER}")
     scored = _HEADLINE if HEADLINE.value else _EVALUATION
     every = steps(workdir, gin_file, scored) + seed_steps(workdir, gin_file, names, SEEDS.value)
-    run_steps(scored_with(every, NUM_NEIGHBOURS.value, RETRIEVAL.value))
+    run_steps(scored_with(every, NUM_NEIGHBOURS.value, wanted))
     text = summary(pathlib.Path(workdir), names, SEEDS.value)
     files.write_atomically(pathlib.Path(workdir) / "results.md", text.encode())
     print(f"\nwritten to {workdir}/results.md")

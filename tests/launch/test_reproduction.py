@@ -148,6 +148,15 @@ def test_ablations_of_other_settings_are_refused(tmp_path: pathlib.Path, monkeyp
     assert made[-1][0] == "Score the ablation chunk_only, seed 0"
 
 
+@pytest.mark.parametrize("given", ["", "off,tokens", "on,orcale"])
+def test_conditions_that_cannot_be_scored_are_refused_before_training(
+    given, tmp_path: pathlib.Path, monkeypatch, capsys
+):
+    monkeypatch.setattr(results, "run_steps", pytest.fail)
+    assert app.execute(results.main, ["results", f"--workdir={tmp_path}", f"--retrieval={given}"])
+    assert f"--retrieval={given}: expected on and some of off, random" in capsys.readouterr().err
+
+
 def test_what_is_generated_is_replaced_and_nothing_else(tmp_path: pathlib.Path, capsys):
     path = tmp_path / "results.md"
     path.write_text(f"# Results\n\n{generated_part.BEGIN}\nold\n{generated_part.END}\nkept\n")
