@@ -2,7 +2,8 @@
 
 n is the database's size, 1 for the whole one. For each exponent of a grid, a and b of least squares
 follow directly; both stay at 0 or above, as bits do. The interval refits the law on resamples of the
-documents, which all sizes share. Three sizes determine the law, further ones test it.
+documents, which all sizes share. Three sizes determine the law, further ones test it: where the law misses
+the bits of the largest size by much of the gain that it promises, it is no forecast.
 """
 
 import math
@@ -19,6 +20,8 @@ from retro_jax.evaluate.uncertainty import SAMPLES, plain
 MORE = 10  # times as much text, of which the gain is stated
 _EXPONENTS = np.geomspace(0.02, 2.0, 400)
 _FEWEST = 3  # sizes
+_POOR = 0.5  # a law that misses by more than this part of its gain does not describe the sizes
+_NO_FORECAST = ", more than half of that gain: no forecast"
 
 
 def fit_size_law(sizes: np.ndarray, bits: np.ndarray) -> np.ndarray:
@@ -53,8 +56,9 @@ def size_law(scored: ScoredText) -> dict[str, Any] | None:
     """The law of a text that was scored with shares of the database; None where they are too few.
 
     Returns:
-      "sizes" and "bits" of the points, and with a 95% interval each: "a", "b", "c" and "gain", by
-      which bits per byte would fall with `MORE` times the text.
+      "sizes" and "bits" of the points, and with a 95% interval each: "a", "b", "c", "gain", by which
+      bits per byte would fall with `MORE` times the text, and "miss", by which the law is above the
+      bits of the largest size.
     """
     names = [name for name in swept(scored.nats, "database") if float(name.partition("_")[2]) > 0]
     sizes = [float(name.partition("_")[2]) for name in names]
@@ -73,25 +77,32 @@ def size_law(scored: ScoredText) -> dict[str, Any] | None:
         bits = total[None, 1:] / total[0] / math.log(2)
         sampled = drawn[:, 1:] / drawn[:, :1] / math.log(2)
     sampled = sampled[np.isfinite(sampled).all(axis=1)]
-    law, laws = (fit_size_law(np.array(sizes), each) for each in (bits, sampled))
-    found = intervals(_figures(law)[0], _figures(laws))
-    figures = dict(zip(("a", "b", "c", "gain"), map(plain, found), strict=True))
-    return {"times": MORE, "sizes": sizes, "bits": bits[0].tolist(), **figures}
+    figure, figures = (_figures(np.array(sizes), each) for each in (bits, sampled))
+    found = map(plain, intervals(figure[0], figures))
+    named = dict(zip(("a", "b", "c", "gain", "miss"), found, strict=True))
+    return {"times": MORE, "sizes": sizes, "bits": bits[0].tolist(), **named}
 
 
 def describe(law: Mapping[str, Any]) -> str:
-    """A law in two lines."""
+    """A law in three lines: the law, what it promises, and whether it can be believed."""
     a, b, c = (law[name]["value"] for name in "abc")
-    gain = law["gain"]
+    gain, miss = law["gain"], law["miss"]
+    poor = abs(miss["value"]) > _POOR * gain["value"]
     return (
         f"bits per byte by database size n (1: the whole): {a:.4f} + {b:.4f} n^-{c:.3f},"
         f" of {len(law['sizes'])} sizes\n"
         f"gain to expect of {law['times']} times the text: {gain['value']:.4f}"
-        f" [{gain['low']:.4f}, {gain['high']:.4f}] bits per byte"
+        f" [{gain['low']:.4f}, {gain['high']:.4f}] bits per byte\n"
+        f"the law less the bits of the largest size: {miss['value']:+.4f}"
+        f" [{miss['low']:+.4f}, {miss['high']:+.4f}]{_NO_FORECAST if poor else ''}"
     )
 
 
-def _figures(laws: np.ndarray) -> np.ndarray:
-    """[S, 4]: a, b, c, and the gain of more text."""
-    gain = laws[:, 1] * (1 - float(MORE) ** -laws[:, 2])
-    return np.concatenate([laws, gain[:, None]], axis=1)
+def _figures(sizes: np.ndarray, bits: np.ndarray) -> np.ndarray:
+    """[S, 5]: a, b, c, the gain of more text, and the miss at the largest size."""
+    laws = fit_size_law(sizes, bits)
+    level, slope, exponent = laws.T
+    gain = slope * (1 - float(MORE) ** -exponent)
+    largest = sizes.argmax()
+    miss = level + slope * sizes[largest] ** -exponent - bits[:, largest]
+    return np.column_stack([laws, gain, miss])

@@ -1,6 +1,7 @@
 """The size law: points of a law give it back, and a database that does not matter gains nothing."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -24,21 +25,36 @@ def test_more_text_of_no_use_promises_nothing():
     assert slope == 0 and level == pytest.approx(1.15)
 
 
-def test_the_gain_has_an_interval_over_documents():
+def of_sizes(bits):
+    """A text of 40 documents that was scored with four sizes, at so many bits per byte."""
     scored, _ = scored_text()
     rng = np.random.default_rng(0)
-    documents, nats = 40, {}
-    base = rng.uniform(50, 150, documents)
-    for name, size in (("database_0.01", 0.01), ("database_0.1", 0.1), ("on", 1.0)):
-        nats[name] = base * (0.5 + 0.3 * size**-0.2) * rng.uniform(0.97, 1.03, documents)
+    documents = 40
+    base = rng.uniform(50, 150, documents) * math.log(2)
+    names = ("database_0.01", "database_0.1", "database_0.5", "on")
+    nats = {
+        name: base * value * rng.uniform(0.97, 1.03, documents)
+        for name, value in zip(names, bits, strict=True)
+    }
     columns = {n: np.full(documents, 100) for n in ("bytes", "words", "tokens")}
-    made = dataclasses.replace(
+    return dataclasses.replace(
         scored, nats=nats, corpora=np.array(["a"] * documents), overlap=None, **columns
     )
+
+
+def test_the_gain_has_an_interval_over_documents():
+    made = of_sizes(0.5 + 0.3 * SIZES**-0.2)
     law = size_law(made)
-    assert law["sizes"] == [0.01, 0.1, 1.0]
+    assert law["sizes"] == SIZES.tolist()
     gain = law["gain"]
     assert 0 <= gain["low"] <= gain["value"] <= gain["high"] < 0.3
     assert "gain to expect of 10 times the text" in describe(law)
-    del nats["database_0.1"]
+    assert "no forecast" not in describe(law)
+    del made.nats["database_0.1"], made.nats["database_0.5"]
     assert size_law(made) is None
+
+
+def test_a_law_that_misses_the_whole_database_is_no_forecast():
+    law = size_law(of_sizes([0.99, 0.96, 0.90, 0.77]))  # falls faster the more there is
+    assert 0.04 < law["miss"]["low"] < law["miss"]["high"] < 0.08
+    assert describe(law).endswith("no forecast")
