@@ -1,13 +1,16 @@
 """The parameters that fitting adds to a base model, as files to share: a folder of two.
 
     adapter.safetensors    gates, CCA and encoder: the tensors that are not copies of the base's
-    adapter.json           format, the base's fingerprint, and the settings that no base decides
+    adapter.json           format, the base's fingerprint and settings, those that no base decides, and
+                           the other file's SHA-256
 
 The base's own weights are not in it. It loads beside the untouched folder or GGUF file.
 """
 
 import dataclasses
+import hashlib
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,14 +23,17 @@ from retro_jax.config import ExecutionConfig, RetroConfig
 from retro_jax.errors import UserError
 from retro_jax.model import Retro
 from retro_jax.retrofit.base_model import BaseModel, Path
+from retro_jax.retrofit.config import BaseConfig
 from retro_jax.retrofit.decoder import (
     FITTED_FIELDS,
     decoder_config,
+    decoder_form,
     decoder_settings,
     fitted_parameters,
     load_decoder,
 )
-from retro_jax.retrofit.safetensors_files import read_header
+from retro_jax.retrofit.fields import naming
+from retro_jax.retrofit.safetensors_files import StoredTensor, read_header
 from retro_jax.storage import files
 from retro_jax.train.parameter_names import named_leaves
 
@@ -48,7 +54,8 @@ def export_adapter(directory: Path, base: BaseModel, model: Retro) -> int:
       The bytes of both files.
 
     Raises:
-      UserError: the model's decoder is another one, or has other weights than the base.
+      UserError: the model's decoder is another one, or has other weights than the base, or a parameter
+        is not finite.
     """
     params = named_leaves(nnx.state(model))
     begun = fitted_parameters(base, model.config, params)
@@ -62,16 +69,21 @@ def export_adapter(directory: Path, base: BaseModel, model: Retro) -> int:
             )
         if not same or name == _GATE:
             added[name] = value
+            _check_finite(name, value)
+    tensors = save(added)
     settings = {
         "format_version": FORMAT_VERSION,
         "architecture": base.config.architecture,
         "fingerprint": base.fingerprint(),
-        "retro": _own_settings(base, model.config),
+        "decoder": _settings_of(base.config),
+        "retro": _own_settings(base.config, model.config),
+        "tensors_sha256": hashlib.sha256(tensors).hexdigest(),
     }
     folder = pathlib.Path(directory)
     with files.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    data = {TENSORS_FILE: save(added), SETTINGS_FILE: files.to_json(files.plain(settings))}
+    # The settings last: with an earlier adapter's they refuse the new tensors.
+    data = {TENSORS_FILE: tensors, SETTINGS_FILE: files.to_json(files.plain(settings))}
     for name, content in data.items():
         files.write_atomically(folder / name, content)
     return sum(map(len, data.values()))
@@ -108,10 +120,9 @@ def load_adapter(
             f"{folder} was fitted to another base than {base.path}: expected weights {expected},"
             f" found {fingerprint[:12]}"
         )
+    _check_decoder(base, settings.get("decoder"), folder / SETTINGS_FILE)
     config = _config(base, settings.get("retro"), folder / SETTINGS_FILE)
-    tensors = read_header(folder / TENSORS_FILE)[1]
-    for name, stored in tensors.items():
-        stored.check_dtype(name)
+    tensors = _tensors(folder / TENSORS_FILE, settings.get("tensors_sha256"))
     model = load_decoder(base, config, execution, mesh=mesh)
     params = nnx.state(model)
     leaves = named_leaves(params)
@@ -122,7 +133,10 @@ def load_adapter(
             raise UserError(
                 f"{folder / TENSORS_FILE}: {name} has shape {stored.shape}: expected {expected}"
             )
-        leaves[name] = jax.device_put(np.array(stored.map()), leaf.sharding)
+        value = np.array(stored.map()).astype(leaf.dtype)
+        with naming(folder / TENSORS_FILE):
+            _check_finite(name, value)
+        leaves[name] = jax.device_put(value, leaf.sharding)
     if config.form.gated_cca and _GATE not in tensors:
         raise UserError(
             f"{folder / TENSORS_FILE} has no tensor {_GATE}: expected one, as adapters have"
@@ -131,9 +145,51 @@ def load_adapter(
     return model
 
 
-def _own_settings(base: BaseModel, config: RetroConfig) -> dict[str, Any]:
+def _tensors(path: pathlib.Path, digest: str | None) -> Mapping[str, StoredTensor]:
+    """The tensors of an adapter's file; `digest` is that of its settings, None in the first adapters."""
+    tensors = read_header(path)[1]
+    if digest is not None and files.measure(path)[1] != digest:
+        raise UserError(
+            f"{path} is not that of {SETTINGS_FILE} beside it: expected SHA-256 {str(digest)[:12]};"
+            " export the adapter again"
+        )
+    for name, stored in tensors.items():
+        stored.check_dtype(name)
+    return tensors
+
+
+def _check_finite(name: str, value: np.ndarray) -> None:
+    """Refuses a parameter that would make every output NaN."""
+    if not np.isfinite(value).all():
+        raise UserError(f"{name} has values that are not finite: expected numbers")
+
+
+def _settings_of(base: BaseConfig) -> dict[str, Any]:
+    """The settings that a base decides, as JSON has them."""
+    form = dataclasses.asdict(decoder_form(base))
+    kept = {name: value for name, value in form.items() if name not in FITTED_FIELDS}
+    settings: dict[str, Any] = files.plain(decoder_settings(base) | {"form": kept})
+    return settings
+
+
+def _check_decoder(base: BaseModel, stored: Any, path: pathlib.Path) -> None:
+    """Refuses a base of the same weights whose settings have been edited; None in the first adapters."""
+    found = _settings_of(base.config)
+    if stored is None or stored == found:
+        return
+    flat = {name: value for name, value in found.items() if name != "form"} | found["form"]
+    theirs = dict(stored) if isinstance(stored, dict) else {}
+    theirs |= theirs.pop("form", None) or {}
+    name = next((n for n, value in flat.items() if theirs.get(n) != value), "decoder")
+    raise UserError(
+        f"{path.parent} was fitted to {base.path} with {name} {theirs.get(name)!r}: expected that,"
+        f" found {flat.get(name)!r}"
+    )
+
+
+def _own_settings(base: BaseConfig, config: RetroConfig) -> dict[str, Any]:
     """The settings that no base decides."""
-    decided = decoder_settings(base.config).keys() | {"form"}
+    decided = decoder_settings(base).keys() | {"form"}
     names = [f.name for f in dataclasses.fields(config) if f.name not in decided]
     settings = {name: getattr(config, name) for name in names}
     return settings | {"form": {name: getattr(config.form, name) for name in FITTED_FIELDS}}
@@ -141,8 +197,30 @@ def _own_settings(base: BaseModel, config: RetroConfig) -> dict[str, Any]:
 
 def _config(base: BaseModel, stored: Any, path: pathlib.Path) -> RetroConfig:
     """The configuration of an adapter and its base."""
-    try:
-        fields: Any = {n: tuple(v) if isinstance(v, list) else v for n, v in stored.items()}
+    expected = _own_settings(base.config, decoder_config(base.config))
+    fields = _like(stored, expected, path, "retro")
+    with naming(path):
         return decoder_config(base.config, **fields)
-    except (AttributeError, TypeError) as error:
-        raise UserError(f"{path} has other settings ({error}): expected an adapter's") from error
+
+
+def _like(stored: Any, expected: Mapping[str, Any], path: pathlib.Path, where: str) -> Any:
+    """Settings of just these names, each of the type of the one that is expected."""
+    if not isinstance(stored, dict) or stored.keys() != expected.keys():
+        names = sorted(set(stored) ^ set(expected)) if isinstance(stored, dict) else [where]
+        raise UserError(
+            f"{path} has other settings ({', '.join(names)} in {where}): expected an adapter's"
+        )
+    fields: dict[str, Any] = {}
+    for name, default in expected.items():
+        value, place = stored[name], f"{where}.{name}"
+        if isinstance(default, dict):
+            fields[name] = _like(value, default, path, place)
+            continue
+        fits, rule = type(value) is type(default), f"a value of type {type(default).__name__}"
+        if isinstance(default, tuple):
+            fits = isinstance(value, list) and all(type(each) is int for each in value)
+            rule = "a list of integers"
+        if not fits:
+            raise UserError(f"{path}: {place} is {value!r}: expected {rule}")
+        fields[name] = tuple(value) if isinstance(value, list) else value
+    return fields

@@ -135,35 +135,6 @@ def test_the_adapter_is_small_and_of_its_base_alone(place, tmp_path, capsys):
         load_adapter(tmp_path / "adapter", open_base(tmp_path / "other"))
 
 
-@pytest.mark.parametrize(
-    ("file", "change", "message"),
-    [
-        ("adapter.json", None, "adapter.json is missing: expected that of an adapter"),
-        ("adapter.json", {"format_version": 2}, "has format 2: expected 1"),
-        ("adapter.json", {"retro": {"widths": 3}}, "has other settings .*widths.*: expected"),
-        ("adapter.safetensors", b"", "cannot be read .*: expected a safetensors file"),
-        ("adapter.safetensors", {"cca.gate": (2, 3)}, r"has shape \(2, 3\): expected \(2, 4\)"),
-        ("adapter.safetensors", {"norm.scale": (32,)}, "norm.scale has shape"),
-        ("adapter.safetensors", {}, "adapter.safetensors has no tensor cca.gate: expected one, as"),
-    ],
-)
-def test_a_bad_adapter_is_refused_in_one_line(place, tmp_path, file, change, message):
-    where = [f"--workdir={place / 'W'}", f"--base={place / 'base'}"]
-    assert call(retrofit.main, *where, f"--export={tmp_path / 'adapter'}") == 0
-    path = tmp_path / "adapter" / file
-    if change is None:
-        path.unlink()
-    elif isinstance(change, bytes):
-        path.write_bytes(change)
-    elif file.endswith(".json"):
-        path.write_bytes(files.to_json(files.read_json(path) | change))
-    else:
-        save_file({name: np.zeros(shape, np.float32) for name, shape in change.items()}, path)
-    with pytest.raises(UserError, match=message) as raised:
-        load_adapter(tmp_path / "adapter", open_base(place / "base"))
-    assert "\n" not in str(raised.value)
-
-
 def test_a_fitted_run_is_replayed_to_the_same_bits(place, tmp_path, capsys):
     """From its record and the base; with another base it is refused."""
     write_base(tmp_path / "other", seed=1)
