@@ -26,8 +26,8 @@ from retro_jax.retrofit.base_model import BaseModel, Path
 from retro_jax.retrofit.config import BaseConfig
 from retro_jax.retrofit.decoder import (
     FITTED_FIELDS,
+    base_settings,
     decoder_config,
-    decoder_form,
     decoder_settings,
     fitted_parameters,
     load_decoder,
@@ -75,7 +75,7 @@ def export_adapter(directory: Path, base: BaseModel, model: Retro) -> int:
         "format_version": FORMAT_VERSION,
         "architecture": base.config.architecture,
         "fingerprint": base.fingerprint(),
-        "decoder": _settings_of(base.config),
+        "decoder": base_settings(base.config),
         "retro": _own_settings(base.config, model.config),
         "tensors_sha256": hashlib.sha256(tensors).hexdigest(),
     }
@@ -164,17 +164,9 @@ def _check_finite(name: str, value: np.ndarray) -> None:
         raise UserError(f"{name} has values that are not finite: expected numbers")
 
 
-def _settings_of(base: BaseConfig) -> dict[str, Any]:
-    """The settings that a base decides, as JSON has them."""
-    form = dataclasses.asdict(decoder_form(base))
-    kept = {name: value for name, value in form.items() if name not in FITTED_FIELDS}
-    settings: dict[str, Any] = files.plain(decoder_settings(base) | {"form": kept})
-    return settings
-
-
 def _check_decoder(base: BaseModel, stored: Any, path: pathlib.Path) -> None:
     """Refuses a base of the same weights whose settings have been edited; None in the first adapters."""
-    found = _settings_of(base.config)
+    found = base_settings(base.config)
     if stored is None or stored == found:
         return
     flat = {name: value for name, value in found.items() if name != "form"} | found["form"]

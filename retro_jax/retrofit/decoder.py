@@ -25,6 +25,7 @@ from retro_jax.retrofit.canonical import Shape, stacked_shapes
 from retro_jax.retrofit.config import BaseConfig, rotary_frequencies
 from retro_jax.retrofit.placing import load_stacked
 from retro_jax.sharding import MESH_SHARDINGS, Shardings, check_mesh, parameter_shardings
+from retro_jax.storage import files
 from retro_jax.train.parameter_names import map_named, named_leaves
 
 # Fields of DecoderForm that no base decides.
@@ -99,6 +100,14 @@ def decoder_settings(base: BaseConfig) -> dict[str, Any]:
         "norm_epsilon": base.norm_epsilon,
         "positions": "rotary" if base.positions == "rotary" else "relative",
     }
+
+
+def base_settings(base: BaseConfig) -> dict[str, Any]:
+    """All settings that a base model decides, as JSON has them: what its weights mean nothing without."""
+    form = dataclasses.asdict(decoder_form(base))
+    kept = {name: value for name, value in form.items() if name not in FITTED_FIELDS}
+    settings: dict[str, Any] = files.plain(decoder_settings(base) | {"form": kept})
+    return settings
 
 
 def decoder_config(

@@ -4,7 +4,7 @@ With gated CCA (DecoderForm) a neighbour's states depend on its tokens and the b
 what the first CCA layer reads of a text. Both are found by a hash of the tokens: every split, revision
 of the database, run of W and condition of an evaluation shares them.
 
-    W/states/neighbours-ID/manifest.json      the base's fingerprint, layers, lengths, format
+    W/states/neighbours-ID/manifest.json      the base's fingerprint and settings, layers, lengths, format
     W/states/neighbours-ID/PART-keys.npy      [n, 16] hashes; a part's name is its time and a random one
     W/states/neighbours-ID/PART-values.npy, -scales.npy      packed.Packed, mapped into memory
     W/states/texts-ID/...                     likewise, one entry a sequence
@@ -33,7 +33,7 @@ from retro_jax.errors import UserError
 from retro_jax.model.decoder import WholeSequences
 from retro_jax.packed import Packed, pack
 from retro_jax.retrofit.base_model import open_base
-from retro_jax.retrofit.decoder import check_decoder, load_decoder
+from retro_jax.retrofit.decoder import base_settings, check_decoder, load_decoder
 from retro_jax.sharding import MeshConfig, make_mesh
 from retro_jax.storage import files
 from retro_jax.train.global_batches import BatchSource
@@ -49,17 +49,24 @@ _KEY_BYTES = 16
 class StateFolder:
     """Packed arrays of one shape by key, in files that are only added to."""
 
-    def __init__(self, directory: pathlib.Path, about: Mapping[str, Any]):
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        about: Mapping[str, Any],
+        shape: tuple[int, ...] | None = None,
+    ):
         """Opens what is there.
 
         Args:
           directory: of the files; made when the first are written.
           about: what the arrays depend on besides their keys.
+          shape: of each array's values; None for any.
 
         Raises:
           UserError: a file is damaged, or the folder has other arrays.
         """
         self.directory, self._about = directory, files.plain({"format": FORMAT_VERSION, **about})
+        self._shape = shape
         self._written: list[Packed] = []
         self._places: dict[bytes, tuple[int, int]] = {}  # part, row; part -1 is pending
         self._pending: list[tuple[bytes, Packed]] = []
@@ -91,7 +98,17 @@ class StateFolder:
         return jax.tree.map(lambda x: x[row], self._written[part])
 
     def add(self, key: bytes, entry: Packed) -> None:
-        """Adds an entry; it is on disk after some more of them, or after `flush`."""
+        """Adds an entry; it is on disk after some more of them, or after `flush`.
+
+        Raises:
+          UserError: the entry has numbers that its format cannot state.
+        """
+        numbers = entry.values if entry.scales is None else entry.scales
+        if not np.isfinite(numbers).all():
+            raise UserError(
+                f"ExecutionConfig.kept_states is {self._about['packed']!r}: expected '', as states of the"
+                " base are too large for float16, or not finite"
+            )
         self._places[key] = (-1, len(self._pending))
         self._pending.append((key, entry))
         if len(self._pending) >= _PENDING:
@@ -125,6 +142,7 @@ class StateFolder:
                 scales = np.load(_beside(path, "scales"), mmap_mode="r")
             if keys.shape != (len(values), _KEY_BYTES):
                 raise ValueError(f"{len(values)} entries with keys of shape {keys.shape}")
+            _check_packed(values, scales, self._about["packed"], self._shape)
         except (ValueError, OSError, EOFError) as error:
             raise UserError(
                 f"{path} is damaged ({error}): move {self.directory} away, and its states are computed again"
@@ -156,11 +174,15 @@ class KeptStates:
         self._retro, self._form, self._base = retro, form, opened
         self._mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
         first, one = retro.cca_layers[0], retro.form.neighbour_layer
-        common = {"base": opened.fingerprint(), "packed": form, "chunk_length": retro.chunk_length}
+        common: dict[str, Any] = {
+            "base": opened.fingerprint(),
+            "decoder": base_settings(opened.config),
+        }
+        common |= {"packed": form, "chunk_length": retro.chunk_length}
         layers = [one] if one else list(retro.cca_layers)
         about = {"layers": layers, "one": bool(one), "sink": retro.form.sink_id}
         about |= {"length": retro.neighbour_length, "pad": retro.pad_id}
-        self.neighbours = _folder(directory, "neighbours", common | about)
+        self.neighbours = _folder(directory, "neighbours", common | about, _shape(retro))
         self.texts: StateFolder | None = None
         if first > 1:  # a text's states go on through the decoder: float16 always
             below = common | {"packed": "float16", "layer": first, "pad": retro.pad_id}
@@ -328,7 +350,11 @@ def check_kept(retro: RetroConfig, form: str) -> None:
     Raises:
       UserError: names the setting.
     """
-    if not (retro.form.gated_cca and retro.has_retrieval):
+    if not retro.has_retrieval:
+        raise UserError(
+            f"ExecutionConfig.kept_states is {form!r}: expected '' without RetroConfig.cca_layers"
+        )
+    if not retro.form.gated_cca:
         raise UserError(
             f"ExecutionConfig.kept_states is {form!r}: expected '' without DecoderForm.gated_cca, whose"
             " neighbours' states do not depend on the query"
@@ -337,10 +363,30 @@ def check_kept(retro: RetroConfig, form: str) -> None:
         raise UserError(f"RetroConfig.dropout is {retro.dropout}: expected 0 with kept states")
 
 
-def _folder(directory: pathlib.Path, kind: str, about: Mapping[str, Any]) -> StateFolder:
+def _check_packed(
+    values: np.ndarray, scales: np.ndarray | None, form: str, shape: tuple[int, ...] | None
+) -> None:
+    """Raises a ValueError unless the arrays are those of a format."""
+    *leading, width = values.shape
+    expected = jax.eval_shape(lambda: pack(jnp.zeros(width), form))
+    if values.dtype != expected.values.dtype or shape not in (None, values.shape[1:]):
+        raise ValueError(f"values are {values.dtype} of shape {values.shape}")
+    blocks = expected.scales
+    if (scales is None) != (blocks is None):
+        raise ValueError("scales are missing" if scales is None else "there are scales")
+    if scales is not None and scales.shape != (*leading, *blocks.shape):
+        raise ValueError(f"scales have shape {scales.shape} beside values of {values.shape}")
+
+
+def _folder(
+    directory: pathlib.Path,
+    kind: str,
+    about: Mapping[str, Any],
+    shape: tuple[int, ...] | None = None,
+) -> StateFolder:
     """The folder of one kind of entries; the first process makes sure that it can be read."""
     digest = hashlib.sha256(files.to_json(files.plain(dict(about)))).hexdigest()[:12]
-    return processes.together(lambda: StateFolder(directory / f"{kind}-{digest}", about))
+    return processes.together(lambda: StateFolder(directory / f"{kind}-{digest}", about, shape))
 
 
 def _beside(path: pathlib.Path, name: str) -> pathlib.Path:

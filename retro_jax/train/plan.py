@@ -153,10 +153,11 @@ def _check_kept(settings: Settings) -> None:
     """
     form, start = settings.execution.kept_states, settings.start
     check_kept(settings.retro, form)
-    if not start.base or not all(pattern.startswith("cca.") for pattern in start.trained):
+    changed = (*start.trained, *start.fresh)
+    if not start.base or not all(pattern.startswith("cca.") for pattern in changed):
         raise UserError(
             f"ExecutionConfig.kept_states is {form!r}: expected '', or a StartConfig.base of which"
-            " StartConfig.trained leaves all but cca.* as it is"
+            " StartConfig.trained and StartConfig.fresh leave all but cca.* as it is"
         )
 
 

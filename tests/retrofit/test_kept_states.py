@@ -1,6 +1,8 @@
 """What the frozen base computes is computed once, kept in few bits, and read instead."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import numpy as np
@@ -12,7 +14,7 @@ from retro_jax.errors import UserError
 from retro_jax.evaluate.k_sweep import sweep_losses
 from retro_jax.model import Retro
 from retro_jax.packed import pack
-from retro_jax.retrofit.kept_states import KeptStates, state_bytes
+from retro_jax.retrofit.kept_states import KeptStates, StateFolder, state_bytes
 from retro_jax.train.checkpoint import CHECKPOINTS, saved_arrays
 from retro_jax.train.global_batches import BatchShape
 from retro_jax.train.plan import make_plan
@@ -91,6 +93,54 @@ def test_damaged_or_other_states_are_refused(tmp_path):
         kept_in(tmp_path, config, "int8")
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("values", lambda a: a[..., :-1], "values are int8 of shape .*"),
+        ("values", lambda a: a.astype(np.float16), "values are float16"),
+        ("scales", lambda a: a[:-1], "scales have shape"),
+        ("scales", None, "scales are missing"),
+    ],
+)
+def test_arrays_of_another_shape_are_damaged(tmp_path, name, change, message):
+    config = config_of("llama", (2,))
+    kept = kept_in(tmp_path, config, "int8")
+    kept.attach(batch_of())
+    kept.flush()
+    path = next(kept.neighbours.directory.glob(f"*-{name}.npy"))
+    if change is None:
+        path.unlink()
+    else:
+        np.save(path, change(np.load(path)))
+    with pytest.raises(UserError, match=rf"-keys.npy is damaged \({message}.*\): move .* away"):
+        kept_in(tmp_path, config, "int8")
+
+
+def test_a_base_of_other_settings_has_states_of_its_own(tmp_path):
+    """The weights, and so the fingerprint, are the same."""
+    shutil.copytree(FOLDER / "llama", tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.5}))
+    config = config_of("llama", (2,))
+    other = dataclasses.replace(config, norm_epsilon=0.5)
+    kept = kept_in(tmp_path / "states", config, "int8")
+    kept.attach(batch_of())
+    kept.flush()
+    edited = KeptStates(tmp_path / "states", str(tmp_path / "base"), other, "int8")
+    assert len(kept.neighbours) == 13 and len(edited.neighbours) == len(edited.texts) == 0
+    assert edited.neighbours.directory != kept.neighbours.directory
+
+
+@pytest.mark.parametrize("form", list(ERRORS))
+def test_numbers_that_do_not_fit_are_refused(tmp_path, form):
+    """65,504 is float16's largest; a scale is a 127th of its block's largest number."""
+    folder = StateFolder(tmp_path, {"packed": form})
+    folder.add(b"0" * 16, jax.device_get(pack(jax.numpy.full((3, 32), 60_000.0), form)))
+    with pytest.raises(UserError, match=f"kept_states is '{form}': expected '', as states of the"):
+        folder.add(b"1" * 16, jax.device_get(pack(jax.numpy.full((3, 32), 1e7), form)))
+    assert len(folder) == 1
+
+
 def with_kept(settings, form="int8"):
     """The same settings with kept states."""
     return dataclasses.replace(settings, execution=ExecutionConfig(kept_states=form))
@@ -132,15 +182,18 @@ def test_a_run_trains_on_kept_states_and_saves_no_base(tmp_path):
     ("changes", "message"),
     [
         ({"trained": ("*",)}, "kept_states is 'int8': expected '', or a StartConfig.base of which"),
+        ({"fresh": ("layers.*",)}, "StartConfig.fresh leave all but"),
+        ({"cca_layers": ()}, "expected '' without RetroConfig.cca_layers"),
         ({"dropout": 0.1}, "RetroConfig.dropout is 0.1: expected 0 with kept states"),
         ({"gated_cca": False}, "expected '' without DecoderForm.gated_cca"),
     ],
 )
 def test_states_that_training_changes_are_not_kept(changes, message):
-    trained = changes.pop("trained", ("cca.*",))
+    trained, fresh = changes.pop("trained", ("cca.*",)), changes.pop("fresh", ())
     retro = config_of("llama", (2,))
     form = dataclasses.replace(retro.form, gated_cca=changes.pop("gated_cca", True))
     retro = dataclasses.replace(retro, form=form, **changes)
     settings = with_kept(settings_of("llama", trained, retro=retro))
+    settings = dataclasses.replace(settings, start=dataclasses.replace(settings.start, fresh=fresh))
     with pytest.raises(UserError, match=message):
         make_plan(settings, BatchShape.of(DATA.batches))
