@@ -4,7 +4,7 @@
     base.config                                BaseConfig
     parameters = base.load(place)              place(name, array) -> anything; {name: its result}
 
-Opening checks the names and shapes of all tensors, and reads none. See canonical.py for the names.
+Opening checks the names and shapes of all tensors, and reads none but a tied read-out. See canonical.py for the names.
 """
 
 import hashlib
@@ -28,7 +28,8 @@ from retro_jax.storage import files
 from retro_jax.storage.gguf_file import open_gguf
 
 CONFIG_FILE = "config.json"
-_BLOCK = 1 << 24  # bytes that are hashed at once
+READ_OUTS = ("lm_head.weight", "embed_out.weight")  # of folders, also of tied models
+_BLOCK = 1 << 24  # bytes that are hashed or compared at once
 Path = str | os.PathLike[str]
 Placed = TypeVar("Placed")
 
@@ -158,6 +159,9 @@ def read_config(folder: Path) -> BaseConfig:
     first = names[0] if isinstance(names, list) and names else None
     if not (isinstance(first, str) and first in ARCHITECTURES):
         raise fields.error("architectures", f"one of {sorted(ARCHITECTURES)}")
+    known = (ARCHITECTURES[first].model_type, *ARCHITECTURES[first].other_types)
+    if fields.values.get("model_type", known[0]) not in known:
+        raise fields.error("model_type", f"{' or '.join(map(repr, known))} with {first}")
     with naming(path):
         return BaseConfig(architecture=first, **ARCHITECTURES[first].read_config(fields))
 
@@ -168,7 +172,12 @@ def _open_folder(folder: pathlib.Path) -> BaseModel:
     architecture = ARCHITECTURES[config.architecture]
     file_tensors: dict[str, StoredTensor] = {}
     for path in weight_files(folder):
-        file_tensors |= read_header(path)[1]
+        tensors_of_file = read_header(path)[1]
+        if twice := file_tensors.keys() & tensors_of_file.keys():
+            raise UserError(
+                f"{path} has a tensor {min(twice)}, which another file has too: expected it once"
+            )
+        file_tensors |= tensors_of_file
     prefix = architecture.prefix
     if not any(name.startswith(prefix) for name in file_tensors):
         file_tensors = {
@@ -179,11 +188,34 @@ def _open_folder(folder: pathlib.Path) -> BaseModel:
     tensors = architecture.tensors(config)
     ignored = architecture.ignored
     if config.tie_embeddings:
-        ignored += r"|lm_head\.weight|embed_out\.weight"
+        ignored += "|" + "|".join(map(re.escape, READ_OUTS))
     _check(folder, tensors, file_tensors, ignored)
     for tensor in tensors:
         file_tensors[tensor.name].check_dtype(tensor.name)
+    if config.tie_embeddings:
+        (embedding,) = (t.name for t in tensors if t.parts[0].name == "embedding")
+        _check_copies(folder, embedding, file_tensors)
     return BaseModel(folder, config, tensors, file_tensors)
+
+
+def _check_copies(folder: pathlib.Path, embedding: str, stored: Mapping[str, StoredTensor]) -> None:
+    """Refuses a read-out of its own where the settings tie it to the embedding."""
+    for name in READ_OUTS:
+        if name not in stored:
+            continue
+        same, copy = stored[embedding], stored[name]
+        equal = (same.dtype, same.shape) == (copy.dtype, copy.shape)
+        if not (equal and _equal_bytes(same.data(), copy.data())):
+            raise UserError(
+                f"{folder}: tensor {name} is not {embedding}: expected a copy of it, as"
+                " tie_word_embeddings is true"
+            )
+
+
+def _equal_bytes(left: np.ndarray, right: np.ndarray) -> bool:
+    """Whether two maps of one size have the same bytes."""
+    starts = range(0, len(left), _BLOCK)
+    return all(np.array_equal(left[i : i + _BLOCK], right[i : i + _BLOCK]) for i in starts)
 
 
 def _check_layers(path: pathlib.Path, config: BaseConfig, stored: Mapping[str, Stored]) -> None:

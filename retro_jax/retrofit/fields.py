@@ -1,6 +1,7 @@
 """Values of a config.json or of a GGUF's metadata, each checked when it is read."""
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -101,4 +102,4 @@ def naming(path: object) -> Iterator[None]:
 def _is_number(value: Any) -> bool:
     """Whether JSON means a finite number by it."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and abs(value) < float("inf")
+    return number and abs(value) <= sys.float_info.max

@@ -19,20 +19,30 @@ def read_rope(fields: Fields, head_dim: int, *, theta: str, share: str, default:
     Raises:
       UserError: a scaling that is not read.
     """
-    newer = fields.inside("rope_parameters")
+    newer, older = fields.inside("rope_parameters"), fields.inside("rope_scaling")
     if newer is not None and any(isinstance(value, dict) for value in newer.values.values()):
         raise fields.error("rope_parameters", "one set of values for all layers")
-    scaling = newer or fields.inside("rope_scaling")
-    holder = newer if newer is not None and "rope_theta" in newer.values else None
-    base = holder.number("rope_theta") if holder else fields.number(theta, 10_000.0)
-    holder = newer if newer is not None and "partial_rotary_factor" in newer.values else None
-    part = holder.number("partial_rotary_factor") if holder else fields.number(share, default)
+    given = [_read_scaling(each) for each in (newer, older) if each is not None and each.values]
+    if any(each != given[0] for each in given):
+        raise fields.error("rope_scaling", "that of rope_parameters")
     return {
         "positions": "rotary",
-        "rotary_base": base,
-        "rotary_dim": int(head_dim * part),
-        "rope_scaling": None if scaling is None else _read_scaling(scaling),
+        "rotary_base": _once(fields, newer, theta, "rope_theta", 10_000.0),
+        "rotary_dim": int(head_dim * _once(fields, newer, share, "partial_rotary_factor", default)),
+        "rope_scaling": given[0] if given else None,
     }
+
+
+def _once(
+    fields: Fields, newer: Fields | None, older_name: str, newer_name: str, default: float
+) -> float:
+    """A number that may be in rope_parameters, beside it, or in both."""
+    inside = None if newer is None else newer.number(newer_name, None)
+    beside = fields.number(older_name, None)
+    if None not in (inside, beside) and inside != beside:
+        raise fields.error(older_name, f"that of rope_parameters, {inside}")
+    given = [value for value in (inside, beside, default) if value is not None]
+    return float(given[0])
 
 
 def _read_scaling(fields: Fields) -> RopeScaling | None:
@@ -40,6 +50,10 @@ def _read_scaling(fields: Fields) -> RopeScaling | None:
     name = "rope_type" if "rope_type" in fields.values else "type"
     kinds = {"default": None, "linear": "linear", "llama3": "llama3"}
     kind = fields.one_of(name, kinds, "default")
+    if fields.values.get("type", fields.values.get(name)) != fields.values.get(name):
+        raise fields.error("type", f"that of {name}")
+    if kind is None and fields.number("factor", 1.0) != 1:
+        raise fields.error(name, "linear or llama3, as there is a factor")
     if kind is None:
         return None
     factor = fields.number("factor")

@@ -63,6 +63,11 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
         names = files.read_json(index).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
             raise UserError(f"{index} has no weight_map: expected tensor names with their files")
+        for name in names.values():
+            if not name or pathlib.PurePath(name).name != name:
+                raise UserError(f"{index} names a file {name!r}: expected one beside it")
+        if (folder / SINGLE_FILE).is_file() and SINGLE_FILE not in names.values():
+            raise UserError(f"{folder} has {SINGLE_FILE} and {INDEX_FILE}: expected one of them")
         paths = [folder / name for name in sorted(set(names.values()))]
     else:
         paths = [folder / SINGLE_FILE]

@@ -5,6 +5,7 @@ tensors the same bytes. From a GGUF file, all tensors are dequantised into new f
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -14,11 +15,18 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
+import jax.numpy as jnp
 import numpy as np
 
 from retro_jax.errors import UserError
 from retro_jax.retrofit.architectures import ARCHITECTURES
-from retro_jax.retrofit.base_model import CONFIG_FILE, BaseModel, Path
+from retro_jax.retrofit.base_model import (
+    CONFIG_FILE,
+    READ_OUTS,
+    BaseModel,
+    Path,
+    read_config,
+)
 from retro_jax.retrofit.canonical import parameter_shapes
 from retro_jax.retrofit.layout import FileTensor, write_part
 from retro_jax.retrofit.safetensors_files import (
@@ -53,8 +61,11 @@ def save_hugging_face(base: BaseModel, directory: Path, changed: Changed | None 
     for name, value in values.items():
         if name not in shapes:
             raise UserError(f"{base.path} has no tensor {name}: expected a canonical name")
-        if tuple(value.shape) != shapes[name]:
-            raise UserError(f"{name} has shape {tuple(value.shape)}: expected {shapes[name]}")
+        if np.shape(value) != shapes[name]:
+            raise UserError(f"{name} has shape {np.shape(value)}: expected {shapes[name]}")
+        dtype = getattr(value, "dtype", None) or np.asarray(value).dtype
+        if not jnp.issubdtype(dtype, jnp.number):
+            raise UserError(f"{name} has dtype {dtype}: expected numbers")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is there already: expected no directory, or an empty one")
     with _appearing(target) as folder:
@@ -70,21 +81,30 @@ def _write_again(base: BaseModel, folder: pathlib.Path, values: Changed) -> None
         if path.is_file() and path.suffix not in _WEIGHTS:
             shutil.copyfile(path, folder / path.name)
     places = {}
-    for tensor in base.tensors:
+    for tensor in (*base.tensors, *_tied_copies(base)):
         stored: Any = base.stored[tensor.name]
-        places[stored.path, stored.start] = tensor
+        places[stored.path, stored.start, stored.stop] = tensor  # an empty one may share the start
     for path in weight_files(base.path):
         header, tensors = read_header(path)
 
         def blocks(tensors: Any = tensors) -> Iterator[np.ndarray]:
             for stored in tensors.values():
-                tensor = places.get((stored.path, stored.start))
+                tensor = places.get((stored.path, stored.start, stored.stop))
                 if tensor is None or not any(part.name in values for part in tensor.parts):
                     yield stored.data()
                     continue
                 yield _filled(tensor, np.array(stored.map()), values)
 
         _write(folder / path.name, header, blocks())
+
+
+def _tied_copies(base: BaseModel) -> list[FileTensor]:
+    """The read-outs that a tied model's files have besides the embedding, as copies of it."""
+    if not base.config.tie_embeddings:
+        return []
+    (embedding,) = (t for t in base.tensors if t.parts[0].name == "embedding")
+    names = [name for name in READ_OUTS if name in base.stored]
+    return [dataclasses.replace(embedding, name=name) for name in names]
 
 
 def _write_anew(base: BaseModel, folder: pathlib.Path, values: Changed) -> None:
@@ -97,6 +117,11 @@ def _write_anew(base: BaseModel, folder: pathlib.Path, values: Changed) -> None:
         **architecture.write_config(base.config),
     }
     files.write_atomically(folder / CONFIG_FILE, files.to_json(fields))
+    if read_config(folder) != base.config:
+        raise UserError(
+            f"{base.path} has settings that no {CONFIG_FILE} of {architecture.name} states: expected"
+            f" those of {architecture.model_type} in transformers"
+        )
     shards = _shards(architecture.tensors(base.config))
     where: dict[str, str] = {}
     for number, tensors in enumerate(shards, 1):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import sys
 
@@ -9,12 +10,13 @@ import gguf
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from retro_jax.errors import UserError
 from retro_jax.retrofit import smollm2
 from retro_jax.retrofit.base_model import open_base, read_config
 from retro_jax.retrofit.config import BaseConfig, RopeScaling
+from retro_jax.retrofit.saving import save_hugging_face
 from tests.retrofit.base_files import FOLDER, file_tensors, write_gguf
 
 CONFIG = BaseConfig("LlamaForCausalLM", 96, 32, 2, 4, 2, 8, 40, 64, rotary_dim=8)
@@ -89,6 +91,25 @@ def _edit_tensors(folder, **changes):
             {"rope_parameters": ..., "rope_scaling": {"type": "linear"}},
             "rope_scaling has no factor: expected a number",
         ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 8.0}},
+            "rope_scaling is .*: expected that of rope_parameters",
+        ),
+        (
+            {"rope_parameters": {}, "rope_scaling": {"factor": 8.0}},
+            "rope_scaling has no type: expected linear or llama3, as there is a factor",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "factor": 2}},
+            "rope_type is 'default': expected linear or llama3, as there is a factor",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "linear", "type": "yarn", "factor": 2}},
+            "rope_parameters: type is 'yarn': expected that of rope_type",
+        ),
+        ({"rope_theta": 7.0}, "rope_theta is 7.0: expected that of rope_parameters, 10000.0"),
+        ({"model_type": "llama"}, "model_type is 'llama': expected 'qwen2' with Qwen2ForCausalLM"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000.*: expected a number"),
     ],
 )
 def test_bad_configurations(folder, changes, message):
@@ -100,6 +121,17 @@ def test_bad_configurations(folder, changes, message):
     ("name", "changes", "message"),
     [
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is False: expected True"),
+        ("llama", {"sliding_window": 16}, "sliding_window is 16: expected None"),
+        (
+            "llama",
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types is .*: expected full_attention in every layer",
+        ),
+        (
+            "llama",
+            {"model_type": "granite"},
+            "is 'granite': expected 'llama' or 'mistral' with Lla",
+        ),
         ("gpt2", {"n_head": 5}, "n_head is 5: expected a divisor of n_embd = 32"),
         ("pythia", {"num_attention_heads": 5}, "is 5: expected a divisor of hidden_size = 32"),
         (
@@ -143,7 +175,7 @@ def test_bad_weights(folder):
     _edit_tensors(folder, **{up: zeros, "model.layers.0.self_attn.q_norm.weight": zeros[0]})
     _refused(folder, "has a tensor model.layers.0.self_attn.q_norm.weight: expected none of this")
     shutil.copytree(FOLDER / "qwen2", folder, dirs_exist_ok=True)
-    _edit(folder, architectures=["LlamaForCausalLM"])
+    _edit(folder, architectures=["LlamaForCausalLM"], model_type="llama")
     _refused(folder, rf"has a tensor {bias}: expected none of this name in its architecture")
     (folder / "model.safetensors").unlink()
     _refused(folder, "model.safetensors is missing: expected model.safetensors, or shards with")
@@ -163,8 +195,47 @@ def test_bad_shards(tmp_path):
     shutil.copytree(FOLDER / "llama", folder)
     (folder / "model-00002-of-00003.safetensors").unlink()
     _refused(folder, "model-00002-of-00003.safetensors is missing: expected")
-    (folder / "model.safetensors.index.json").write_text("{}")
+    index = folder / "model.safetensors.index.json"
+    for name in ("sub/model.safetensors", "../model.safetensors", "/model.safetensors", ".", ""):
+        index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+        _refused(folder, rf"index.json names a file '{re.escape(name)}': expected one beside it")
+    index.write_text("{}")
     _refused(folder, "index.json has no weight_map: expected tensor names with their files")
+
+
+def test_a_tensor_or_a_model_that_is_there_twice(tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(FOLDER / "llama", folder)
+    path = folder / "model-00003-of-00003.safetensors"
+    other = load_file(folder / "model-00001-of-00003.safetensors")
+    name = min(other)
+    save_file(load_file(path) | {name: other[name] + 1}, path)
+    _refused(
+        folder, f"{path.name} has a tensor {name}, which another file has too: expected it once"
+    )
+    save_file(file_tensors(folder), folder / "model.safetensors")
+    _refused(
+        folder, r"base has model.safetensors and model.safetensors.index.json: expected one of"
+    )
+
+
+def test_a_read_out_of_its_own_in_a_tied_model(tmp_path):
+    """A copy of the embedding is read, and saved with it; another matrix would be ignored."""
+    folder = tmp_path / "base"
+    shutil.copytree(FOLDER / "llama_tied", folder)
+    stored = file_tensors(folder)
+    embedding = stored["model.embed_tokens.weight"]
+    _edit_tensors(folder, **{"lm_head.weight": embedding})
+    base = open_base(folder)
+    save_hugging_face(base, tmp_path / "out", {"embedding": base.read("embedding") * 2})
+    saved = file_tensors(tmp_path / "out")
+    np.testing.assert_array_equal(saved["lm_head.weight"], saved["model.embed_tokens.weight"])
+    assert (saved["lm_head.weight"] != embedding).any()
+    for other in (embedding * 2, embedding[:-1], embedding.astype(np.float64)):
+        _edit_tensors(folder, **{"lm_head.weight": other})
+        _refused(
+            folder, "tensor lm_head.weight is not model.embed_tokens.weight: expected a copy of"
+        )
 
 
 def _with_setting(data, name, value):

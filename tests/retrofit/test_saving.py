@@ -1,9 +1,12 @@
 """What was not touched is saved byte for byte; what was changed comes back changed."""
 
+import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from retro_jax.errors import UserError
 from retro_jax.retrofit import saving
@@ -83,3 +86,50 @@ def test_nothing_is_written_for_bad_input(tmp_path):
     with pytest.raises(UserError, match="out is there already: expected no directory, or an empty"):
         save_hugging_face(base, tmp_path / "out")
     assert (tmp_path / "out" / "mine").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [("qwen2", "qwen2.rope.dimension_count", 4), ("gpt2", "gpt2.use_parallel_residual", True)],
+)
+def test_settings_that_config_json_does_not_state_are_refused(name, key, value, tmp_path):
+    """GGUF's metadata may state what the architecture's config.json cannot."""
+    write_gguf(name, tmp_path / "m.gguf")
+    base = open_base(tmp_path / "m.gguf")
+    field = {"rope.dimension_count": "rotary_dim", "use_parallel_residual": "parallel_residual"}
+    base.config = dataclasses.replace(base.config, **{field[key.partition(".")[2]]: value})
+    with pytest.raises(
+        UserError, match=r"m.gguf has settings that no config.json of .* states: exp"
+    ):
+        save_hugging_face(base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (1.0, r"norm.scale has shape \(\): expected \(32,\)"),
+        ([1.0, 2.0], r"norm.scale has shape \(2,\): expected \(32,\)"),
+        (["x"] * 32, "norm.scale has dtype <U1: expected numbers"),
+    ],
+)
+def test_changes_that_are_no_arrays_of_numbers(value, message, tmp_path):
+    base = open_base(FOLDER / "llama")
+    with pytest.raises(UserError, match=message):
+        save_hugging_face(base, tmp_path / "out", {"norm.scale": value})
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_tensor_that_is_ignored_is_saved_too(tmp_path):
+    """It begins where the next tensor does."""
+    folder = tmp_path / "base"
+    shutil.copytree(FOLDER / "llama_tied", folder)
+    empty = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(0, np.float32)}
+    save_file(file_tensors(folder) | empty, folder / "model.safetensors")
+    base = open_base(folder)
+    names = ("embedding", "norm.scale", "layers.0.query", "layers.0.key")
+    changed = {name: base.read(name) * 2 for name in names}
+    save_hugging_face(base, tmp_path / "out", changed)
+    saved = open_base(tmp_path / "out")
+    for name, value in changed.items():
+        np.testing.assert_array_equal(saved.read(name), value)

@@ -41,7 +41,8 @@ class Architecture:
     """One architecture of Hugging Face's transformers.
 
     Attributes:
-      name: the class in config.json. model_type: the same family there.
+      name: the class in config.json. model_type: the same family there. other_types: what model_type
+        may be besides.
       prefix: of the tensors' names, absent in folders written from the model without its head.
       read_config: the values of BaseConfig, other than `architecture`, from config.json.
       write_config: config.json from a BaseConfig.
@@ -58,6 +59,7 @@ class Architecture:
     tensors: Callable[[BaseConfig], list[FileTensor]]
     ignored: str
     gguf: GgufNames
+    other_types: tuple[str, ...] = ()
 
 
 def written_ids(config: BaseConfig) -> dict[str, Any]:

@@ -40,7 +40,9 @@ def _read_config(fields: Fields) -> dict[str, Any]:
 
 
 def _read_llama(fields: Fields) -> dict[str, Any]:
-    """Llama's two flags about biases."""
+    """Llama's two flags about biases; Mistral's windows are refused."""
+    fields.only("sliding_window", None)
+    _refuse_windows(fields)
     bias = fields.flag("attention_bias", False)
     mlp_bias = fields.flag("mlp_bias", False)
     return {**_read_config(fields), "qkv_bias": bias, "out_bias": bias, "mlp_bias": mlp_bias}
@@ -60,7 +62,7 @@ def _read_qwen3(fields: Fields) -> dict[str, Any]:
 
 
 def _refuse_windows(fields: Fields) -> None:
-    """Qwen's sliding windows, off in the published models, are not read."""
+    """Sliding windows, off in the published models of Qwen, are not read."""
     fields.only("use_sliding_window", False)
     types = fields.values.get("layer_types") or []
     if not isinstance(types, list) or any(each != "full_attention" for each in types):
@@ -140,12 +142,17 @@ def _layer_tensors(config: BaseConfig, theirs: str, ours: str) -> list[FileTenso
 
 
 def _of_llama_kind(
-    name: str, model_type: str, reader: Callable[[Fields], dict[str, Any]], permuted: bool = False
+    name: str,
+    model_type: str,
+    reader: Callable[[Fields], dict[str, Any]],
+    permuted: bool = False,
+    others: tuple[str, ...] = (),
 ) -> Architecture:
     """An architecture that differs from Llama in its settings alone."""
     return Architecture(
         name=name,
         model_type=model_type,
+        other_types=others,
         prefix="model.",
         read_config=reader,
         write_config=_write_config,
@@ -155,6 +162,6 @@ def _of_llama_kind(
     )
 
 
-LLAMA = _of_llama_kind("LlamaForCausalLM", "llama", _read_llama, permuted=True)
+LLAMA = _of_llama_kind("LlamaForCausalLM", "llama", _read_llama, permuted=True, others=("mistral",))
 QWEN2 = _of_llama_kind("Qwen2ForCausalLM", "qwen2", _read_qwen2)
 QWEN3 = _of_llama_kind("Qwen3ForCausalLM", "qwen3", _read_qwen3)
