@@ -37,6 +37,18 @@ _VECTORS = {
     "mlp_norm.bias": "ffn_norm.bias",
 }
 _FUSED = ("query", "key", "value")
+# Settings that change what is computed, and their values of a model that is read here.
+_NEUTRAL = {
+    "attention.causal": True,
+    "attention.scale": 0.0,
+    "attn_logit_softcapping": 0.0,
+    "embedding_scale": 1.0,
+    "expert_count": 0,
+    "final_logit_softcapping": 0.0,
+    "logit_scale": 1.0,
+    "residual_scale": 1.0,
+    "rope.scaling.attn_factor": 1.0,
+}
 
 
 def gguf_config(file: GgufFile) -> tuple[BaseConfig, GgufNames]:
@@ -46,12 +58,16 @@ def gguf_config(file: GgufFile) -> tuple[BaseConfig, GgufNames]:
       UserError: an architecture, scaling or value that is not read; it names the file.
     """
     fields = Fields(file.metadata, str(file.path))
+    if fields.integer("split.count", 1) > 1:
+        raise fields.error("split.count", "1, a whole model: join its files by gguf-split --merge")
     architectures = {each.gguf.architecture: each for each in ARCHITECTURES.values()}
     architecture = fields.one_of("general.architecture", architectures)
     names, tensors = architecture.gguf, file.tensors
     if "token_embd.weight" not in tensors:
         raise UserError(f"{file.path} has no tensor token_embd.weight: expected the embedding")
     prefix = f"{names.architecture}."
+    for name, neutral in _NEUTRAL.items():
+        fields.only(f"{prefix}{name}", neutral)
     heads = fields.integer(f"{prefix}attention.head_count")
     d_model = fields.integer(f"{prefix}embedding_length")
     if heads < 1:
@@ -70,7 +86,7 @@ def gguf_config(file: GgufFile) -> tuple[BaseConfig, GgufNames]:
         "out_bias": "blk.0.attn_output.bias" in tensors,
         "mlp_bias": "blk.0.ffn_down.bias" in tensors,
         "qk_norm": "blk.0.attn_q_norm.weight" in tensors,
-        "parallel_residual": fields.flag(f"{prefix}use_parallel_residual", False),
+        "parallel_residual": _parallel_residual(fields, names),
         **names.traits,
     }
     norm = "layer_norm_epsilon" if names.traits.get("norm") == "layer" else "layer_norm_rms_epsilon"
@@ -80,8 +96,19 @@ def gguf_config(file: GgufFile) -> tuple[BaseConfig, GgufNames]:
     values |= fields.special_ids(_SPECIAL_IDS)
     if names.permuted and values["rotary_dim"] != values["head_dim"]:
         raise fields.error(f"{prefix}rope.dimension_count", f"head_dim = {values['head_dim']}")
+    window = fields.integer(f"{prefix}attention.sliding_window", 0)
+    if 0 < window < values["context_length"]:
+        raise fields.error(f"{prefix}attention.sliding_window", "none within the context")
     config = BaseConfig(architecture=architecture.name, **values)
     return _with_known_formula(config), names
+
+
+def _parallel_residual(fields: Fields, names: GgufNames) -> bool:
+    """GPT-NeoX's files must say which it is; the others are sequential."""
+    name = f"{names.architecture}.use_parallel_residual"
+    must = names.architecture == "gptneox"
+    stated: bool = fields.flag(name) if must else fields.flag(name, False)
+    return stated
 
 
 def _rotation(file: GgufFile, fields: Fields, prefix: str, head_dim: int) -> dict[str, Any]:
@@ -91,11 +118,22 @@ def _rotation(file: GgufFile, fields: Fields, prefix: str, head_dim: int) -> dic
         "rotary_dim": fields.integer(f"{prefix}rope.dimension_count", head_dim),
     }
     kinds = {"none": None, "linear": "linear"}
-    if fields.one_of(f"{prefix}rope.scaling.type", kinds, "none"):
-        factor = fields.number(f"{prefix}rope.scaling.factor")
+    kind = fields.one_of(f"{prefix}rope.scaling.type", kinds, "linear")  # llama.cpp's default
+    name = f"{prefix}rope.scaling.factor"
+    if f"{prefix}rope.scaling.type" in fields.values and kind:
+        factor = fields.number(name)
+    else:
+        factor = fields.number(name, fields.number(f"{prefix}rope.scale_linear", 1.0))
+    if kind and factor not in (0, 1):
         values["rope_scaling"] = RopeScaling("linear", factor)
     if ROPE_FACTORS in file.tensors:
         divisors = file.tensors[ROPE_FACTORS]
+        if values.get("rope_scaling"):
+            raise fields.error(name, f"none beside the tensor {ROPE_FACTORS}")
+        if len(divisors.shape) != 1:
+            raise UserError(
+                f"{file.path}: tensor {ROPE_FACTORS} has shape {divisors.shape}: expected one axis"
+            )
         factors = tuple(float(f) for f in divisors.rows(0, divisors.shape[0]))
         values["rope_scaling"] = RopeScaling("factors", factors=factors)
     return values

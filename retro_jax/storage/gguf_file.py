@@ -117,6 +117,8 @@ class _Reader:
         if kind != _ARRAY:
             raise self.damaged(f"a value of type {kind}")
         inner, count = self.number("I"), self.number("Q")
+        if inner == _ARRAY:  # nobody writes them, and deep ones would end the recursion
+            raise self.damaged("an array of arrays")
         if inner not in _NUMBERS:
             return [self.value(inner) for _ in range(count)]
         dtype = np.dtype(_NUMBERS[inner]).newbyteorder("<")
@@ -145,12 +147,16 @@ def _parse(reader: _Reader) -> GgufFile:
     metadata = {}
     for _ in range(settings):
         name, kind = reader.text(), reader.number("I")
+        if name in metadata:
+            raise reader.damaged(f"the key {name} twice")
         metadata[name] = reader.value(kind)
-    entries = []
+    entries: dict[str, tuple[tuple[int, ...], int, int]] = {}
     for _ in range(tensors):
         name, axes = reader.text(), reader.number("I")
         shape = tuple(reader.number("Q") for _ in range(axes))[::-1]
-        entries.append((name, shape, reader.number("I"), reader.number("Q")))
+        if name in entries:
+            raise reader.damaged(f"the tensor {name} twice")
+        entries[name] = (shape, reader.number("I"), reader.number("Q"))
     alignment = metadata.get("general.alignment", _ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
         raise UserError(
@@ -160,7 +166,7 @@ def _parse(reader: _Reader) -> GgufFile:
     mapped = np.memmap(reader.path, np.uint8, "r")
     tensors_by_name = {
         name: _tensor(reader, mapped[start + offset :], name, shape, kind)
-        for name, shape, kind, offset in entries
+        for name, (shape, kind, offset) in entries.items()
     }
     return GgufFile(reader.path, metadata, tensors_by_name)
 

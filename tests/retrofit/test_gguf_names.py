@@ -1,14 +1,18 @@
 """GGUF files have the models that folders have, by llama.cpp's names and order of rows."""
 
 import dataclasses
+import struct
 import tracemalloc
 
 import gguf
 import numpy as np
 import pytest
 
+from retro_jax.errors import UserError
 from retro_jax.retrofit.base_model import open_base
 from retro_jax.retrofit.canonical import parameter_shapes
+from retro_jax.retrofit.config import RopeScaling
+from retro_jax.retrofit.gguf_names import gguf_config
 from retro_jax.retrofit.layout import linear, read_part
 from retro_jax.storage.gguf_file import open_gguf
 from tests.reference.base_numpy import logits
@@ -96,3 +100,99 @@ def test_one_quantised_tensor_is_read_at_a_time(tmp_path):
         tracemalloc.stop()
     assert table.nbytes <= peak < 1.2 * table.nbytes
     np.testing.assert_allclose(got.T, table, atol=0.03)
+
+
+def _with_metadata(name, path, change):
+    """A tiny model's GGUF file opened with other metadata, as `gguf_config` sees it."""
+    write_gguf(name, path)
+    file = open_gguf(path)
+    change(file)
+    return gguf_config(file)[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("split.count", 2, "split.count is 2: expected 1, a whole model: join its files"),
+        ("qwen2.attention.causal", False, "attention.causal is False: expected True"),
+        ("qwen2.expert_count", 8, "expert_count is 8: expected 0"),
+        ("qwen2.final_logit_softcapping", 30.0, "softcapping is 30.0: expected 0.0"),
+        (
+            "qwen2.attention.sliding_window",
+            16,
+            "sliding_window is 16: expected none within the con",
+        ),
+        ("qwen2.rope.scaling.attn_factor", 2.0, "attn_factor is 2.0: expected 1.0"),
+        ("qwen2.rope.scaling.type", "yarn", "type is 'yarn': expected one of"),
+        (
+            "qwen2.rope.scaling.type",
+            "linear",
+            "has no qwen2.rope.scaling.factor: expected a number",
+        ),
+    ],
+)
+def test_settings_that_are_not_read_are_refused(key, value, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        _with_metadata("qwen2", tmp_path / "m.gguf", lambda f: f.metadata.update({key: value}))
+
+
+@pytest.mark.parametrize(
+    ("values", "scaling"),
+    [
+        ({"rope.scaling.factor": 4.0}, RopeScaling("linear", 4.0)),
+        ({"rope.scale_linear": 4.0}, RopeScaling("linear", 4.0)),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, RopeScaling("linear", 4.0)),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
+        ({"rope.scaling.factor": 1.0}, None),
+        ({"rope.scaling.factor": 0.0}, None),
+    ],
+)
+def test_scaling_is_linear_where_the_file_does_not_say(values, scaling, tmp_path):
+    """As llama.cpp reads it, older files' scale_linear too."""
+    prefixed = {f"qwen2.{key}": value for key, value in values.items()}
+    config = _with_metadata("qwen2", tmp_path / "m.gguf", lambda f: f.metadata.update(prefixed))
+    assert config.rope_scaling == scaling
+
+
+def test_other_contradictions_of_gguf_files(tmp_path):
+    path = tmp_path / "m.gguf"
+    with pytest.raises(UserError, match=r"scaling.factor is 4.0: expected none beside the tensor"):
+        _with_metadata(
+            "llama", path, lambda f: f.metadata.update({"llama.rope.scaling.factor": 4.0})
+        )
+
+    def two_axes(file):
+        divisors = file.tensors["rope_freqs.weight"]
+        shape = (2, divisors.shape[0] // 2)
+        file.tensors["rope_freqs.weight"] = dataclasses.replace(divisors, shape=shape)
+
+    with pytest.raises(UserError, match=r"rope_freqs.weight has shape \(2, 2\): expected one axis"):
+        _with_metadata("llama", path, two_axes)
+    with pytest.raises(
+        UserError, match=r"has no gptneox\.use_parallel_residual: expected true or f"
+    ):
+        _with_metadata("pythia", path, lambda f: f.metadata.pop("gptneox.use_parallel_residual"))
+
+
+def test_doubled_names_and_nested_arrays(tmp_path):
+    path = tmp_path / "m.gguf"
+    write_gguf("llama_tied", path)
+    data = path.read_bytes()
+    for old, new, message in (
+        (b"blk.1.ffn_up.weight", b"blk.0.ffn_up.weight", "the tensor blk.0.ffn_up.weight twice"),
+        (
+            b"llama.attention.key_length",
+            b"llama.attention.head_count",
+            "the key llama.attent.* twice",
+        ),
+    ):
+        assert old in data and len(old) == len(new)
+        path.write_bytes(data.replace(old, new))
+        with pytest.raises(UserError, match=f"m.gguf has {message}: expected a whole GGUF file"):
+            open_base(path)
+    nested = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"a"
+    path.write_bytes(nested + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 3000)
+    with pytest.raises(
+        UserError, match=r"m\.gguf has an array of arrays: expected a whole GGUF file"
+    ):
+        open_base(path)
