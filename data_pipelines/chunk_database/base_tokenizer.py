@@ -61,6 +61,7 @@ class _Source:
       bos, pad: ids, or None. eos: the id that ends a document. adds_bos: whether the base puts bos
         before a text.
       reserved: ids that are not padding, whatever the base says: its own bos and eos.
+      special: texts of special tokens, which are text in a text.
       spelt: byte -> the id of the special token that encodes it.
     """
 
@@ -74,6 +75,7 @@ class _Source:
     pad: int | None
     adds_bos: bool
     reserved: frozenset[int | None]
+    special: tuple[str, ...]
     spelt: dict[int, int] = dataclasses.field(default_factory=dict)
 
 
@@ -100,15 +102,12 @@ def prepare_base_tokenizer(
     settings = _settings_of(source, _rows(pathlib.Path(base)) if vocab_size is None else vocab_size)
     rows = settings["vocab_size"]
     _check_lossless(source)
+    ids = _ids(source, rows)
     stage = Stage(directory, KIND, settings, claim=False)
     if stage.done:
         return stage.manifest()
-    bos = source.bos if source.adds_bos and source.bos is not None else source.eos
-    has_pad = source.pad is not None and source.pad not in (0, bos, source.eos, *source.reserved)
-    has_pad = has_pad and not source.token_bytes[source.pad or 0]
-    pad = source.pad if has_pad else rows
     # Padding is an id of every array of tokens, so it has a length, 0, even beyond the vocabulary.
-    table = source.token_bytes + [b""] * (max(rows, (pad or 0) + 1) - tokens)
+    table = source.token_bytes + [b""] * (max(rows, ids["pad_id"] + 1) - tokens)
     stage.claim()
     name = FILES[source.encoding]
     stage.write_file(name, lambda file: _write(file, source.data))
@@ -117,10 +116,7 @@ def prepare_base_tokenizer(
     facts = {
         "vocab_size": rows,
         "tokens": tokens,
-        "pad_id": pad,
-        "bos_id": bos,
-        "eos_id": source.eos,
-        "adds_bos": source.adds_bos,
+        **ids,
         "spelt_bytes": {str(byte): i for byte, i in source.spelt.items()},
     }
     return stage.finish(facts, [name, BYTES_FILE, ENDS_FILE])
@@ -146,13 +142,38 @@ def check_base_tokenizer(directory: Path, base: Path, *, vocab_size: int) -> Man
     Raises:
       UserError: it was trained on texts, or is another model's, or one of other weights.
     """
-    manifest = Manifest.open(directory, KIND)
-    if manifest.settings != _settings_of(_open(pathlib.Path(base)), vocab_size):
+    manifest, source = Manifest.open(directory, KIND), _open(pathlib.Path(base))
+    settings = _settings_of(source, vocab_size)
+    if manifest.settings != settings:
         raise UserError(
             f"{directory} is not the tokeniser of {base}: expected a workdir prepared with"
             f" TokenizerConfig.base = {str(base)!r}"
         )
+    for name, value in _ids(source, settings["vocab_size"]).items():
+        if manifest.facts.get(name, value) != value:
+            raise UserError(
+                f"{directory} has {name} {manifest.facts[name]}: expected {value}, that of {base}"
+            )
     return manifest
+
+
+def _ids(source: _Source, rows: int) -> dict[str, int]:
+    """The ids that documents have beside those of their text, and whether the base puts bos first.
+
+    Raises:
+      UserError: bos or eos is a token of texts.
+    """
+    bos = source.bos if source.adds_bos and source.bos is not None else source.eos
+    for role, i in (("bos", bos), ("eos", source.eos)):
+        if source.token_bytes[i]:
+            raise UserError(
+                f"{source.path}: the {role} token {i} is the text {source.token_bytes[i]!r}: expected a"
+                " special token"
+            )
+    pad = source.pad
+    if pad is None or pad in (0, bos, source.eos, *source.reserved) or source.token_bytes[pad]:
+        pad = rows
+    return {"pad_id": pad, "bos_id": bos, "eos_id": source.eos, "adds_bos": source.adds_bos}
 
 
 def _settings_of(source: _Source, vocab_size: int | None) -> dict[str, Any]:
@@ -212,8 +233,7 @@ def _of_tokenizer_json(path: pathlib.Path) -> _Source:
     vocabulary = read_tokenizer_json(path)
     roles = {role: _id(path, settings, role, vocabulary.special) for role in ("bos", "eos", "pad")}
     eos = _end_of_text(path, roles["eos"], vocabulary.special)
-    first = model.encode("", add_special_tokens=True).ids[:1]
-    adds_bos = roles["bos"] is not None and first == [roles["bos"]]
+    adds_bos = roles["bos"] is not None and _first_id(model, path) == roles["bos"]
     role_ids = {i for i in (*roles.values(), eos) if i is not None}
     spelt = vocabulary.spell_missing_bytes(role_ids)
     data = vocabulary.to_json()
@@ -228,8 +248,25 @@ def _of_tokenizer_json(path: pathlib.Path) -> _Source:
         pad=roles["pad"],
         adds_bos=adds_bos or settings.get("add_bos_token") is True,
         reserved=frozenset((roles["bos"], roles["eos"])),
+        special=tuple(vocabulary.special),
         spelt=spelt,
     )
+
+
+def _first_id(model: Any, path: pathlib.Path) -> int | None:
+    """The id that a tokenizer.json puts before a text, whatever padding it states; None for none."""
+    model.no_padding()
+    model.no_truncation()
+    try:
+        ids = model.encode("", add_special_tokens=True).ids
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the package's Rust is no Exception
+        about = str(error).partition("\n")[0]
+        raise UserError(
+            f"{path} cannot encode a text ({about}): expected special tokens that it has"
+        ) from error
+    return ids[0] if ids else None
 
 
 def _of_gguf(path: pathlib.Path) -> _Source:
@@ -264,6 +301,7 @@ def _of_gguf(path: pathlib.Path) -> _Source:
         pad=roles["padding"],
         adds_bos=bool(adds_bos),
         reserved=frozenset((roles["bos"], roles["eos"])),
+        special=tuple(vocabulary.special),
         spelt=spelt,
     )
 
@@ -302,6 +340,7 @@ def _of_sentencepiece(path: pathlib.Path) -> _Source:
         pad=roles["pad"],
         adds_bos=adds_bos,
         reserved=frozenset((roles["bos"], roles["eos"])),
+        special=tuple(special),
     )
 
 
@@ -370,11 +409,12 @@ def _end_of_text(path: pathlib.Path, eos: int | None, special: Mapping[str, int]
 
 def _check_lossless(source: _Source) -> None:
     """Raises unless a text with all that tokenisers like to change comes back."""
-    for ids in source.encoder.encode_batch([_PROBE], 1):
+    probes = [_PROBE, *source.special]
+    for probe, ids in zip(probes, source.encoder.encode_batch(probes, 1), strict=True):
         result = b"".join(source.token_bytes[i] for i in ids)
-        if result != _PROBE.encode():
+        if result != probe.encode():
             lost = json.dumps(result.decode(errors="replace"))
-            raise UserError(f"{source.path} makes {lost} of a text: expected {json.dumps(_PROBE)}")
+            raise UserError(f"{source.path} makes {lost} of a text: expected {json.dumps(probe)}")
 
 
 def _write(file: Any, data: bytes) -> None:

@@ -157,6 +157,8 @@ def read_gguf_vocabulary(path: pathlib.Path, metadata: Mapping[str, Any]) -> Voc
     if not isinstance(tokens, list) or not isinstance(merges, list):
         raise UserError(f"{path} has no tokenizer.ggml.tokens and merges: expected a vocabulary")
     types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    if not isinstance(types, list) or not all(isinstance(kind, int) for kind in types):
+        raise UserError(f"{path}: tokenizer.ggml.token_type is no list: expected integers")
     if len(types) != len(tokens):
         raise UserError(f"{path} has {len(types)} token types: expected {len(tokens)}")
     words, whole = _PRE[pre]

@@ -15,7 +15,10 @@ from hypothesis import strategies as st
 from tokenizers import normalizers
 
 from data_pipelines.chunk_database import ChunkDatabase, base_tokenizer, byte_level
-from data_pipelines.chunk_database.base_tokenizer import prepare_base_tokenizer
+from data_pipelines.chunk_database.base_tokenizer import (
+    check_base_tokenizer,
+    prepare_base_tokenizer,
+)
 from data_pipelines.chunk_database.database import prepare_chunks
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.documents.documents import prepare_documents
@@ -265,6 +268,47 @@ def _changed(source, folder, change):
     return folder
 
 
+def _special(fields, text):
+    """A token of texts that is stated to be special, as add_special_tokens makes of it."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": fields["model"]["vocab"][text], "content": text, "special": True, **flags}
+
+
+@pytest.mark.parametrize(("side", "pad"), [("Left", 3), ("Right", 1)])
+def test_padding_does_not_change_what_begins_a_document(base, tmp_path, side, pad):
+    """Eight tokens of padding before a text are no bos, and after it bos is no padding."""
+    state = {"strategy": {"Fixed": 8}, "direction": side, "pad_to_multiple_of": None}
+    state |= {"pad_id": pad, "pad_type_id": 0, "pad_token": SPECIAL[pad]}
+    for pre in ("llama-bpe", "gpt-2"):
+        plain = prepare_base_tokenizer(tmp_path / pre, base(pre)).facts
+        padded = _changed(base(pre), tmp_path / f"base {pre}", lambda f: f.update(padding=state))
+        assert prepare_base_tokenizer(tmp_path / f"{pre} out", padded).facts == plain
+        assert plain["adds_bos"] == (pre == "llama-bpe")
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ({"bos_token": "<x1>"}, "out has bos_id 1: expected 5, that of .*base"),
+        ({"eos_token": "<x1>"}, None),
+        ({"add_bos_token": True}, None),
+    ],
+)
+def test_a_base_whose_special_ids_have_changed(base, tmp_path, stated, message):
+    """What documents begin and end with is compared, not the vocabulary alone."""
+    source = shutil.copytree(base("llama-bpe"), tmp_path / "base")
+    rows = prepare_base_tokenizer(tmp_path / "out", source).settings["vocab_size"]
+    check_base_tokenizer(tmp_path / "out", source, vocab_size=rows)
+    path = source / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | stated))
+    if message is None:  # <|endoftext|> ends documents still; bos is put first already
+        check_base_tokenizer(tmp_path / "out", source, vocab_size=rows)
+        return
+    path.write_text(json.dumps(stated | {"add_bos_token": True, "eos_token": "<|im_end|>"}))
+    with pytest.raises(UserError, match=message):
+        check_base_tokenizer(tmp_path / "out", source, vocab_size=rows)
+
+
 def test_a_tokeniser_of_other_weights(base, tmp_path):
     shutil.copytree(base("gpt-2"), tmp_path / "base")
     tokens = prepare_base_tokenizer(tmp_path / "out", tmp_path / "base").fact("tokens")
@@ -311,6 +355,21 @@ def test_a_tokeniser_of_other_weights(base, tmp_path):
         (
             lambda f: f["model"]["vocab"].pop("a"),
             r"cannot be read \(.*\): expected a tokenizer.json",
+        ),
+        (
+            lambda f: f["added_tokens"].append(_special(f, "!")),
+            'tokenizer.json makes "" of a text: expected "!"',
+        ),
+        (
+            lambda f: f.update(
+                post_processor={
+                    "type": "TemplateProcessing",
+                    "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}],
+                    "pair": [],
+                    "special_tokens": {},
+                }
+            ),
+            r"(cannot encode a text|cannot be read) \(.*\): expected",
         ),
     ],
 )
@@ -376,6 +435,12 @@ def test_bad_sentencepiece_models(base, tmp_path, monkeypatch):
         ({"pre": None}, "tokenizer.ggml.pre is None: expected one of"),
         ({"tokens": None}, "has no tokenizer.ggml.tokens and merges: expected a vocabulary"),
         ({"token_type": [1, 2]}, "has 2 token types: expected 3.."),
+        ({"token_type": 3}, "token_type is no list: expected integers"),
+        ({"token_type": ["3"] * 400}, "token_type is no list: expected integers"),
+        (
+            {"bos_token_id": 77, "add_bos_token": True},
+            "the bos token 77 is the text b'.*': expected a",
+        ),
         ({"bos_token_id": 70_000}, "the bos token's id is 70000: expected one below 3.."),
     ],
 )
