@@ -171,7 +171,8 @@ def _check_decoder(base: BaseModel, stored: Any, path: pathlib.Path) -> None:
         return
     flat = {name: value for name, value in found.items() if name != "form"} | found["form"]
     theirs = dict(stored) if isinstance(stored, dict) else {}
-    theirs |= theirs.pop("form", None) or {}
+    form = theirs.pop("form", None)
+    theirs |= form if isinstance(form, dict) else {}
     name = next((n for n, value in flat.items() if theirs.get(n) != value), "decoder")
     raise UserError(
         f"{path.parent} was fitted to {base.path} with {name} {theirs.get(name)!r}: expected that,"

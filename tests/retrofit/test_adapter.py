@@ -85,6 +85,8 @@ def test_an_adapter_gives_the_fitted_model_again(exported):
             lambda s: s["retro"].update(chunk_length=0),
             "adapter.json: .*chunk_length is 0: expected",
         ),
+        (lambda s: s["decoder"].update(form=[1]), "with norm None: expected that, found 'rms'"),
+        (lambda s: s.update(decoder=3), "with vocab_size None: expected that, found 96"),
         (lambda s: s.update(tensors_sha256="0" * 64), "safetensors is not that of adapter.json be"),
     ],
 )
