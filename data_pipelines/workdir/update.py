@@ -193,7 +193,7 @@ def named_documents(values: Sequence[str]) -> list[tuple[str, str]]:
             )
         for number, line in enumerate(lines, 1):
             corpus, slash, name = line.partition("/")
-            if line and not (corpus and slash and name):
+            if (line or line == value) and not (corpus and slash and name):
                 place = f"{value[1:]}:{number} is {line!r}" if value.startswith("@") else place
                 raise UserError(f"{place}: expected CORPUS/ID of a document, or @FILE of them")
             names += [(corpus, name)] if line else []

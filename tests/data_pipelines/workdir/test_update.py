@@ -252,6 +252,8 @@ def test_a_list_of_documents_as_any_editor_writes_it(tmp_path):
         UserError, match=r"ids.txt has byte 0xff at offset 5: expected a line CORPUS"
     ):
         named_documents([f"@{path}"])
+    with pytest.raises(UserError, match="--remove=: expected CORPUS/ID of a document, or @FILE"):
+        named_documents(["d/1", ""])
     path.write_text("c/a\nnothing\n")
     with pytest.raises(UserError, match=r"ids.txt:2 is 'nothing': expected CORPUS/ID"):
         named_documents([f"@{path}"])
