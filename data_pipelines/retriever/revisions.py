@@ -316,6 +316,12 @@ def numbers_of(database: ChunkDatabase, names: Iterable[tuple[str, str]]) -> lis
                 numbers.append(number)
     if rest:
         corpus, missing = min(rest)
+        cut = f"{missing}\r"  # as a list's line was read
+        if any((record.corpus, record.id) == (corpus, cut) for record in database.records()):
+            raise UserError(
+                f"{database.directory} holds no document {missing!r} of the corpus {corpus!r} but"
+                f" {cut!r}: expected its name as a flag's value, as ends of lines are cut"
+            )
         raise UserError(
             f"{database.directory} holds no document {missing!r} of the corpus {corpus!r}: expected one"
             f" of its {database.num_documents - len(database.removed)} documents"

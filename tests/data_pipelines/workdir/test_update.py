@@ -212,6 +212,27 @@ def test_a_refused_append_is_in_nobodys_way(tmp_path, monkeypatch):
     assert not revisions.folder_of(tmp_path / "W", 3).exists(), "no text stays there"
 
 
+def test_an_id_that_ends_as_a_line_does_is_removed_by_its_name_alone(tmp_path):
+    path = tmp_path / "day.jsonl"
+    corpora = [module.CorpusConfig("day", "jsonl", str(path), id_field="id")]
+    config = module.PrepareConfig(
+        module.DocumentsConfig(corpora, validation=0, test=0),
+        tokenizer=module.TokenizerConfig(vocab_size=330),
+        neighbours=module.NeighboursConfig(retriever="bm25", train=2, validation=2, test=2),
+        leakage=module.LeakageConfig(threshold=None),
+    )
+    path.write_text(
+        "".join(json.dumps({"id": f"{i}\r", "text": t}) + "\n" for i, t in enumerate(OLD))
+    )
+    module.prepare(tmp_path / "W", config)
+    (tmp_path / "ids").write_bytes(b"day/7\r\n")
+    message = r"holds no document '7' of the corpus 'day' but '7\\r': expected its name as a flag's"
+    with pytest.raises(UserError, match=message):
+        changed(tmp_path, config, append=False, remove=[f"@{tmp_path / 'ids'}"])
+    lines = changed(tmp_path, config, append=False, remove=["day/7\r"])
+    assert "0 documents added, 1 removed" in lines[0]
+
+
 @pytest.fixture
 def old_workdir(tmp_path, monkeypatch):
     """A W as the versions before made it: documents have the ids of lines."""
