@@ -49,9 +49,8 @@ def main() -> None:
     trained_run.refuse_gin_file()
     app.required(QUESTIONS, "NAME=FILE of questions")
     files_asked = question_files()
-    run = trained_run.open_run(
-        workdir / "retro", configurables.GIN_BINDINGS.value, averaged=AVERAGED.value
-    )
+    bindings = configurables.GIN_BINDINGS.value
+    run = trained_run.open_run(workdir / "retro", bindings, averaged=AVERAGED.value)
     trained_run.check_data(run, data)
     k = NUM_NEIGHBOURS.value or run.batches.neighbours
     conditions = {name: k if name == "on" else 0 for name in RETRIEVAL.value or ("on", "off")}

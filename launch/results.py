@@ -70,12 +70,14 @@ def main() -> None:
     wanted = RETRIEVAL.value
     if wanted is not None and ("on" not in wanted or set(wanted) - set(KINDS)):
         raise flags.Error(f"--retrieval={','.join(wanted)}: expected on and some of {_FURTHER}")
-    scored = _HEADLINE if HEADLINE.value else _EVALUATION
+    whole, scored = (False, _HEADLINE) if HEADLINE.value else (True, _EVALUATION)
     configurables.load(gin_file)
     count = NUM_NEIGHBOURS.value or configurables.make(BatchConfig).neighbours
-    tuned = "--knn" in scored or "tokens" in (wanted or ())
-    swept = 0 if HEADLINE.value else _SWEPT[-1]
-    needed = {"test": max(count, swept), "validation": count if tuned else 0}
+    tuned = whole or "tokens" in (
+        wanted or ()
+    )  # on validation; kNN-LM reads the training split too
+    needed = {"train": count * whole, "validation": count * tuned}
+    needed["test"] = max(count, _SWEPT[-1] * whole)
     configurables.make(NeighboursConfig).check_scored(needed)
     every = steps(workdir, gin_file, scored) + seed_steps(workdir, gin_file, names, SEEDS.value)
     run_steps(scored_with(every, NUM_NEIGHBOURS.value, wanted))

@@ -166,6 +166,10 @@ def test_conditions_that_cannot_be_scored_are_refused_before_training(
     ("given", "told"),
     [
         (["--headline", "--num_neighbours=3"], "NeighboursConfig.test is 2: expected at least 3"),
+        (
+            ["--ablations=", "--num_neighbours=3"],
+            "NeighboursConfig.train is 2: expected at least 3",
+        ),
         (["--ablations="], "NeighboursConfig.test is 2: expected at least 10"),
         (["--headline", "--gin_bindings=TrainConfig.steps = 3"], "--gin_bindings: expected none"),
         (["--headline", "--print_config"], "--print_config: expected none, but settings in a file"),
