@@ -15,9 +15,7 @@ from absl import flags
 from flax import nnx
 
 from data_pipelines.chunk_database.tokenizer import Tokenizer
-from data_pipelines.questions.layout import prompts_of
-from data_pipelines.questions.passages import open_passages
-from data_pipelines.questions.reader import QuestionFile
+from data_pipelines.questions.passages import Asked, open_questions
 from data_pipelines.retriever.revisions import open_database
 from launch.common import app, configurables, workdirs
 from launch.common.flags import (
@@ -50,10 +48,9 @@ def main() -> None:
     workdir, data = workdirs.open_to_read(DATA)
     trained_run.refuse_gin_file()
     app.required(QUESTIONS, "NAME=FILE of questions")
-    asked = question_files()
-    run = trained_run.open_run(
-        workdir / "retro", configurables.GIN_BINDINGS.value, averaged=AVERAGED.value
-    )
+    files_asked = question_files()
+    bindings = configurables.GIN_BINDINGS.value
+    run = trained_run.open_run(workdir / "retro", bindings, averaged=AVERAGED.value)
     trained_run.check_data(run, data)
     k = NUM_NEIGHBOURS.value or run.batches.neighbours
     conditions = {name: k if name == "on" else 0 for name in RETRIEVAL.value or ("on", "off")}
@@ -61,13 +58,15 @@ def main() -> None:
         raise flags.Error(f"--retrieval={','.join(conditions)}: expected on, off or both")
     if "on" in conditions and not (k and run.model.has_retrieval):
         raise UserError(f"{run.directory} was trained without neighbours: expected --retrieval=off")
+    part, shown = run.batches.neighbour_part, conditions.get("on", 0)
+    every = open_questions(data, files_asked, most=run.chunks - 1, k=shown, part=part)
     model = nnx.merge(*trained_run.load_model(run))
-    for name, file in asked.items():
-        result = answers(data, run, model, file, conditions)
+    for name, asked in every.items():
+        result = answers(data, run, model, asked, conditions)
         path = answers_file(workdir / EVALUATION, name)
         path.parent.mkdir(exist_ok=True)
         files.write_atomically(path, files.to_json(result))
-        print(as_text(answers_table(name, len(file.questions), result["conditions"])))
+        print(as_text(answers_table(name, len(asked.prompts), result["conditions"])))
         print(f"written to {path}\n")
 
 
@@ -75,22 +74,15 @@ def answers(
     data: pathlib.Path,
     run: trained_run.Run,
     model: Any,
-    file: QuestionFile,
+    asked: Asked,
     conditions: Mapping[str, int],
 ) -> dict[str, Any]:
     """Every answer and its figures, under each condition: its name -> K, 0 for retrieval off."""
     tokenizer = Tokenizer.open(data / "tokenizer")
-    prompts = prompts_of(file, tokenizer, most=run.chunks - 1)
-    right = [question.answers for question in file.questions]
-    rows: list[dict[str, Any]] = [
-        {"id": q.id, "question": q.question, "answers": list(q.answers)} for q in file.questions
-    ]
-    part, results = run.batches.neighbour_part, {}
+    rows, results = asked.file.rows(), {}
     special = tokenizer.special_ids - {tokenizer.eos_id}
     for condition, k in conditions.items():
-        passages = None
-        if k:
-            passages = open_passages(data, file, prompts, tokenizer=tokenizer, k=k, part=part)
+        passages = asked.passages if k else None
         generator = Generator(
             model,
             chunks=run.chunks,
@@ -100,16 +92,16 @@ def answers(
             decode=tokenizer.decode,
             options=GeneratorOptions(k or None),
         )
-        flat = [prompt.tokens for prompt in prompts]
+        flat = [prompt.tokens for prompt in asked.prompts]
         texts = greedy_answers(generator, flat, max_tokens=ANSWER_TOKENS.value)
-        each = scored(texts, right)
+        each = scored(texts, [row["answers"] for row in rows])
         results[condition] = {"neighbours": k} | figures(each)
-        for row, answer, prompt in zip(rows, each, prompts, strict=True):
+        for row, answer, prompt in zip(rows, each, asked.prompts, strict=True):
             row[condition] = answer
             if passages is not None:
                 answer["passages"] = passages.names(prompt.chunks[-1])
     return {
-        "file": {"name": file.name, "sha256": file.sha256},
+        "file": {"name": asked.file.name, "sha256": asked.file.sha256},
         "model": run.identity(),
         "database": open_database(data).manifest.hash,
         "answer_tokens": ANSWER_TOKENS.value,

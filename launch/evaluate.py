@@ -198,7 +198,8 @@ def main() -> None:
     with processes.noticing_loss():
         configs = wanted_slices(SLICES.value, PATHS.value, MAX_DOCUMENTS.value, SKIP_BAD.value)
         revisions = [*map(int, _numbers(REVISIONS, 0, 99_999, whole=True))]
-        prepare_tables(data, SPLIT.value, configs, revisions, bert_folder=BERT_FOLDER.value)
+        bert, most = BERT_FOLDER.value, max(condition.neighbours for condition in conditions)
+        prepare_tables(data, SPLIT.value, configs, revisions, bert_folder=bert, neighbours=most)
         for number, name in enumerate([config.key for config in configs] or [SPLIT.value]):
             opening = functools.partial(_open, workdir, data, name, conditions, scorer)
             if number:

@@ -19,7 +19,6 @@ settings is refused, and never deleted.
 
 import functools
 import pathlib
-from collections.abc import Sequence
 
 from absl import flags
 
@@ -102,6 +101,7 @@ _report = functools.partial(print, flush=True)
 
 def main() -> None:
     """Runs the stages that are asked for."""
+    stages = _stages()
     directory = pathlib.Path(app.required(app.WORKDIR, "the directory of the run"))
     if STATS.value:
         print(as_text(summary.table(directory)))
@@ -112,7 +112,6 @@ def main() -> None:
     if QUESTIONS.value:
         _prepare_questions(directory)
         return
-    stages = _chosen(STAGES.value)
     compacting = COMPACT.value or PURGE.value
     updating = APPEND.value or bool(REMOVE.value) or compacting
     if updating:
@@ -141,6 +140,21 @@ def main() -> None:
     if batches is not None:
         with only_one(directory):
             _report(f"materialised: {materialise(directory, batches, steps, runner)}")
+
+
+def _stages() -> list[str]:
+    """The stages of --stages, in the order in which they run; refuses flags that would be ignored."""
+    alone = [flag for flag in (STATS, VERIFY, QUESTIONS) if flag.value]
+    updates = [flag for flag in (APPEND, REMOVE, COMPACT, PURGE) if flag.value]
+    making = (STAGES, MATERIALISE, *([configurables.PRINT_CONFIG] if alone else []))
+    others = [flag for flag in making if flag.value not in (None, False)]
+    given = [*alone, *updates[:1], *others[:1]]
+    if len(given) > 1:
+        raise flags.Error(f"--{given[0].name} and --{given[1].name}: expected one of them")
+    try:
+        return chosen_stages(STAGES.value)
+    except UserError as error:
+        raise flags.Error(f"--{error}") from error
 
 
 def _load_over(directory: pathlib.Path) -> None:
@@ -195,14 +209,6 @@ def make_runner() -> Runner:
             address=RAY_ADDRESS.value, cpus=RAY_CPUS.value, accelerators=RAY_ACCELERATORS.value
         )
     return LocalProcesses(PROCESSES.value) if PROCESSES.value > 1 else InProcess()
-
-
-def _chosen(names: Sequence[str] | None) -> list[str]:
-    """The stages of --stages, in the order in which they run."""
-    try:
-        return chosen_stages(names)
-    except UserError as error:
-        raise flags.Error(f"--{error}") from error
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ import sys
 import time
 from collections.abc import Sequence
 
+from absl import flags
+
 from launch.common import app, configurables
 from launch.common.flags import MAX_TOKENS
 from retro_jax import installation
-from retro_jax.errors import UserError
 from retro_jax.report.gains import format_gains
 from retro_jax.report.result_files import EVALUATION, overlap_files
 from retro_jax.storage import files
@@ -36,7 +37,7 @@ def main() -> None:
     """Runs the steps one after the other; the first that fails ends it with that step's status."""
     workdir = app.WORKDIR.value or _DEFAULT_WORKDIR
     gin_file = configurables.GIN_FILE.value or _DEFAULT_GIN_FILE
-    need_data()
+    installation.require("data")  # which a later step would report
     first = data_step() if gin_file == _DEFAULT_GIN_FILE else []
     seconds = run_steps([*first, *steps(workdir, gin_file, MAX_TOKENS.value)])
     overlap = overlap_files(pathlib.Path(workdir) / EVALUATION, "test").json
@@ -44,18 +45,6 @@ def main() -> None:
         print(f"\n{format_gains(files.read_json(overlap))}")
     minutes, seconds = divmod(round(seconds), 60)
     print(f"\nDone in {minutes} min {seconds} s. Open {workdir}/report.html")
-
-
-def need_data() -> None:
-    """Refuses to begin without the packages for texts, which a later step would report.
-
-    Raises:
-      UserError: packages of the extra `data` are not installed.
-    """
-    missing = installation.missing("data")
-    if missing:
-        names = ", ".join(missing)
-        raise UserError(f"not installed: {names}: expected `pip install 'retro-jax[data]'`")
 
 
 def data_step() -> list[tuple[str, list[str]]]:
@@ -74,7 +63,13 @@ def run_steps(commands: Sequence[tuple[str, list[str]]]) -> float:
 
     Returns:
       The seconds that they took.
+
+    Raises:
+      flags.Error: a setting was given as a flag, which they would not get.
     """
+    for flag in (configurables.GIN_BINDINGS, configurables.PRINT_CONFIG):
+        if flag.value:
+            raise flags.Error(f"--{flag.name}: expected none, but settings in a file (--gin_file)")
     started = time.monotonic()
     for number, (title, arguments) in enumerate(commands, start=1):
         print(f"\n[{number}/{len(commands)}] {title}", flush=True)

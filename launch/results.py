@@ -24,16 +24,16 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from data_pipelines.batches.batches import BatchConfig
+from data_pipelines.retriever.neighbours import NeighboursConfig
 from launch.common import app, configurables, experiments
 from launch.common.flags import NUM_NEIGHBOURS, RETRIEVAL
 from launch.evaluation.conditions import KINDS
 from launch.quickstart import run_steps
 from retro_jax.errors import UserError
 from retro_jax.report import published
-from retro_jax.report.evaluation_tables import markdown
 from retro_jax.report.generated_part import replaced
-from retro_jax.report.result_files import EVALUATION, overlap_files
-from retro_jax.report.seed_files import seed_parts
+from retro_jax.report.seed_files import results_text
 from retro_jax.storage import files
 
 ABLATIONS = flags.DEFINE_list("ablations", None, "Which to train. Default: all; '' for none.")
@@ -44,9 +44,10 @@ DOCS = flags.DEFINE_string("docs", None, "A Markdown file of which the marked pa
 _GIN_FILE = "experiments/code_small.gin"
 _FOLDER = "experiments/ablations"
 _SPLIT = "test"
+_SWEPT = (1, 2, 3, 4, 5, 10)
 _EVALUATION = [
     "--retrieval=on,off,random,oracle",
-    "--sweep=1,2,3,4,5,10",
+    f"--sweep={','.join(map(str, _SWEPT))}",
     "--database_shares=0.01,0.1,0.5",
     "--ngram_limits=0",
     "--knn",
@@ -69,10 +70,19 @@ def main() -> None:
     wanted = RETRIEVAL.value
     if wanted is not None and ("on" not in wanted or set(wanted) - set(KINDS)):
         raise flags.Error(f"--retrieval={','.join(wanted)}: expected on and some of {_FURTHER}")
-    scored = _HEADLINE if HEADLINE.value else _EVALUATION
+    whole, scored = (False, _HEADLINE) if HEADLINE.value else (True, _EVALUATION)
+    configurables.load(gin_file)
+    count = NUM_NEIGHBOURS.value or configurables.make(BatchConfig).neighbours
+    tuned = whole or "tokens" in (
+        wanted or ()
+    )  # on validation; kNN-LM reads the training split too
+    needed = {"train": count * whole, "validation": count * tuned}
+    needed["test"] = max(count, _SWEPT[-1] * whole)
+    configurables.make(NeighboursConfig).check_scored(needed)
     every = steps(workdir, gin_file, scored) + seed_steps(workdir, gin_file, names, SEEDS.value)
     run_steps(scored_with(every, NUM_NEIGHBOURS.value, wanted))
-    text = summary(pathlib.Path(workdir), names, SEEDS.value)
+    homes = [_home(workdir, seed) for seed in range(SEEDS.value)]
+    text = results_text(pathlib.Path(workdir), homes, names, _SPLIT)
     files.write_atomically(pathlib.Path(workdir) / "results.md", text.encode())
     print(f"\nwritten to {workdir}/results.md")
     if DOCS.value is not None:
@@ -163,16 +173,6 @@ def _seed(seed: int) -> list[str]:
     """The bindings of a seed; those of 0 are the settings' own."""
     of = ("TrainConfig", "BatchConfig") if seed else ()
     return [f"--gin_bindings={each}.seed = {seed}" for each in of]
-
-
-def summary(workdir: pathlib.Path, names: Sequence[str], seeds: int = 1) -> str:
-    """All figures as Markdown."""
-    folder = workdir / EVALUATION
-    results = files.read_json(folder / f"{_SPLIT}.json")
-    path = overlap_files(folder, _SPLIT).json
-    parts = [markdown(results, files.read_json(path) if path.is_file() else None)]
-    homes = [_home(workdir, seed) for seed in range(seeds)]
-    return "\n".join([*parts, *seed_parts(workdir, homes, names, _SPLIT)])
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
+from retro_jax.errors import UserError
+
 Level = Literal["ok", "note", "fails"]
 
 PROJECT = "retro-jax"
@@ -139,6 +141,12 @@ def requirements() -> list[str]:
 def missing(extra: str) -> list[str]:
     """Names of packages that are absent or too old, of those that an extra and every run need."""
     return [each.subject for each in packages(requirements(), (extra,)) if each.level == "fails"]
+
+
+def require(extra: str) -> None:
+    """Raises a UserError that names what `missing` finds, if it finds anything."""
+    if names := ", ".join(missing(extra)):
+        raise UserError(f"not installed: {names}: expected `pip install 'retro-jax[{extra}]'`")
 
 
 def missing_carriers() -> list[str]:

@@ -9,7 +9,7 @@ import csv
 import dataclasses
 import io
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,6 +76,21 @@ def least_useful(credit: np.ndarray, sizes: np.ndarray, share: float) -> np.ndar
     return np.sort(order[: round(share * len(live))])
 
 
+def removal_list(names: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """Lines of a file for launch.prepare --remove=@FILE.
+
+    Args:
+      names: CORPUS/ID each.
+
+    Returns:
+      The lines with their ends, and [n] bool: which names they have. A name with a line's end in it
+      is of no line; one that ends as lines of some editors do gets another such end, which is cut.
+    """
+    listed = np.array(["\n" not in name for name in names], bool)
+    rest = [name for name in names if "\n" not in name]
+    return [f"{name}\r\n" if name.endswith("\r") else f"{name}\n" for name in rest], listed
+
+
 def write_credit(
     folder: pathlib.Path,
     data: pathlib.Path,
@@ -118,6 +133,8 @@ def write_credit(
     sizes = np.array([record.chunks for record in records])
     sizes[database.removed] = 0
     removed = least_useful(credit.total, sizes, share)
+    lines, listed = removal_list([f"{records[i].corpus}/{records[i].id}" for i in removed.tolist()])
+    removed = removed[listed]
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["corpus", "id", "chunks", "bits_by_neighbours", "bits_by_votes"])
@@ -128,7 +145,6 @@ def write_credit(
             writer.writerow([record.corpus, record.id, record.chunks, *of_each])
     files.write_atomically(folder / f"{split.name}-credit.csv", table.getvalue().encode())
     path = folder / f"{split.name}-remove.txt"
-    lines = [f"{records[i].corpus}/{records[i].id}\n" for i in removed.tolist()]
     files.write_atomically(path, "".join(lines).encode())
     helping, live = int(((credit.total > 0) & (sizes > 0)).sum()), int((sizes > 0).sum())
     return (

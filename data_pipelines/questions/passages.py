@@ -1,6 +1,8 @@
 """The neighbours of prompts: a file's own passages, or what a database has for a chunk."""
 
-from collections.abc import Sequence
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -10,7 +12,7 @@ from data_pipelines.batches.batches import keep_part
 from data_pipelines.chunk_database.database import CHUNK_LENGTH
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.live.database import LiveDatabase
-from data_pipelines.questions.layout import NEIGHBOUR_LENGTH, Prompt, passage_tokens
+from data_pipelines.questions.layout import NEIGHBOUR_LENGTH, Prompt, passage_tokens, prompts_of
 from data_pipelines.questions.reader import Question, QuestionFile
 from retro_jax.errors import UserError
 
@@ -26,17 +28,16 @@ class Passages(Protocol):
 
 
 class FoundPassages:
-    """What the newest database of a workdir has for a chunk, as a RETRO retrieves for any text."""
+    """What a database has for a chunk, as a RETRO retrieves for any text."""
 
-    def __init__(self, workdir: Path, prompts: Sequence[Prompt], k: int, part: str = "both"):
-        """Opens the database; a UserError where there is none.
+    def __init__(self, live: LiveDatabase, prompts: Sequence[Prompt], k: int):
+        """Asks nothing yet.
 
         Args:
-          workdir: W. prompts: asked for without their fill.
-          k: K. part: BatchConfig.neighbour_part.
+          live: the database. prompts: asked for without their fill. k: K.
         """
-        self._live, self._k = LiveDatabase.open(workdir, part=part), k
-        self.database = self._live.chunks
+        self._live, self._k = live, k
+        self.database = live.chunks
         self._found: dict[bytes, np.ndarray] = {}
         pairs = [pair for p in prompts for pair in zip(p.chunks, p.query, strict=True)]
         self._queries = {_key(chunk): query for chunk, query in pairs}
@@ -80,10 +81,11 @@ class GivenPassages:
           k: K, the first so many passages of each question. part: BatchConfig.neighbour_part.
 
         Raises:
-          UserError: two rows ask the same with other passages.
+          UserError: two rows with other passages ask the same, or end alike: a chunk is all that a
+            model retrieves by.
         """
         self._none = np.full((k, NEIGHBOUR_LENGTH), tokenizer.pad_id, np.int32)
-        self._found: dict[bytes, tuple[Question, np.ndarray]] = {}
+        self._found: dict[bytes, tuple[Question, Prompt, np.ndarray]] = {}
         passages = [passage for q in questions for passage in q.passages[:k]]
         tokens = keep_part(passage_tokens(tokenizer, passages), part, tokenizer.pad_id)
         first = 0
@@ -92,46 +94,69 @@ class GivenPassages:
             rows = self._none.copy()
             rows[:count] = tokens[first : first + count]
             first += count
-            asked, found = self._found.setdefault(_key(prompt.chunks[-1]), (question, rows))
+            mine = question, prompt, rows
+            asked, other, found = self._found.setdefault(_key(prompt.chunks[-1]), mine)
             if not np.array_equal(found, rows):
+                same = np.array_equal(other.tokens, prompt.tokens)
+                how = "asks the same" if same else f"ends with the same {CHUNK_LENGTH} tokens"
+                each = "question" if same else f"ending of {CHUNK_LENGTH} tokens"
                 raise UserError(
-                    f"{question.place} asks the same as {asked.place} with other passages: expected"
-                    " one row for each question"
+                    f"{question.place} {how} as {asked.place} with other passages: expected one row"
+                    f" for each {each}"
                 )
 
     def __call__(self, chunks: np.ndarray) -> np.ndarray:
         """As `Passages`; padding for chunks that end no prompt."""
         found = [self._found.get(_key(chunk)) for chunk in chunks]
-        rows = [self._none if each is None else each[1] for each in found]
+        rows = [self._none if each is None else each[-1] for each in found]
         return np.stack(rows) if rows else np.zeros((0, *self._none.shape), np.int32)
 
     def names(self, chunk: np.ndarray) -> list[str]:
         """The titles of a prompt's passages."""
-        question, _ = self._found[_key(chunk)]
+        question, *_ = self._found[_key(chunk)]
         return [passage.title for passage in question.passages[: len(self._none)]]
 
 
-def open_passages(
-    workdir: Path,
-    file: QuestionFile,
-    prompts: Sequence[Prompt],
-    *,
-    tokenizer: Tokenizer,
-    k: int,
-    part: str = "both",
-) -> Passages:
-    """The passages of a file of questions: its own, or those of W's newest database.
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A file of questions as a model is asked them.
+
+    Attributes:
+      file: the questions. prompts: of each.
+      passages: the neighbours of prompts; None without retrieval.
+    """
+
+    file: QuestionFile
+    prompts: list[Prompt]
+    passages: Passages | None
+
+
+def open_questions(
+    workdir: Path, asked: Mapping[str, QuestionFile], *, most: int, k: int, part: str = "both"
+) -> dict[str, Asked]:
+    """Makes the prompts of files of questions, and opens their passages: the files' own, or W's.
 
     Args:
-      workdir: W. file: the questions. prompts: of each. tokenizer: of W.
-      k: K, neighbours of a chunk. part: BatchConfig.neighbour_part.
+      workdir: W. asked: the files by name. most: chunks of a prompt.
+      k: K, neighbours of a chunk; 0 for no passages. part: BatchConfig.neighbour_part.
 
     Raises:
-      UserError: the file has no passages and W no database, or its rows contradict each other.
+      UserError: a question is too long, rows contradict each other, or W lacks a database that is
+        needed.
     """
-    if file.has_passages:
-        return GivenPassages(tokenizer, file.questions, prompts, k, part)
-    return FoundPassages(workdir, prompts, k, part)
+    tokenizer = Tokenizer.open(pathlib.Path(workdir) / "tokenizer")
+    opened: dict[str, Asked] = {}
+    live: LiveDatabase | None = None
+    for name, file in asked.items():
+        prompts = prompts_of(file, tokenizer, most=most)
+        passages: Passages | None = None
+        if k and file.has_passages:
+            passages = GivenPassages(tokenizer, file.questions, prompts, k, part)
+        elif k:
+            live = live or LiveDatabase.open(workdir, part=part)
+            passages = FoundPassages(live, prompts, k)
+        opened[name] = Asked(file, prompts, passages)
+    return opened
 
 
 def _key(chunk: np.ndarray) -> bytes:

@@ -18,6 +18,7 @@ from data_pipelines.artefacts.stage import Stage
 from data_pipelines.batches.batches import BatchConfig, Batches, keep_part, permutation
 from data_pipelines.chunk_database.database import CHUNK_LENGTH, token_dtype
 from data_pipelines.chunk_database.tokenizer import Tokenizer
+from data_pipelines.live.database import LiveDatabase
 from data_pipelines.questions import layout
 from data_pipelines.questions.passages import FoundPassages, GivenPassages
 from data_pipelines.questions.reader import QuestionFile
@@ -36,8 +37,10 @@ def folder_of(workdir: Path, name: str) -> pathlib.Path:
     Raises:
       UserError: it is no name of a folder.
     """
-    if pathlib.PurePath(name).name != name:
-        raise UserError(f"questions {name!r}: expected a name without slashes")
+    if pathlib.PurePath(name).name != name or not name or name.startswith("."):
+        raise UserError(
+            f"questions {name!r}: expected a name without slashes that does not begin with a dot"
+        )
     return pathlib.Path(workdir) / KIND / name
 
 
@@ -68,7 +71,7 @@ def prepare_questions(workdir: Path, name: str, file: QuestionFile, k: int) -> M
     }
     found, prompts = None, layout.prompts_of(file, tokenizer)
     if not file.has_passages:
-        found = FoundPassages(workdir, prompts, k)
+        found = FoundPassages(LiveDatabase.open(workdir), prompts, k)
         parents["database"] = (found.database.manifest, found.database.directory)
         settings |= {"ranking": Ranking.of(workdir).settings}
     stage = Stage(folder_of(workdir, name), KIND, settings, parents)

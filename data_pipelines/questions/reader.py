@@ -67,6 +67,12 @@ class QuestionFile:
         """Whether the rows carry their passages."""
         return bool(self.questions[0].passages)
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Id, text and right answers of each question, as results begin."""
+        return [
+            {"id": q.id, "question": q.question, "answers": list(q.answers)} for q in self.questions
+        ]
+
 
 def read_questions(path: str) -> QuestionFile:
     """Reads a file of questions.
@@ -138,7 +144,7 @@ def _question(row: Any, place: str, number: str) -> Question:
         passages = _passages(row["ctxs"], place)
     return Question(
         place=place,
-        id=str(row.get("id", number)),
+        id=_unicode(str(row.get("id", number)), f"{place} has a bad 'id'"),
         question=_field(row, "question", place),
         answers=_answers(row, place),
         passages=passages,
@@ -172,6 +178,7 @@ def _passages(values: Any, place: str) -> tuple[Passage, ...]:
         title = value.get("title") or ""
         if not isinstance(title, str):
             raise UserError(f"{where} has a title of {type(title).__name__}: expected a string")
+        _unicode(title, f"{where} has a bad 'title'")
         passages.append(Passage(title, _field(value, "text", where)))
     return tuple(passages)
 
@@ -188,10 +195,15 @@ def _checked(value: Any, subject: str) -> str:
     if not isinstance(value, str) or not value.strip():
         found = "an empty text" if isinstance(value, str) else type(value).__name__
         raise UserError(f"{subject}, {found}: expected a text")
+    return _unicode(value, subject).strip()
+
+
+def _unicode(value: str, subject: str) -> str:
+    """A text that can be written as UTF-8: JSON can spell half a surrogate pair."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise UserError(
             f"{subject}, a lone surrogate at character {error.start}: expected valid Unicode"
         ) from error
-    return value.strip()
+    return value

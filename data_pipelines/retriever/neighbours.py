@@ -9,7 +9,7 @@ for anew.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -63,6 +63,22 @@ class NeighboursConfig:
     def ranking(self) -> Ranking:
         """What is near."""
         return Ranking(self.retriever, self.candidates)
+
+    def check_scored(self, needed: Mapping[str, int]) -> None:
+        """Refuses, before anything is made, tables that are too small for what will be scored.
+
+        Args:
+          needed: neighbours a chunk by split.
+
+        Raises:
+          UserError: a table would have fewer; names its field.
+        """
+        for split, count in needed.items():
+            if count > getattr(self, split):
+                raise UserError(
+                    f"NeighboursConfig.{split} is {getattr(self, split)}: expected at least {count},"
+                    " as many neighbours as are scored"
+                )
 
 
 def prepare_neighbours(

@@ -22,7 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.artefacts.manifest import MANIFEST_FILE, Manifest, Path, is_purged
+from data_pipelines.artefacts.manifest import (
+    MANIFEST_FILE,
+    STAGE_FILE,
+    Manifest,
+    Path,
+    is_purged,
+)
 from data_pipelines.artefacts.sharded_rows import ShardedRows
 from data_pipelines.chunk_database.database import KIND as CHUNKS_KIND
 from data_pipelines.chunk_database.database import ChunkDatabase, DocumentRecord
@@ -39,6 +45,7 @@ REMOVED_FILE = "removed.npy"
 KEYS = "keys/train"
 QUERY_KEYS = "keys/queries"  # of the training split, where queries have another prefix
 COMPACTION_FILE = "compaction.npy"  # in a revision's folder, until that compaction is published
+REMOVAL_FILE = "removal.npy"  # there, until that --append is published: numbers of what it removes
 
 
 def folder_of(workdir: Path, revision: int) -> pathlib.Path:
@@ -92,14 +99,28 @@ def readable(workdir: Path, revision: int) -> int:
     return following
 
 
-def clear_unfinished(workdir: Path) -> None:
-    """Removes what a killed removal left of the next revision, which was never published.
+def is_begun(folder: pathlib.Path) -> bool:
+    """Whether --append or --compact has made anything of a revision that the next run resumes.
 
-    What --append or --compact began stays: documents are their first stage, and the next run resumes.
+    An --append that was refused, or killed before any split was claimed, has read its corpora and
+    decided nothing yet.
+    """
+    splits = [path for path in (folder / "documents").glob("*") if not path.name.startswith(".")]
+    claims = [path / name for path in splits for name in (STAGE_FILE, MANIFEST_FILE)]
+    return any(path.is_file() for path in [*claims, folder / COMPACTION_FILE])
+
+
+def clear_unfinished(workdir: Path, *, appending: bool = False) -> None:
+    """Removes what a killed removal or a refused --append left of the next revision.
+
+    What --append or --compact began stays, and the next run resumes.
+
+    Args:
+      workdir: W. appending: whether documents come now; what was read of them before stays.
     """
     folder = folder_of(workdir, latest(workdir) + 1)
-    began = [folder / "documents", folder / COMPACTION_FILE]
-    if folder.is_dir() and not any(path.exists() for path in began):
+    was_read = appending and (folder / "documents").is_dir()
+    if folder.is_dir() and not was_read and not is_begun(folder):
         shutil.rmtree(folder)
 
 
@@ -295,6 +316,12 @@ def numbers_of(database: ChunkDatabase, names: Iterable[tuple[str, str]]) -> lis
                 numbers.append(number)
     if rest:
         corpus, missing = min(rest)
+        cut = f"{missing}\r"  # as a list's line was read
+        if any((record.corpus, record.id) == (corpus, cut) for record in database.records()):
+            raise UserError(
+                f"{database.directory} holds no document {missing!r} of the corpus {corpus!r} but"
+                f" {cut!r}: expected its name as a flag's value, as ends of lines are cut"
+            )
         raise UserError(
             f"{database.directory} holds no document {missing!r} of the corpus {corpus!r}: expected one"
             f" of its {database.num_documents - len(database.removed)} documents"

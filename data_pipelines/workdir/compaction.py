@@ -135,6 +135,7 @@ def purge(p: Preparation) -> None:
       UserError: as `compact`; nothing is deleted then.
     """
     newest = revisions.latest(p.directory)
+    revisions.clear_unfinished(p.directory)  # a refused --append may have read removed text
     if not newest or revisions.base_of(p.directory, newest) < newest:
         compact(p)
         newest = revisions.latest(p.directory)

@@ -41,7 +41,7 @@ def change_documents(
     lines: list[str] = []
     with only_one(directory):
         folder = revisions.folder_of(directory, revisions.latest(directory) + 1)
-        began_before = folder.exists()
+        began_before = revisions.is_begun(folder)
         try:
             preparation = Preparation(directory, config, InProcess(), lines.append)
             update(preparation, append=bool(append), remove=list(remove))

@@ -5,6 +5,8 @@ import pathlib
 import shutil
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from data_pipelines.artefacts.manifest import Manifest
 from data_pipelines.chunk_database.database import ChunkDatabase, prepare_chunks
 from data_pipelines.corpora import SPLITS, Document
@@ -24,6 +26,8 @@ from data_pipelines.workdir.tables import check_ranking, make_tables
 from retro_jax.errors import UserError
 from retro_jax.storage import files
 
+_SHOWN = 3  # documents that a message names
+
 
 def update(p: Preparation, *, append: bool, remove: Sequence[str]) -> None:
     """Publishes the next revision, then makes its tables; what a killed run left is taken up.
@@ -37,7 +41,8 @@ def update(p: Preparation, *, append: bool, remove: Sequence[str]) -> None:
       remove: CORPUS/ID of documents of the database, or @FILE of such lines.
 
     Raises:
-      UserError: W is not prepared, a document is not there, or another update was begun.
+      UserError: W is not prepared, a document is not there, or another update was begun, which an
+        --append with another `remove` is.
     """
     current = revisions.latest(p.directory)
     database = revisions.open_database(p.directory, current)
@@ -45,7 +50,7 @@ def update(p: Preparation, *, append: bool, remove: Sequence[str]) -> None:
         Manifest.read(p.directory / "neighbours" / split)
     check_ranking(p)
     folder = revisions.folder_of(p.directory, current + 1)
-    revisions.clear_unfinished(p.directory)
+    revisions.clear_unfinished(p.directory, appending=append)
     if (folder / revisions.COMPACTION_FILE).is_file():
         raise UserError(f"{folder} is unfinished: expected --compact, which began it, first")
     if not append and folder.exists():
@@ -57,6 +62,7 @@ def update(p: Preparation, *, append: bool, remove: Sequence[str]) -> None:
     else:
         current += 1
         manifest = publishing.publish(p.directory, current, removed, added)
+        (folder / revisions.REMOVAL_FILE).unlink(missing_ok=True)
         count = manifest.fact("documents") - manifest.fact("removed")
         p.report(
             f"revision {current}: {manifest.fact('added'):,} documents added, {len(removed):,} removed;"
@@ -69,6 +75,7 @@ def _append(
     p: Preparation, folder: pathlib.Path, database: ChunkDatabase, removed: Sequence[int]
 ) -> Queries | None:
     """Makes chunks of the documents that are new, and what the database has of them; None if there are none."""
+    _keep_removal(folder, database, removed)
     old_documents = _known_documents(p.directory, database, removed)
     manifests = prepare_documents(
         folder / "documents", p.config.documents, known=old_documents, runner=p.runner
@@ -111,6 +118,29 @@ def _append(
     routes = routed[0].routes if routed else None
     prepare_index(folder / "index", keys, p.config.index, runner=p.runner, routes=routes)
     return keys
+
+
+def _keep_removal(folder: pathlib.Path, database: ChunkDatabase, removed: Sequence[int]) -> None:
+    """Records what an --append removes, or raises where it was begun with something else.
+
+    Its documents depend on that: of a removed one its corpus's text is taken, of others it is not.
+    """
+    path = folder / revisions.REMOVAL_FILE
+    if not revisions.is_begun(folder):
+        files.write_array(path, np.array(removed, np.int64))
+        return
+    if not path.is_file():  # an earlier version began it
+        return
+    before = np.load(path).tolist()
+    if before != list(removed):
+        records = [database.record(number) for number in before[:_SHOWN]]
+        names = ", ".join(f"{record.corpus}/{record.id}" for record in records)
+        more = f" and {len(before) - _SHOWN:,} more" if len(before) > _SHOWN else ""
+        began = f"--remove of {names}{more}" if before else "no --remove"
+        raise UserError(
+            f"{folder} is an --append that was begun with {began}: expected the same, or that folder"
+            " removed"
+        )
 
 
 def _known_documents(
@@ -163,7 +193,7 @@ def named_documents(values: Sequence[str]) -> list[tuple[str, str]]:
             )
         for number, line in enumerate(lines, 1):
             corpus, slash, name = line.partition("/")
-            if line and not (corpus and slash and name):
+            if (line or line == value) and not (corpus and slash and name):
                 place = f"{value[1:]}:{number} is {line!r}" if value.startswith("@") else place
                 raise UserError(f"{place}: expected CORPUS/ID of a document, or @FILE of them")
             names += [(corpus, name)] if line else []

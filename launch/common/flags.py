@@ -97,13 +97,18 @@ def question_files() -> dict[str, QuestionFile]:
     """The files of --questions by their names.
 
     Raises:
-      flags.Error: a value that is not NAME=FILE. UserError: a file that is missing or bad.
+      flags.Error: a value that is not NAME=FILE, or a second file of a name. UserError: a file that
+        is missing or bad.
     """
-    parts = [value.partition("=") for value in QUESTIONS.value]
-    for name, _, path in parts:
+    paths: dict[str, str] = {}
+    for value in QUESTIONS.value:
+        name, _, path = value.partition("=")
         if not re.fullmatch(r"[\w.-]+", name) or not path:
-            raise flags.Error(f"--questions={name}{_}{path}: expected NAME=FILE")
-    return {name: read_questions(path) for name, _, path in parts}
+            raise flags.Error(f"--questions={value}: expected NAME=FILE")
+        if name in paths:
+            raise flags.Error(f"--questions={value}: expected another name than {paths[name]}'s")
+        paths[name] = path
+    return {name: read_questions(path) for name, path in paths.items()}
 
 
 def data_directory(place: str | pathlib.Path) -> pathlib.Path:

@@ -6,10 +6,26 @@ from typing import Any
 
 from retro_jax.evaluate.scored_text import ScoredText, documents_file, read_scored_text
 from retro_jax.evaluate.seeds import ablation_figures, seed_figures
-from retro_jax.report.result_files import EVALUATION
+from retro_jax.report.evaluation_tables import markdown
+from retro_jax.report.result_files import EVALUATION, overlap_files
 from retro_jax.report.seed_tables import ablation_table, seed_table
 from retro_jax.report.tables import section
 from retro_jax.storage import files
+
+
+def results_text(
+    workdir: pathlib.Path, homes: Sequence[pathlib.Path], names: Sequence[str], split: str
+) -> str:
+    """All figures of a workdir as Markdown: those of its evaluation, then of seeds and ablations.
+
+    Args:
+      workdir: with W/evaluation. homes, names, split: as for `seed_parts`.
+    """
+    folder = workdir / EVALUATION
+    results = files.read_json(folder / f"{split}.json")
+    path = overlap_files(folder, split).json
+    text = markdown(results, files.read_json(path) if path.is_file() else None)
+    return "\n".join([text, *seed_parts(workdir, homes, names, split)])
 
 
 def seed_parts(

@@ -63,9 +63,9 @@ def _place(tmp_path_factory):
     return folder
 
 
-def asked(place, *more):
+def asked(place, *more, path=None):
     """The answers to the questions, as launch.answer writes them."""
-    flags = [f"--workdir={place / 'W'}", f"--questions=q={place / 'q.jsonl'}"]
+    flags = [f"--workdir={place / 'W'}", f"--questions=q={path or place / 'q.jsonl'}"]
     assert call(answer.main, *flags, "--answer_tokens=3", *more) == 0
     return files.read_json(place / "W" / "evaluation" / "answers-q.json")
 
@@ -118,9 +118,26 @@ def test_passages_of_a_file_take_the_place_of_the_database(place, tmp_path):
     rows = [json.loads(line) for line in (place / "q.jsonl").read_text().splitlines()[:3]]
     given = [row | {"ctxs": [{"title": row["id"], "text": "given"}]} for row in rows]
     path = write(tmp_path / "q.jsonl", given)
-    result = asked(place, f"--questions=q={path}", "--retrieval=on", "--num_neighbours=1")
+    result = asked(place, "--retrieval=on", "--num_neighbours=1", path=path)
     assert result["conditions"]["on"]["neighbours"] == 1
     assert [row["on"]["passages"] for row in result["questions"]] == [[t] for t in TERMS[:3]]
+
+
+def test_a_bad_question_of_a_later_file_is_found_before_any_is_answered(
+    place, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(answer.trained_run, "load_model", pytest.fail)
+    row = {"question": "what is it?", "answer": "a sound", "ctxs": [{"text": "a text"}]}
+    first, second = (f"--questions={name}={tmp_path / name}" for name in "ab")
+    write(tmp_path / "a", [row])
+    long = row | {"question": "what is it? " * 99}
+    for rows, told in (
+        ([long], f"{tmp_path / 'b'}:1 has a question of"),
+        ([row, row | {"ctxs": [{"text": "other"}]}], "asks the same as"),
+    ):
+        write(tmp_path / "b", rows)
+        assert call(answer.main, f"--workdir={place / 'W'}", first, second) == 1
+        assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -128,11 +145,12 @@ def test_passages_of_a_file_take_the_place_of_the_database(place, tmp_path):
     [
         ("--questions=q.jsonl", 2, "--questions=q.jsonl: expected NAME=FILE"),
         ("--questions=q=none.jsonl", 1, "none.jsonl"),
+        ("--questions=q=a --questions=q=b", 2, "--questions=q=b: expected another name than a's"),
         ("--retrieval=random", 2, "--retrieval=random: expected on, off or both"),
         ("--gin_file=x.gin", 2, "--gin_file and --print_config are of training"),
     ],
 )
 def test_a_bad_flag_is_refused(place, capsys, flag, status, message):
     flags = [] if flag.startswith("--questions") else [f"--questions=q={place / 'q.jsonl'}"]
-    assert call(answer.main, f"--workdir={place / 'W'}", flag, *flags) == status
+    assert call(answer.main, f"--workdir={place / 'W'}", *flag.split(), *flags) == status
     assert message in capsys.readouterr().err

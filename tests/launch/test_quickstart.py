@@ -53,6 +53,13 @@ def test_packages_that_carry_data_are_installed_once(commands, monkeypatch):
     assert commands[0][0] == "launch.prepare"
 
 
+@pytest.mark.parametrize("flag", ["--gin_bindings=TrainConfig.steps = 3", "--print_config"])
+def test_settings_that_no_step_would_get_are_refused(commands, flag, capsys):
+    assert _quickstart(flag) == 2
+    assert "expected none, but settings in a file (--gin_file)" in capsys.readouterr().err
+    assert not commands
+
+
 def test_without_the_extra_nothing_begins(commands, monkeypatch, capsys):
     required = ["jax", 'no-such-package>=2; extra == "data"']
     monkeypatch.setattr(installation, "requirements", lambda: required)

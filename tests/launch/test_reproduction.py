@@ -8,7 +8,7 @@ import pytest
 from absl import flags
 
 from data_pipelines.batches.batches import BatchConfig
-from launch import results
+from launch import quickstart, results
 from launch.common import app, configurables
 from retro_jax.config import RetroConfig
 from retro_jax.errors import UserError
@@ -133,14 +133,19 @@ def test_ablations_of_other_settings_are_refused(tmp_path: pathlib.Path, monkeyp
     monkeypatch.chdir(FOLDER.parent)
     made: list = []
     monkeypatch.setattr(results, "run_steps", made.extend)
-    monkeypatch.setattr(results, "summary", lambda *_: "")
+    monkeypatch.setattr(results, "results_text", lambda *_: "")
     (tmp_path / "W").mkdir()
     arguments = ["results", f"--workdir={tmp_path / 'W'}", "--gin_file=experiments/quickstart.gin"]
     for more in ([], ["--headline", "--ablations=chunk_only"]):
         assert app.execute(results.main, [*arguments, *more]) == 1
         assert "ablations are of experiments/code_small.gin" in capsys.readouterr().err
         assert not made
-    for more in (["--headline"], ["--ablations="]):
+    (tmp_path / "ten.gin").write_text(
+        f"include '{FOLDER / 'quickstart.gin'}'\nNeighboursConfig.test = 10\n"
+        "NeighboursConfig.validation = 4\n"
+    )
+    ten = f"--gin_file={tmp_path / 'ten.gin'}"
+    for more in (["--headline"], ["--ablations=", ten], [ten, "--headline", "--num_neighbours=10"]):
         assert app.execute(results.main, [*arguments, *more]) == 0
         assert made and not any("ablation" in about for about, _ in made)
         made.clear()
@@ -155,6 +160,41 @@ def test_conditions_that_cannot_be_scored_are_refused_before_training(
     monkeypatch.setattr(results, "run_steps", pytest.fail)
     assert app.execute(results.main, ["results", f"--workdir={tmp_path}", f"--retrieval={given}"])
     assert f"--retrieval={given}: expected on and some of off, random" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--headline", "--num_neighbours=3"], "NeighboursConfig.test is 2: expected at least 3"),
+        (
+            ["--ablations=", "--num_neighbours=3"],
+            "NeighboursConfig.train is 2: expected at least 3",
+        ),
+        (["--ablations="], "NeighboursConfig.test is 2: expected at least 10"),
+        (["--headline", "--gin_bindings=TrainConfig.steps = 3"], "--gin_bindings: expected none"),
+        (["--headline", "--print_config"], "--print_config: expected none, but settings in a file"),
+        (["--headline", "--gin_file=none.gin"], "cannot read none.gin"),
+    ],
+)
+def test_what_no_step_could_use_is_refused_before_the_first(
+    given, told, tmp_path: pathlib.Path, monkeypatch, capsys
+):
+    monkeypatch.setattr(quickstart, "_call", pytest.fail)
+    gin_file = FOLDER / "quickstart.gin"
+    arguments = ["results", f"--workdir={tmp_path / 'W'}", f"--gin_file={gin_file}", *given]
+    assert app.execute(results.main, arguments)
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "W").exists()
+
+
+def test_mixtures_need_the_validation_table_too(tmp_path: pathlib.Path, monkeypatch, capsys):
+    monkeypatch.setattr(results, "run_steps", lambda steps: None)
+    monkeypatch.setattr(results, "results_text", lambda *_: "")
+    gin_file = FOLDER / "living_docs.gin"  # 2 neighbours in validation, 10 in test
+    arguments = ["results", f"--workdir={tmp_path}", f"--gin_file={gin_file}", "--headline"]
+    assert app.execute(results.main, [*arguments, "--num_neighbours=4"]) == 0
+    assert app.execute(results.main, [*arguments, "--num_neighbours=4", "--retrieval=on,tokens"])
+    assert "NeighboursConfig.validation is 2: expected at least 4" in capsys.readouterr().err
 
 
 def test_what_is_generated_is_replaced_and_nothing_else(tmp_path: pathlib.Path, capsys):

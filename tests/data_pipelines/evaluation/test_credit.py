@@ -2,7 +2,14 @@
 
 import numpy as np
 
-from data_pipelines.evaluation.credit import Credit, least_useful, neighbour_credit, vote_credit
+from data_pipelines.evaluation.credit import (
+    Credit,
+    least_useful,
+    neighbour_credit,
+    removal_list,
+    vote_credit,
+)
+from data_pipelines.workdir.update import named_documents
 
 
 def test_a_gain_is_divided_among_the_documents_that_were_read():
@@ -26,3 +33,11 @@ def test_the_least_useful_go_and_removed_ones_are_not_named_again():
     assert least_useful(credit, sizes, 0.4).tolist() == [2, 3]  # of equal credit the larger
     assert least_useful(credit, sizes, 0).tolist() == []
     assert least_useful(credit, sizes, 1).tolist() == [0, 1, 2, 3, 5]
+
+
+def test_a_list_names_what_its_lines_can_name(tmp_path):
+    lines, listed = removal_list(["c/a", "c/b\r", "c/two\nlines", "c/d\r\r"])
+    assert listed.tolist() == [True, True, False, True]
+    (tmp_path / "ids").write_bytes("".join(lines).encode())
+    names = named_documents([f"@{tmp_path / 'ids'}"])
+    assert names == [("c", "a"), ("c", "b\r"), ("c", "d\r\r")]

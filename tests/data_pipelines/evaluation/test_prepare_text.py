@@ -6,9 +6,10 @@ import shutil
 import pytest
 
 from data_pipelines import workdir as module
-from data_pipelines.evaluation.prepare_text import prepare_slice
+from data_pipelines.evaluation.prepare_text import prepare_slice, prepare_tables
 from data_pipelines.evaluation.splits import open_split
 from data_pipelines.evaluation.texts import SliceConfig
+from data_pipelines.retriever import publishing
 from retro_jax.errors import UserError
 
 
@@ -59,6 +60,24 @@ def test_a_bad_file_can_be_corrected(workdir, tmp_path):
         prepare_slice(workdir, SliceConfig("corrected", str(path)))
     lines(path, "A lobster.")
     assert prepare_slice(workdir, SliceConfig("corrected", str(path))) == "corrected"
+
+
+def test_more_neighbours_than_a_table_will_have_are_refused_before_it_is_made(workdir, tmp_path):
+    path = lines(tmp_path / "many.jsonl", "A lobster.")
+    message = "slices/many/neighbours gets 40 neighbours a chunk: expected 50 at least"
+    text = SliceConfig("many", path)
+    with pytest.raises(UserError, match=message):
+        prepare_tables(workdir, "test", [text], [], bert_folder=None, neighbours=50)
+    assert not (workdir / "slices/many").exists()
+    updated = shutil.copytree(workdir, tmp_path / "W")
+    publishing.publish(updated, 1, [0])
+    message = "revisions/00001/neighbours/test gets 40 neighbours a chunk: expected 50 at least"
+    with pytest.raises(UserError, match=message):
+        prepare_tables(updated, "test", [], [0, 1], bert_folder=None, neighbours=50)
+    assert not (updated / "revisions/00001/neighbours").exists()
+    for texts in ([], [text]):
+        prepare_tables(updated, "test", texts, [0, 1], bert_folder=None, neighbours=40)
+    assert (updated / "slices/many/neighbours-00001").is_dir()
 
 
 def test_equal_texts_are_all_scored(workdir, tmp_path):

@@ -106,6 +106,8 @@ def test_a_run_records_the_questions_and_refuses_others(workdir):
     for change, message in (
         ({"questions": "none"}, "none has no manifest.json"),
         ({"questions": "a/b"}, "questions 'a/b': expected a name without slashes"),
+        ({"questions": ".."}, "questions '..': expected .* that does not begin with a dot"),
+        ({"questions": ".tmp"}, "questions '.tmp': expected .* that does not begin with a dot"),
         ({"neighbours": 3}, "neighbours is 3: expected at most 2"),
         ({"sequence_length": 128}, "sequence_length is 128: expected at least 192"),
     ):
@@ -133,5 +135,9 @@ def test_passages_of_a_file_are_those_of_the_prompts_last_chunk(workdir):
     prompts = prompts_of(dataclasses.replace(FILE, questions=twice), tokenizer, most=1)
     with pytest.raises(UserError, match="q:1 asks the same as q:0 with other passages"):
         GivenPassages(tokenizer, twice, prompts, 2)
+    long = [question(i, f"{i} {'what is it? ' * 20}", f"passage {i}") for i in range(2)]
+    prompts = prompts_of(dataclasses.replace(FILE, questions=tuple(long)), tokenizer)
+    with pytest.raises(UserError, match="q:1 ends with the same 64 tokens as q:0 with other"):
+        GivenPassages(tokenizer, long, prompts, 2)
     with pytest.raises(UserError, match=r"q:3 has a question of 2 chunks of 64 .* at most 1"):
         prompts_of(FILE, tokenizer, most=1)

@@ -47,6 +47,11 @@ def test_rows_of_fid_and_dpr_are_read_from_lines_and_arrays(tmp_path):
         ({"question": None}, "q.jsonl:2 has a bad 'question', NoneType: expected a text"),
         ({"question": " "}, "q.jsonl:2 has a bad 'question', an empty text: expected"),
         ({"question": "\ud800"}, "q.jsonl:2 has a bad 'question', a lone surrogate at character 0"),
+        ({"id": "a\ud800"}, "q.jsonl:2 has a bad 'id', a lone surrogate at character 1: expected"),
+        (
+            {"ctxs": [{"title": "\ud800", "text": "t"}]},
+            "q.jsonl:2: passage 1 of 'ctxs' has a bad 'title', a lone surrogate at character 0",
+        ),
         ({"target": None}, "q.jsonl:2 has a bad answer in 'target', NoneType"),
         ({"answers": []}, "q.jsonl:2 has no answer in 'answers': expected at least one"),
         ({"answers": ["x", ""]}, "q.jsonl:2 has a bad answer in 'answers', an empty text"),

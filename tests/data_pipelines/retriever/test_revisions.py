@@ -204,7 +204,13 @@ def test_a_removal_that_was_killed_leaves_nothing_in_the_way(workdir, tmp_path, 
     assert not place.exists() and revisions.folder_of(work, 1).exists()
     assert publishing.publish(work, 2, [1]).fact("removed") == 3
     begun = revisions.folder_of(work, 3) / "documents"
-    begun.mkdir(parents=True)
+    (begun / ".spill").mkdir(parents=True)
+    revisions.clear_unfinished(work, appending=True)
+    assert begun.exists(), "what was read is not read again"
+    revisions.clear_unfinished(work)
+    assert not begun.exists()
+    (begun / "train").mkdir(parents=True)
+    (begun / "train" / "stage.json").write_text("{}")
     revisions.clear_unfinished(work)
     assert begun.exists(), "what --append began is taken up"
 

@@ -176,7 +176,9 @@ def test_a_killed_removal_is_repeated_or_replaced(workdir, tmp_path, capsys, mon
         assert "0 documents added, 1 removed" in capsys.readouterr().out
         assert not Retriever.open(work).database.is_removed(np.array([2]))
         shutil.rmtree(work / "revisions")
-    (work / "revisions/00001/documents").mkdir(parents=True)
+    begun = work / "revisions/00001/documents/train"
+    begun.mkdir(parents=True)
+    (begun / "stage.json").write_text("{}")
     assert run_prepare(work, None, first) == 1
     assert "is unfinished: expected --append, which began it, first" in capsys.readouterr().err
 

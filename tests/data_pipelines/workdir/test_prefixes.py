@@ -113,6 +113,15 @@ def test_tables_and_live_queries_compare_queries_with_passages(prepared):
 def test_slices_and_verify(prepared, tmp_path):
     folder, bert, _, _ = prepared
     (tmp_path / "x.jsonl").write_text('{"text": "lobster crust"}\n')
+    moved, text = tmp_path / "W", SliceConfig("mine", str(tmp_path / "x.jsonl"))
+    shutil.copytree(folder, moved)
+    assert prepare_slice(moved, text) == "mine", "its BERT is where the preparation found it"
+    shutil.rmtree(moved / "slices")
+    settings = (moved / "prepare.gin").read_text()
+    (moved / "prepare.gin").write_text(settings.replace(str(bert), str(tmp_path / "gone")))
+    with pytest.raises(UserError, match=r"was made by the BERT folder 'bert': .* \(--bert_folder,"):
+        prepare_slice(moved, text)
+    assert not (moved / "slices").exists()
     prepare_slice(folder, SliceConfig("mine", str(tmp_path / "x.jsonl")), bert_folder=str(bert))
     assert Manifest.read(folder / "slices/mine/keys").settings["prefix"] == "query: "
     lines: list[str] = []

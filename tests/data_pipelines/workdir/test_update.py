@@ -2,17 +2,19 @@
 
 import json
 import random
+import shutil
 
 import pytest
 
 from data_pipelines import workdir as module
 from data_pipelines.artefacts.manifest import Manifest
 from data_pipelines.artefacts.runner import InProcess
-from data_pipelines.corpora import SPLITS, CorpusConfig
+from data_pipelines.corpora import SPLITS, CorpusConfig, read_file
 from data_pipelines.corpora.document import content_id
+from data_pipelines.documents import documents, reading
 from data_pipelines.documents.documents import read_documents, split_of
 from data_pipelines.retriever import revisions
-from data_pipelines.workdir import update
+from data_pipelines.workdir import compaction, update
 from data_pipelines.workdir.preparation import Preparation
 from data_pipelines.workdir.update import named_documents
 from retro_jax.errors import UserError
@@ -129,6 +131,108 @@ def test_a_removed_document_comes_back_where_its_corpus_has_it(tmp_path):
     assert held_texts(tmp_path)[0] == sorted(in_training(OLD))
 
 
+def killed_append(folder, config, patched, remove=()):
+    """An --append that is killed between its documents and its chunks; returns its folder."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*arguments, **more):
+        raise Killed
+
+    with patched.context() as inside:
+        inside.setattr(update, "prepare_chunks", killed)
+        with pytest.raises(Killed):
+            changed(folder, config, remove=remove)
+    return revisions.folder_of(folder / "W", revisions.latest(folder / "W") + 1)
+
+
+def test_a_killed_append_goes_on_with_what_it_removes_and_nothing_else(tmp_path, monkeypatch):
+    config, path = prepared(tmp_path, OLD)
+    write(path, [*NEW, *OLD])
+    first, second = (f"day/{content_id(text)}" for text in sorted(in_training(OLD))[:2])
+    every = sorted(in_training(OLD) | in_training(NEW))
+    for begun, others, told in (
+        ([first], ([], [second], [first, second]), f"begun with --remove of {first}: expected"),
+        ([], ([first],), "begun with no --remove: expected the same, or that folder removed"),
+    ):
+        folder = killed_append(tmp_path, config, monkeypatch, begun)
+        for remove in others:
+            with pytest.raises(UserError, match=told):
+                changed(tmp_path, config, remove=remove)
+        with pytest.raises(UserError, match="unfinished: expected --append, which began it"):
+            changed(tmp_path, config, append=False, remove=[first])
+        changed(tmp_path, config, remove=begun)
+        assert held_texts(tmp_path)[0] == every, "each once"
+        assert not (folder / revisions.REMOVAL_FILE).exists()
+        shutil.rmtree(folder)
+    folder = killed_append(tmp_path, config, monkeypatch)
+    (folder / revisions.REMOVAL_FILE).unlink()  # as an earlier version left it
+    changed(tmp_path, config)
+    assert held_texts(tmp_path)[0] == every
+
+
+def test_a_refused_append_is_in_nobodys_way(tmp_path, monkeypatch):
+    config, path = prepared(tmp_path, OLD)
+    gone = f"day/{content_id(min(in_training(OLD)))}"
+    folder = revisions.folder_of(tmp_path / "W", 1)
+    for text, message in (
+        ("", "holds no documents"),
+        ('{"text": ""}\n', "holds no documents"),
+        ("{", "not valid JSON"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            changed(tmp_path, config, remove=[gone])
+        assert (folder / "documents").is_dir(), "what was read is kept for the next --append"
+        changed(tmp_path, config, append=False, remove=[gone])
+        assert len(held_texts(tmp_path)[0]) == len(in_training(OLD)) - 1
+        shutil.rmtree(folder)
+    write(path, [*NEW, *OLD])
+    read = []
+    monkeypatch.setattr(reading, "read_file", lambda *a: read.append(a) or read_file(*a))
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(documents, "plan_shards", killed)
+        with pytest.raises(KeyboardInterrupt):
+            changed(tmp_path, config)
+    changed(tmp_path, config, remove=[gone])
+    assert len(read) == 1, "nothing is read again"
+    assert held_texts(tmp_path)[0] == sorted(in_training(OLD) | in_training(NEW))
+    path.write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        changed(tmp_path, config)
+    compaction.compact(Preparation(tmp_path / "W", config, InProcess(), print))
+    with pytest.raises(UserError, match="not valid JSON"):
+        changed(tmp_path, config)
+    compaction.purge(Preparation(tmp_path / "W", config, InProcess(), print))
+    assert not revisions.folder_of(tmp_path / "W", 3).exists(), "no text stays there"
+
+
+def test_an_id_that_ends_as_a_line_does_is_removed_by_its_name_alone(tmp_path):
+    path = tmp_path / "day.jsonl"
+    corpora = [module.CorpusConfig("day", "jsonl", str(path), id_field="id")]
+    config = module.PrepareConfig(
+        module.DocumentsConfig(corpora, validation=0, test=0),
+        tokenizer=module.TokenizerConfig(vocab_size=330),
+        neighbours=module.NeighboursConfig(retriever="bm25", train=2, validation=2, test=2),
+        leakage=module.LeakageConfig(threshold=None),
+    )
+    path.write_text(
+        "".join(json.dumps({"id": f"{i}\r", "text": t}) + "\n" for i, t in enumerate(OLD))
+    )
+    module.prepare(tmp_path / "W", config)
+    (tmp_path / "ids").write_bytes(b"day/7\r\n")
+    message = r"holds no document '7' of the corpus 'day' but '7\\r': expected its name as a flag's"
+    with pytest.raises(UserError, match=message):
+        changed(tmp_path, config, append=False, remove=[f"@{tmp_path / 'ids'}"])
+    lines = changed(tmp_path, config, append=False, remove=["day/7\r"])
+    assert "0 documents added, 1 removed" in lines[0]
+
+
 @pytest.fixture
 def old_workdir(tmp_path, monkeypatch):
     """A W as the versions before made it: documents have the ids of lines."""
@@ -169,6 +273,8 @@ def test_a_list_of_documents_as_any_editor_writes_it(tmp_path):
         UserError, match=r"ids.txt has byte 0xff at offset 5: expected a line CORPUS"
     ):
         named_documents([f"@{path}"])
+    with pytest.raises(UserError, match="--remove=: expected CORPUS/ID of a document, or @FILE"):
+        named_documents(["d/1", ""])
     path.write_text("c/a\nnothing\n")
     with pytest.raises(UserError, match=r"ids.txt:2 is 'nothing': expected CORPUS/ID"):
         named_documents([f"@{path}"])
