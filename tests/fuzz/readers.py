@@ -20,7 +20,7 @@ from tests.fuzz.mutations import BYTE_CHANGES, changed_bytes
 from tests.fuzz.target import Target
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
-_PROSE = (_ROOT / "docs" / "words.md").read_text()[:3000]
+_PROSE = (_ROOT / "tests" / "data" / "prose.txt").read_text()  # found changes are of its bytes
 _ARTICLES = "".join(
     f" \n = Town {i} = \n \n The town of {i} is old . \n \n = = History = = \n \n It grew . \n"
     for i in range(5)
