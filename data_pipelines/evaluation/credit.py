@@ -9,7 +9,7 @@ import csv
 import dataclasses
 import io
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -76,6 +76,18 @@ def least_useful(credit: np.ndarray, sizes: np.ndarray, share: float) -> np.ndar
     return np.sort(order[: round(share * len(live))])
 
 
+def credited_pairs(conditions: Collection[str]) -> list[tuple[str, str]]:
+    """The conditions whose difference is credited to documents: before and after.
+
+    Raises:
+      UserError: neither "on" and "off" nor "on" and "tokens" are among them.
+    """
+    pairs = [pair for pair in (("off", "on"), ("on", "tokens")) if set(pair) <= set(conditions)]
+    if not pairs:
+        raise UserError("--credit: expected --retrieval=on,off, with tokens or without")
+    return pairs
+
+
 def write_credit(
     folder: pathlib.Path,
     data: pathlib.Path,
@@ -100,9 +112,7 @@ def write_credit(
     Raises:
       UserError: neither "on" and "off" nor "on" and "tokens" were scored.
     """
-    pairs = [pair for pair in (("off", "on"), ("on", "tokens")) if set(pair) <= set(results)]
-    if not pairs or split.table is None:
-        raise UserError("--credit: expected --retrieval=on,off, with tokens or without")
+    pairs = credited_pairs(results)
     database = open_database(data, revision)
     count, bits = database.num_documents, [np.zeros(database.num_documents)] * 2
     for before, after in pairs:
@@ -128,10 +138,18 @@ def write_credit(
             writer.writerow([record.corpus, record.id, record.chunks, *of_each])
     files.write_atomically(folder / f"{split.name}-credit.csv", table.getvalue().encode())
     path = folder / f"{split.name}-remove.txt"
+    named = np.array([_is_line(record.id) for record in records], bool)
+    unnamed, removed = int((~named[removed]).sum()), removed[named[removed]]
     lines = [f"{records[i].corpus}/{records[i].id}\n" for i in removed.tolist()]
     files.write_atomically(path, "".join(lines).encode())
+    without = f", without {unnamed:,} whose ids are no line of text" if unnamed else ""
     helping, live = int(((credit.total > 0) & (sizes > 0)).sum()), int((sizes > 0).sum())
     return (
         f"{helping:,} of {live:,} documents of the database saved bits; {len(lines):,} of least credit,"
-        f" {int(sizes[removed].sum()):,} of {int(sizes.sum()):,} chunks: launch.prepare --remove=@{path}"
+        f" {int(sizes[removed].sum()):,} of {int(sizes.sum()):,} chunks{without}: launch.prepare --remove=@{path}"
     )
+
+
+def _is_line(name: str) -> bool:
+    """Whether a list of documents, one in each line, can have the id of one."""
+    return bool(name) and "\n" not in name and not name.endswith("\r")
