@@ -36,8 +36,8 @@ from typing import Any
 from absl import flags
 
 from data_pipelines.chunk_database.tokenizer import Tokenizer
-from data_pipelines.evaluation.credit import write_credit
-from data_pipelines.evaluation.database_share import check_shares
+from data_pipelines.evaluation.credit import credited_pairs, write_credit
+from data_pipelines.evaluation.other_texts import check_other_texts
 from data_pipelines.evaluation.prepare_text import prepare_tables
 from data_pipelines.evaluation.sample import sampled
 from data_pipelines.evaluation.splits import open_split, places_of
@@ -218,16 +218,11 @@ def _settings() -> list[EvaluationSettings]:
     Raises:
       flags.Error: a value that is no share.
     """
-    overlaps: set[float] = set()
+    overlaps = _numbers(OVERLAP, 0, 1)
     if STRIDE.value is not None and OVERLAP.value:
         raise flags.Error("--overlap and --stride_chunks: expected one of them")
     if REVISIONS.value and len(OVERLAP.value) > 1:
         raise flags.Error("--overlap with --revisions: expected one share")
-    for value in OVERLAP.value:
-        share = _number(value)
-        if not 0 <= share <= 1:
-            raise flags.Error(f"--overlap={value}: expected shares from 0 to 1")
-        overlaps.add(share)
     settings = EvaluationSettings(
         window_chunks=WINDOW.value,
         stride_chunks=STRIDE.value,
@@ -236,7 +231,7 @@ def _settings() -> list[EvaluationSettings]:
         knn=KnnSettings(KNN_TOKENS.value, KNN_NEIGHBOURS.value, KNN_EXACT.value),
         sample_chunks=SAMPLE.value,
     )
-    return [dataclasses.replace(settings, overlap=x) for x in sorted(overlaps)] or [settings]
+    return [dataclasses.replace(settings, overlap=x) for x in overlaps] or [settings]
 
 
 def _checked_conditions(
@@ -244,6 +239,8 @@ def _checked_conditions(
 ) -> list[Condition]:
     """The conditions that the flags ask for, of runs that belong to the data."""
     conditions = _conditions(workdir, _wanted(RETRIEVAL.value))
+    if CREDIT.value is not None:
+        credited_pairs([condition.name for condition in conditions])
     for condition in conditions:
         trained_run.check_data(condition.run, data)
         for each in settings:
@@ -269,8 +266,7 @@ def _open(
         most = max(most, 1)  # r(C) needs the table even where no condition does
     limit = MAX_DOCUMENTS.value
     split = open_split(data, name, neighbours=most, max_documents=limit, revision=revision)
-    if any(condition.kind == "database" for condition in conditions):
-        check_shares(split)
+    check_other_texts(data, split, {c.name: c.neighbours for c in conditions}, revision)
     tokenizer = Tokenizer.open(data / "tokenizer")
     lengths = tokenizer.byte_lengths
     if SAMPLE.value is not None:
@@ -418,16 +414,17 @@ def _numbers(
     """The values of a list of numbers, ascending.
 
     Raises:
-      flags.Error: one of them is out of its range.
+      flags.Error: one of them is out of its range, or two are shown alike.
     """
-    numbers = set()
+    numbers: dict[str, float] = {}
     for value in flag.value:
         number = _number(value)
         if not low <= number <= high or (whole and number != int(number)):
             kind = "whole numbers" if whole else "numbers"
             raise flags.Error(f"--{flag.name}={value}: expected {kind} from {low:g} to {high:g}")
-        numbers.add(number)
-    return sorted(numbers)
+        if numbers.setdefault(f"{number:g}", number) != number:
+            raise flags.Error(f"--{flag.name}={value}: expected other digits than {number:g}")
+    return sorted(numbers.values())
 
 
 def _number(value: str) -> float:

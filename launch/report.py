@@ -14,6 +14,7 @@ import numpy as np
 from absl import flags
 
 from data_pipelines.chunk_database.tokenizer import Tokenizer
+from data_pipelines.evaluation.sample import sampled
 from data_pipelines.evaluation.splits import Split, open_split, token_counts
 from data_pipelines.evaluation.text_view import Viewer, chunk_views, sample_chunk_from_json
 from data_pipelines.evaluation.texts import evaluation_text
@@ -40,6 +41,7 @@ from retro_jax.report.result_files import (
     SAMPLES,
     overlap_files,
     read_comparisons,
+    read_figures,
     revisions_file,
     windows_file,
 )
@@ -48,7 +50,6 @@ from retro_jax.report.views import (
     ChartView,
     ChunkView,
     Curve,
-    OverlapPoint,
     Report,
     SampleView,
     Table,
@@ -68,13 +69,16 @@ def main() -> None:
     """Writes the page."""
     workdir, data = workdirs.open_to_read(DATA)
     trained_run.refuse_gin_file()
-    path = workdir / EVALUATION / f"{SPLIT.value}.json"
+    folder = workdir / EVALUATION
+    path = folder / f"{SPLIT.value}.json"
     if not path.is_file():
         raise UserError(f"{path} is missing: expected the result of launch.evaluate")
     results = files.read_json(path)
     run = trained_run.open_run(workdir / "retro")
     trained_run.check_data(run, data)
-    scored = _read_gains(workdir / EVALUATION, data, results)
+    scored = _read_gains(folder, data, results)
+    several = read_figures(windows_file(folder, SPLIT.value), results)
+    overlap = read_figures(overlap_files(folder, SPLIT.value).json, results)
     report = Report(
         title=TITLE.value,
         summary=_summary(run, results),
@@ -83,14 +87,9 @@ def main() -> None:
         curves=list(_curves(workdir)),
         chunks=_chunks(data, results, *scored) if scored else [],
         samples=list(_samples(workdir / SAMPLES, run)),
-        charts=[
-            *charts.window_charts(
-                _several(windows_file(workdir / EVALUATION, SPLIT.value), results)
-            ),
-            *_charts(results, scored),
-        ],
-        tables=list(_tables(workdir / EVALUATION, results, SPLIT.value)),
-        overlap=_overlap(workdir / EVALUATION, results, SPLIT.value),
+        charts=[*charts.window_charts(several), *_charts(results, scored)],
+        tables=list(_tables(folder, results, SPLIT.value, several)),
+        overlap=curves(overlap["rows"]) if overlap else {},
     )
     files.write_atomically(workdir / FILE, render(report).encode())
     print(f"written to {workdir / FILE}")
@@ -100,7 +99,8 @@ def _summary(run: trained_run.Run, results: Mapping[str, Any]) -> str:
     """One sentence on the evaluated text."""
     result = next(iter(results.values()))
     scored, settings = result["all"], result["settings"]
-    part = "" if settings["max_documents"] is None else "a part of "
+    whole = settings["max_documents"] is None and "sample_chunks" not in settings
+    part = "" if whole else "a part of "
     return (
         f"A RETRO of {run.model.num_parameters() / 1e6:.1f}M parameters after {run.step:,} steps, on "
         f"{part}the {settings['split']} split: {scored['documents']:,} documents, "
@@ -139,8 +139,10 @@ def _facts(
         )
 
 
-def _tables(folder: pathlib.Path, results: Mapping[str, Any], split: str) -> Iterator[Table]:
-    """The paper's figures, how sure ours are, paired tests, and overlaps of windows."""
+def _tables(
+    folder: pathlib.Path, results: Mapping[str, Any], split: str, several: Mapping[str, Any] | None
+) -> Iterator[Table]:
+    """The paper's figures, how sure ours are, paired tests, several overlaps of windows, revisions."""
     beside = beside_paper(results, evaluation_text(split).published)
     if beside:
         yield beside
@@ -151,17 +153,9 @@ def _tables(folder: pathlib.Path, results: Mapping[str, Any], split: str) -> Ite
     compared = read_comparisons(folder, split, results)
     if compared:
         yield comparisons(compared)
-    several = _several(windows_file(folder, split), results)
     yield from window_tables(several) if several else ()
-    by_revision = _several(revisions_file(folder, split), results)
+    by_revision = read_figures(revisions_file(folder, split), results)
     yield from revision_tables(by_revision) if by_revision else ()
-
-
-def _several(path: pathlib.Path, results: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The figures of a file by overlap or revision, where they belong to the same models."""
-    figures = files.read_json(path) if path.is_file() else None
-    models = {name: result["model"] for name, result in results.items()}
-    return figures if figures and figures["models"] == models else None
 
 
 def _curves(workdir: pathlib.Path) -> Iterator[Curve]:
@@ -213,38 +207,32 @@ def _chunks(
 def _read_gains(
     folder: pathlib.Path, data: pathlib.Path, results: Mapping[str, Any]
 ) -> tuple[Split, TokenGains] | None:
-    """The gains of every token, from the arrays that launch.evaluate left of ON and OFF."""
+    """The gains of every token, from the arrays that launch.evaluate left of ON and OFF.
+
+    None where either is missing, and, with a line about it, where the data does not have what was scored.
+    """
     if not {"on", "off"} <= set(results):
         return None
     settings = results["on"]["settings"]
-    split = open_split(
-        data,
-        settings["split"],
-        neighbours=settings["neighbours"],
-        max_documents=settings["max_documents"],
-    )
+    name, k, most = (settings[field] for field in ("split", "neighbours", "max_documents"))
+    tokenizer = Tokenizer.open(data / "tokenizer")
+    try:
+        split = open_split(data, name, neighbours=k, max_documents=most)
+    except UserError as error:
+        print(f"no parts by chunk: {error}")
+        return None
     if split.hashes(True) != results["on"]["manifests"]:
-        raise UserError(f"{folder} is of other chunks: expected launch.evaluate again")
+        print(f"no parts by chunk: {folder} is of another revision or other chunks than {data}")
+        return None
+    if "sample_chunks" in settings:
+        split = sampled(split, settings["sample_chunks"], tokenizer)
     on, off = (read_array(folder / results[name]["nll"]) for name in ("on", "off"))
     if on.shape != off.shape or len(on) != len(split.ids):
         raise UserError(
             f"{folder}: losses of {len(on)} and {len(off)} chunks, expected {len(split.ids)}"
         )
-    counted = split.text_mask(Tokenizer.open(data / "tokenizer").byte_lengths)
+    counted = split.text_mask(tokenizer.byte_lengths)
     return split, token_gains(on, off, counted)
-
-
-def _overlap(
-    folder: pathlib.Path, results: Mapping[str, Any], split: str
-) -> dict[str, list[OverlapPoint]]:
-    """The curves that launch.evaluate left of these results; none where it had no neighbours."""
-    path = overlap_files(folder, split).json
-    if not path.is_file():
-        return {}
-    figures = files.read_json(path)
-    if figures["models"] != {name: result["model"] for name, result in results.items()}:
-        raise UserError(f"{path} is of other models: expected launch.evaluate again")
-    return curves(figures["rows"])
 
 
 def _samples(folder: pathlib.Path, run: trained_run.Run) -> Iterator[SampleView]:

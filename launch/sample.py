@@ -284,7 +284,8 @@ def _mixture(writer: _Writer) -> Mixture | None:
     memory = _memory(writer, MIXTURE)
     excluded = excluded_numbers(memory.database, EXCLUDE.value)
     workdir = app.required(app.WORKDIR, "the directory of a run")
-    weights = tuned_weights(pathlib.Path(workdir) / "evaluation", writer.identity)
+    known = (writer.identity, memory.database.manifest.hash, writer.neighbours)
+    weights = tuned_weights(pathlib.Path(workdir) / "evaluation", *known)
     return Mixture(memory_votes(memory, excluded), weights)
 
 

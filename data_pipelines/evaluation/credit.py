@@ -9,7 +9,7 @@ import csv
 import dataclasses
 import io
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -83,12 +83,25 @@ def removal_list(names: Sequence[str]) -> tuple[list[str], np.ndarray]:
       names: CORPUS/ID each.
 
     Returns:
-      The lines with their ends, and [n] bool: which names they have. A name with a line's end in it
-      is of no line; one that ends as lines of some editors do gets another such end, which is cut.
+      The lines with their ends, and [n] bool: which names they have. A name with a line's end in it,
+      or without an id, is of no line; one that ends as lines of some editors do gets another such
+      end, which is cut.
     """
-    listed = np.array(["\n" not in name for name in names], bool)
-    rest = [name for name in names if "\n" not in name]
+    fit = ["\n" not in name and bool(name.partition("/")[2]) for name in names]
+    listed, rest = np.array(fit, bool), [n for n, fits in zip(names, fit, strict=True) if fits]
     return [f"{name}\r\n" if name.endswith("\r") else f"{name}\n" for name in rest], listed
+
+
+def credited_pairs(conditions: Collection[str]) -> list[tuple[str, str]]:
+    """The conditions whose difference is credited to documents: before and after.
+
+    Raises:
+      UserError: neither "on" and "off" nor "on" and "tokens" are among them.
+    """
+    pairs = [pair for pair in (("off", "on"), ("on", "tokens")) if set(pair) <= set(conditions)]
+    if not pairs:
+        raise UserError("--credit: expected --retrieval=on,off, with tokens or without")
+    return pairs
 
 
 def write_credit(
@@ -115,9 +128,7 @@ def write_credit(
     Raises:
       UserError: neither "on" and "off" nor "on" and "tokens" were scored.
     """
-    pairs = [pair for pair in (("off", "on"), ("on", "tokens")) if set(pair) <= set(results)]
-    if not pairs or split.table is None:
-        raise UserError("--credit: expected --retrieval=on,off, with tokens or without")
+    pairs = credited_pairs(results)
     database = open_database(data, revision)
     count, bits = database.num_documents, [np.zeros(database.num_documents)] * 2
     for before, after in pairs:
@@ -134,7 +145,7 @@ def write_credit(
     sizes[database.removed] = 0
     removed = least_useful(credit.total, sizes, share)
     lines, listed = removal_list([f"{records[i].corpus}/{records[i].id}" for i in removed.tolist()])
-    removed = removed[listed]
+    unnamed, removed = int((~listed).sum()), removed[listed]
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["corpus", "id", "chunks", "bits_by_neighbours", "bits_by_votes"])
@@ -146,8 +157,9 @@ def write_credit(
     files.write_atomically(folder / f"{split.name}-credit.csv", table.getvalue().encode())
     path = folder / f"{split.name}-remove.txt"
     files.write_atomically(path, "".join(lines).encode())
+    without = f", without {unnamed:,} whose id is no line of text" if unnamed else ""
     helping, live = int(((credit.total > 0) & (sizes > 0)).sum()), int((sizes > 0).sum())
     return (
         f"{helping:,} of {live:,} documents of the database saved bits; {len(lines):,} of least credit,"
-        f" {int(sizes[removed].sum()):,} of {int(sizes.sum()):,} chunks: launch.prepare --remove=@{path}"
+        f" {int(sizes[removed].sum()):,} of {int(sizes.sum()):,} chunks{without}: launch.prepare --remove=@{path}"
     )

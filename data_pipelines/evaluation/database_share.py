@@ -39,7 +39,7 @@ def check_shares(split: Split) -> None:
             f"--database_shares: {split.table.directory} was made by the retriever"
             f" {split.table.retriever!r}: expected 'dense' or 'bm25'"
         )
-    if split.retrieval and split.retrieval.manifest.hash == split.database.manifest.hash:
+    if split.is_database:
         others = ", ".join(name for name in SPLITS if name != "train")
         raise UserError(f"--database_shares of the training split itself: expected {others}")
 
@@ -57,7 +57,7 @@ def subsampled(
     digest = hashlib.sha256(split.ids.tobytes()).hexdigest()
     parent = split.table.manifest.hash
     live = "-live" if len(split.retrieval.removed) else ""  # other files may have removed documents
-    path = folder / f"neighbours-{k}-{share:g}-{parent[:12]}-{digest[:12]}{live}.npy"
+    path = folder / f"neighbours-{k}-{float(share)!r}-{parent[:12]}-{digest[:12]}{live}.npy"
     if path.is_file():
         return read_array(path)
     mask = kept_chunks(split, share)

@@ -15,13 +15,16 @@ SharedNgrams = Callable[[np.ndarray, np.ndarray, Collection[int], int], np.ndarr
 
 
 def random_neighbours(split: Split, k: int) -> NeighbourTokens:
-    """Chunks drawn from the whole database as it is now; the same ones for a chunk each time."""
+    """Chunks drawn from the whole database as it is now; the same ones for a chunk each time.
+
+    Where every document was removed, there are none.
+    """
     assert split.retrieval is not None
-    shape = (len(split.database), k)
-    places = np.random.Generator(np.random.Philox(0)).integers(
-        0, split.retrieval.live_chunks, shape
-    )
-    drawn = split.retrieval.live_ids(places)
+    shape, live = (len(split.database), k), split.retrieval.live_chunks
+    drawn = np.full(shape, -1)
+    if live:
+        places = np.random.Generator(np.random.Philox(0)).integers(0, live, shape)
+        drawn = split.retrieval.live_ids(places)
     return lambda ids: split.values(ids, drawn[np.maximum(ids, 0)])
 
 

@@ -46,6 +46,12 @@ class Split:
     measures: np.ndarray | None = None
     wanted: np.ndarray | None = None
 
+    @property
+    def is_database(self) -> bool:
+        """Whether it is the retrieval database itself, as far as it was opened."""
+        retrieval = self.retrieval
+        return retrieval is not None and retrieval.manifest.hash == self.database.manifest.hash
+
     def records(self) -> dict[int, SizedDocument]:
         """The chosen documents by number, with the denominators of what is scored."""
         numbers = np.unique(self.database.documents(self.ids)).tolist()
@@ -147,7 +153,8 @@ def open_split(
     database = open_database(data, revision) if is_train else ChunkDatabase.open(places.chunks)
     ids = choose_chunks(database, max_documents)
     if not len(ids):
-        raise UserError(f"{places.chunks} holds no document: expected some to score")
+        left = " that was not removed" if database.num_documents else ""
+        raise UserError(f"{places.chunks} holds no document{left}: expected some to score")
     measures = read_measures(places.measures) if places.measures else None
     if not neighbours:
         return Split(name, database, None, None, ids, measures)

@@ -141,6 +141,9 @@ def _parse(main: Callable[[], None], argv: list[str]) -> list[str]:
     for name in _names(main):
         own[name] = flags.FLAGS[name]
     rest = own(argv)
+    for name in own:
+        if own[name].value != own[name].value:  # absl takes NaN to be within any bounds
+            raise flags.Error(f"--{name}=nan: expected a number")
     flags.FLAGS.mark_as_parsed()
     return rest
 

@@ -94,7 +94,7 @@ class KnnScoring:
     ) -> tuple[knn_lm.Found, np.ndarray]:
         """The datastore's matches for each token that counts, and [n, 64] of the model alone."""
         source = self._text(split)
-        partial = self.folder / f".partial-knn-{self._digest(split)}"
+        partial = self.folder / f".partial-knn-{self.digest(split)}"
         model = scored_model(self.condition.run)
         one = Pass(model, Retro.token_losses, self.windows, "kNN-LM: model", partial)
         nll = self.scorer.nll(one, source)
@@ -126,25 +126,23 @@ class KnnScoring:
         tokens = neighbour_tokens(split, self.condition, self.folder, self.data)
         return dataclasses.replace(split.text(0), neighbours=tokens)
 
-    def _digest(self, split: Split) -> str:
-        """Names the model's losses on a split: other ones have another name."""
-        parts = [
-            self.condition.run.identity(),
-            split.hashes(bool(self.condition.neighbours)),
-            self.condition.neighbours,
-            dataclasses.asdict(self.windows),
-        ]
-        digest = hashlib.sha256(files.to_json(parts) + split.ids.tobytes())
+    def digest(self, split: Split) -> str:
+        """Names the model's losses or activations on a split: others have another name.
+
+        Args:
+          split: with the chunks that are read. Its rows may come in batches of any size.
+        """
+        run, k = self.condition.run, self.condition.neighbours
+        part, windows = run.batches.neighbour_part, (self.windows.chunks, self.windows.stride)
+        facts = [run.identity(), run.execution.facts(), windows, split.hashes(bool(k)), k, part]
+        digest = hashlib.sha256(files.to_json(facts) + split.ids.tobytes())
         return digest.hexdigest()[:12]
 
     def _store(self) -> _Store:
         """The datastore, read where it is there already."""
-        k, split = self.condition.neighbours, self._split("train")
+        split = self._split("train")
         split = dataclasses.replace(split, ids=spread_chunks(split.database, self.settings.tokens))
-        parts = [self.condition.run.checkpoint[:12], split.database.manifest.hash[:12]]
-        if split.table is not None:
-            parts.append(f"{k}-{split.table.manifest.hash[:12]}")
-        digest = "-".join([*parts, str(len(split.ids))])
+        digest = self.digest(split)
         paths = [self.folder / f"knn-{what}-{digest}.npy" for what in ("keys", "values")]
         if all(processes.as_first([path.is_file() for path in paths])):
             return _Store(*map(read_array, paths))

@@ -7,6 +7,7 @@ from data_pipelines.retriever.revisions import open_database
 from launch.evaluation.results import Work
 from launch.evaluation.scores import sum_scores
 from retro_jax.evaluate.revisions import revision_figures
+from retro_jax.report.evaluation_tables import losses_of
 from retro_jax.report.result_files import revisions_file
 from retro_jax.storage import files
 
@@ -33,6 +34,7 @@ def write_revisions(
     last = works[max(works)]
     contents = {
         "models": {name: result["model"] for name, result in found[max(found)].items()},
+        "nll": losses_of(found[max(found)]),
         "databases": databases,
         "rows": revision_figures(scored),
     }

@@ -19,7 +19,6 @@ from data_pipelines.evaluation.stored_votes import memory_of, stored_votes
 from data_pipelines.retriever.revisions import open_database
 from data_pipelines.token_memory.memory import TokenMemory
 from launch.evaluation.conditions import TUNING_CHUNKS
-from retro_jax.errors import UserError
 from retro_jax.evaluate.token_mixture import Votes, mixed_nll, summary, tune_weights
 
 
@@ -50,16 +49,9 @@ class TokenMixture:
           split: the text. text: [n, 64] bool, the tokens that count. nll: [n, 64] of the model.
 
         Raises:
-          UserError: the text is the database itself, the database has another tokeniser than the text,
-            or there is no validation split to tune on.
+          UserError: the database has another tokeniser than the text.
         """
-        database = open_database(self.data, self.revision)
-        if split.database.manifest.hash == database.manifest.hash:
-            raise UserError(
-                "--retrieval=tokens of the training split itself, whose own documents would vote:"
-                " expected another split"
-            )
-        memory = memory_of(database)
+        memory = memory_of(open_database(self.data, self.revision))
         k, revision = self.neighbours, self.revision
         tuning = open_split(self.data, "validation", neighbours=k, revision=revision)
         if self.sample is None:

@@ -1,5 +1,6 @@
 """Opens a trained run of a workdir to generate, score and retrieve from Python; no flag, no gin."""
 
+import functools
 import pathlib
 
 from data_pipelines.artefacts.manifest import Path
@@ -57,5 +58,5 @@ class Generator(TextGenerator):
             databases=databases,
             neighbours=batches.neighbours,
             name=trained.name,
-            weights=lambda: tuned_weights(folder / "evaluation", trained.identity),
+            weights=functools.partial(tuned_weights, folder / "evaluation", trained.identity),
         )

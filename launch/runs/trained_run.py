@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -18,7 +18,7 @@ from retro_jax.sharding import MeshConfig
 from retro_jax.storage import files
 from retro_jax.train import trained_model
 from retro_jax.train.checkpoint import CHECKPOINTS, latest_step
-from retro_jax.train.record import CONFIG_FILE, PARENTS_FILE
+from retro_jax.train.record import CONFIG_FILE, PARENTS_FILE, changed_settings
 from retro_jax.train.warm_start import StartConfig
 
 
@@ -32,6 +32,7 @@ class Run:
       step: of the newest checkpoint. checkpoint: its identity, a hash.
       averaged: whether the moving average of the parameters is meant.
       base: the existing model whose weights its decoder has, where checkpoints do not; "" for none.
+      changed: settings that figures depend on, where bindings gave them another value than the run's.
     """
 
     directory: pathlib.Path
@@ -43,6 +44,7 @@ class Run:
     checkpoint: str
     averaged: bool = False
     base: str = ""
+    changed: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
 
     @property
     def chunks(self) -> int:
@@ -51,9 +53,8 @@ class Run:
 
     def identity(self) -> dict[str, Any]:
         """The facts that a result records about its run."""
-        return trained_model.identity_of(
-            self.directory, self.step, self.checkpoint, averaged=self.averaged
-        )
+        place = (self.directory, self.step, self.checkpoint)
+        return trained_model.identity_of(*place, averaged=self.averaged, changed=self.changed)
 
 
 def refuse_gin_file() -> None:
@@ -93,16 +94,20 @@ def open_run(
             f"{directory / CHECKPOINTS} has no checkpoint: expected a trained model (launch.train)"
         )
     configurables.load(str(directory / CONFIG_FILE), bindings)
+    model, batches = configurables.make(RetroConfig), configurables.make(BatchConfig)
+    # Figures depend on these too; the batches' other fields are of training, or settings of a result.
+    read = ("RetroConfig.", "DecoderForm.", "BatchConfig.neighbour_part")
     return Run(
         directory=directory,
-        model=configurables.make(RetroConfig),
+        model=model,
         execution=configurables.make(ExecutionConfig),
-        batches=configurables.make(BatchConfig),
+        batches=batches,
         mesh=configurables.make(MeshConfig),
         step=step,
         checkpoint=trained_model.checkpoint_digest(directory, step),
         averaged=averaged,
         base=configurables.make(StartConfig).base,
+        changed=changed_settings(directory, [model, batches], read) if bindings else {},
     )
 
 

@@ -11,6 +11,8 @@ expectation-maximisation, which has one optimum, as the loss is convex in each w
 """
 
 import dataclasses
+import functools
+import logging
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +21,8 @@ import numpy as np
 
 from retro_jax.errors import UserError
 from retro_jax.storage import files
+
+_logger = logging.getLogger(__name__)
 
 # The least length of each class of lengths, and the least agreement of each class of agreements.
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 11, 16, 24, 32)
@@ -96,24 +100,47 @@ def mixed_nll(model_nll: np.ndarray, votes: Votes, weights: np.ndarray) -> np.nd
     return -np.logaddexp(model, memory)
 
 
-def tuned_weights(folder: pathlib.Path, model: Mapping[str, Any]) -> np.ndarray:
+def tuned_weights(
+    folder: pathlib.Path,
+    model: Mapping[str, Any],
+    database: str | None = None,
+    neighbours: int | None = None,
+) -> np.ndarray:
     """The weights of the mixture of a model and its neighbours, of an earlier evaluation.
+
+    Of several those of the same database are taken, then those of as many neighbours, then the newest.
+    Where none is of the database, a warning says so.
 
     Args:
       folder: W/evaluation. model: the run's identity, as results record it.
+      database: the hash of the token memory's database. neighbours: of a chunk. None for any.
 
     Raises:
       UserError: there is none of this checkpoint.
     """
+    matches = []
     for path in sorted(folder.glob("*.json")):
         result = files.read_json(path)
         entry = result.get("tokens") if isinstance(result, dict) else None
         if isinstance(entry, dict) and entry.get("model") == model:
-            return np.array(entry["tokens"]["weights"])
-    raise UserError(
-        f"{folder} has no token mixture of this checkpoint: expected launch.evaluate --retrieval=tokens"
-        " before"
-    )
+            same = database in (None, entry["manifests"].get("token_memory"))
+            as_many = neighbours in (None, entry["settings"]["neighbours"])
+            matches.append(((same, as_many, path.stat().st_mtime_ns, path.name), path, entry))
+    if not matches:
+        raise UserError(
+            f"{folder} has no token mixture of this checkpoint: expected launch.evaluate"
+            " --retrieval=tokens before"
+        )
+    (same, *_), path, entry = max(matches, key=lambda match: match[0])
+    if not same:
+        _warn_once(f"{path}: the mixture was tuned with another revision of the database")
+    return np.array(entry["tokens"]["weights"])
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Warns; of the requests of a server the first one only."""
+    _logger.warning(message)
 
 
 def summary(model_nll: np.ndarray, votes: Votes, weights: np.ndarray) -> list[dict[str, Any]]:

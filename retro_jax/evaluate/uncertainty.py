@@ -124,8 +124,12 @@ def compare(pairs: Sequence[tuple[Mapping[str, Any], ScoredText]]) -> dict[str, 
     """
     (first, scored), (second, other) = pairs
     texts = [
-        (result["manifests"]["chunks"], result["settings"]["max_documents"])
-        for result in (first, second)
+        (
+            r["manifests"]["chunks"],
+            r["settings"]["max_documents"],
+            r["settings"].get("sample_chunks"),
+        )
+        for r in (first, second)
     ]
     if texts[0] != texts[1] or len(scored.bytes) != len(other.bytes):
         raise UserError("the two results are of other texts: expected one split, data and number")
@@ -139,6 +143,7 @@ def compare(pairs: Sequence[tuple[Mapping[str, Any], ScoredText]]) -> dict[str, 
     return {
         "models": [result["model"] for result, _ in pairs],
         "conditions": [result["condition"] for result, _ in pairs],
+        "nll": [result["nll"] for result, _ in pairs],
         "documents": len(size),
         "bytes": int(size.sum()),
         "bits_per_byte": values.tolist(),

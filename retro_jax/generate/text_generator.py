@@ -107,14 +107,15 @@ class TextGenerator:
         databases: LiveDatabases | None = None,
         neighbours: int = 2,
         name: str = "retro",
-        weights: Callable[[], np.ndarray] | None = None,
+        weights: Callable[[str, int], np.ndarray] | None = None,
     ) -> None:
         """Prepares the weights.
 
         Args:
           model: on one device. codec: its tokeniser. chunks: C, the trained length.
           databases: what it retrieves from. neighbours: K, as in training. name: of the model.
-          weights: reads those of a token memory's votes, which launch.evaluate tuned.
+          weights: reads those of a token memory's votes, which launch.evaluate tuned, for the hash of its
+            database and a number of neighbours.
 
         Raises:
           UserError: a form of decoder without a cache.
@@ -292,18 +293,18 @@ class TextGenerator:
         database = database or self.databases.newest()
         if choices.exclude:
             database = database.without(choices.exclude)
-        mixture = self._mixture(database) if choices.tokens else None
+        mixture = self._mixture(database, k) if choices.tokens else None
         return Lookup(database, k, stride=choices.stride, mixture=mixture)
 
-    def _mixture(self, database: LiveDatabase) -> Mixture:
-        """A database's token memory with its weights."""
+    def _mixture(self, database: LiveDatabase, k: int) -> Mixture:
+        """A database's token memory with its weights, of a model with k neighbours a chunk."""
         ask = database.votes()
         if ask is None or self._weights is None:
             raise UserError(
                 f"revision {database.revision} has no token memory: expected launch.evaluate"
                 " --retrieval=tokens before"
             )
-        return Mixture(ask, self._weights())
+        return Mixture(ask, self._weights(database.digest, k))
 
     def encode(self, text: str) -> list[int]:
         """bos and the tokens of a text."""

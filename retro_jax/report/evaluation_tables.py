@@ -302,7 +302,13 @@ def compared(by_overlap: Mapping[float, Mapping[str, Any]]) -> dict[str, Any]:
         for overlap in sorted(by_overlap)
     ]
     models = {name: result["model"] for name, result in last.items()}
-    return {"chunks": last_window(last), "models": models, "rows": rows}
+    facts = {"chunks": last_window(last), "models": models, "nll": losses_of(last)}
+    return {**facts, "rows": rows}
+
+
+def losses_of(results: Mapping[str, Any]) -> dict[str, str]:
+    """The file of each condition's losses: its name has a digest of all that they depend on."""
+    return {name: result["nll"] for name, result in results.items()}
 
 
 def last_window(results: Mapping[str, Any]) -> int:

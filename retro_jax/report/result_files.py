@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import io
+import logging
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,13 +13,16 @@ from retro_jax.evaluate import overlap, size_law
 from retro_jax.evaluate.scored_text import ScoredText
 from retro_jax.evaluate.uncertainty import compared_pairs, plain
 from retro_jax.report.cost_view import cost_chart, cost_table
-from retro_jax.report.evaluation_tables import curves
+from retro_jax.report.evaluation_tables import curves, losses_of
 from retro_jax.report.html import overlap_chart
 from retro_jax.report.line_chart import as_file
 from retro_jax.report.views import Table
 from retro_jax.storage import files
 
 EVALUATION, SAMPLES = "evaluation", "samples"  # folders of a workdir
+
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +54,31 @@ def revisions_file(folder: pathlib.Path, split: str) -> pathlib.Path:
     return folder / f"{split}-revisions.json"
 
 
+def read_figures(path: pathlib.Path, results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The figures of a file beside results, where they are of the same losses.
+
+    Args:
+      path: of figures by overlap of windows, by revision, or by overlap with the training data.
+      results: of launch.evaluate, by condition.
+
+    Returns:
+      None, with a warning, where they are of other results; None where there is no file.
+    """
+    if not path.is_file():
+        return None
+    figures = files.read_json(path)
+    nll = figures.get("nll")
+    same = figures["models"] == {name: result["model"] for name, result in results.items()}
+    if nll is not None:
+        same = nll == losses_of(results)
+    elif same:  # of a version that did not name the losses
+        bits = _bits(figures["rows"])
+        same = all(_close(bits[name], result["all"]) for name, result in results.items())
+    if not same:
+        _logger.warning("%s is of other results, and left out", path)
+    return figures if same else None
+
+
 def read_comparisons(folder: pathlib.Path, split: str, results: Mapping[str, Any]) -> list[Any]:
     """The files of launch.compare in W/evaluation of a split's results, and not of older ones."""
     comparisons = []
@@ -56,9 +86,37 @@ def read_comparisons(folder: pathlib.Path, split: str, results: Mapping[str, Any
         each = files.read_json(path)
         condition = each["conditions"][0]
         is_comparison = path.name.startswith(f"{split}-{condition}-against-") and "other" in each
-        if is_comparison and results.get(condition, {}).get("model") == each["models"][0]:
+        if is_comparison and condition in results and _is_first(each, results[condition]):
             comparisons.append(each)
     return comparisons
+
+
+def _is_first(comparison: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
+    """Whether a result is the first of a comparison's two."""
+    if "nll" in comparison:
+        return comparison["nll"][0] == result["nll"]
+    scored = result["all"]  # of a version that did not name the losses
+    same = all(comparison[name] == scored[name] for name in ("documents", "bytes"))
+    same &= _close(comparison["bits_per_byte"][0], scored)
+    return same and comparison["models"][0] == result["model"]
+
+
+def _bits(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Bits per byte by condition of the row that is of the results themselves."""
+    row = next(
+        (row for row in rows if (row.get("corpus"), row.get("at_most")) == ("", 1.0)), rows[-1]
+    )
+    if "figures" in row:
+        return {name: each["bits_per_byte"] for name, each in row["figures"].items()}
+    return {name: each["value"] for name, each in row["bits_per_byte"].items()}
+
+
+def _close(bits: float | None, scored: Mapping[str, Any]) -> bool:
+    """Whether bits per byte are those of a result, but for the order of the sum."""
+    other = scored["bits_per_byte"]
+    if bits is None or other is None:
+        return bits is other
+    return math.isclose(bits, other, rel_tol=1e-9)
 
 
 def write_costs(folder: pathlib.Path, split: str, results: Mapping[str, Any]) -> Table | None:
@@ -101,6 +159,7 @@ def write_overlap(
         "interval": "95%, percentiles of 1,000 bootstrap resamples of the documents",
         "manifests": {kind: scored.source[kind] for kind in ("chunks", "neighbours")},
         "models": dict(models),
+        "nll": {name: each["nll"] for name, each in scored.source["conditions"].items()},
         "rows": rows,
     }
     files.write_atomically(paths.json, files.to_json(contents))

@@ -75,6 +75,26 @@ def read_settings(text: str, cls: type[T]) -> T:
     return cls(**values)
 
 
+def changed_settings(
+    directory: pathlib.Path, configs: Iterable[Any], names: tuple[str, ...]
+) -> dict[str, str | None]:
+    """The settings that differ from those recorded of a run: {"Class.field": "value"}.
+
+    Args:
+      directory: of the run. configs: dataclasses, which may have other values than config.gin has.
+      names: what the settings' names begin with; others are left out.
+
+    Returns:
+      None as the value of a setting that is left out now, as a form at its default is.
+    """
+    configs = list(configs)
+    text = (directory / CONFIG_FILE).read_text(encoding="utf-8")
+    old = parse_settings(settings_text(read_settings(text, type(each)) for each in configs))
+    new = parse_settings(settings_text(configs))
+    changed = {n: new.get(n) for n in sorted(old | new) if old.get(n) != new.get(n)}
+    return {name: value for name, value in changed.items() if name.startswith(names)}
+
+
 def default_settings(configs: Iterable[Any]) -> dict[str, str]:
     """The defaults of some dataclasses' fields, as `settings_text` writes them."""
     defaults: dict[str, str] = {}

@@ -67,10 +67,24 @@ def checkpoint_digest(folder: pathlib.Path, step: int) -> str:
     return hashlib.sha256(seal.read_bytes() if seal.is_file() else b"").hexdigest()
 
 
-def identity_of(folder: pathlib.Path, step: int, digest: str, *, averaged: bool) -> dict[str, Any]:
-    """The facts that a result records about a run's checkpoint."""
-    facts = {"run": folder.name, "step": step, "checkpoint": digest}
-    return facts | ({"averaged": True} if averaged else {})
+def identity_of(
+    folder: pathlib.Path,
+    step: int,
+    digest: str,
+    *,
+    averaged: bool,
+    changed: Mapping[str, str | None] | None = None,
+) -> dict[str, Any]:
+    """The facts that a result records about a run's checkpoint, by which it is found again.
+
+    Args:
+      folder: of the run. step: of the checkpoint. digest: its hash.
+      averaged: whether the moving average is meant.
+      changed: settings of the model that are not those it was trained with (record.changed_settings).
+    """
+    facts: dict[str, Any] = {"run": folder.name, "step": step, "checkpoint": digest}
+    facts |= {"averaged": True} if averaged else {}
+    return facts | ({"changed": dict(changed)} if changed else {})
 
 
 def load_model(

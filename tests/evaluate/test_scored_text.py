@@ -112,6 +112,9 @@ def test_two_results_are_compared_by_their_sums_alone():
     fewer = RESULTS["off"] | {"settings": {"max_documents": 2}}
     with pytest.raises(UserError, match="are of other texts: expected one split, data and number"):
         compare([(RESULTS["on"], first), (fewer, other)])
+    sample = RESULTS["off"] | {"settings": {"max_documents": None, "sample_chunks": 4}}
+    with pytest.raises(UserError, match="are of other texts"):
+        compare([(RESULTS["on"], first), (sample, other)])
     short = dataclasses.replace(other, bytes=other.bytes[:2])
     with pytest.raises(UserError, match="are of other texts"):
         compare([(RESULTS["on"], first), (RESULTS["off"], short)])

@@ -1,10 +1,20 @@
 """The mixture of a model with votes: its sum, its optimum, and its caution."""
 
+import json
+import os
+
 import numpy as np
 import pytest
 
 from retro_jax.errors import UserError
-from retro_jax.evaluate.token_mixture import Votes, mixed_nll, num_classes, summary, tune_weights
+from retro_jax.evaluate.token_mixture import (
+    Votes,
+    mixed_nll,
+    num_classes,
+    summary,
+    tune_weights,
+    tuned_weights,
+)
 
 
 def _votes(rng: np.random.Generator, n: int, shares: np.ndarray) -> Votes:
@@ -76,3 +86,35 @@ def test_weights_of_another_version_are_refused():
     none = np.zeros(1)
     with pytest.raises(UserError, match="has 3 weights: expected"):
         mixed_nll(none, Votes(none, none, none, none), np.zeros(3))
+
+
+def test_weights_are_those_of_the_database_then_of_k_then_the_newest(tmp_path, caplog):
+    model = {"run": "retro", "step": 6}
+
+    def write(name: str, weight: float, database: str, k: int, time: int, of=model) -> None:
+        tokens = {
+            "model": of,
+            "manifests": {"token_memory": database},
+            "settings": {"neighbours": k},
+        }
+        tokens["tokens"] = {"weights": [weight]}
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({"tokens": tokens}))
+        os.utime(path, (time, time))
+
+    def found(database: str, k: int) -> float:
+        return float(tuned_weights(tmp_path, model, database, k)[0])
+
+    (tmp_path / "test-tokens-000006-x.json").write_text(json.dumps({"tokens": {"weights": [9.0]}}))
+    with pytest.raises(UserError, match="has no token mixture of this checkpoint"):
+        found("new", 2)
+    write("a", 0.1, "old", 2, time=50)
+    write("b", 0.2, "new", 4, time=40)
+    write("c", 0.3, "new", 2, time=20)
+    write("d", 0.4, "new", 2, time=10)
+    write("e", 0.5, "new", 2, time=60, of={"run": "baseline"})
+    assert (found("new", 2), found("new", 4), found("new", 7)) == (0.3, 0.2, 0.2)
+    assert tuned_weights(tmp_path, model).tolist() == [0.1]
+    assert not caplog.messages
+    assert [found("newest", 2), found("newest", 2)] == [0.1, 0.1]
+    assert len(caplog.messages) == 1 and "was tuned with another revision" in caplog.text

@@ -195,6 +195,11 @@ def test_overlap_gives_context_and_so_changes_scores_but_not_what_is_counted(
     )
     assert call(report.main, *trained) == 0
     assert "By overlap of windows" in (workdir / "report.html").read_text(encoding="utf-8")
+    assert (
+        call(evaluate.main, *trained, "--retrieval=off") == 0
+    )  # of half a window: not in the table
+    assert call(report.main, *trained) == 0
+    assert "By overlap of windows" not in (workdir / "report.html").read_text(encoding="utf-8")
     assert call(evaluate.main, *trained) == 0  # the summary again
 
 
@@ -215,12 +220,20 @@ def test_neighbours_of_a_split_are_what_the_retriever_finds(prepared_workdir: pa
         (evaluate.main, ["--retrieval="], 2, "expected some of on, off, random, oracle"),
         (evaluate.main, ["--stride_chunks=5"], 2, "--stride_chunks=5: expected at most 4"),
         (evaluate.main, ["--overlap=0.8"], 2, "--overlap=0.8: expected a share of 4 chunks"),
-        (evaluate.main, ["--overlap=0,x"], 2, "--overlap=x: expected shares from 0 to 1"),
+        (evaluate.main, ["--overlap=0,x"], 2, "--overlap=x: expected numbers from 0 to 1"),
         (evaluate.main, ["--overlap=1"], 2, "--overlap=1: expected a share of 4 chunks"),
         (evaluate.main, ["--overlap=0.5", "--stride_chunks=2"], 2, "expected one of them"),
         (evaluate.main, ["--sweep=1,x"], 2, "--sweep=x: expected whole numbers from 1"),
         (evaluate.main, ["--sweep=1.5"], 2, "--sweep=1.5: expected whole numbers from 1"),
         (evaluate.main, ["--database_shares=2"], 2, "--database_shares=2: expected numbers from 0"),
+        (
+            evaluate.main,
+            ["--database_shares=0.5,0.5000001"],
+            2,
+            "--database_shares=0.5000001: expected other digits than 0.5",
+        ),
+        (evaluate.main, ["--credit=nan"], 2, "--credit=nan: expected a number"),
+        (sample.main, ["--prompt=x", "--top_p=nan"], 2, "--top_p=nan: expected a number"),
         (
             evaluate.main,
             ["--split=train", "--database_shares=0.1"],
@@ -362,6 +375,17 @@ def test_the_report_shows_all_of_it(
     assert "import json" in page
     document = sampled["samples"][0]["chunks"][0]["neighbours"][0]["document"]
     assert document in page
+
+
+def test_the_report_of_a_sample_has_its_chunks(
+    evaluated: dict, trained: list[str], workdir: pathlib.Path, capsys
+):
+    assert call(evaluate.main, *trained, "--sample_chunks=40") == 0
+    assert call(report.main, *trained) == 0
+    page = (workdir / "report.html").read_text(encoding="utf-8")
+    assert "Largest gain" in page and "on a part of the test split" in page
+    assert "no parts by chunk" not in capsys.readouterr().out
+    assert call(evaluate.main, *trained) == 0  # the summary again
 
 
 def test_two_models_are_compared_document_by_document(

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from retro_jax.config import PRESETS, DecoderForm
 from retro_jax.errors import UserError
 from retro_jax.train import record
 
@@ -136,3 +137,19 @@ def test_parents_are_those_of_a_run_that_has_begun(tmp_path):
     assert record.recorded_parents(tmp_path) is None
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     assert record.recorded_parents(tmp_path) == _PARENTS
+
+
+def test_changed_settings_are_those_of_other_values(tmp_path):
+    plain = PRESETS["172m"]
+    formed = dataclasses.replace(plain, form=DecoderForm(norm="layer"), norm_epsilon=1e-3)
+    (tmp_path / "config.gin").write_text(record.settings_text([plain]))
+    names = ("RetroConfig.", "DecoderForm.norm")
+    assert record.changed_settings(tmp_path, [plain], names) == {}
+    assert record.changed_settings(tmp_path, [formed], names) == {
+        "DecoderForm.norm": "'layer'",
+        "RetroConfig.form": "@DecoderForm()",
+        "RetroConfig.norm_epsilon": "0.001",
+    }
+    (tmp_path / "config.gin").write_text(record.settings_text([formed]))
+    found = record.changed_settings(tmp_path, [plain], ("DecoderForm.norm", "RetroConfig.form"))
+    assert found == {"DecoderForm.norm": None, "RetroConfig.form": None}

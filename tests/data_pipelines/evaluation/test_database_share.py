@@ -1,11 +1,14 @@
 """After an update no condition of evaluation retrieves a removed document, or the query's own."""
 
+import dataclasses
+import shutil
 import types
 
 import numpy as np
 import pytest
 
 from data_pipelines.evaluation.database_share import kept_chunks, subsampled
+from data_pipelines.evaluation.neighbour_choice import random_neighbours
 from data_pipelines.evaluation.splits import open_split
 from data_pipelines.retriever import publishing, revisions
 from data_pipelines.retriever.index_build import prepare_index
@@ -98,3 +101,19 @@ def test_places_among_what_is_left_are_its_chunks(split):
     assert documents.tolist() == [[-1, 0], [19, -1]]
     gone = np.flatnonzero(np.isin(owners, REMOVED))
     assert (database.live_documents(gone) == -1).all()
+
+
+def test_shares_that_differ_in_later_digits_have_files_of_their_own(workdir, split, tmp_path):
+    for share in (0.5, 0.5000001, 1, 1.0):
+        subsampled(split, share, K, folder=tmp_path, data=workdir)
+    names = sorted(path.name.split("-")[2] for path in tmp_path.glob("neighbours-*.npy"))
+    assert names == ["0.5", "0.5000001", "1.0"]
+
+
+def test_random_neighbours_of_an_emptied_database_are_padding(workdir, split, tmp_path):
+    shutil.copytree(workdir, tmp_path / "W")
+    publishing.publish(tmp_path / "W", 2, range(20))
+    emptied = dataclasses.replace(split, retrieval=revisions.open_database(tmp_path / "W"))
+    found = random_neighbours(emptied, 3)(np.append(split.ids, -1))
+    assert found.shape == (len(split.ids) + 1, 3, 128)
+    assert (found == split.database.pad_id).all()

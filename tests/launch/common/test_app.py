@@ -12,6 +12,7 @@ from launch.common import app
 from retro_jax.errors import UserError
 
 _COUNT = flags.DEFINE_integer("app_test_count", 3, "How many.")
+_SHARE = flags.DEFINE_float("app_test_share", None, "How much.", lower_bound=0, upper_bound=1)
 _NAMES = flags.DEFINE_multi_string("app_test_names", [], "Which.")
 
 
@@ -139,3 +140,9 @@ def test_a_program_exits_with_the_status():
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: bad thing\n")
+
+
+def test_a_number_that_is_none_is_refused_whatever_the_bounds(capsys):
+    assert app.execute(lambda: None, ["program", "--app_test_share=nan"]) == 2
+    assert capsys.readouterr().err == "error: --app_test_share=nan: expected a number\n"
+    assert app.execute(lambda: None, ["program", "--app_test_share=0.5"]) == 0

@@ -1,5 +1,6 @@
 """Evaluate under every condition, on slices that it prepares itself, and interrupted."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -15,6 +16,10 @@ from data_pipelines.retriever.datastore import search_datastore
 from data_pipelines.retriever.neighbour_table import NeighbourTable
 from data_pipelines.retriever.retriever import Retriever
 from launch import evaluate, report
+from launch.evaluation.conditions import Condition
+from launch.evaluation.knn import KnnScoring
+from launch.evaluation.settings import KnnSettings
+from launch.runs import trained_run
 from retro_jax.evaluate import score, scorer
 from tests.launch.trained import call
 
@@ -91,6 +96,55 @@ def test_knn_lm_looks_up_the_training_text(
         assert by_token["all"]["nats"] < baseline["all"]["nats"]
     else:
         assert by_token["all"]["nats"] == pytest.approx(baseline["all"]["nats"])
+
+
+def test_activations_are_named_by_all_that_they_depend_on(
+    trained: list[str], workdir: pathlib.Path, prepared_workdir: pathlib.Path, tmp_path
+):
+    run = trained_run.open_run(workdir / "retro")
+    split = open_split(prepared_workdir, "validation", neighbours=2)
+
+    def name(run=run, split=split, neighbours=2, **windows) -> str:
+        cut = score.WindowConfig(**{"chunks": 4, "stride": 2, "batch_size": 8} | windows)
+        condition = Condition("on+knn", run, neighbours, "knn")
+        place = {"data": prepared_workdir, "folder": tmp_path}
+        return KnnScoring(condition, cut, KnnSettings(), scorer.Scorer(), **place).digest(split)
+
+    def with_part(**fields) -> str:
+        parts = {n: dataclasses.replace(getattr(run, n), **{f: v}) for n, (f, v) in fields.items()}
+        return name(dataclasses.replace(run, **parts))
+
+    assert name() == name(batch_size=3)
+    assert run.batches.neighbour_part == "both"
+    others = [
+        name(chunks=2),
+        name(stride=1),
+        name(neighbours=1),
+        name(split=dataclasses.replace(split, ids=split.ids[:5])),
+        name(split=open_split(prepared_workdir, "test", neighbours=2)),
+        name(dataclasses.replace(run, averaged=True)),
+        name(trained_run.open_run(workdir / "retro", ["RetroConfig.activation = 'relu'"])),
+        with_part(execution=("activation_dtype", "bfloat16")),
+        with_part(batches=("neighbour_part", "chunk")),
+    ]
+    assert len({name(), *others}) == 1 + len(others)
+
+
+def test_a_datastore_of_other_windows_is_another(
+    trained: list[str], workdir: pathlib.Path, tmp_path
+):
+    """Before, the activations of the first evaluation were searched with those of the second."""
+    shutil.copytree(workdir, tmp_path / "W", ignore=shutil.ignore_patterns("evaluation"))
+    where = [f"--workdir={tmp_path / 'W'}", trained[1], "--retrieval=off", "--max_documents=1"]
+    where += ["--split=validation", "--knn", "--knn_neighbours=4", "--knn_tokens=640"]
+    folder, alone, found = tmp_path / "W" / "evaluation", ["--window_chunks=1"], []
+    for more in ([], alone):
+        assert call(evaluate.main, *where, *more) == 0
+        found.append(json.loads((folder / "validation.json").read_text())["knn"]["all"])
+        assert len(list(folder.glob("knn-keys-*.npy"))) == len(found)
+    shutil.rmtree(folder)
+    assert call(evaluate.main, *where, *alone) == 0
+    assert json.loads((folder / "validation.json").read_text())["knn"]["all"] == found[1]
 
 
 def test_knn_lm_of_an_updated_database_has_no_removed_document(

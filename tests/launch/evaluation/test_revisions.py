@@ -99,6 +99,20 @@ def test_revisions_are_shown_in_every_form(found: dict, places: list[str], capsy
     assert title in (folder / report.FILE).read_text(encoding="utf-8")
 
 
+def test_the_report_of_an_earlier_revision_is_without_parts_by_chunk(
+    found: dict, places: list[str], capsys
+):
+    """The data has the tables of the newest revision: the page's chunks would be of other neighbours."""
+    folder = pathlib.Path(places[0].partition("=")[2])
+    for revisions_of, shown in (("1", False), ("0,1,2,3", True)):
+        assert call(evaluate.main, *places, f"--revisions={revisions_of}") == 0
+        capsys.readouterr()
+        assert call(report.main, *places[:2], "--split=mine") == 0
+        assert ("no parts by chunk: " in capsys.readouterr().out) != shown
+        page = (folder / report.FILE).read_text(encoding="utf-8")
+        assert ("Largest gain" in page) == shown
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

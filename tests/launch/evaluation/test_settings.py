@@ -8,6 +8,7 @@ from absl import flags
 from launch import evaluate
 from launch.common import app
 from launch.evaluation.settings import EvaluationSettings
+from launch.evaluation.slices import wanted_slices
 
 FLAGS = """
     averaged batch_size bert_folder coordinator_address data database_shares knn knn_exact knn_neighbours
@@ -41,3 +42,32 @@ def test_windows_that_leave_chunks_out_are_refused(settings: dict):
 def test_help_lists_the_flags_of_every_part():
     listed = re.findall(r"^  --(?:\[no\])?(\w+)", app.usage(evaluate.main), re.MULTILINE)
     assert set(FLAGS.split()) <= set(listed)
+
+
+@pytest.mark.parametrize(
+    ("values", "paths", "message"),
+    [
+        (["test"], ["test=x"], "--slices=test: expected another name than a split's"),
+        (["own", "train"], [], "--slices=train: expected another name"),
+        (
+            ["pile", "pile:github"],
+            [],
+            "--slices=pile and a subset of it: expected one or the other",
+        ),
+        (["pile:github", "pile"], [], "--slices=pile and a subset of it"),
+        (["pile:"], [], "--slices=pile:: expected a name, or pile: and a subset of it"),
+        (["own"], ["own=1.jsonl", "own=2.jsonl"], "own=2.jsonl: own is 1.jsonl, expected one path"),
+    ],
+)
+def test_slices_that_would_be_read_as_others_are_refused(values, paths, message):
+    with pytest.raises(flags.Error, match=message):
+        wanted_slices(values, paths, None, False)
+
+
+def test_subsets_of_a_slice_are_prepared_together():
+    values = ["pile:github", "own", "pile:arxiv", "own"]
+    found = wanted_slices(values, ["own=1.jsonl", "own=1.jsonl"], 3, False)
+    assert [(each.key, each.path) for each in found] == [
+        ("pile-arxiv-github-first3", None),
+        ("own-first3", "1.jsonl"),
+    ]

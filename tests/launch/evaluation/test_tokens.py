@@ -150,8 +150,6 @@ def test_credit_names_documents_that_launch_prepare_can_remove(
     on, tokens = (_results(places)[name]["all"]["nats"] for name in ("on", "tokens"))
     votes = sum(float(line.rpartition(",")[2]) for line in lines)
     assert votes > (on - tokens) / np.log(2)  # wrong votes are nobody's cost
-    assert call(evaluate.main, *places, "--retrieval=random", "--credit=0.5") == 1
-    assert "--credit: expected --retrieval=on,off" in capsys.readouterr().err
 
 
 def test_a_removed_document_does_not_vote(mixed: dict, places: list[str], tmp_path):
@@ -167,7 +165,21 @@ def test_a_removed_document_does_not_vote(mixed: dict, places: list[str], tmp_pa
         assert not database.is_removed(memory.match(chunk[:6], most_votes=0).documents).any()
 
 
-def test_the_database_itself_is_refused(mixed: dict, places: list[str], capsys):
-    flags = ["--split=train", "--retrieval=tokens", "--max_documents=1"]
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--split=train", "--retrieval=on,tokens"],
+            "of the training split itself, whose own docu",
+        ),
+        (["--retrieval=random", "--credit=0.5"], "--credit: expected --retrieval=on,off"),
+        (["--retrieval=off", "--credit=0.5"], "--credit: expected --retrieval=on,off"),
+        (["--retrieval=on", "--knn", "--num_neighbours=5"], "looks up the training split, but"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_any_scoring(
+    places: list[str], flags, message, monkeypatch, capsys
+):
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: pytest.fail("scored"))
     assert call(evaluate.main, *places, *flags) == 1
-    assert "of the training split itself, whose own documents would vote" in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -1,0 +1,91 @@
+"""Figures in files beside results: shown with the results that they are of, and with no others."""
+
+import copy
+import json
+
+import pytest
+
+from retro_jax.report.evaluation_tables import compared, losses_of
+from retro_jax.report.result_files import read_comparisons, read_figures, windows_file
+
+MODEL = {"run": "retro", "step": 6, "checkpoint": "c"}
+
+
+def _results(digest: str, bits: float = 2.0) -> dict:
+    scored = {"tokens": 9, "nats": 7 * bits, "bits_per_byte": bits, "word_perplexity": 3.0}
+    scored |= {"documents": 2, "bytes": 10}
+    settings = {"window_chunks": 4}
+    return {
+        name: {
+            "nll": f"test-{name}-{digest}.npy",
+            "model": MODEL,
+            "all": scored,
+            "settings": settings,
+        }
+        for name in ("on", "off")
+    }
+
+
+def _revisions(results: dict) -> dict:
+    rows = [
+        {
+            "revision": r,
+            "bits_per_byte": {n: {"value": x["all"]["bits_per_byte"]} for n, x in s.items()},
+        }
+        for r, s in enumerate((_results("0", 1.5), results))
+    ]
+    models = {name: each["model"] for name, each in results.items()}
+    return {"models": models, "nll": losses_of(results), "rows": rows}
+
+
+def _by_overlap(results: dict) -> dict:
+    at_last = _revisions(results)
+    figures = at_last["rows"][-1]["bits_per_byte"]
+    none = {name: {"value": None} for name in figures}
+    rows = [("", 1.0, figures), ("", 0.5, none), ("a", 1.0, none)]
+    return at_last | {
+        "rows": [dict(zip(("corpus", "at_most", "bits_per_byte"), row)) for row in rows]
+    }
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize(
+    "make", [lambda r: compared({0.0: _results("1", 1.0), 0.5: r}), _revisions, _by_overlap]
+)
+def test_figures_of_other_results_are_left_out(tmp_path, caplog, make, old):
+    figures = make(_results("1"))
+    if old:  # of a version that did not name the losses
+        del figures["nll"]
+    path = windows_file(tmp_path, "test")
+    assert read_figures(path, _results("1")) is None  # there is no file
+    path.write_text(json.dumps(figures))
+    assert read_figures(path, _results("1")) == figures
+    assert not caplog.messages
+    others = [_results("2", 2.1), {"on": _results("1")["on"]}]
+    if not old:
+        others.append(_results("2"))  # by its digest alone
+    for other in others:
+        assert read_figures(path, other) is None
+    assert caplog.messages == [f"{path} is of other results, and left out"] * len(others)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_comparisons_of_other_results_are_left_out(tmp_path, old):
+    result = _results("1")["on"]
+    comparison = {
+        "other": "V",
+        "conditions": ["on", "off"],
+        "models": [MODEL, MODEL],
+        "nll": [result["nll"], "test-off-x.npy"],
+        "documents": 2,
+        "bytes": 10,
+        "bits_per_byte": [2.0, 2.5],
+    }
+    if old:
+        del comparison["nll"]
+    (tmp_path / "test-on-against-V-off.json").write_text(json.dumps(comparison))
+    assert read_comparisons(tmp_path, "test", _results("1")) == [comparison]
+    fewer = copy.deepcopy(_results("2"))
+    fewer["on"]["all"]["documents"] = 1
+    for other in (_results("2", 2.1), fewer, {"off": _results("1")["off"]}):
+        assert read_comparisons(tmp_path, "test", other) == []
