@@ -21,6 +21,7 @@ from retro_jax.errors import UserError
 INSTALL = "expected `pip install retro-jax[fit]`"
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _ALIGNMENT = 32
+_DEEPEST = 16  # arrays within arrays: no file has two, and deep ones would end the recursion
 # By the type's number: struct's letter, for types of a fixed size.
 _NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
@@ -108,8 +109,8 @@ class _Reader:
         except UnicodeDecodeError:
             return raw.decode(errors="replace")
 
-    def value(self, kind: int) -> Any:
-        """A value of a type's number."""
+    def value(self, kind: int, depth: int = 0) -> Any:
+        """A value of a type's number, within so many arrays."""
         if kind in _NUMBERS:
             return self.number(_NUMBERS[kind])
         if kind == _STRING:
@@ -117,10 +118,10 @@ class _Reader:
         if kind != _ARRAY:
             raise self.damaged(f"a value of type {kind}")
         inner, count = self.number("I"), self.number("Q")
-        if inner == _ARRAY:  # nobody writes them, and deep ones would end the recursion
-            raise self.damaged("an array of arrays")
+        if depth == _DEEPEST:
+            raise self.damaged(f"more than {_DEEPEST} arrays within each other")
         if inner not in _NUMBERS:
-            return [self.value(inner) for _ in range(count)]
+            return [self.value(inner, depth + 1) for _ in range(count)]
         dtype = np.dtype(_NUMBERS[inner]).newbyteorder("<")
         return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
 
