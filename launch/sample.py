@@ -166,8 +166,10 @@ def main() -> None:
     }
     if writer.data is not None and writer.neighbours:
         request |= retrieval.identity(writer.data)
-    if MIXTURE.value:
+    mixture = _mixture(writer)
+    if mixture is not None:
         request["token_memory"] = list(_memory(writer, MIXTURE).hashes)
+        request["mixture"] = hashlib.sha256(mixture.weights.tobytes()).hexdigest()
     digest = hashlib.sha256(files.to_json(request)).hexdigest()[:_ID_DIGITS]
     path = None
     if app.WORKDIR.value is not None:
@@ -176,7 +178,8 @@ def main() -> None:
         result = files.read_json(path)
     else:
         texts = [prompt for prompt in prompts for _ in range(NUM_SAMPLES.value)]
-        result = request | make_samples(writer, retrieval, sampling=sampling, prompts=texts)
+        made = make_samples(writer, retrieval, mixture, sampling=sampling, prompts=texts)
+        result = request | made
         if path is not None:
             with files.writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -325,7 +328,12 @@ def _page(model: Retro, writer: _Writer, samples: Sequence[Sample], retrieve: Lo
 
 
 def make_samples(
-    writer: _Writer, retrieval: LiveSettings, *, sampling: SamplingConfig, prompts: Sequence[str]
+    writer: _Writer,
+    retrieval: LiveSettings,
+    mixture: Mixture | None,
+    *,
+    sampling: SamplingConfig,
+    prompts: Sequence[str],
 ) -> dict[str, Any]:
     """A sample of each prompt, with the neighbours of each chunk, as JSON takes it."""
     tokenizer, source, retrieve = writer.tokenizer, None, None
@@ -346,7 +354,7 @@ def make_samples(
             stride=retrieval.stride if retrieve is not None else None,
             drafts=DRAFTS.value != "off",
             look_up=_look_up(writer),
-            mixture=_mixture(writer),
+            mixture=mixture,
         ),
     )
     samples: list[Sample] = []

@@ -20,6 +20,7 @@ from data_pipelines.retriever.retriever import Retriever
 from launch import compare, evaluate, report, sample
 from launch.runs import trained_run
 from retro_jax.evaluate import score
+from retro_jax.evaluate.token_mixture import num_classes
 from tests.conftest_prepared import SLICE
 from tests.launch.test_tutorial import ONE_MACHINE
 from tests.launch.trained import TINY, call
@@ -314,6 +315,17 @@ def test_the_same_request_is_read_and_shown_again(
     assert "sample 2 of 2" in shown
     assert "import json" in shown
     assert "● " + sampled["samples"][0]["chunks"][0]["neighbours"][0]["document"] in shown
+
+
+def test_other_weights_of_the_mixture_are_another_sample(trained, workdir, monkeypatch):
+    """A sample of weights that were tuned again since would be shown as one of these."""
+    before = set(workdir.glob("samples/*.json"))
+    for weight in (0.0, 0.5, 0.5):
+        weights = np.full(num_classes(), weight)
+        monkeypatch.setattr(sample, "tuned_weights", lambda *_, weights=weights: weights)
+        asked = ["--prompt=A", "--retrieval=off", "--max_tokens=2", "--token_memory"]
+        assert call(sample.main, *trained, *asked) == 0
+    assert len(set(workdir.glob("samples/*.json")) - before) == 2
 
 
 def test_a_page_shows_what_retrieval_changed_in_them(sampled: dict, workdir: pathlib.Path):
