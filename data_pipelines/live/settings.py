@@ -78,11 +78,15 @@ class LiveSettings:
         """
         if self.file:
             return FixedNeighbours.open(self.file, tokenizer, k)
+        pairs = [parse_source(text) for text in self.more]
+        places = [pathlib.Path(place).resolve() for place in (data, *(place for place, _ in pairs))]
+        for number, (place, _) in enumerate(pairs, 1):
+            if places[number] in places[:number]:
+                raise UserError(f"database {place!r} is searched already: expected each once")
         first = LiveDatabase.open(data, self.revision, model=self.bert_folder, part=part)
         first = first.without(self.exclude) if self.exclude else first
         if not self.more:
             return first
-        pairs = [parse_source(text) for text in self.more]
         others = [LiveDatabase.open(place, part=part) for place, _ in pairs]
         return SeveralDatabases([first, *others], [0, *(claim for _, claim in pairs)], k)
 

@@ -171,3 +171,12 @@ def test_a_token_memory_gives_drafts_and_votes(tmp_path):
     assert length == 2 and sorted(votes.tolist()) == [4, 4, 7]
     excluding = MemoryDrafts(memory, np.array([0, 1]))
     assert excluding(np.array([10, 11]), 1)[1].tolist() == [7]
+
+
+@pytest.mark.parametrize("more", [("V", "V=2"), ("W/../V", "V"), ("W",), ("V", "./W")])
+def test_a_database_is_searched_once(more, tmp_path, monkeypatch):
+    """Twice its neighbours would take the places of others."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "W").mkdir()
+    with pytest.raises(UserError, match="is searched already: expected each once"):
+        LiveSettings(more=more).open("W", Letters(), 2)
