@@ -25,6 +25,7 @@ from retro_jax.report.tables import as_markdown, interval
 from retro_jax.storage import files
 from retro_jax.train.bucket_workdir import brought
 
+WITHOUT_SETTINGS = True
 OTHER = flags.DEFINE_string(
     "other", None, "The workdir of the other model; may be the same, or in a bucket."
 )

@@ -14,6 +14,7 @@ from absl import flags
 from launch.common import app
 from retro_jax import installation
 
+WITHOUT_SETTINGS = True
 NEEDED = flags.DEFINE_list("extras", [], "Extras that must be whole, as in data,cuda.")
 
 

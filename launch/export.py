@@ -25,6 +25,7 @@ from retro_jax.storage import files
 from retro_jax.train.portable import save_portable
 from retro_jax.train.trained_model import open_trained
 
+WITHOUT_SETTINGS = True
 WHAT = flags.DEFINE_enum(
     "what", None, ["chunks", "neighbours", "scores", "model"], "What is written."
 )

@@ -58,6 +58,7 @@ from retro_jax.storage import files
 from retro_jax.storage.files import read_array
 from retro_jax.train.curves import METRICS_FILE, read_curve
 
+WITHOUT_SETTINGS = True
 TITLE = flags.DEFINE_string("title", "RETRO: a report", "The page's heading.")
 
 FILE = "report.html"
@@ -68,7 +69,6 @@ _SHOWN_CORPORA, _SHOWN_SAMPLES = 4, 6
 def main() -> None:
     """Writes the page."""
     workdir, data = workdirs.open_to_read(DATA)
-    trained_run.refuse_gin_file()
     folder = workdir / EVALUATION
     path = folder / f"{SPLIT.value}.json"
     if not path.is_file():

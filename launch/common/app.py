@@ -43,8 +43,8 @@ _places: dict[str, str] = {}  # what folders of this host are called in errors
 _who: list[str] = []  # this process's name, where several make one run
 
 # Flags that every entry point may use. --help shows them, the module's own, and those of the
-# modules that it names in HELP_ALSO.
-_SHARED_MODULES = ("launch.common.configurables", "launch.common.app")
+# modules that it names in HELP_ALSO. A command that is WITHOUT_SETTINGS knows none of gin's.
+_SHARED_MODULES = ("launch.common.app", "launch.common.configurables")
 _HELP = ("--help", "-help", "-h", "--helpshort", "--helpfull")
 
 
@@ -121,7 +121,8 @@ def _names(main: Callable[[], None]) -> list[str]:
     module = sys.modules[main.__module__]
     local, also = _held(module), getattr(module, "HELP_ALSO", ())
     by_module = flags.FLAGS.flags_by_module_dict()
-    shared = {flag.name for name in _SHARED_MODULES for flag in by_module.get(name, [])}
+    modules = _SHARED_MODULES[: 1 if getattr(module, "WITHOUT_SETTINGS", False) else 2]
+    shared = {flag.name for name in modules for flag in by_module.get(name, [])}
     shared |= {flag for name in also for flag in _held(sys.modules[name])}
     return [*sorted(local), *sorted(shared - local)]
 

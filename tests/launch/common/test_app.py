@@ -8,6 +8,7 @@ import sys
 import pytest
 from absl import flags
 
+from launch import compare, doctor, export, report
 from launch.common import app
 from retro_jax.errors import UserError
 
@@ -86,6 +87,16 @@ def test_flags_of_other_commands_are_unknown(capsys):
     assert capsys.readouterr().err == "error: Unknown command line flag 'skip_bad_documents'\n"
     assert app.execute(lambda: pytest.fail("main ran"), ["program", "--skip_bad_document"]) == 2
     assert "Did you mean" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [compare, doctor, export, report])
+@pytest.mark.parametrize(
+    "argument", ["--gin_file=x.gin", "--gin_bindings=a.b = 1", "--print_config"]
+)
+def test_settings_that_a_command_would_ignore_are_unknown(command, argument, capsys):
+    assert app.execute(command.main, ["command", argument]) == 2
+    flag = argument.partition("=")[0].lstrip("-")
+    assert capsys.readouterr().err == f"error: Unknown command line flag '{flag}'\n"
 
 
 def test_flags_are_themselves_again_after_a_run():
