@@ -62,7 +62,7 @@ from retro_jax.report.trace_page import trace_page
 from retro_jax.report.trace_value import traced_text
 from retro_jax.report.views import NeighbourSource, NeighbourView
 from retro_jax.retrofit import open_base
-from retro_jax.retrofit.decoder import decoder_config, load_decoder
+from retro_jax.retrofit.decoder import base_settings, decoder_config, load_decoder
 from retro_jax.storage import files
 
 PROMPT = flags.DEFINE_multi_string("prompt", None, "The text to continue.")
@@ -235,13 +235,14 @@ def _base_alone() -> _Writer:
         )
     base = open_base(app.required(BASE, "a Hugging Face folder or a .gguf file"))
     tokenizer = open_base_tokenizer(base.path, vocab_size=base.config.vocab_size)
+    ids = tokenizer.manifest.hash
     config, execution = decoder_config(base.config, pad_id=tokenizer.pad_id), ExecutionConfig()
     data = None
     if DATA.value is not None:  # drafts come from there
         data = data_directory(DATA.value)
         check_base_tokenizer(data / "tokenizer", base.path, vocab_size=base.config.vocab_size)
     return _Writer(
-        {"base": base.fingerprint()},
+        {"base": base.fingerprint(), "decoder": base_settings(base.config), "tokenizer": ids},
         execution,
         tokenizer,
         max(1, min(base.config.context_length // config.chunk_length, _MOST_CHUNKS)),

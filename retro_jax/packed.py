@@ -43,6 +43,24 @@ class Packed:
         return self.values.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
 
+def check_packed(values: Array, scales: Array | None, form: str) -> None:
+    """Checks arrays that were read from a file.
+
+    Args:
+      values, scales: of a `Packed`. form: of FORMATS.
+
+    Raises:
+      ValueError: they are of another type, or do not fit each other.
+    """
+    if values.dtype != form:
+        raise ValueError(f"values are {values.dtype} of shape {values.shape}")
+    if (scales is None) != (form == "float16"):
+        raise ValueError("scales are missing" if scales is None else "there are scales")
+    blocks = (*values.shape[:-1], -(-values.shape[-1] // _BLOCK))
+    if scales is not None and scales.shape != blocks:
+        raise ValueError(f"scales have shape {scales.shape} beside values of {values.shape}")
+
+
 def pack(x: jax.Array, form: str) -> Packed:
     """Floats [..., D] in one of FORMATS."""
     if form == "float16":

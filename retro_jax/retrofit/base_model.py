@@ -4,7 +4,8 @@
     base.config                                BaseConfig
     parameters = base.load(place)              place(name, array) -> anything; {name: its result}
 
-Opening checks the names and shapes of all tensors, and reads none but a tied read-out. See canonical.py for the names.
+Opening checks the names and shapes of all tensors, and reads none but a tied read-out. See canonical.py
+for the names.
 """
 
 import hashlib

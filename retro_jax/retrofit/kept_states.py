@@ -31,7 +31,7 @@ from retro_jax.config import RetroConfig
 from retro_jax.distributed import processes
 from retro_jax.errors import UserError
 from retro_jax.model.decoder import WholeSequences
-from retro_jax.packed import Packed, pack
+from retro_jax.packed import Packed, check_packed, pack
 from retro_jax.retrofit.base_model import open_base
 from retro_jax.retrofit.decoder import base_settings, check_decoder, load_decoder
 from retro_jax.sharding import MeshConfig, make_mesh
@@ -106,8 +106,8 @@ class StateFolder:
         numbers = entry.values if entry.scales is None else entry.scales
         if not np.isfinite(numbers).all():
             raise UserError(
-                f"ExecutionConfig.kept_states is {self._about['packed']!r}: expected '', as states of the"
-                " base are too large for float16, or not finite"
+                f"{self.directory}: states of the base are not finite as {self._about['packed']}: expected"
+                " ExecutionConfig.kept_states = ''"
             )
         self._places[key] = (-1, len(self._pending))
         self._pending.append((key, entry))
@@ -142,7 +142,9 @@ class StateFolder:
                 scales = np.load(_beside(path, "scales"), mmap_mode="r")
             if keys.shape != (len(values), _KEY_BYTES):
                 raise ValueError(f"{len(values)} entries with keys of shape {keys.shape}")
-            _check_packed(values, scales, self._about["packed"], self._shape)
+            check_packed(values, scales, self._about["packed"])
+            if self._shape not in (None, values.shape[1:]):
+                raise ValueError(f"values are {values.dtype} of shape {values.shape}")
         except (ValueError, OSError, EOFError) as error:
             raise UserError(
                 f"{path} is damaged ({error}): move {self.directory} away, and its states are computed again"
@@ -361,21 +363,6 @@ def check_kept(retro: RetroConfig, form: str) -> None:
         )
     if retro.dropout:
         raise UserError(f"RetroConfig.dropout is {retro.dropout}: expected 0 with kept states")
-
-
-def _check_packed(
-    values: np.ndarray, scales: np.ndarray | None, form: str, shape: tuple[int, ...] | None
-) -> None:
-    """Raises a ValueError unless the arrays are those of a format."""
-    *leading, width = values.shape
-    expected = jax.eval_shape(lambda: pack(jnp.zeros(width), form))
-    if values.dtype != expected.values.dtype or shape not in (None, values.shape[1:]):
-        raise ValueError(f"values are {values.dtype} of shape {values.shape}")
-    blocks = expected.scales
-    if (scales is None) != (blocks is None):
-        raise ValueError("scales are missing" if scales is None else "there are scales")
-    if scales is not None and scales.shape != (*leading, *blocks.shape):
-        raise ValueError(f"scales have shape {scales.shape} beside values of {values.shape}")
 
 
 def _folder(

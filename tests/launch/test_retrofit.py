@@ -207,7 +207,14 @@ def test_fitted_and_existing_models_continue_texts(place, tmp_path, capsys):
     alone = files.read_json(path)
     # The fitted model with retrieval off is the base.
     assert alone["samples"][0]["tokens"] == off["samples"][0]["tokens"]
-    assert alone["model"] == {"base": open_base(place / "base").fingerprint()}
+    assert alone["model"]["base"] == open_base(place / "base").fingerprint()
+    # The same weights with other settings are another model; asked again, the sample is the same.
+    shutil.copytree(place / "base", tmp_path / "edited")
+    config = tmp_path / "edited" / "config.json"
+    config.write_bytes(files.to_json(files.read_json(config) | {"rms_norm_eps": 0.5}))
+    for base in (tmp_path / "edited", tmp_path / "edited", place / "base"):
+        assert call(sample.main, f"--base={base}", f"--workdir={again}", *asked) == 0
+        assert len(list((again / "samples").glob("*.json"))) == 2
     path.unlink()
     assert call(sample.main, f"--base={place / 'base'}", *asked, "--token_memory") == 1
     assert "--token_memory=True without a database" in capsys.readouterr().err

@@ -136,7 +136,7 @@ def test_numbers_that_do_not_fit_are_refused(tmp_path, form):
     """65,504 is float16's largest; a scale is a 127th of its block's largest number."""
     folder = StateFolder(tmp_path, {"packed": form})
     folder.add(b"0" * 16, jax.device_get(pack(jax.numpy.full((3, 32), 60_000.0), form)))
-    with pytest.raises(UserError, match=f"kept_states is '{form}': expected '', as states of the"):
+    with pytest.raises(UserError, match=f"base are not finite as {form}: expected Exec"):
         folder.add(b"1" * 16, jax.device_get(pack(jax.numpy.full((3, 32), 1e7), form)))
     assert len(folder) == 1
 
