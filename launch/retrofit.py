@@ -13,10 +13,16 @@ alone are trained, from 0. StartConfig.trained = ('cca.*',) trains CCA's copies 
 
     python -m launch.retrofit --workdir=W --base=MODEL --export=DIRECTORY
 
-writes the additions of W/retro to the base, two files to share: retro_jax/retrofit/adapter.py reads
-them.
+writes the additions of W/retro to the base, two files to share. Who has the base and these reads documents
+of their own with them:
+
+    python -m launch.retrofit --workdir=V --base=MODEL --adapter=DIRECTORY
+
+V was prepared with the base's tokeniser too. V/retro is the fitted model; nothing is trained. To train on
+from an adapter, give StartConfig.adapter = 'DIRECTORY' and TrainConfig.steps instead.
 """
 
+import dataclasses
 import pathlib
 
 from absl import flags
@@ -30,13 +36,16 @@ from launch.common.flags import BASE
 from launch.runs.settings import make_settings
 from launch.runs.trained_run import load_model, open_run, refuse_gin_file
 from retro_jax.host_memory import keep_freed_memory
-from retro_jax.retrofit import open_base
-from retro_jax.retrofit.adapter import export_adapter
+from retro_jax.retrofit import BaseModel, open_base
+from retro_jax.retrofit.adapter import Adapter, export_adapter, open_adapter
 from retro_jax.retrofit.decoder import check_decoder, decoder_form, decoder_settings
 from retro_jax.train.plan import Settings
 
 EXPORT = flags.DEFINE_string(
     "export", None, "Write gates, CCA and encoder of the trained run into this directory, and stop."
+)
+ADAPTER = flags.DEFINE_string(
+    "adapter", None, "Make W/retro of the base and this adapter, a directory; nothing is trained."
 )
 
 HELP_ALSO = ("launch.train",)
@@ -44,10 +53,12 @@ HELP_ALSO = ("launch.train",)
 
 def main() -> None:
     """Fits, or says that there is nothing left to train; or exports the adapter."""
+    if EXPORT.value is not None and ADAPTER.value is not None:
+        raise flags.Error("--export and --adapter: expected one of them")
     if EXPORT.value is not None:
         export(pathlib.Path(EXPORT.value))
         return
-    train.train(train.RETRO_RUN, settings_of_base)
+    train.train(train.RETRO_RUN, settings_of_base, read_as_the_adapter)
 
 
 def export(directory: pathlib.Path) -> None:
@@ -58,10 +69,26 @@ def export(directory: pathlib.Path) -> None:
     """
     refuse_gin_file()
     run = open_run(pathlib.Path(app.required(app.WORKDIR, "a workdir")) / train.RETRO_RUN)
-    base = open_base(app.required(BASE, "a Hugging Face folder or a .gguf file"))
+    base = _base()
     check_decoder(run.model, base)
-    size = export_adapter(directory, base, nnx.merge(*load_model(run)))
+    read = dataclasses.asdict(run.batches)
+    size = export_adapter(directory, base, nnx.merge(*load_model(run)), read)
     print(f"{directory}: {size / 1e6:,.1f} MB, what {run.directory} adds to {base.path}")
+
+
+def read_as_the_adapter() -> None:
+    """Binds what gin leaves open to what the run's adapter was trained with, if it has one.
+
+    Raises:
+      UserError: there is no such adapter or base, or they do not belong together.
+    """
+    if ADAPTER.value is not None:
+        configurables.override("StartConfig.adapter", ADAPTER.value)
+        configurables.override("TrainConfig.steps", 0)
+    if (adapter := _adapter(_base())) is not None:
+        for field, value in adapter.read.items():
+            name = f"BatchConfig.{field}"
+            configurables.override(name, configurables.bound(name, value))
 
 
 def settings_of_base(data: TrainingData) -> Settings:
@@ -70,7 +97,7 @@ def settings_of_base(data: TrainingData) -> Settings:
     Raises:
       UserError: there is no such base, or the tokeniser of the data is another one.
     """
-    base = open_base(app.required(BASE, "a Hugging Face folder or a .gguf file"))
+    base = _base()
     tokenizer = check_base_tokenizer(
         data.directory / "tokenizer", base.path, vocab_size=base.config.vocab_size
     )
@@ -80,7 +107,22 @@ def settings_of_base(data: TrainingData) -> Settings:
     form = decoder_form(base.config, **fitted)
     decoder = decoder_settings(base.config)
     decoder |= {"cca_layers": tuple(range(1, base.config.num_layers + 1)), "form": form}
-    return make_settings({"trained": ("cca.gate",)}, pad_id=data.pad_id, **decoder)
+    if (adapter := _adapter(base)) is not None:
+        decoder = {
+            f.name: getattr(adapter.config, f.name) for f in dataclasses.fields(adapter.config)
+        }
+    return make_settings({"trained": ("cca.gate",)}, **{**decoder, "pad_id": data.pad_id})
+
+
+def _base() -> BaseModel:
+    """The model of --base."""
+    return open_base(app.required(BASE, "a Hugging Face folder or a .gguf file"))
+
+
+def _adapter(base: BaseModel) -> Adapter | None:
+    """The adapter that the run begins with, as gin has it."""
+    place = configurables.bound("StartConfig.adapter", "")
+    return open_adapter(place, base) if place else None
 
 
 if __name__ == "__main__":

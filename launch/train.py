@@ -55,6 +55,7 @@ from retro_jax.train.global_batches import BatchShape
 from retro_jax.train.loop import StopRequest
 from retro_jax.train.plan import Settings, make_plan, run_parents
 from retro_jax.train.run import FREE, Run
+from retro_jax.train.utilisation import parse_steps
 
 BASELINE = flags.DEFINE_bool(
     "baseline", False, "Train the transformer of equal decoder, without retrieval, in W/baseline."
@@ -86,12 +87,13 @@ def main() -> None:
     train(BASELINE_RUN if BASELINE.value else RETRO_RUN, settings_of_data)
 
 
-def train(name: str, settings_of: SettingsOf) -> None:
+def train(name: str, settings_of: SettingsOf, on_loaded: Callable[[], Any] = lambda: None) -> None:
     """Trains the run of a name in --workdir, as the flags ask.
 
     Args:
       name: RETRO_RUN or BASELINE_RUN.
       settings_of: gives the run's settings, once gin and the data are there.
+      on_loaded: called once gin is there; may bind what it leaves open.
     """
     if DETERMINISTIC.value:
         be_deterministic()
@@ -107,7 +109,7 @@ def train(name: str, settings_of: SettingsOf) -> None:
     bucket = Bucket(MIRROR.value) if MIRROR.value is not None else None
     if line := processes.from_first(lambda: mirror.fetch(directory / name, bucket)):
         _say(line)
-    prepared = processes.together(lambda: prepare(directory, name, settings_of, remote))
+    prepared = processes.together(lambda: prepare(directory, name, settings_of, remote, on_loaded))
     if prepared is None:
         return
     run, recorded = prepared
@@ -123,7 +125,7 @@ def train(name: str, settings_of: SettingsOf) -> None:
             saved = f"stopped and saved at step {last} of {steps}; run it again to go on"
             _say(f"{place}: {saved}", file=sys.stderr)
             sys.exit(app.SAVED)
-        _say(f"{place}: trained {steps} steps")
+        _say(f"{place}: trained {steps} steps" if steps else f"{place}: saved as it begins")
     if recorded is not None:
         _say(processes.from_first(lambda: replay.compare(recorded, run.directory)))
 
@@ -138,11 +140,13 @@ def prepare(
     name: str,
     settings_of: SettingsOf,
     remote: BucketWorkdir | None = None,
+    on_loaded: Callable[[], Any] = lambda: None,
 ) -> tuple[Run, pathlib.Path | None] | None:
     """Reads the settings and opens the data; writes nothing. None after --print_config.
 
     Args:
       directory: W. name: of the run in it. settings_of: as in `train`. remote: W in a bucket.
+      on_loaded: as in `train`.
 
     Returns:
       The run, and the directory of the run that it replays.
@@ -159,6 +163,7 @@ def prepare(
         source, name = DATA.value or data_place(recorded), recorded.name
     else:
         configurables.load_from_flags()
+    on_loaded()
     if BASELINE.value:
         configurables.override("RetroConfig.cca_layers", ())
         configurables.override("BatchConfig.neighbours", 0)
@@ -178,23 +183,11 @@ def prepare(
     return Run(directory / name, plan, data, profile=profile, on_hang=_give_up, **more), recorded
 
 
-def parse_steps(text: str) -> tuple[int, int]:
-    """Reads FIRST:LAST, as in "10:12".
-
-    Raises:
-      UserError: it is no such range.
-    """
-    first, _, last = text.partition(":")
-    if not (first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last)):
-        raise UserError(f"--profile_steps={text}: expected FIRST:LAST, as in 100:102")
-    return int(first), int(last)
-
-
 def _profiled_steps(run: pathlib.Path, end: int) -> tuple[int, int] | None:
     """The steps to trace; refuses steps past the end, and says so where they were made already."""
     if PROFILE_STEPS.value is None:
         return None
-    first, last = parse_steps(PROFILE_STEPS.value)
+    first, last = parse_steps(PROFILE_STEPS.name, PROFILE_STEPS.value)
     reached = latest_step(run / CHECKPOINTS) or 0
     flag = f"--{PROFILE_STEPS.name}={PROFILE_STEPS.value}"
     if last > end:

@@ -1,10 +1,11 @@
 """The parameters that fitting adds to a base model, as files to share: a folder of two.
 
     adapter.safetensors    gates, CCA and encoder: the tensors that are not copies of the base's
-    adapter.json           format, the base's fingerprint and settings, those that no base decides, and
-                           the other file's SHA-256
+    adapter.json           format, the base's fingerprint and settings, those that no base decides, how
+                           texts and neighbours were read in training, and the other file's SHA-256
 
-The base's own weights are not in it. It loads beside the untouched folder or GGUF file.
+The base's own weights are not in it. It loads beside the untouched folder or GGUF file, as a model
+(`load_adapter`) or as the first parameters of a run (StartConfig.adapter).
 """
 
 import dataclasses
@@ -41,14 +42,75 @@ TENSORS_FILE, SETTINGS_FILE = "adapter.safetensors", "adapter.json"
 FORMAT_VERSION = 1
 _ADDED = ("cca.", "encoder.")
 _GATE = "cca.gate"
+# Of a run's batches, as the reader has learnt them; an example of each.
+_READ = {"sequence_length": 64, "neighbours": 2, "neighbour_part": "both"}
 
 
-def export_adapter(directory: Path, base: BaseModel, model: Retro) -> int:
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """An adapter whose files belong together, and to a base.
+
+    Attributes:
+      directory: of its files. config: of the fitted model. tensors: what it adds, by parameter.
+      read: BatchConfig's fields as it was trained with them; empty in the first adapters.
+      digest: SHA-256 of both files.
+    """
+
+    directory: pathlib.Path
+    config: RetroConfig
+    tensors: Mapping[str, StoredTensor]
+    read: Mapping[str, Any]
+    digest: str
+
+    def parameters(self, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """The parameters that it has, each where the one of its name is.
+
+        Args:
+          leaves: of the fitted model by name, or their shapes, with dtypes and shardings.
+
+        Raises:
+          UserError: a tensor is of another shape, of no such parameter, or not finite, or the gates are
+            missing.
+        """
+        found, path = {}, self.directory / TENSORS_FILE
+        for name, stored in self.tensors.items():
+            leaf = leaves.get(name)
+            if leaf is None or leaf.shape != stored.shape or not name.startswith(_ADDED):
+                expected = "no such tensor" if leaf is None else str(leaf.shape)
+                raise UserError(f"{path}: {name} has shape {stored.shape}: expected {expected}")
+            value = np.array(stored.map()).astype(leaf.dtype)
+            with naming(path):
+                _check_finite(name, value)
+            found[name] = jax.device_put(value, leaf.sharding)
+        if self.config.form.gated_cca and _GATE not in found:
+            raise UserError(f"{path} has no tensor {_GATE}: expected one, as adapters have")
+        return found
+
+    def check_config(self, config: RetroConfig) -> None:
+        """Refuses another configuration than that of the fitted model.
+
+        Raises:
+          UserError: names the field, its value and the adapter's.
+        """
+        for given, own in ((config, self.config), (config.form, self.config.form)):
+            for name, expected in vars(own).items():
+                value = getattr(given, name)
+                if name != "form" and value != expected:
+                    raise UserError(
+                        f"{type(given).__name__}.{name} is {value!r}: expected {expected!r}, that of"
+                        f" {self.directory}"
+                    )
+
+
+def export_adapter(
+    directory: Path, base: BaseModel, model: Retro, read: Mapping[str, Any] = _READ
+) -> int:
     """Writes the parameters that a model adds to its base.
 
     Args:
       directory: where the two files go; an adapter that is there is replaced.
       base: whose weights the model's decoder has. model: as it was fitted, on one device.
+      read: of the run's batches, the fields sequence_length, neighbours and neighbour_part at least.
 
     Returns:
       The bytes of both files.
@@ -77,6 +139,7 @@ def export_adapter(directory: Path, base: BaseModel, model: Retro) -> int:
         "fingerprint": base.fingerprint(),
         "decoder": base_settings(base.config),
         "retro": _own_settings(base.config, model.config),
+        "read": {name: read[name] for name in _READ},
         "tensors_sha256": hashlib.sha256(tensors).hexdigest(),
     }
     folder = pathlib.Path(directory)
@@ -87,6 +150,40 @@ def export_adapter(directory: Path, base: BaseModel, model: Retro) -> int:
     for name, content in data.items():
         files.write_atomically(folder / name, content)
     return sum(map(len, data.values()))
+
+
+def open_adapter(directory: Path, base: BaseModel) -> Adapter:
+    """Reads the settings of an adapter and where its tensors are.
+
+    Args:
+      directory: of the adapter. base: the model that it was fitted to.
+
+    Raises:
+      UserError: a file is missing, damaged or of another format, or the adapter has another base.
+    """
+    folder = pathlib.Path(directory)
+    for name in (SETTINGS_FILE, TENSORS_FILE):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name} is missing: expected that of an adapter")
+    path = folder / SETTINGS_FILE
+    settings = files.read_json(path)
+    if settings.get("format_version") != FORMAT_VERSION:
+        version = settings.get("format_version")
+        raise UserError(f"{folder} has format {version!r}: expected {FORMAT_VERSION}")
+    fingerprint = base.fingerprint()
+    if settings.get("fingerprint") != fingerprint:
+        expected = str(settings.get("fingerprint"))[:12]
+        raise UserError(
+            f"{folder} was fitted to another base than {base.path}: expected weights {expected},"
+            f" found {fingerprint[:12]}"
+        )
+    _check_decoder(base, settings.get("decoder"), path)
+    config = _config(base, settings.get("retro"), path)
+    read = _like(settings["read"], _READ, path, "read") if "read" in settings else {}
+    tensors = _tensors(folder / TENSORS_FILE, settings.get("tensors_sha256"))
+    digests = "".join(files.measure(folder / name)[1] for name in (SETTINGS_FILE, TENSORS_FILE))
+    digest = hashlib.sha256(digests.encode()).hexdigest()
+    return Adapter(folder, config, tensors, read, digest)
 
 
 def load_adapter(
@@ -103,44 +200,13 @@ def load_adapter(
       mesh: where it goes; None for the first device.
 
     Raises:
-      UserError: a file is missing, damaged or of another format, or the adapter has another base.
+      UserError: as open_adapter and Adapter.parameters.
     """
-    folder = pathlib.Path(directory)
-    for name in (SETTINGS_FILE, TENSORS_FILE):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name} is missing: expected that of an adapter")
-    settings = files.read_json(folder / SETTINGS_FILE)
-    if settings.get("format_version") != FORMAT_VERSION:
-        version = settings.get("format_version")
-        raise UserError(f"{folder} has format {version!r}: expected {FORMAT_VERSION}")
-    fingerprint = base.fingerprint()
-    if settings.get("fingerprint") != fingerprint:
-        expected = str(settings.get("fingerprint"))[:12]
-        raise UserError(
-            f"{folder} was fitted to another base than {base.path}: expected weights {expected},"
-            f" found {fingerprint[:12]}"
-        )
-    _check_decoder(base, settings.get("decoder"), folder / SETTINGS_FILE)
-    config = _config(base, settings.get("retro"), folder / SETTINGS_FILE)
-    tensors = _tensors(folder / TENSORS_FILE, settings.get("tensors_sha256"))
-    model = load_decoder(base, config, execution, mesh=mesh)
+    adapter = open_adapter(directory, base)
+    model = load_decoder(base, adapter.config, execution, mesh=mesh)
     params = nnx.state(model)
     leaves = named_leaves(params)
-    for name, stored in tensors.items():
-        leaf = leaves.get(name)
-        if leaf is None or leaf.shape != stored.shape or not name.startswith(_ADDED):
-            expected = "no such tensor" if leaf is None else str(leaf.shape)
-            raise UserError(
-                f"{folder / TENSORS_FILE}: {name} has shape {stored.shape}: expected {expected}"
-            )
-        value = np.array(stored.map()).astype(leaf.dtype)
-        with naming(folder / TENSORS_FILE):
-            _check_finite(name, value)
-        leaves[name] = jax.device_put(value, leaf.sharding)
-    if config.form.gated_cca and _GATE not in tensors:
-        raise UserError(
-            f"{folder / TENSORS_FILE} has no tensor {_GATE}: expected one, as adapters have"
-        )
+    leaves |= adapter.parameters(leaves)
     nnx.update(model, jax.tree.unflatten(jax.tree.structure(params), list(leaves.values())))
     return model
 

@@ -36,7 +36,7 @@ class TrainConfig:
     """Length, checkpoints and safeguards of a run.
 
     Attributes:
-      steps: updates of the whole run; the schedule's length.
+      steps: updates of the whole run; the schedule's length. With 0 the first parameters are the model.
       seed: seed of the initial parameters and of dropout.
       initial_retrieval: "random" values of encoder and CCA, or "copying": the first heads of both
         begin as a circuit that copies what follows the same token in a neighbour
@@ -88,7 +88,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "trackers", tuple(self.trackers))  # gin gives lists
         require_trackers(self.trackers, self)
-        for field in ("steps", "log_every", "checkpoint_every", "keep"):
+        require(
+            self.steps >= 0, self, "steps", "a number of updates, or 0 for the first parameters"
+        )
+        for field in ("log_every", "checkpoint_every", "keep"):
             require(getattr(self, field) > 0, self, field, "a positive integer")
         require(self.accumulate > 0, self, "accumulate", "a positive number of parts")
         require(0 <= self.average_decay < 1, self, "average_decay", "a number from 0 to below 1")

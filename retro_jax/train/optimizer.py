@@ -100,13 +100,14 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     Returns:
       A function from t, a number or an array, to a float32 scalar: initial at 0, max at
       warmup_steps, final_fraction * max at total_steps. With restarts the same from each to the next.
+      A run without updates has no warm-up.
 
     Raises:
       UserError: the warm-up is not shorter than the run.
     """
     bounds = (0, *(step for step in config.restarts if step < total_steps), total_steps)
     for begin, end in itertools.pairwise(bounds):
-        if config.warmup_steps >= end - begin:
+        if config.warmup_steps >= end - begin and total_steps:
             part = f" from {begin} to {end}" if len(bounds) > 2 else ""
             raise UserError(
                 f"OptimizerConfig.warmup_steps is {config.warmup_steps}: expected fewer than the run's "
@@ -118,7 +119,7 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     def schedule(step: Any) -> Any:
         # A number is answered by NumPy: JAX would queue it behind the step that runs.
         of = np if isinstance(step, int) else jnp
-        step, length = of.asarray(step, np.float32), total_steps
+        step, length = of.asarray(step, np.float32), total_steps or warmup + 1
         if len(bounds) > 2:
             part = of.searchsorted(of.asarray(bounds[1:-1], np.float32), step, side="right")
             begin = of.asarray(bounds[:-1], np.float32)[part]

@@ -15,6 +15,7 @@ from retro_jax.model.attention_kernels import check_attention
 from retro_jax.model.copying_init import begin_with_copying
 from retro_jax.model.ending_init import begin_with_endings
 from retro_jax.retrofit import open_base
+from retro_jax.retrofit.adapter import Adapter, open_adapter
 from retro_jax.retrofit.decoder import check_decoder
 from retro_jax.retrofit.kept_states import check_kept
 from retro_jax.sharding import (
@@ -141,6 +142,8 @@ def _check_fit(settings: Settings, shape: BatchShape, mesh: jax.sharding.Mesh) -
     )
     if settings.start.base:
         check_decoder(settings.retro, open_base(settings.start.base))
+    if settings.start.base and settings.start.adapter:
+        open_adapter_of(settings).check_config(settings.retro)
     if settings.execution.kept_states:
         _check_kept(settings)
 
@@ -181,6 +184,15 @@ def model_maker(settings: Settings) -> Callable[[], Retro]:
 
 
 def run_parents(settings: Settings, data: Mapping[str, str]) -> dict[str, str]:
-    """Hashes of all that a run depends on: of its data, and the fingerprint of its base as "base"."""
-    base = settings.start.base
-    return dict(data) | ({"base": open_base(base).fingerprint()} if base else {})
+    """Hashes of all that a run depends on: of its data, and as "base" and "adapter" of what it begins with."""
+    parents, base = dict(data), settings.start.base
+    if base:
+        parents["base"] = open_base(base).fingerprint()
+    if base and settings.start.adapter:
+        parents["adapter"] = open_adapter_of(settings).digest
+    return parents
+
+
+def open_adapter_of(settings: Settings) -> Adapter:
+    """The adapter that a run begins with."""
+    return open_adapter(settings.start.adapter, open_base(settings.start.base))

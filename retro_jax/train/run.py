@@ -62,7 +62,8 @@ FREE = (
     "ExecutionConfig",
     "MeshConfig",
     "BatchConfig.prefetch",
-    "StartConfig.base",  # parents.json has its fingerprint
+    "StartConfig.base",  # parents.json has the hashes of both
+    "StartConfig.adapter",
     *(f"TrainConfig.{field}" for field in loop.FREE_SETTINGS),
 )
 
@@ -262,6 +263,10 @@ class Run:
         start = int(state.step)
         if processes.is_first():
             print("\n".join(self._summary(start)))
+        if not training.steps:
+            checkpoints.save(state)
+            checkpoints.wait()
+            return start
         observer = self._observer(start)
         stack.callback(observer.close)
         stack.enter_context(Watchdog(observer.phases, training.hang_seconds, self._on_hang))

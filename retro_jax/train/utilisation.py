@@ -8,6 +8,7 @@ import sys
 import jax
 
 from retro_jax.chips import CHIPS
+from retro_jax.errors import UserError
 
 _GIB = 2**30
 # As JAX calls the devices -> dense bfloat16 operations per second, as their makers publish them.
@@ -81,3 +82,15 @@ class Profile:
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
+
+
+def parse_steps(flag: str, text: str) -> tuple[int, int]:
+    """Reads FIRST:LAST, as in "10:12", that a flag was given.
+
+    Raises:
+      UserError: it is no such range.
+    """
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last)):
+        raise UserError(f"--{flag}={text}: expected FIRST:LAST, as in 100:102")
+    return int(first), int(last)

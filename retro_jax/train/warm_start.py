@@ -13,7 +13,8 @@ or an existing language model, with gated CCA (DecoderForm.gated_cca) copied fro
     StartConfig.base = 'SmolLM2-135M'
     StartConfig.trained = ('cca.gate',)
 
-or of random values instead: StartConfig.fresh = ('cca.attention.*',).
+or of random values instead: StartConfig.fresh = ('cca.attention.*',). With an adapter that was shared
+(retrofit/adapter.py) it begins where that ended: StartConfig.adapter = 'ADAPTER'.
 """
 
 import ast
@@ -30,6 +31,7 @@ import jax.numpy as jnp
 from retro_jax.config import RetroConfig, require
 from retro_jax.errors import UserError
 from retro_jax.retrofit import open_base
+from retro_jax.retrofit.adapter import open_adapter
 from retro_jax.retrofit.decoder import fitted_parameters
 from retro_jax.train.checkpoint import restore_params
 from retro_jax.train.optimizer import Trainable
@@ -52,6 +54,8 @@ class StartConfig:
       run: directory of a trained run (W/retro) with whose parameters it begins; "" for the seed's.
       base: an existing model, a Hugging Face folder or a GGUF file, whose weights the decoder begins
         with; "" for none. Those that it lacks begin with the seed's values, and gated CCA as copies of it.
+      adapter: directory of an adapter that was fitted to the base, with whose parameters it begins too;
+        "" for none.
       step: which of its checkpoints; 0 for the newest.
       averaged: whether it begins with their moving average.
       fresh: patterns of parameters that begin with the seed's values even so.
@@ -62,6 +66,7 @@ class StartConfig:
 
     run: str = ""
     base: str = ""
+    adapter: str = ""
     step: int = 0
     averaged: bool = False
     fresh: Sequence[str] = ()
@@ -76,6 +81,7 @@ class StartConfig:
         idle = self.run or not (self.step or self.averaged or (self.fresh and not self.base))
         require(not (self.run and self.base), self, "base", "'' where StartConfig.run is given")
         require(bool(idle), self, "run", "a run's directory, as step, averaged or fresh are given")
+        require(not (self.adapter and self.gates), self, "gates", "0 with StartConfig.adapter")
 
 
 def trainable(config: StartConfig, params: Any) -> Trainable | None:
@@ -85,10 +91,12 @@ def trainable(config: StartConfig, params: Any) -> Trainable | None:
       config: of the run. params: a tree of them, or of their shapes.
 
     Raises:
-      UserError: a pattern that matches none; a first value of gates without a base.
+      UserError: a pattern that matches none; a first value of gates or an adapter without a base.
     """
     # Not of the config alone: launch.retrofit gives the base beside a file of settings.
     require(bool(config.base) or not config.gates, config, "gates", "0 without StartConfig.base")
+    alone = bool(config.base) or not config.adapter
+    require(alone, config, "adapter", "'' without StartConfig.base")
     names = list(named_leaves(params))
     _check_patterns(config, "trained", names)
     _check_patterns(config, "fresh", names)
@@ -140,15 +148,18 @@ def recorded_base(run: pathlib.Path) -> str:
 
 
 def begin_with_base(config: StartConfig, state: TrainState, retro: RetroConfig) -> TrainState:
-    """The first state of a run with the weights of an existing model.
+    """The first state of a run with the weights of an existing model, and of an adapter to it.
 
     Args:
       config: of the run. state: made of its seed. retro: the architecture.
 
     Raises:
-      UserError: there is no such model, or it is another decoder.
+      UserError: there is no such model, it is another decoder, or the adapter does not fit it.
     """
-    parameters = fitted_parameters(open_base(config.base), retro, named_leaves(state.params))
+    base, leaves = open_base(config.base), named_leaves(state.params)
+    parameters = fitted_parameters(base, retro, leaves)
+    if config.adapter:
+        parameters |= open_adapter(config.adapter, base).parameters(leaves)
     if config.gates and _GATE in parameters:
         parameters[_GATE] = parameters[_GATE] + config.gates
     parameters = {n: x for n, x in parameters.items() if not _matches(n, config.fresh)}
@@ -169,7 +180,7 @@ def known_from_base(
     """
     if not config.base or trained is None:
         return None
-    added = () if retro.form.gated_cca else _ADDED
+    added = () if retro.form.gated_cca and not config.adapter else _ADDED
 
     def known(name: str) -> bool:
         part, _, parameter = name.partition(".")

@@ -135,6 +135,70 @@ def test_the_adapter_is_small_and_of_its_base_alone(place, tmp_path, capsys):
         load_adapter(tmp_path / "adapter", open_base(tmp_path / "other"))
 
 
+def test_a_shared_adapter_is_used_and_trained_on(place, tmp_path, capsys):
+    """Another workdir gets the fitted model without training, reads it, and goes on from it."""
+    where, base = [f"--workdir={place / 'W'}"], f"--base={place / 'base'}"
+    assert call(retrofit.main, *where, base, f"--export={tmp_path / 'adapter'}") == 0
+    shared, data = f"--adapter={tmp_path / 'adapter'}", f"--data={place / 'W'}"
+    received = [f"--workdir={tmp_path / 'V'}", data, base]
+    assert call(retrofit.main, *received, shared) == 0
+    assert "saved as it begins" in capsys.readouterr().out
+    run, fitted = (open_run(folder / "retro") for folder in (tmp_path / "V", place / "W"))
+    assert run.step == 0 and run.model == fitted.model
+    read = ("sequence_length", "neighbours", "neighbour_part")
+    assert [getattr(run.batches, name) for name in read] == [128, 2, "both"]
+    theirs, ours = (named_leaves(load_model(each)[1]) for each in (run, fitted))
+    for name, leaf in ours.items():
+        np.testing.assert_array_equal(theirs[name], leaf, err_msg=name)
+    kept = saved_arrays(run.directory / CHECKPOINTS, 0)
+    assert not any("layers." in name for name in kept) and any("cca.gate" in name for name in kept)
+    asked = ["--prompt=word1 word2", "--max_tokens=3", "--temperature=0"]
+    assert call(sample.main, f"--workdir={tmp_path / 'V'}", data, *asked) == 0
+    assert call(retrofit.main, *received, shared) == 0
+    assert "trained already, 0 steps" in capsys.readouterr().out
+
+    # Training on: the first losses are those that the other fit ended with, not those of the base.
+    settings = f"--gin_file={place / 'fit.gin'}"
+    on = f"--gin_bindings=StartConfig.adapter = '{tmp_path / 'adapter'}'"
+    further = [settings, on, f"--workdir={tmp_path / 'U'}", data, base]
+    assert call(retrofit.main, *further, "--gin_bindings=TrainConfig.steps = 2") == 0
+    begun, after = (
+        np.asarray(named_leaves(load_model(open_run(folder / "retro"))[1])["cca.gate"])
+        for folder in (place / "W", tmp_path / "U")
+    )
+    assert 0 < np.abs(begun - after).max() < 0.2 < np.abs(after).max()
+    parents = files.read_json(tmp_path / "U" / "retro" / "parents.json")
+    assert parents["adapter"] == files.read_json(run.directory / "parents.json")["adapter"]
+
+
+def test_an_adapter_of_other_settings_or_base_is_refused(place, tmp_path, capsys):
+    """One line, and no run."""
+    where = [f"--workdir={place / 'W'}", f"--base={place / 'base'}"]
+    assert call(retrofit.main, *where, f"--export={tmp_path / 'adapter'}") == 0
+    write_base(tmp_path / "other", seed=1)
+    shared = f"--adapter={tmp_path / 'adapter'}"
+    into = [f"--workdir={tmp_path / 'V'}", f"--data={place / 'W'}"]
+    of_base, of_other = where[1], f"--base={tmp_path / 'other'}"
+    layers = "--gin_bindings=RetroConfig.cca_layers = (2,)"
+    gates = "--gin_bindings=StartConfig.gates = 1.0"
+    for more, status, message in (
+        ([shared, of_other], 1, "was fitted to another base than"),
+        ([shared, of_base, layers], 1, "RetroConfig.cca_layers is (2,): expected (1, 2), that of"),
+        ([shared, of_base, gates], 1, "StartConfig.gates is 1.0: expected 0 with StartConfig.ad"),
+        ([f"--adapter={tmp_path}", of_base], 1, "adapter.json is missing: expected that of an"),
+        ([shared], 2, "--base is missing: expected a Hugging Face folder"),
+        ([shared, of_base, "--export=elsewhere"], 2, "--export and --adapter: expected one of"),
+    ):
+        assert call(retrofit.main, *into, *more) == status
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "V" / "retro").exists()
+    trained = [f"--gin_file={place / 'fit.gin'}", *where, shared]
+    assert call(retrofit.main, *trained) == 1  # W has a run of other settings
+    assert (
+        "belongs to a run of other settings: TrainConfig.steps 20 -> 0" in capsys.readouterr().err
+    )
+
+
 def test_a_fitted_run_is_replayed_to_the_same_bits(place, tmp_path, capsys):
     """From its record and the base; with another base it is refused."""
     write_base(tmp_path / "other", seed=1)

@@ -29,6 +29,7 @@ from retro_jax.train.checkpoint import latest_step
 from retro_jax.train.curves import read_curve, without_clock
 from retro_jax.train.held_out import OFF, ON
 from retro_jax.train.parameter_names import named_leaves
+from retro_jax.train.utilisation import parse_steps
 from tests import object_stores
 from tests.launch.prepared import prepare_workdir
 from tests.ports import free_port
@@ -342,9 +343,9 @@ def test_a_replay_or_a_place_that_cannot_be_is_one_line(whole, tmp_path, capsys,
 
 @pytest.mark.parametrize("text", ["", "5", "5:", ":5", "7:5", "0:3", "a:b"])
 def test_steps_that_are_no_range_are_refused(text):
-    assert train.parse_steps("10:12") == (10, 12)
+    assert parse_steps("profile_steps", "10:12") == (10, 12)
     with pytest.raises(UserError, match="expected FIRST:LAST"):
-        train.parse_steps(text)
+        parse_steps("profile_steps", text)
 
 
 def test_no_tensorflow_before_it_is_used():
