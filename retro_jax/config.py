@@ -122,7 +122,8 @@ class RetroConfig:
       d_ff: F, width of the feed-forward layers.
       cca_layers: P, the decoder layers with chunked cross-attention, increasing.
       chunk_length: M, tokens per chunk.
-      neighbour_length: R, tokens per neighbour: the chunk and its continuation.
+      neighbour_length: R, tokens per neighbour: the chunk and its continuation, or what a model reads of
+        them (BatchConfig.neighbour_part sets it).
       encoder_d_model: E, width of the bidirectional encoder of neighbours.
       encoder_num_layers: layers of the encoder.
       encoder_num_heads: attention heads per encoder layer.

@@ -19,6 +19,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import re
 import sys
 from collections.abc import Generator, Mapping, Sequence
 
@@ -32,6 +33,7 @@ from retro_jax.config import require
 from retro_jax.errors import UserError
 
 PARTS = ("both", "chunk", "continuation")
+_LAST = re.compile(r"last_([1-9][0-9]{0,2})")
 _SEAM = 2**30  # added to the document numbers past the ring's seam
 _SHORT = 4096  # sequences below which an epoch's order is kept in memory
 
@@ -45,7 +47,9 @@ class BatchConfig:
       batch_size: rows of a global batch, over all hosts.
       neighbours: K, neighbours per chunk; 0 for none (the baseline, RETRO[OFF]).
       neighbour_part: "both" the retrieved chunk and its continuation, or only the "chunk", or only
-        the "continuation"; the rest is padding. The model is then always used this way.
+        the "continuation"; the rest is padding. "last_96" is the last 96 of both's 128 tokens, and no
+        padding: a model of RetroConfig.neighbour_length 96 reads less. The model is then always used
+        this way.
       neighbour_noise: part of the chunks that get the neighbours of another chunk, drawn at random from
         the split, so that the model learns to leave unrelated ones alone.
       seed: seed of the order of sequences.
@@ -74,7 +78,9 @@ class BatchConfig:
         require(valid, self, "sequence_length", rule)
         require(self.batch_size > 0, self, "batch_size", "a positive number of rows")
         require(self.neighbours >= 0, self, "neighbours", "a number of neighbours, or 0 for none")
-        require(self.neighbour_part in PARTS, self, "neighbour_part", f"one of {PARTS}")
+        rule = f"one of {PARTS}, or last_N with N from 1 to {2 * CHUNK_LENGTH - 1}"
+        known = self.neighbour_part in PARTS or _last(self.neighbour_part) > 0
+        require(known, self, "neighbour_part", rule)
         noise = 0 <= self.neighbour_noise <= 1
         require(noise, self, "neighbour_noise", "a number from 0 to 1")
         require(0 <= self.seed < 2**32, self, "seed", "an integer from 0 to 2**32 - 1")
@@ -275,12 +281,32 @@ class Batches:
         return keep_part(values, self.config.neighbour_part, self._retrieval.pad_id)
 
 
+def neighbour_length(part: str) -> int:
+    """R, the tokens of a neighbour of which a part is read (BatchConfig.neighbour_part)."""
+    return _last(part) or 2 * CHUNK_LENGTH
+
+
 def keep_part(values: np.ndarray, part: str, pad_id: int) -> np.ndarray:
-    """Neighbours [..., 128] of which only a part (of PARTS) is left, the other padding."""
+    """Neighbours [..., 128] of which only a part is left: [..., R], or the other part padding."""
     if part == "both":
         return values
+    if last := _last(part):
+        return values[..., -last:]
     mask = np.arange(values.shape[-1]) < CHUNK_LENGTH
     return np.where(mask == (part == "chunk"), values, pad_id)
+
+
+def keep_part_of_text(values: np.ndarray, part: str, pad_id: int) -> np.ndarray:
+    """As `keep_part`, for texts that are no chunks: what a model reads of them are the first R tokens."""
+    length = neighbour_length(part)
+    return values[..., :length] if _last(part) else keep_part(values, part, pad_id)
+
+
+def _last(part: str) -> int:
+    """N of "last_N"; 0 for any other part."""
+    match = _LAST.fullmatch(str(part))
+    number = int(match[1]) if match else 0
+    return number if number < 2 * CHUNK_LENGTH else 0
 
 
 def _seed(seed: int, name: str) -> int:

@@ -20,7 +20,7 @@ from data_pipelines.artefacts import bucket_copy
 from data_pipelines.artefacts.manifest import Manifest, Path, shard_name
 from data_pipelines.artefacts.runner import InProcess, Runner, run_counted, silent
 from data_pipelines.artefacts.stage import Stage
-from data_pipelines.batches.batches import BatchConfig, Batches
+from data_pipelines.batches.batches import BatchConfig, Batches, neighbour_length
 from data_pipelines.chunk_database.database import CHUNK_LENGTH, ChunkDatabase
 from data_pipelines.retriever.neighbour_table import NeighbourTable
 from retro_jax.batch import RetroBatch
@@ -41,19 +41,20 @@ class Layout:
 
     Attributes:
       sequence_length, neighbours: N and K.
-      dtype: of tokens.
+      dtype: of tokens. neighbour_length: R.
     """
 
     sequence_length: int
     neighbours: int
     dtype: str
+    neighbour_length: int = 2 * CHUNK_LENGTH
 
     @property
     def parts(self) -> tuple[tuple[tuple[int, ...], np.dtype[Any]], ...]:
         """Shape and dtype of tokens, targets, documents, corpus, neighbours."""
         n, chunks = self.sequence_length, self.sequence_length // CHUNK_LENGTH
         token, integer = np.dtype(self.dtype), np.dtype(np.int32)
-        retrieved = (chunks, self.neighbours, 2 * CHUNK_LENGTH)
+        retrieved = (chunks, self.neighbours, self.neighbour_length)
         shapes = [((n,), token), ((n,), token), ((chunks,), integer), ((), integer)]
         return (*shapes, (retrieved, token))
 
@@ -155,7 +156,8 @@ class WriteFile:
     def layout(self) -> Layout:
         """Of the records."""
         dtype = str(self.database.manifest.settings.get("dtype", "uint32"))
-        return Layout(self.config.sequence_length, self.config.neighbours, dtype)
+        length = neighbour_length(self.config.neighbour_part)
+        return Layout(self.config.sequence_length, self.config.neighbours, dtype, length)
 
     @property
     def files(self) -> list[range]:

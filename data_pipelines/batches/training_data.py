@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from data_pipelines.artefacts import bucket_copy
 from data_pipelines.artefacts.manifest import MANIFEST_FILE, PURGED_FILE, Manifest, Path
-from data_pipelines.batches.batches import BatchConfig, Batches
+from data_pipelines.batches.batches import BatchConfig, Batches, neighbour_length
 from data_pipelines.batches.materialised import RETRIEVED, MaterialisedBatches
 from data_pipelines.chunk_database.database import CHUNK_LENGTH, ChunkDatabase
 from data_pipelines.questions.prepared import QuestionBatches
@@ -64,7 +64,7 @@ class TrainingData:
             "chunk_length": CHUNK_LENGTH,
         }
         if retro.has_retrieval:
-            expected["neighbour_length"] = 2 * CHUNK_LENGTH
+            expected["neighbour_length"] = neighbour_length(self.batches.config.neighbour_part)
         for field, value in expected.items():
             if getattr(retro, field) != value:
                 raise UserError(

@@ -134,7 +134,7 @@ class LiveDatabase:
         return ids, np.take_along_axis(scores, order, axis=1)
 
     def values(self, ids: np.ndarray) -> np.ndarray:
-        """[n, k, 128] int32 tokens of neighbours, as the model reads them."""
+        """[n, k, R] int32 tokens of neighbours, as the model reads them."""
         return keep_part(self.chunks.values(ids), self._part, self.chunks.pad_id)
 
     def neighbour(self, chunk: int, score: float) -> Neighbour:

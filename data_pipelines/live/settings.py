@@ -77,7 +77,7 @@ class LiveSettings:
           UserError: a database, a document, a BERT or the file is missing, or is of another kind.
         """
         if self.file:
-            return FixedNeighbours.open(self.file, tokenizer, k)
+            return FixedNeighbours.open(self.file, tokenizer, k, part)
         pairs = [parse_source(text) for text in self.more]
         places = [pathlib.Path(place).resolve() for place in (data, *(place for place, _ in pairs))]
         for number, (place, _) in enumerate(pairs, 1):

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.artefacts.manifest import Path
+from data_pipelines.batches.batches import neighbour_length
 from data_pipelines.chunk_database.database import CHUNK_LENGTH, ChunkDatabase
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.evaluation.trace_sources import DatabaseLibrary
@@ -92,7 +93,7 @@ class SeveralDatabases:
         return ids, scores.astype(np.float32)
 
     def values(self, ids: np.ndarray) -> np.ndarray:
-        """[n, k, 128] int32 tokens of neighbours, as the model reads them."""
+        """[n, k, R] int32 tokens of neighbours, as the model reads them."""
         values = self.databases[0].values(np.full_like(ids, -1))
         owners = self.owners(ids)
         for number, database in enumerate(self.databases):
@@ -179,7 +180,7 @@ class FixedNeighbours:
     """The same neighbours for every chunk, of a file.
 
     Attributes:
-      tokens: [n, 128] int32.
+      tokens: [n, R] int32, R 128 or fewer (BatchConfig.neighbour_part).
       revision: 0. digest: of nothing. score: as a database's.
     """
 
@@ -190,8 +191,10 @@ class FixedNeighbours:
         self.tokens, self._tokenizer, self._name = tokens, tokenizer, name
 
     @classmethod
-    def open(cls, path: Path, tokenizer: Tokenizer, k: int) -> "FixedNeighbours":
-        """Reads a file of JSON lines: {"text": ...}, of which 128 tokens are read.
+    def open(
+        cls, path: Path, tokenizer: Tokenizer, k: int, part: str = "both"
+    ) -> "FixedNeighbours":
+        """Reads a file of JSON lines: {"text": ...}, of which the model reads 128 tokens, or fewer by `part`.
 
         Raises:
           UserError: no such file, a line of another form, or fewer than k of them.
@@ -209,9 +212,10 @@ class FixedNeighbours:
                 raise UserError(f'{file}, line {number}: expected {{"text": "..."}}')
         if len(texts) < k:
             raise UserError(f"{file} has {len(texts)} neighbours: expected at least {k}")
-        tokens = np.full((k, 2 * CHUNK_LENGTH), tokenizer.pad_id, np.int32)
+        length = neighbour_length(part)
+        tokens = np.full((k, length), tokenizer.pad_id, np.int32)
         for row, text in enumerate(texts[:k]):
-            ids = tokenizer.encode(text)[: 2 * CHUNK_LENGTH]
+            ids = tokenizer.encode(text)[:length]
             tokens[row, : len(ids)] = ids
         return cls(tokens, tokenizer, file.name)
 
@@ -223,7 +227,7 @@ class FixedNeighbours:
         return ids, np.zeros(ids.shape, np.float32)
 
     def values(self, ids: np.ndarray) -> np.ndarray:
-        """[n, k, 128] int32 tokens of neighbours."""
+        """[n, k, R] int32 tokens of neighbours."""
         return self.tokens[ids]
 
     def neighbour(self, chunk: int, score: float) -> Neighbour:

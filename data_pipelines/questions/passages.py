@@ -8,11 +8,11 @@ from typing import Protocol
 import numpy as np
 
 from data_pipelines.artefacts.manifest import Path
-from data_pipelines.batches.batches import keep_part
+from data_pipelines.batches.batches import keep_part_of_text, neighbour_length
 from data_pipelines.chunk_database.database import CHUNK_LENGTH
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.live.database import LiveDatabase
-from data_pipelines.questions.layout import NEIGHBOUR_LENGTH, Prompt, passage_tokens, prompts_of
+from data_pipelines.questions.layout import Prompt, passage_tokens, prompts_of
 from data_pipelines.questions.reader import Question, QuestionFile
 from retro_jax.errors import UserError
 
@@ -84,10 +84,10 @@ class GivenPassages:
           UserError: two rows with other passages ask the same, or end alike: a chunk is all that a
             model retrieves by.
         """
-        self._none = np.full((k, NEIGHBOUR_LENGTH), tokenizer.pad_id, np.int32)
+        self._none = np.full((k, neighbour_length(part)), tokenizer.pad_id, np.int32)
         self._found: dict[bytes, tuple[Question, Prompt, np.ndarray]] = {}
         passages = [passage for q in questions for passage in q.passages[:k]]
-        tokens = keep_part(passage_tokens(tokenizer, passages), part, tokenizer.pad_id)
+        tokens = keep_part_of_text(passage_tokens(tokenizer, passages), part, tokenizer.pad_id)
         first = 0
         for question, prompt in zip(questions, prompts, strict=True):
             count = len(question.passages[:k])

@@ -15,7 +15,7 @@ import numpy as np
 
 from data_pipelines.artefacts.manifest import Manifest, Path
 from data_pipelines.artefacts.stage import Stage
-from data_pipelines.batches.batches import BatchConfig, Batches, keep_part, permutation
+from data_pipelines.batches.batches import BatchConfig, Batches, keep_part_of_text, permutation
 from data_pipelines.chunk_database.database import CHUNK_LENGTH, token_dtype
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.live.database import LiveDatabase
@@ -179,7 +179,7 @@ class QuestionBatches(Batches):
             targets=targets,
             documents=documents,
             corpus=np.zeros(count, np.int32),
-            neighbours=keep_part(neighbours, self.config.neighbour_part, self.pad_id)
+            neighbours=keep_part_of_text(neighbours, self.config.neighbour_part, self.pad_id)
             if k
             else None,
         )

@@ -36,6 +36,7 @@ from data_pipelines.evaluation.splits import Split
 from data_pipelines.token_memory.memory import LONGEST, MOST_VOTES
 from launch.runs import trained_run
 from retro_jax.evaluate import overlap
+from retro_jax.evaluate.conditions import MIXED_WITH_TOKENS
 from retro_jax.evaluate.scorer import ScoredModel
 from retro_jax.retrofit.kept_states import kept_of
 
@@ -116,6 +117,8 @@ def neighbour_tokens(
     if not condition.neighbours:
         return None
     whole = _whole_neighbours(split, condition, folder, data)
+    if is_in_context(condition):  # the base reads them, not what was trained
+        return whole
     part, pad_id = condition.run.batches.neighbour_part, split.database.pad_id
     return lambda ids: keep_part(whole(ids), part, pad_id)
 
@@ -138,6 +141,11 @@ def _whole_neighbours(
     return lambda ids: split.neighbours(ids, k)
 
 
+def is_in_context(condition: Condition) -> bool:
+    """Whether neighbours are before the text, whole."""
+    return MIXED_WITH_TOKENS.get(condition.name, condition.kind) == "context"
+
+
 def uses_knn(condition: Condition) -> bool:
     """Whether kNN-LM is a part of a condition."""
     return KNN in condition.name.split("+")
@@ -145,12 +153,15 @@ def uses_knn(condition: Condition) -> bool:
 
 def condition_settings(condition: Condition) -> dict[str, Any]:
     """A result's facts about a condition beyond its number of neighbours."""
+    whole = is_in_context(condition) and condition.run.batches.neighbour_part != "both"
+    facts: dict[str, Any] = {"neighbours_are": "whole"} if whole else {}
     if condition.kind == "database":
-        return {"database_share": condition.value}
+        facts["database_share"] = condition.value
     if condition.kind == "ngrams":
-        return {"ngram_limit": condition.value, "ngram": _GRAM}
+        facts |= {"ngram_limit": condition.value, "ngram": _GRAM}
     if condition.kind == TOKENS:
-        return {"longest_ending": LONGEST, "most_votes": MOST_VOTES, "tuning_chunks": TUNING_CHUNKS}
+        facts |= {"longest_ending": LONGEST, "most_votes": MOST_VOTES}
+        facts["tuning_chunks"] = TUNING_CHUNKS
     if condition.kind in ("random", "oracle"):
-        return {"neighbours_are": condition.kind}
-    return {}
+        facts["neighbours_are"] = condition.kind
+    return facts

@@ -3,9 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_pipelines.evaluation.lookup_cost import LookupCost, condition_cost, datastore_cost
+from data_pipelines.evaluation.lookup_cost import (
+    NEIGHBOUR_LENGTH,
+    LookupCost,
+    condition_cost,
+    datastore_cost,
+)
 from data_pipelines.retriever.datastore import plan_datastore
-from launch.evaluation.conditions import TOKENS, Condition, uses_knn
+from launch.evaluation.conditions import TOKENS, Condition, is_in_context, uses_knn
 from launch.evaluation.results import Work
 from launch.evaluation.settings import EvaluationSettings
 from retro_jax.evaluate.conditions import MIXED_WITH_TOKENS
@@ -32,12 +37,12 @@ def _cost(
     """Figures a token; those of look-ups are None where parts of the database are not there."""
     model, store = condition.run.model, LookupCost()
     length = settings.windows(condition.run.chunks).chunks * model.chunk_length
-    in_context = MIXED_WITH_TOKENS.get(condition.name, condition.kind) == "context"
+    in_context = is_in_context(condition)
     form = "" if in_context else condition.run.execution.kept_states
     operations = forward_flops(model, length, condition.neighbours, kept=bool(form)).total
     if in_context:
         # A row of neighbours and text for each chunk that is read out.
-        row = condition.neighbours * model.neighbour_length + max(length, 2 * model.chunk_length)
+        row = condition.neighbours * NEIGHBOUR_LENGTH + max(length, 2 * model.chunk_length)
         flops = forward_flops(model, row, 0)
         operations = flops.decoder * row / model.chunk_length + flops.read_out
     if uses_knn(condition):

@@ -22,6 +22,11 @@ def make_settings(start: Mapping[str, Any] | None = None, **retro: Any) -> Setti
     Raises:
       UserError: a setting is wrong.
     """
+    # Imported here: it brings the data pipelines' libraries along.
+    from data_pipelines.batches.batches import neighbour_length
+
+    part = str(configurables.bound("BatchConfig.neighbour_part", "both"))
+    retro = {"neighbour_length": neighbour_length(part), **retro}
     return Settings(
         retro=configurables.make(RetroConfig, **retro),
         execution=configurables.make(ExecutionConfig),

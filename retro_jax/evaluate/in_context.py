@@ -34,14 +34,15 @@ def check_context(
     """Refuses rows that a model was not made for.
 
     Args:
-      retro: the model's. neighbours: before the text. windows: of the text.
+      retro: the model's. neighbours: before the text, chunks with their continuations. windows: of the
+        text.
       limit: the longest context, in tokens, that the model was trained for.
       model: its name in messages.
 
     Raises:
       UserError: the rows are longer.
     """
-    length = row_length(neighbours, retro.neighbour_length, windows, retro.chunk_length)
+    length = row_length(neighbours, 2 * retro.chunk_length, windows, retro.chunk_length)
     if length > limit:
         raise UserError(
             f"in context, {neighbours} neighbours and a window are {length} tokens: expected at most"

@@ -171,6 +171,47 @@ def test_a_shared_adapter_is_used_and_trained_on(place, tmp_path, capsys):
     assert parents["adapter"] == files.read_json(run.directory / "parents.json")["adapter"]
 
 
+def test_a_shorter_part_of_neighbours_is_read_for_less(place, tmp_path, capsys):
+    """The model, kept states, costs and texts are of 96 tokens; the context has whole neighbours."""
+    part = "--gin_bindings=BatchConfig.neighbour_part = 'last_96'"
+    into = [f"--workdir={tmp_path / 'V'}", f"--data={place / 'W'}"]
+    asked = [f"--gin_file={place / 'fit.gin'}", *into, f"--base={place / 'base'}", part]
+    steps = "--gin_bindings=TrainConfig.steps = 2"
+    length = "--gin_bindings=RetroConfig.neighbour_length = 128"
+    assert call(retrofit.main, *asked, steps, length) == 1
+    assert "RetroConfig.neighbour_length is 128: expected 96" in capsys.readouterr().err
+    assert call(retrofit.main, *asked, steps) == 0
+    run = open_run(tmp_path / "V" / "retro")
+    assert run.model.neighbour_length == 96 and run.batches.neighbour_part == "last_96"
+    fields = files.read_json(place / "base" / "config.json")
+    (place / "base" / "config.json").write_bytes(
+        files.to_json(fields | {"max_position_embeddings": 1024})
+    )
+    scored = ["--retrieval=on,off,in_context", "--sample_chunks=4"]
+    computed = "--gin_bindings=ExecutionConfig.kept_states = ''"
+    for workdir in (into, [f"--workdir={place / 'W'}"]):
+        assert call(evaluate.main, *workdir, *scored, computed) == 0
+    short, whole = (
+        files.read_json(folder / "evaluation" / "test.json")
+        for folder in (tmp_path / "V", place / "W")
+    )
+    context = [each["context"]["corpora"] for each in (short, whole)]
+    assert context[0] == context[1] and short["on"]["corpora"] != whole["on"]["corpora"]
+    costs = [{name: each["cost"]["operations"] for name, each in r.items()} for r in (short, whole)]
+    assert costs[0]["context"] == costs[1]["context"] and costs[0]["off"] == costs[1]["off"]
+    added = [each["on"] - each["off"] for each in costs]
+    assert 0.7 * added[1] < added[0] < 0.8 * added[1]
+    text = ["--prompt=" + "word1 word2 " * 40, "--max_tokens=3", "--temperature=0"]
+    assert call(sample.main, *into, *text) == 0
+    where = [into[0], f"--base={place / 'base'}"]
+    assert call(retrofit.main, *where, f"--export={tmp_path / 'adapter'}") == 0
+    again = [f"--workdir={tmp_path / 'U'}", into[1], where[1]]
+    assert call(retrofit.main, *again, f"--adapter={tmp_path / 'adapter'}") == 0
+    assert open_run(tmp_path / "U" / "retro").batches.neighbour_part == "last_96"
+    (place / "base" / "config.json").write_bytes(files.to_json(fields))
+    shutil.rmtree(place / "W" / "evaluation")
+
+
 def test_an_adapter_of_other_settings_or_base_is_refused(place, tmp_path, capsys):
     """One line, and no run."""
     where = [f"--workdir={place / 'W'}", f"--base={place / 'base'}"]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.batches.batches import BatchConfig, Batches
+from data_pipelines.batches.batches import BatchConfig, Batches, neighbour_length
 from retro_jax.errors import UserError
 from tests.data_pipelines.fakes import FakeDatabase, FakeTable, M
 
@@ -205,6 +205,17 @@ def test_one_part_of_the_neighbours_is_the_rest_as_padding(mixed, part, kept):
     np.testing.assert_array_equal(some.neighbours, expected)
 
 
+@pytest.mark.parametrize("length", [1, 96, 127])
+def test_the_last_tokens_of_the_neighbours_are_a_shorter_array(mixed, length):
+    """Without padding for the rest, and R is the part's."""
+    database, table = mixed
+    whole = Batches(config(), database, table, database).rows(0, [0, 1, 2]).neighbours
+    part = f"last_{length}"
+    some = Batches(config(neighbour_part=part), database, table, database).rows(0, [0, 1, 2])
+    assert neighbour_length(part) == length and neighbour_length("both") == 2 * M
+    np.testing.assert_array_equal(some.neighbours, whole[..., 2 * M - length :])
+
+
 def test_noise_gives_a_part_of_the_chunks_another_chunks_neighbours(mixed):
     """The rest is as without; any division of rows has the same; all of them are some chunk's."""
     database, table = mixed
@@ -269,6 +280,11 @@ def test_fewer_chunks_than_a_sequence_is_one_padded_row():
         ("prefetch", -1, "a number of batches"),
         ("mixture", {}, "positive weights"),
         ("neighbour_part", "half", "one of"),
+        ("neighbour_part", "last_0", "last_N with N from 1 to 127"),
+        ("neighbour_part", "last_128", "last_N with N from 1 to 127"),
+        ("neighbour_part", "last_-1", "last_N with N from 1 to 127"),
+        ("neighbour_part", "last_9.5", "last_N with N from 1 to 127"),
+        ("neighbour_part", 96, "last_N with N from 1 to 127"),
         ("mixture", {"a": 0.0}, "positive weights"),
         ("mixture", {"a": "1"}, "positive weights"),
     ],

@@ -71,6 +71,22 @@ def test_without_neighbours(made, tmp_path):
     same(read.rows(1), Batches(config, database).rows(1))
 
 
+def test_a_part_of_the_neighbours_is_written_alone(made, tmp_path):
+    """And read with no other part, nor the whole with this one."""
+    database, table, folder = made
+    config = dataclasses.replace(CONFIG, neighbour_part="last_96")
+    prepare_batches(tmp_path, config, database, table, steps=2)
+    same(
+        MaterialisedBatches.read(tmp_path, config).rows(1),
+        Batches(config, database, table, database).rows(1),
+    )
+    for place, wrong in ((tmp_path, CONFIG), (folder, config)):
+        with pytest.raises(
+            UserError, match=r"BatchConfig\.neighbour_part is '\w+': expected '\w+'"
+        ):
+            MaterialisedBatches.read(place, wrong)
+
+
 def test_fewer_neighbours_than_were_written(made):
     database, table, folder = made
     for k in (0, 1):

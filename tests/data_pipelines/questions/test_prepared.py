@@ -86,6 +86,12 @@ def test_a_row_is_a_filled_question_and_its_answer(workdir):
     one = dataclasses.replace(CONFIG, neighbours=1, neighbour_part="continuation")
     chosen = QuestionBatches.read(workdir, one).rows(0, [1]).neighbours
     assert chosen.shape == (1, 3, 1, 128) and (chosen[..., :64] == tokenizer.pad_id).all()
+    # Passages begin with their title: of these the first tokens are read.
+    short = dataclasses.replace(CONFIG, neighbours=1, neighbour_part="last_96")
+    first = QuestionBatches.read(workdir, short).rows(0, [1]).neighbours
+    whole = dataclasses.replace(CONFIG, neighbours=1)
+    expected = QuestionBatches.read(workdir, whole).rows(0, [1]).neighbours[..., :96]
+    np.testing.assert_array_equal(first, expected)
 
 
 def test_a_long_answer_is_cut_at_the_sequence(workdir, tmp_path):
