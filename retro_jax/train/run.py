@@ -29,6 +29,7 @@ from retro_jax.distributed import processes
 from retro_jax.errors import LOST, SharedError, UserError
 from retro_jax.model import Retro
 from retro_jax.model.flops import training_flops
+from retro_jax.retrofit import context_length
 from retro_jax.retrofit.kept_states import KeptBatches, kept_of
 from retro_jax.train import loop, record, step, trained_model
 from retro_jax.train.bad_batches import BadBatches, describe_documents
@@ -344,6 +345,11 @@ class Run:
             f"{kind} of {retro.num_parameters():,} parameters on {device}",
             f"sequences an epoch: {corpora}; {tokens}; the first one compiles",
         ]
+        base = self.plan.settings.start.base
+        if base and shape.sequence_length > (longest := context_length(base)):
+            lines.append(
+                f"{shape.sequence_length} tokens: {base} was trained with {longest} at most"
+            )
         if self._kept is not None:
             lines.append(self._kept.summary())
         if start:

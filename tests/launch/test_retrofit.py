@@ -162,6 +162,8 @@ def test_a_shared_adapter_is_used_and_trained_on(place, tmp_path, capsys):
     on = f"--gin_bindings=StartConfig.adapter = '{tmp_path / 'adapter'}'"
     further = [settings, on, f"--workdir={tmp_path / 'U'}", data, base]
     assert call(retrofit.main, *further, "--gin_bindings=TrainConfig.steps = 2") == 0
+    said = f"128 tokens: {place / 'base'} was trained with 64 at most"
+    assert said in capsys.readouterr().out
     begun, after = (
         np.asarray(named_leaves(load_model(open_run(folder / "retro"))[1])["cca.gate"])
         for folder in (place / "W", tmp_path / "U")
