@@ -35,6 +35,7 @@ from launch.common import app, configurables
 from launch.common.flags import BASE
 from launch.runs.settings import make_settings
 from launch.runs.trained_run import load_model, open_run, refuse_gin_file
+from retro_jax.errors import UserError
 from retro_jax.host_memory import keep_freed_memory
 from retro_jax.retrofit import BaseModel, open_base
 from retro_jax.retrofit.adapter import Adapter, export_adapter, open_adapter
@@ -86,6 +87,12 @@ def read_as_the_adapter() -> None:
         configurables.override("StartConfig.adapter", ADAPTER.value)
         configurables.override("TrainConfig.steps", 0)
     if (adapter := _adapter(_base())) is not None:
+        length = configurables.bound("BatchConfig.sequence_length", None)
+        if not adapter.read and length is None:
+            raise UserError(
+                f"{adapter.directory} does not say how texts were read: expected"
+                " BatchConfig.sequence_length in the settings"
+            )
         for field, value in adapter.read.items():
             name = f"BatchConfig.{field}"
             configurables.override(name, configurables.bound(name, value))
@@ -108,10 +115,11 @@ def settings_of_base(data: TrainingData) -> Settings:
     decoder = decoder_settings(base.config)
     decoder |= {"cca_layers": tuple(range(1, base.config.num_layers + 1)), "form": form}
     if (adapter := _adapter(base)) is not None:
-        decoder = {
-            f.name: getattr(adapter.config, f.name) for f in dataclasses.fields(adapter.config)
-        }
-    return make_settings({"trained": ("cca.gate",)}, **{**decoder, "pad_id": data.pad_id})
+        config = adapter.config
+        gated = config.form.gated_cca
+        decoder = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    trained = ("cca.gate",) if gated else ("encoder.*", "cca.*")
+    return make_settings({"trained": trained}, **{**decoder, "pad_id": data.pad_id})
 
 
 def _base() -> BaseModel:

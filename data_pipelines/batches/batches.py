@@ -29,7 +29,7 @@ import numpy as np
 from data_pipelines.chunk_database.database import CHUNK_LENGTH, ChunkDatabase
 from data_pipelines.retriever.neighbour_table import NeighbourTable
 from retro_jax.batch import RetroBatch
-from retro_jax.config import require
+from retro_jax.config import RetroConfig, require
 from retro_jax.errors import UserError
 
 PARTS = ("both", "chunk", "continuation")
@@ -48,8 +48,8 @@ class BatchConfig:
       neighbours: K, neighbours per chunk; 0 for none (the baseline, RETRO[OFF]).
       neighbour_part: "both" the retrieved chunk and its continuation, or only the "chunk", or only
         the "continuation"; the rest is padding. "last_96" is the last 96 of both's 128 tokens, and no
-        padding: a model of RetroConfig.neighbour_length 96 reads less. The model is then always used
-        this way.
+        padding, so that the model reads less; of passages and other texts it is the first 96. The
+        model is then always used this way.
       neighbour_noise: part of the chunks that get the neighbours of another chunk, drawn at random from
         the split, so that the model learns to leave unrelated ones alone.
       seed: seed of the order of sequences.
@@ -284,6 +284,20 @@ class Batches:
 def neighbour_length(part: str) -> int:
     """R, the tokens of a neighbour of which a part is read (BatchConfig.neighbour_part)."""
     return _last(part) or 2 * CHUNK_LENGTH
+
+
+def check_neighbour_length(batches: BatchConfig, retro: RetroConfig) -> None:
+    """Refuses a model that reads more or less of a neighbour than its batches have.
+
+    Raises:
+      UserError: names both settings.
+    """
+    part, length = batches.neighbour_part, neighbour_length(batches.neighbour_part)
+    if retro.neighbour_length != length:
+        raise UserError(
+            f"RetroConfig.neighbour_length is {retro.neighbour_length}: expected {length}, as"
+            f" BatchConfig.neighbour_part is {part!r}"
+        )
 
 
 def keep_part(values: np.ndarray, part: str, pad_id: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from data_pipelines.artefacts import bucket_copy
 from data_pipelines.artefacts.manifest import MANIFEST_FILE, PURGED_FILE, Manifest, Path
-from data_pipelines.batches.batches import BatchConfig, Batches, neighbour_length
+from data_pipelines.batches.batches import BatchConfig, Batches, check_neighbour_length
 from data_pipelines.batches.materialised import RETRIEVED, MaterialisedBatches
 from data_pipelines.chunk_database.database import CHUNK_LENGTH, ChunkDatabase
 from data_pipelines.questions.prepared import QuestionBatches
@@ -63,14 +63,14 @@ class TrainingData:
             "pad_id": self.pad_id,
             "chunk_length": CHUNK_LENGTH,
         }
-        if retro.has_retrieval:
-            expected["neighbour_length"] = neighbour_length(self.batches.config.neighbour_part)
         for field, value in expected.items():
             if getattr(retro, field) != value:
                 raise UserError(
                     f"RetroConfig.{field} is {getattr(retro, field)}: expected {value}, that of "
                     f"{self.database.directory}"
                 )
+        if retro.has_retrieval:
+            check_neighbour_length(self.batches.config, retro)
         if retro.has_retrieval and not self.batches.config.neighbours:
             raise UserError(
                 "BatchConfig.neighbours is 0: expected at least 1, or a model without cca_layers "

@@ -15,7 +15,13 @@ import numpy as np
 
 from data_pipelines.artefacts.manifest import Manifest, Path
 from data_pipelines.artefacts.stage import Stage
-from data_pipelines.batches.batches import BatchConfig, Batches, keep_part_of_text, permutation
+from data_pipelines.batches.batches import (
+    BatchConfig,
+    Batches,
+    keep_part,
+    keep_part_of_text,
+    permutation,
+)
 from data_pipelines.chunk_database.database import CHUNK_LENGTH, token_dtype
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.live.database import LiveDatabase
@@ -179,10 +185,14 @@ class QuestionBatches(Batches):
             targets=targets,
             documents=documents,
             corpus=np.zeros(count, np.int32),
-            neighbours=keep_part_of_text(neighbours, self.config.neighbour_part, self.pad_id)
-            if k
-            else None,
+            neighbours=self._part(neighbours) if k else None,
         )
+
+    def _part(self, neighbours: np.ndarray) -> np.ndarray:
+        """What the model reads of passages, or of chunks where the file has no passages."""
+        given = self.manifest.settings["passages"] == "given"
+        keep = keep_part_of_text if given else keep_part
+        return keep(neighbours, self.config.neighbour_part, self.pad_id)
 
     def _document_id(self, number: int) -> str:
         """Files of questions are read by their rows."""

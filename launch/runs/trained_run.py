@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from data_pipelines.artefacts.manifest import Manifest
-from data_pipelines.batches.batches import BatchConfig
+from data_pipelines.batches.batches import BatchConfig, check_neighbour_length
 from launch.common import configurables
 from retro_jax.config import ExecutionConfig, RetroConfig
 from retro_jax.errors import UserError
@@ -95,6 +95,8 @@ def open_run(
         )
     configurables.load(str(directory / CONFIG_FILE), bindings)
     model, batches = configurables.make(RetroConfig), configurables.make(BatchConfig)
+    if model.has_retrieval:
+        check_neighbour_length(batches, model)
     # Figures depend on these too; the batches' other fields are of training, or settings of a result.
     read = ("RetroConfig.", "DecoderForm.", "BatchConfig.neighbour_part")
     return Run(

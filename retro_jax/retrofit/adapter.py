@@ -43,7 +43,7 @@ FORMAT_VERSION = 1
 _ADDED = ("cca.", "encoder.")
 _GATE = "cca.gate"
 # Of a run's batches, as the reader has learnt them; an example of each.
-_READ = {"sequence_length": 64, "neighbours": 2, "neighbour_part": "both"}
+READ = {"sequence_length": 64, "neighbours": 2, "neighbour_part": "both"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Adapter:
 
     Attributes:
       directory: of its files. config: of the fitted model. tensors: what it adds, by parameter.
-      read: BatchConfig's fields as it was trained with them; empty in the first adapters.
+      read: BatchConfig's fields as it was trained with them; empty where it is not known.
       digest: SHA-256 of both files.
     """
 
@@ -103,14 +103,15 @@ class Adapter:
 
 
 def export_adapter(
-    directory: Path, base: BaseModel, model: Retro, read: Mapping[str, Any] = _READ
+    directory: Path, base: BaseModel, model: Retro, read: Mapping[str, Any] | None = None
 ) -> int:
     """Writes the parameters that a model adds to its base.
 
     Args:
       directory: where the two files go; an adapter that is there is replaced.
       base: whose weights the model's decoder has. model: as it was fitted, on one device.
-      read: of the run's batches, the fields sequence_length, neighbours and neighbour_part at least.
+      read: of the run's batches, the fields sequence_length, neighbours and neighbour_part at least;
+        None where they are not known.
 
     Returns:
       The bytes of both files.
@@ -139,7 +140,7 @@ def export_adapter(
         "fingerprint": base.fingerprint(),
         "decoder": base_settings(base.config),
         "retro": _own_settings(base.config, model.config),
-        "read": {name: read[name] for name in _READ},
+        **({} if read is None else {"read": {name: read[name] for name in READ}}),
         "tensors_sha256": hashlib.sha256(tensors).hexdigest(),
     }
     folder = pathlib.Path(directory)
@@ -179,7 +180,7 @@ def open_adapter(directory: Path, base: BaseModel) -> Adapter:
         )
     _check_decoder(base, settings.get("decoder"), path)
     config = _config(base, settings.get("retro"), path)
-    read = _like(settings["read"], _READ, path, "read") if "read" in settings else {}
+    read = _like(settings["read"], READ, path, "read") if "read" in settings else {}
     tensors = _tensors(folder / TENSORS_FILE, settings.get("tensors_sha256"))
     digests = "".join(files.measure(folder / name)[1] for name in (SETTINGS_FILE, TENSORS_FILE))
     digest = hashlib.sha256(digests.encode()).hexdigest()

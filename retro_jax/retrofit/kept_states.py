@@ -194,6 +194,11 @@ class KeptStates:
         """A batch of NumPy arrays with `states` and `below`; one without neighbours as it is."""
         if batch.neighbours is None:
             return batch
+        if batch.neighbours.shape[-1] != self._retro.neighbour_length:
+            raise ValueError(
+                f"neighbours of {batch.neighbours.shape[-1]} tokens: expected"
+                f" {self._retro.neighbour_length}"
+            )
         with jax.set_mesh(self._mesh):  # whatever mesh the caller's batches go to
             states = self._states(np.asarray(batch.neighbours, np.int32))
             below = None if self.texts is None else self._below(self.texts, batch)

@@ -1,6 +1,7 @@
 """A run's settings, and its plan: all that can be checked before anything is written or allocated."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Mapping
 
 import jax
@@ -194,5 +195,9 @@ def run_parents(settings: Settings, data: Mapping[str, str]) -> dict[str, str]:
 
 
 def open_adapter_of(settings: Settings) -> Adapter:
-    """The adapter that a run begins with."""
+    """The adapter that a run begins with; a run that goes on needs it too, as it needs its base."""
+    if not pathlib.Path(settings.start.adapter).is_dir():
+        raise UserError(
+            f"StartConfig.adapter is {settings.start.adapter!r}: expected the directory of an adapter"
+        )
     return open_adapter(settings.start.adapter, open_base(settings.start.base))

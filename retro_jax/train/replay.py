@@ -13,6 +13,7 @@ from typing import Any
 from retro_jax.errors import UserError
 from retro_jax.storage import files
 from retro_jax.train import record
+from retro_jax.train.checkpoint import CHECKPOINTS, latest_step
 from retro_jax.train.curves import METRICS_FILE, read_curve, without_clock
 
 _SHOWN = 5  # differences in a message
@@ -85,6 +86,8 @@ def compare(run: pathlib.Path, again: pathlib.Path) -> str:
                     f"{again} is not as {run}: at step {line['step']} {name} was {old.get(name)} and "
                     f"is {new.get(name)}; expected the same bits"
                 )
+    if not lines and latest_step(run / CHECKPOINTS) == latest_step(again / CHECKPOINTS) == 0:
+        return f"{again}: a run of 0 steps as {run}, begun with the same weights"
     if not lines:
         raise UserError(f"{again} and {run} have no line of {METRICS_FILE} to compare")
     return f"{again}: the same as {run} bit for bit, in all {lines} lines of {METRICS_FILE}"

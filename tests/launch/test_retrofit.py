@@ -1,5 +1,6 @@
 """launch.retrofit: prepare with a base's tokeniser, fit gates, evaluate; OFF is the base."""
 
+import dataclasses
 import json
 import shutil
 
@@ -8,7 +9,9 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
+from data_pipelines.batches.batches import BatchConfig
 from data_pipelines.chunk_database import ChunkDatabase
+from data_pipelines.questions.prepared import QuestionBatches
 from launch import evaluate, prepare, retrofit, sample
 from launch.runs.trained_run import load_model, open_run
 from retro_jax.errors import UserError
@@ -156,6 +159,9 @@ def test_a_shared_adapter_is_used_and_trained_on(place, tmp_path, capsys):
     assert call(sample.main, f"--workdir={tmp_path / 'V'}", data, *asked) == 0
     assert call(retrofit.main, *received, shared) == 0
     assert "trained already, 0 steps" in capsys.readouterr().out
+    replayed = [f"--replay={tmp_path / 'V'}", f"--workdir={tmp_path / 'again'}", base]
+    assert call(retrofit.main, *replayed) == 0
+    assert "a run of 0 steps as" in capsys.readouterr().out
 
     # Training on: the first losses are those that the other fit ended with, not those of the base.
     settings = f"--gin_file={place / 'fit.gin'}"
@@ -181,7 +187,8 @@ def test_a_shorter_part_of_neighbours_is_read_for_less(place, tmp_path, capsys):
     steps = "--gin_bindings=TrainConfig.steps = 2"
     length = "--gin_bindings=RetroConfig.neighbour_length = 128"
     assert call(retrofit.main, *asked, steps, length) == 1
-    assert "RetroConfig.neighbour_length is 128: expected 96" in capsys.readouterr().err
+    message = "neighbour_length is 128: expected 96, as BatchConfig.neighbour_part is 'last_96'"
+    assert message in capsys.readouterr().err
     assert call(retrofit.main, *asked, steps) == 0
     run = open_run(tmp_path / "V" / "retro")
     assert run.model.neighbour_length == 96 and run.batches.neighbour_part == "last_96"
@@ -205,6 +212,10 @@ def test_a_shorter_part_of_neighbours_is_read_for_less(place, tmp_path, capsys):
     assert 0.7 * added[1] < added[0] < 0.8 * added[1]
     text = ["--prompt=" + "word1 word2 " * 40, "--max_tokens=3", "--temperature=0"]
     assert call(sample.main, *into, *text) == 0
+    whole_part = "--gin_bindings=BatchConfig.neighbour_part = 'both'"
+    assert call(evaluate.main, *into, whole_part) == 1
+    message = "neighbour_length is 96: expected 128, as BatchConfig.neighbour_part is 'both'"
+    assert message in capsys.readouterr().err
     where = [into[0], f"--base={place / 'base'}"]
     assert call(retrofit.main, *where, f"--export={tmp_path / 'adapter'}") == 0
     again = [f"--workdir={tmp_path / 'U'}", into[1], where[1]]
@@ -212,6 +223,42 @@ def test_a_shorter_part_of_neighbours_is_read_for_less(place, tmp_path, capsys):
     assert open_run(tmp_path / "U" / "retro").batches.neighbour_part == "last_96"
     (place / "base" / "config.json").write_bytes(files.to_json(fields))
     shutil.rmtree(place / "W" / "evaluation")
+
+
+def test_an_adapter_of_the_papers_form_is_used(place, tmp_path):
+    """Encoder and CCA are trained without naming them, and come along."""
+    sizes = {"d_model": 16, "num_heads": 2, "head_dim": 8, "d_ff": 16}
+    fields = [f"RetroConfig.encoder_{name} = {size}" for name, size in sizes.items()]
+    fields += ["DecoderForm.gated_cca = False", "ExecutionConfig.kept_states = ''"]
+    form = [f"--gin_bindings={each}" for each in [*fields, "TrainConfig.steps = 2"]]
+    shared, base = [f"--data={place / 'W'}"], f"--base={place / 'base'}"
+    fitted = [f"--gin_file={place / 'fit.gin'}", f"--workdir={tmp_path / 'P'}", *shared, *form]
+    assert call(retrofit.main, *fitted, base) == 0
+    for name, more in (("P", []), ("V", [f"--adapter={tmp_path / 'P-adapter'}"])):
+        where = [f"--workdir={tmp_path / name}", base]
+        if more:
+            assert call(retrofit.main, *where, *shared, *more) == 0
+        assert call(retrofit.main, *where, f"--export={tmp_path / name}-adapter") == 0
+    one, other = (tmp_path / f"{name}-adapter" / "adapter.safetensors" for name in "PV")
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_questions_without_passages_train_on_what_answers_read(place, tmp_path):
+    """A part of neighbours is the end of a database's chunk, as the live database has it."""
+    lines = [json.dumps({"question": f"word{i} word{i + 1}", "answers": ["x"]}) for i in range(4)]
+    (tmp_path / "q.jsonl").write_text("\n".join(lines))
+    asked = f"--questions=asked={tmp_path / 'q.jsonl'}"
+    assert call(prepare.main, f"--workdir={place / 'W'}", asked) == 0
+    config = BatchConfig(sequence_length=192, batch_size=4, questions="asked", prefetch=0)
+    whole, short = (
+        QuestionBatches.read(place / "W", dataclasses.replace(config, neighbour_part=part))
+        .rows(0)
+        .neighbours
+        for part in ("both", "last_96")
+    )
+    np.testing.assert_array_equal(short, whole[..., 32:])
+    assert (whole[..., :32] != whole[..., 96:]).any()
+    shutil.rmtree(place / "W" / "questions")
 
 
 def test_an_adapter_of_other_settings_or_base_is_refused(place, tmp_path, capsys):
@@ -235,6 +282,15 @@ def test_an_adapter_of_other_settings_or_base_is_refused(place, tmp_path, capsys
         assert call(retrofit.main, *into, *more) == status
         assert message in capsys.readouterr().err
         assert not (tmp_path / "V" / "retro").exists()
+    # A first adapter, which does not say how texts were read, and one that is not there.
+    path = tmp_path / "adapter" / "adapter.json"
+    path.write_bytes(files.to_json({n: x for n, x in files.read_json(path).items() if n != "read"}))
+    assert call(retrofit.main, *into, of_base, shared) == 1
+    assert "expected BatchConfig.sequence_length in the settings" in capsys.readouterr().err
+    none = "--gin_bindings=StartConfig.adapter = 'none'"
+    given = [f"--gin_file={place / 'fit.gin'}", *into, of_base, none]
+    assert call(retrofit.main, *given) == 1
+    assert "none/adapter.json is missing: expected that of an adapter" in capsys.readouterr().err
     trained = [f"--gin_file={place / 'fit.gin'}", *where, shared]
     assert call(retrofit.main, *trained) == 1  # W has a run of other settings
     assert (
