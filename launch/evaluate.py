@@ -63,7 +63,7 @@ from launch.evaluation.conditions import (
     KINDS,
     TOKENS,
     Condition,
-    context_condition,
+    asked_condition,
     passes,
     swept_conditions,
 )
@@ -386,12 +386,7 @@ def _conditions(workdir: pathlib.Path, names: Sequence[str]) -> list[Condition]:
     if needing and not (k and retro.model.has_retrieval):
         name = needing[0] if needing[0] in KINDS else "on"
         raise UserError(f"--retrieval={name}: {retro.directory} was trained without, expected off")
-    conditions = [
-        context_condition(retro, k)
-        if name == IN_CONTEXT
-        else Condition(name, retro, k if name != "off" else 0, name)
-        for name in names
-    ]
+    conditions = [asked_condition(name, retro, k) for name in names]
     if TOKENS in names and IN_CONTEXT in names:
         conditions.append(Condition(f"context+{TOKENS}", retro, k, TOKENS))
     baseline = retro

@@ -17,7 +17,7 @@ RETRIEVAL = flags.DEFINE_list(
     "retrieval",
     None,
     "With retrieval on or off; launch.evaluate scores both unless told otherwise, and knows "
-    "random, oracle, in_context and tokens too.",
+    "random, oracle, in_context, random_in_context and tokens too.",
 )
 NUM_NEIGHBOURS = flags.DEFINE_integer(
     "num_neighbours",

@@ -6,7 +6,7 @@ random        with random chunks of the retrieval database: the worth of any tex
 oracle        with the neighbours of the predicted chunk, which no model could know: a bound
 k_4           as on, with 4 neighbours; all such conditions are scored in one pass
 context       retrieval off, with the neighbours before the text (--retrieval=in_context); context_4
-              with 4 of them
+              with 4 of them; context+random with random ones (--retrieval=random_in_context)
 database_0.1  as on, from a tenth of the retrieval database's documents (smaller shares are part
               of larger ones)
 tokens        as on, mixed with the votes of the token memory (launch/evaluation/tokens.py);
@@ -42,8 +42,9 @@ from retro_jax.retrofit.kept_states import kept_of
 
 TOKENS, KNN = "tokens", "knn"
 TUNING_CHUNKS = 1024  # of the validation split, by which a token mixture is tuned
-IN_CONTEXT = "in_context"
-KINDS = ("on", "off", "random", "oracle", IN_CONTEXT, TOKENS)  # of --retrieval
+IN_CONTEXT, RANDOM_IN_CONTEXT = "in_context", "random_in_context"
+KINDS = ("on", "off", "random", "oracle", IN_CONTEXT, RANDOM_IN_CONTEXT, TOKENS)  # of --retrieval
+_CONTEXTS = {IN_CONTEXT: "context", RANDOM_IN_CONTEXT: "context+random"}
 
 _GRAM = 13
 
@@ -91,12 +92,15 @@ def swept_conditions(
     by_count = [Condition(f"k_{count:g}", retro, int(count), "k", count) for count in counts]
     by_share = [Condition(f"database_{s:g}", retro, k, "database", s) for s in shares]
     by_share += [Condition(f"ngrams_{x:g}", retro, k, "ngrams", x) for x in limits]
-    return by_count + by_share + [context_condition(retro, int(n), n) for n in in_context]
+    by_context = [Condition(f"context_{n:g}", retro, int(n), "context", n) for n in in_context]
+    return by_count + by_share + by_context
 
 
-def context_condition(retro: trained_run.Run, k: int, value: float = 0.0) -> Condition:
-    """Retrieval off, with k neighbours before the text; one of several k where a value is given."""
-    return Condition(f"context_{k}" if value else "context", retro, k, "context", value)
+def asked_condition(name: str, retro: trained_run.Run, k: int) -> Condition:
+    """The condition of a name of --retrieval, with k neighbours where it has some."""
+    if name in _CONTEXTS:
+        return Condition(_CONTEXTS[name], retro, k, "context")
+    return Condition(name, retro, k if name != "off" else 0, name)
 
 
 def passes(conditions: Sequence[Condition]) -> list[list[Condition]]:
@@ -131,7 +135,7 @@ def _whole_neighbours(
     if condition.kind == "database":
         table = database_share.subsampled(split, condition.value, k, folder=folder, data=data)
         return lambda ids: split.values(ids, table[np.searchsorted(split.ids, np.maximum(ids, 0))])
-    if condition.kind == "random":
+    if is_random(condition):
         return random_neighbours(split, k)
     if condition.kind == "oracle":
         return oracle_neighbours(split, k)
@@ -144,6 +148,11 @@ def _whole_neighbours(
 def is_in_context(condition: Condition) -> bool:
     """Whether neighbours are before the text, whole."""
     return MIXED_WITH_TOKENS.get(condition.name, condition.kind) == "context"
+
+
+def is_random(condition: Condition) -> bool:
+    """Whether neighbours are random chunks, which nothing looks up."""
+    return condition.kind == "random" or condition.name == _CONTEXTS[RANDOM_IN_CONTEXT]
 
 
 def uses_knn(condition: Condition) -> bool:
@@ -162,6 +171,8 @@ def condition_settings(condition: Condition) -> dict[str, Any]:
     if condition.kind == TOKENS:
         facts |= {"longest_ending": LONGEST, "most_votes": MOST_VOTES}
         facts["tuning_chunks"] = TUNING_CHUNKS
-    if condition.kind in ("random", "oracle"):
-        facts["neighbours_are"] = condition.kind
+    if is_random(condition):
+        facts["neighbours_are"] = "random"
+    if condition.kind == "oracle":
+        facts["neighbours_are"] = "oracle"
     return facts

@@ -10,7 +10,7 @@ from data_pipelines.evaluation.lookup_cost import (
     datastore_cost,
 )
 from data_pipelines.retriever.datastore import plan_datastore
-from launch.evaluation.conditions import TOKENS, Condition, is_in_context, uses_knn
+from launch.evaluation.conditions import TOKENS, Condition, is_in_context, is_random, uses_knn
 from launch.evaluation.results import Work
 from launch.evaluation.settings import EvaluationSettings
 from retro_jax.evaluate.conditions import MIXED_WITH_TOKENS
@@ -55,7 +55,7 @@ def _cost(
         work.revision,
         neighbours=condition.neighbours,
         share=condition.value if condition.kind == "database" else 1.0,
-        searched=condition.kind != "random",
+        searched=not is_random(condition),
         states=state_bytes(model, form) if form else 0,
         tokens=condition.kind == TOKENS,
         beside=store,

@@ -10,6 +10,7 @@ CONDITION_NAMES = {
     "random": "random neighbours",
     "oracle": "oracle",
     "context": "neighbours in context",
+    "context+random": "random ones in context",
     "tokens": "RETRO[ON] + tokens",
     "context+tokens": "in context + tokens",
     "baseline+tokens": "baseline + tokens",

@@ -21,6 +21,7 @@ _PAIRS = (
     ("on", "baseline"),
     ("on", "random"),
     ("on", "context"),
+    ("context+random", "off"),
     ("on", "knn"),
     ("tokens", "on"),
     ("tokens", "knn"),

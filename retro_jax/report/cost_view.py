@@ -74,7 +74,7 @@ def condition_style(name: str) -> str:
 
 
 _FIRST = ("on", "off", "baseline", "knn", "random", "oracle")  # keep their colours
-_LAST = ("context+tokens",)  # came last, so that sweeps keep theirs
+_LAST = ("context+tokens", "context+random")  # came last, so that sweeps keep theirs
 
 
 def _is_known(result: Mapping[str, Any]) -> bool:

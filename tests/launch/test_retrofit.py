@@ -331,18 +331,25 @@ def test_a_sample_is_scored_beside_neighbours_in_context(place):
     """Random neighbours, and k of them before the text; sums, bytes and files are of the sample alone."""
     fields = files.read_json(place / "base" / "config.json") | {"max_position_embeddings": 1024}
     (place / "base" / "config.json").write_bytes(files.to_json(fields))
-    asked = ["--retrieval=on,off,random,in_context,tokens", "--in_context=1", "--sample_chunks=4"]
+    kinds = "on,off,random,in_context,random_in_context,tokens"
+    asked = [f"--retrieval={kinds}", "--in_context=1", "--sample_chunks=4"]
     assert call(evaluate.main, f"--workdir={place / 'W'}", *asked) == 0
     results = made.figures(place / "W" / "evaluation" / "test.json")
     mixtures = {"tokens", "context+tokens"}
-    assert set(results) == {"on", "off", "random", "context", "context_1", *mixtures}
+    assert set(results) == {
+        *("on", "off", "random", "context", "context_1", "context+random"),
+        *mixtures,
+    }
     facts = files.read_json(place / "W" / "evaluation" / "test.json")
     for name in mixtures:  # tuned on a sample of the validation split
         assert 0 < facts[name]["tokens"]["tuned_on_tokens"] <= 4 * 64
     sizes = {(each["bytes"], each["tokens"]) for each in results.values()}
     ((size, tokens),) = sizes
     assert tokens <= 4 * 64 and tokens <= size < 10 * tokens
-    assert len({each["bits_per_byte"] for each in results.values()}) == 7
+    assert len({each["bits_per_byte"] for each in results.values()}) == 8
+    costs = {name: facts[name]["cost"] for name in ("context", "context+random")}
+    assert len({each["operations"] for each in costs.values()}) == 1
+    assert costs["context+random"]["lookup_operations"] < costs["context"]["lookup_operations"]
     table = (place / "W" / "evaluation" / "test.md").read_text()
     assert "in context, k = 1" in table and "neighbours in context" in table
     for folder in ("evaluation", "token_memory"):
