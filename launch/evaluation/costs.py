@@ -14,7 +14,7 @@ from launch.evaluation.conditions import TOKENS, Condition, is_in_context, is_ra
 from launch.evaluation.results import Work
 from launch.evaluation.settings import EvaluationSettings
 from retro_jax.evaluate.conditions import MIXED_WITH_TOKENS
-from retro_jax.model.flops import forward_flops
+from retro_jax.model.flops import forward_flops, in_context_flops
 from retro_jax.retrofit.kept_states import state_bytes
 
 _LOOKUP = ("lookup_operations", "bytes_read", "bytes_kept", "memory_bytes", "memory_tokens")
@@ -43,8 +43,7 @@ def _cost(
     if in_context:
         # A row of neighbours and text for each chunk that is read out.
         row = condition.neighbours * NEIGHBOUR_LENGTH + max(length, 2 * model.chunk_length)
-        flops = forward_flops(model, row, 0)
-        operations = flops.decoder * row / model.chunk_length + flops.read_out
+        operations = in_context_flops(model, row).total
     if uses_knn(condition):
         facts = results[MIXED_WITH_TOKENS.get(condition.name, condition.name)]["knn"]
         count, knn = facts["datastore_tokens"], settings.knn
