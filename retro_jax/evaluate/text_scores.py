@@ -59,7 +59,7 @@ class TextScorer:
 
     def __init__(self, model: Retro, *, chunks: int, alternatives: int) -> None:
         """Windows have `chunks` chunks and advance by half of it, as launch.evaluate's do."""
-        self.config, self._alternatives = model.config, alternatives
+        self.config = model.config
         self._chunks, self._stride = chunks, max(1, chunks // 2)
         losses = functools.partial(token_scores, alternatives=alternatives)
         self.whole = (chunks - self._stride + 1) * self.config.chunk_length

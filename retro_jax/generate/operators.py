@@ -334,20 +334,16 @@ class Part:
     bias: jax.Array | None
 
 
-def attend_to(
-    query_BxTxHxW: jax.Array, parts: Sequence[Part], shardings: Shardings = Shardings()
-) -> jax.Array:
-    """model.attention.attend with one softmax over keys that are not in one array: [B, T, H, W]."""
-    return attend_and_total(query_BxTxHxW, parts, shardings)[0]
-
-
 def attend_and_total(
     query_BxTxHxW: jax.Array, parts: Sequence[Part], shardings: Shardings = Shardings()
 ) -> Heads:
-    """`attend_to`, and the logarithm of the softmax's denominator, [B, T, H].
+    """model.attention.attend with one softmax over keys that are not in one array.
 
     The H / G heads of queries that read one head of keys are rows of one product, [B, G, rows, S]
     with rows = H / G * T: keys are not repeated.
+
+    Returns:
+      [B, T, H, W], and the logarithm of the softmax's denominator, [B, T, H].
     """
     *_, num_heads, width = query_BxTxHxW.shape
     shared = num_heads // parts[0].keys.shape[1]
