@@ -43,7 +43,7 @@ FORMAT_VERSION = 1
 _ADDED = ("cca.", "encoder.")
 _GATE = "cca.gate"
 # Of a run's batches, as the reader has learnt them; an example of each.
-READ = {"sequence_length": 64, "neighbours": 2, "neighbour_part": "both"}
+_READ = {"sequence_length": 64, "neighbours": 2, "neighbour_part": "both"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ def export_adapter(
         "fingerprint": base.fingerprint(),
         "decoder": base_settings(base.config),
         "retro": _own_settings(base.config, model.config),
-        **({} if read is None else {"read": {name: read[name] for name in READ}}),
+        **({} if read is None else {"read": {name: read[name] for name in _READ}}),
         "tensors_sha256": hashlib.sha256(tensors).hexdigest(),
     }
     folder = pathlib.Path(directory)
@@ -180,7 +180,7 @@ def open_adapter(directory: Path, base: BaseModel) -> Adapter:
         )
     _check_decoder(base, settings.get("decoder"), path)
     config = _config(base, settings.get("retro"), path)
-    read = _like(settings["read"], READ, path, "read") if "read" in settings else {}
+    read = _like(settings["read"], _READ, path, "read") if "read" in settings else {}
     tensors = _tensors(folder / TENSORS_FILE, settings.get("tensors_sha256"))
     digests = "".join(files.measure(folder / name)[1] for name in (SETTINGS_FILE, TENSORS_FILE))
     digest = hashlib.sha256(digests.encode()).hexdigest()
