@@ -253,7 +253,7 @@ def test_hosts_make_only_the_rows_of_their_devices():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("steps", 0),
+        ("steps", -1),
         ("seed", -1),
         ("neighbour_dropout", 1.5),
         ("log_every", 0),
