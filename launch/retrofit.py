@@ -85,6 +85,7 @@ def read_as_the_adapter() -> None:
     """
     if ADAPTER.value is not None:
         configurables.override("StartConfig.adapter", ADAPTER.value)
+        configurables.override("StartConfig.gates", 0.0)  # they are the adapter's
         configurables.override("TrainConfig.steps", 0)
     if (adapter := _adapter(_base())) is not None:
         length = configurables.bound("BatchConfig.sequence_length", None)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.artefacts.manifest import Path
-from data_pipelines.batches.batches import neighbour_length
+from data_pipelines.batches.batches import keep_part_of_text
 from data_pipelines.chunk_database.database import CHUNK_LENGTH, ChunkDatabase
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.evaluation.trace_sources import DatabaseLibrary
@@ -194,7 +194,7 @@ class FixedNeighbours:
     def open(
         cls, path: Path, tokenizer: Tokenizer, k: int, part: str = "both"
     ) -> "FixedNeighbours":
-        """Reads a file of JSON lines: {"text": ...}, of which the model reads 128 tokens, or fewer by `part`.
+        """Reads a file of JSON lines: {"text": ...}, of which the model reads `part` of 128 tokens.
 
         Raises:
           UserError: no such file, a line of another form, or fewer than k of them.
@@ -212,11 +212,11 @@ class FixedNeighbours:
                 raise UserError(f'{file}, line {number}: expected {{"text": "..."}}')
         if len(texts) < k:
             raise UserError(f"{file} has {len(texts)} neighbours: expected at least {k}")
-        length = neighbour_length(part)
-        tokens = np.full((k, length), tokenizer.pad_id, np.int32)
+        tokens = np.full((k, 2 * CHUNK_LENGTH), tokenizer.pad_id, np.int32)
         for row, text in enumerate(texts[:k]):
-            ids = tokenizer.encode(text)[:length]
+            ids = tokenizer.encode(text)[: 2 * CHUNK_LENGTH]
             tokens[row, : len(ids)] = ids
+        tokens = keep_part_of_text(tokens, part, tokenizer.pad_id)
         return cls(tokens, tokenizer, file.name)
 
     def find(self, chunks: np.ndarray, k: int) -> Found:

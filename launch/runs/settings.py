@@ -23,12 +23,20 @@ def make_settings(start: Mapping[str, Any] | None = None, **retro: Any) -> Setti
       UserError: a setting is wrong.
     """
     # Imported here: it brings the data pipelines' libraries along.
-    from data_pipelines.batches.batches import neighbour_length
+    from data_pipelines.batches.batches import (
+        BatchConfig,
+        check_neighbour_length,
+        neighbour_length,
+    )
 
-    part = str(configurables.bound("BatchConfig.neighbour_part", "both"))
-    retro = {"neighbour_length": neighbour_length(part), **retro}
+    batches = configurables.make(BatchConfig)
+    config = configurables.make(
+        RetroConfig, **{"neighbour_length": neighbour_length(batches.neighbour_part), **retro}
+    )
+    if config.has_retrieval:
+        check_neighbour_length(batches, config)
     return Settings(
-        retro=configurables.make(RetroConfig, **retro),
+        retro=config,
         execution=configurables.make(ExecutionConfig),
         optimizer=configurables.make(OptimizerConfig),
         training=configurables.make(TrainConfig),

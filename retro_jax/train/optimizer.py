@@ -119,7 +119,7 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     def schedule(step: Any) -> Any:
         # A number is answered by NumPy: JAX would queue it behind the step that runs.
         of = np if isinstance(step, int) else jnp
-        step, length = of.asarray(step, np.float32), total_steps or warmup + 1
+        step, length = of.asarray(step, np.float32), total_steps
         if len(bounds) > 2:
             part = of.searchsorted(of.asarray(bounds[1:-1], np.float32), step, side="right")
             begin = of.asarray(bounds[:-1], np.float32)[part]

@@ -208,6 +208,10 @@ def test_unknown_topologies_are_refused(settings, capsys, topology, message):
             "RetroConfig.chunk_length = 48",
             "sequence_length 128: expected a multiple of chunk_length 48",
         ),
+        (
+            "RetroConfig.neighbour_length = 96",
+            "neighbour_length is 96: expected 128, as BatchConfig.neighbour_part is 'both'",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_before_compiling(settings, capsys, binding, message):

@@ -144,7 +144,8 @@ def test_a_shared_adapter_is_used_and_trained_on(place, tmp_path, capsys):
     assert call(retrofit.main, *where, base, f"--export={tmp_path / 'adapter'}") == 0
     shared, data = f"--adapter={tmp_path / 'adapter'}", f"--data={place / 'W'}"
     received = [f"--workdir={tmp_path / 'V'}", data, base]
-    assert call(retrofit.main, *received, shared) == 0
+    gates = "--gin_bindings=StartConfig.gates = 1.0"  # as the settings of a fit may have
+    assert call(retrofit.main, *received, shared, gates) == 0
     assert "saved as it begins" in capsys.readouterr().out
     run, fitted = (open_run(folder / "retro") for folder in (tmp_path / "V", place / "W"))
     assert run.step == 0 and run.model == fitted.model
@@ -271,10 +272,15 @@ def test_an_adapter_of_other_settings_or_base_is_refused(place, tmp_path, capsys
     of_base, of_other = where[1], f"--base={tmp_path / 'other'}"
     layers = "--gin_bindings=RetroConfig.cca_layers = (2,)"
     gates = "--gin_bindings=StartConfig.gates = 1.0"
+    begin = f"--gin_bindings=StartConfig.adapter = '{tmp_path / 'adapter'}'"
     for more, status, message in (
         ([shared, of_other], 1, "was fitted to another base than"),
         ([shared, of_base, layers], 1, "RetroConfig.cca_layers is (2,): expected (1, 2), that of"),
-        ([shared, of_base, gates], 1, "StartConfig.gates is 1.0: expected 0 with StartConfig.ad"),
+        (
+            [of_base, begin, gates, "--gin_bindings=TrainConfig.steps = 1"],
+            1,
+            "StartConfig.gates is 1.0: expected 0 with StartConfig.ad",
+        ),
         ([f"--adapter={tmp_path}", of_base], 1, "adapter.json is missing: expected that of an"),
         ([shared], 2, "--base is missing: expected a Hugging Face folder"),
         ([shared, of_base, "--export=elsewhere"], 2, "--export and --adapter: expected one of"),

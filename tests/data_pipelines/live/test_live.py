@@ -121,6 +121,9 @@ def test_fixed_neighbours_are_those_of_the_file(tmp_path):
     assert found[1, 0].tolist() == [1, 2, 3] + [0] * 125 and (found[0, 1] == 26).all()
     short = FixedNeighbours.open(path, Letters(), 2, "last_96")
     np.testing.assert_array_equal(short.values(np.array([[0, 1]]))[0], found[0, :, :96])
+    half = FixedNeighbours.open(path, Letters(), 2, "chunk").values(np.array([[0, 1]]))[0]
+    np.testing.assert_array_equal(half[:, :64], found[0, :, :64])
+    assert (half[:, 64:] == Letters().pad_id).all()
     for content, message in (
         ("no json", "line 1: expected"),
         ('{"text": 3}', "line 1: expected"),
