@@ -9,6 +9,7 @@ its part of an induction head (Olsson et al. 2022, arXiv 2209.11895):
     every CCA, head 0           query: the decoder's token;  key: that subspace of a neighbour's token
                                 value: a neighbour's token, written as it is embedded
 
+An encoder with an embedding of its own begins with a copy of the decoder's.
 The model still computes Algorithm 1; all values, these included, are trained.
 """
 
@@ -37,7 +38,7 @@ def check_can_copy(config: RetroConfig) -> None:
       UserError: naming the field and the value that copying needs.
     """
     needs = {
-        "share_embeddings": True,  # a neighbour's token is written as the decoder embeds it
+        "encoder_d_model": config.d_model,  # a neighbour's token is written as the decoder embeds it
         "positions": "relative",  # a bias alone makes the head that reads the token before
         "encoder_head_dim": config.head_dim,  # query and key come from one head's values
     }
@@ -62,6 +63,7 @@ def begin_with_copying(model: Retro) -> None:
     if not model.config.has_retrieval:
         return
     check_can_copy(model.config)
+    embed_neighbours_alike(model)
     encoder, cca = model.encoder.layers.attention, model.cca.attention
     seen_DxH, written_HxD = _read_token_before(encoder)
     width, head_dim = seen_DxH.shape
@@ -79,6 +81,12 @@ def begin_with_copying(model: Retro) -> None:
     gain = 2.0 * math.sqrt(width) / head_dim
     output = whole(cca.output).at[:, 0].set(gain * jnp.swapaxes(value_LxDxH, 1, 2))
     store(cca.output, output)
+
+
+def embed_neighbours_alike(model: Retro) -> None:
+    """Begins an embedding of the encoder's own as a copy of the decoder's; their updates part them."""
+    if not model.config.share_embeddings:
+        store(model.encoder.embedding.table, whole(model.embedding.table))
 
 
 def whole(param: nnx.Param) -> jax.Array:

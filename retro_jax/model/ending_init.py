@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from retro_jax.config import DecoderForm, RetroConfig
 from retro_jax.errors import UserError
 from retro_jax.model.attention import Attention
-from retro_jax.model.copying_init import read_earlier, store, whole
+from retro_jax.model.copying_init import embed_neighbours_alike, read_earlier, store, whole
 from retro_jax.model.positions import Relative
 from retro_jax.model.retro import Retro
 
@@ -67,7 +67,10 @@ def check_can_begin(config: RetroConfig, setting: str, *, layers: int = 1) -> No
         "num_layers": (config.num_layers >= layers, f"{layers} at least"),
     }
     if config.has_retrieval:
-        needs["share_embeddings"] = (config.share_embeddings, "True")
+        alike = (
+            config.encoder_d_model == config.d_model
+        )  # a neighbour's token as the decoder embeds it
+        needs["encoder_d_model"] = (alike, str(config.d_model))
         needs["encoder_num_heads"] = (config.encoder_num_heads > 1, "2 at least")
     for field, (met, needed) in needs.items():
         if not met:
@@ -101,6 +104,7 @@ def begin_with_endings(model: Retro, *, neighbours: bool, text: bool) -> None:
     if text:
         _copy_from_text(model.layers.attention, parts)
     if neighbours:
+        embed_neighbours_alike(model)
         _tell_earlier_tokens(model.encoder.layers.attention, parts, parts.tokens, _ENCODER_NORM)
         _copy_from_neighbours(model.cca.attention, parts, _CCA_LOGIT_BEHIND if text else _CCA_LOGIT)
 

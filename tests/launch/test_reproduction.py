@@ -4,8 +4,10 @@ import importlib
 import json
 import pathlib
 
+import jax
 import pytest
 from absl import flags
+from flax import nnx
 
 from data_pipelines.batches.batches import BatchConfig
 from launch import quickstart, results
@@ -15,6 +17,9 @@ from retro_jax.errors import UserError
 from retro_jax.evaluate.scored_text import documents_file, write_scored_text
 from retro_jax.report import generated_part, published
 from retro_jax.report.seed_files import seed_parts
+from retro_jax.sharding import make_mesh
+from retro_jax.train.loop import TrainConfig
+from retro_jax.train.plan import Settings, model_maker
 from tests.evaluate.test_scored_text import scored_text
 
 FOLDER = pathlib.Path(__file__).parents[2] / "experiments"
@@ -41,6 +46,12 @@ def _settings(path: pathlib.Path) -> dict:
     }
 
 
+def _training(path: pathlib.Path) -> TrainConfig:
+    """How an experiment trains."""
+    configurables.load(str(path))
+    return configurables.make(TrainConfig)
+
+
 def test_each_ablation_changes_one_setting(monkeypatch):
     monkeypatch.chdir(FOLDER.parent)
     base = _settings(FOLDER / "code_small.gin")
@@ -50,6 +61,19 @@ def test_each_ablation_changes_one_setting(monkeypatch):
     for name, changed in CHANGED.items():
         found = _settings(FOLDER / "ablations" / f"{name}.gin")
         assert {key: found[key] for key in found if found[key] != base[key]} == changed
+
+
+@pytest.mark.parametrize("name", sorted(CHANGED))
+def test_each_ablation_can_begin(name, monkeypatch):
+    """As its base does: the start is not a second thing that is changed."""
+    monkeypatch.chdir(FOLDER.parent)
+    base = _training(FOLDER / "code_small.gin")
+    training = _training(FOLDER / "ablations" / f"{name}.gin")
+    assert training == base
+    config = configurables.make(RetroConfig, vocab_size=4096)
+    settings = Settings(retro=config, training=training)
+    with jax.set_mesh(make_mesh(settings.mesh)):
+        nnx.eval_shape(model_maker(settings))
 
 
 def test_the_commands_are_of_entry_points_and_their_flags(monkeypatch):

@@ -1,6 +1,7 @@
 """A model that begins with copying: it copies at once, and nothing else is changed."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -38,6 +39,8 @@ _CONFIG = RetroConfig(
     encoder_d_ff=64,
     share_embeddings=True,
 )
+# An encoder with an embedding of its own.
+_OWN = dataclasses.replace(_CONFIG, share_embeddings=False)
 _ATTENTION = ("query_key_value", "output", "relative", "position_bias")
 _SET = {
     *(f"encoder.layers.attention.{name}" for name in _ATTENTION),
@@ -115,6 +118,11 @@ def test_it_copies_from_any_slot_and_not_from_the_tokens_alone(copying):
     assert token_losses(copying, shuffled)[helped].mean() > aligned + 1.0
 
 
+def _begin_with_both(model: Retro) -> None:
+    """Endings, in the neighbours and in the text."""
+    begin_with_endings(model, neighbours=True, text=True)
+
+
 def _ambiguous() -> tuple[RetroBatch, np.ndarray]:
     """Three common tokens alternate with rare ones, as `.` and `(` in code; a common one tells nothing.
 
@@ -182,6 +190,23 @@ def test_nothing_but_the_first_heads_is_set(random, copying):
     np.testing.assert_array_equal(before[query][:, :, 1:], after[query][:, :, 1:])
 
 
+@pytest.mark.parametrize("begin", [begin_with_copying, _begin_with_both])
+def test_an_embedding_of_its_own_begins_as_the_decoders(begin):
+    """So that the same values copy, whether the embeddings are shared or not."""
+    own = Retro(_OWN, rngs=nnx.Rngs(3))
+    begin(own)
+    shared = Retro(_CONFIG, rngs=nnx.Rngs(4))
+    for path, value in parameters(own).items():
+        if path != "encoder.embedding.table":
+            parameter = functools.reduce(getattr, path.split("."), shared)
+            parameter[...] = value
+    batch, helped = _batch()
+    losses = token_losses(own, batch)
+    np.testing.assert_array_equal(losses, token_losses(shared, batch))
+    off = token_losses(own, with_neighbours(batch, None))
+    assert (off - losses)[helped].mean() > 2.0
+
+
 def test_a_mesh_begins_with_the_same_values(copying, endings):
     """Drawn in parts, and split as any other model's afterwards."""
 
@@ -213,13 +238,13 @@ def test_a_baseline_is_left_alone():
 @pytest.mark.parametrize(
     ("field", "value", "needed"),
     [
-        ("share_embeddings", False, "True"),
+        ("encoder_d_model", 32, "64"),
         ("positions", "rotary", "'relative'"),
         ("encoder_head_dim", 16, "32"),
     ],
 )
 def test_a_model_that_cannot_copy_is_refused(field, value, needed):
-    config = dataclasses.replace(_CONFIG, **{field: value})
+    config = dataclasses.replace(_OWN, **{field: value})
     model = nnx.eval_shape(lambda: Retro(config, rngs=nnx.Rngs(0)))
     message = rf"^TrainConfig.initial_retrieval is 'copying' and RetroConfig.{field} is .*: expected {needed}"
     with pytest.raises(UserError, match=message):
@@ -229,7 +254,7 @@ def test_a_model_that_cannot_copy_is_refused(field, value, needed):
 @pytest.mark.parametrize(
     ("change", "needed"),
     [
-        ({"share_embeddings": False}, "True"),
+        ({"encoder_d_model": 32}, "64"),
         ({"tie_embeddings": False}, "True"),
         ({"positions": "rotary"}, "'relative'"),
         ({"encoder_num_heads": 1}, "2 at least"),
@@ -238,7 +263,7 @@ def test_a_model_that_cannot_copy_is_refused(field, value, needed):
     ],
 )
 def test_a_model_that_cannot_begin_with_endings_is_refused(change, needed):
-    config = dataclasses.replace(_CONFIG, **change)
+    config = dataclasses.replace(_OWN, **change)
     model = nnx.eval_shape(lambda: Retro(config, rngs=nnx.Rngs(0)))
     field = next(iter(change))
     named = "initial_attention" if field == "num_layers" else "initial_retrieval"
