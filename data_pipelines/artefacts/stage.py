@@ -188,7 +188,7 @@ class Stage:
     ) -> Manifest:
         """Writes the manifest over the shards `names` (all that were written, sorted, by default)."""
         if names is None:
-            records = (self.directory / RECORDS_FOLDER).glob("*.json")
+            records = files.matching(self.directory / RECORDS_FOLDER, "*.json")
             names = sorted(path.name.removesuffix(".json") for path in records)
         shards = []
         for name in names:

@@ -2,6 +2,7 @@
 
 import bz2
 import dataclasses
+import functools
 import gzip
 import itertools
 import lzma
@@ -17,10 +18,10 @@ from retro_jax.errors import UserError
 _BLOCK = 1 << 20
 _LONGEST_WINDOW = 1 << 31  # bytes; what `zstd --ultra --long=31` writes at most
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_OPEN: dict[str, Callable[[BinaryIO], Any]] = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
+# Of one stream each. bz2.open and lzma.open take a damaged later stream for the end of the file.
+_STREAMS: dict[str, Callable[[], Any]] = {
+    ".bz2": bz2.BZ2Decompressor,
+    ".xz": functools.partial(lzma.LZMADecompressor, lzma.FORMAT_XZ),
 }
 # How compressed files begin.
 _MAGIC = {
@@ -98,16 +99,19 @@ def _lines(blocks: Iterable[bytes], end: bytes = b"") -> Iterator[bytes]:
 def _blocks(file: SourceFile, opened: BinaryIO) -> Iterator[bytes]:
     """The decompressed bytes; a UserError for a truncated or damaged file."""
     try:
-        if file.suffix in (".zst", *_OPEN):
+        if file.suffix in (".zst", ".gz", *_STREAMS):
             if not file.start and not opened.read(1):
                 raise EOFError("it has no byte")
             opened.seek(file.start)
         if file.suffix == ".zst":
             length = file.stop - file.start if file.stop else -1
             yield from _zstandard_blocks(_read_blocks(opened, length))
-        elif file.suffix in _OPEN:
-            with _OPEN[file.suffix](opened) as plain:
+        elif file.suffix == ".gz":
+            with gzip.open(opened) as plain:
                 yield from _read_blocks(cast(BinaryIO, plain))
+        elif file.suffix in _STREAMS:
+            padding = b"\0" if file.suffix == ".xz" else b""  # which may be between streams
+            yield from _stream_blocks(_read_blocks(opened), _STREAMS[file.suffix], padding)
         else:
             yield from _plain_blocks(file, opened)
     except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, zstandard.ZstdError) as error:
@@ -149,6 +153,27 @@ def _zstandard_blocks(compressed: Iterable[bytes]) -> Iterator[bytes]:
             frame = None if frame.eof else frame
     if frame is not None:
         raise EOFError("the last frame ends too early")
+
+
+def _stream_blocks(
+    compressed: Iterable[bytes], new: Callable[[], Any], padding: bytes
+) -> Iterator[bytes]:
+    """The text of streams, each by a decompressor of its own; EOFError where the last one is cut off."""
+    stream = None
+    for data in compressed:
+        while data:
+            if stream is None:
+                data = data.lstrip(padding) if padding else data
+                if not data:
+                    break
+                stream = new()
+            yield stream.decompress(data, _BLOCK)
+            while not stream.eof and not stream.needs_input:
+                yield stream.decompress(b"", _BLOCK)
+            data = stream.unused_data if stream.eof else b""
+            stream = None if stream.eof else stream
+    if stream is not None:
+        raise EOFError("the last stream ends too early")
 
 
 def _decompressor() -> zstandard.ZstdDecompressor:

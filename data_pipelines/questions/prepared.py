@@ -8,6 +8,7 @@ The neighbours are the file's passages, or what W's database has for the chunk, 
 text is generated.
 """
 
+import logging
 import pathlib
 from collections.abc import Sequence
 
@@ -28,12 +29,14 @@ from data_pipelines.live.database import LiveDatabase
 from data_pipelines.questions import layout
 from data_pipelines.questions.passages import FoundPassages, GivenPassages
 from data_pipelines.questions.reader import QuestionFile
+from data_pipelines.retriever import revisions
 from data_pipelines.retriever.retriever import Ranking
 from retro_jax.batch import RetroBatch
 from retro_jax.errors import UserError
 
 KIND = "questions"
 _SHARDS = ("prompts.npy", "prompt-ends.npy", "answers.npy", "answer-ends.npy", "neighbours.npy")
+_logger = logging.getLogger(__name__)
 _BLOCK = 1024  # prompt chunks that are asked for at once
 
 
@@ -105,6 +108,16 @@ def prepare_questions(workdir: Path, name: str, file: QuestionFile, k: int) -> M
     return stage.finish(facts, _SHARDS)
 
 
+def _warn_of_other_passages(manifest: Manifest, folder: pathlib.Path, workdir: Path) -> None:
+    """Says where passages were found in another revision of the database than W's newest."""
+    found_in, newest = manifest.parents.get("database"), revisions.open_database(workdir).manifest
+    if found_in not in (None, newest.hash):
+        _logger.warning(
+            "%s has passages of the database %s, and revision %d is %s: remove it to find them again",
+            *(folder, found_in[:12], newest.revision, newest.hash[:12]),
+        )
+
+
 class QuestionBatches(Batches):
     """Questions as training batches: a row is a question with its answer, and only that has a loss.
 
@@ -144,6 +157,7 @@ class QuestionBatches(Batches):
         folder = folder_of(workdir, config.questions)
         parents = {"tokenizer": (tokenizer.manifest, tokenizer.directory)}
         manifest = Manifest.open(folder, KIND, parents, verify)
+        _warn_of_other_passages(manifest, folder, workdir)
         k, length = manifest.settings["k"], config.sequence_length
         if config.neighbours > k:
             raise UserError(

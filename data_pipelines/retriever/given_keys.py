@@ -62,7 +62,8 @@ def write_given_keys(
       The manifests by split.
 
     Raises:
-      UserError: a split is missing, or its array has another shape, or numbers that are not finite.
+      UserError: a split is missing, its array has another shape or numbers that are not finite, or
+        other keys of that name are there.
     """
     config, root = KeysConfig(f"{GIVEN}{name}", dtype), pathlib.Path(workdir)
     if set(vectors) != set(SPLITS):
@@ -152,6 +153,11 @@ def _keys_among(vectors: Rows, ids: range, split: str) -> int:
     return len(rows) - int(none.sum())
 
 
+def _are_equal(keys: np.ndarray, others: np.ndarray) -> bool:
+    """Whether two arrays of keys are the same; NaN is itself."""
+    return np.array_equal(keys, others, equal_nan=keys.dtype.kind == "f")
+
+
 def _write(
     directory: pathlib.Path, database: ChunkDatabase, vectors: Rows, config: KeysConfig, keys: int
 ) -> Manifest:
@@ -159,14 +165,19 @@ def _write(
     settings = {"embedder": {"model": config.model}, "dtype": config.dtype}
     parents = {"chunks": (database.manifest, database.directory)}
     stage = Stage(directory, KIND, settings, parents)
-    if stage.done:
-        return stage.manifest()
     names = [shard_name(KIND, i) for i in range(len(database.shards))]
     for name, ids in zip(names, database.shards, strict=True):
-        if stage.missing([name]):
-            stored = _rows(vectors, ids)
-            if config.dtype == "bfloat16":
-                stored = stored.astype(ml_dtypes.bfloat16).view(np.uint16)
+        stored = _rows(vectors, ids)
+        if config.dtype == "bfloat16":
+            stored = stored.astype(ml_dtypes.bfloat16).view(np.uint16)
+        if not stage.done and stage.missing([name]):
             stage.write_array(name, stored)
+        elif not _are_equal(np.load(directory / name, mmap_mode="r"), stored):
+            raise UserError(
+                f"{directory / name} has other keys of {config.model!r}: expected the same, another"
+                f" name, or {directory} removed"
+            )
+    if stage.done:
+        return stage.manifest()
     facts = {"chunks": len(database), "dimension": vectors.shape[1], "keys": keys}
     return stage.finish(facts | {"positions": 0, "truncated": 0, "padding": 0.0}, names)

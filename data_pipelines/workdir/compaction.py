@@ -41,7 +41,8 @@ _REPLACED = (
     *("documents/train", "chunks/train", revisions.KEYS, revisions.QUERY_KEYS, "index"),
     *(BM25, TOKEN_MEMORY),
 )
-_QUOTING = ("samples", "report.html", "evaluation", "ablations")  # which may quote text
+# Which may quote text, or what a model computed of it.
+_QUOTING = ("samples", "report.html", "evaluation", "ablations", "states")
 
 
 def compact(p: Preparation) -> None:
@@ -186,15 +187,23 @@ def _unfinished(directory: pathlib.Path, newest: int) -> Iterator[pathlib.Path]:
 
 
 def _delete_derived(directory: pathlib.Path, digest: str) -> int:
-    """Deletes batches and datastores made of another database than one; returns their bytes."""
+    """Deletes batches, questions and datastores made of another database than one; returns their bytes."""
     size, batches = 0, directory / "materialised"
     manifest = batches / MANIFEST_FILE
     if manifest.is_file() and Manifest.read(batches).parents.get("chunks") != digest:
         manifest.unlink()  # first: without it the directory is unfinished
     if batches.is_dir() and not manifest.is_file():
         size += _delete(batches, ())
-    for path in (directory / "evaluation").glob("knn-*.npy"):
-        if digest[:12] not in path.name:
+    for place in (directory / "questions").glob("*"):
+        manifest = place / MANIFEST_FILE
+        if manifest.is_file() and Manifest.read(place).parents.get("database", digest) != digest:
+            manifest.unlink()
+        if place.is_dir() and not manifest.is_file():
+            size += _delete(place, ())
+            place.rmdir()
+    for path in (directory / "evaluation").glob("*knn-*.npy"):
+        of_this = digest[:12] in path.name and not path.name.startswith(files.TEMPORARY)
+        if not of_this:
             size += path.stat().st_size
             path.unlink()
     return size

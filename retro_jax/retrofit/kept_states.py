@@ -74,7 +74,7 @@ class StateFolder:
             found = files.read_json(directory / _MANIFEST)
             if found != self._about:
                 raise UserError(f"{directory} has states of {found}: expected {self._about}")
-        for path in sorted(directory.glob("*-keys.npy")):
+        for path in files.matching(directory, "*-keys.npy"):
             self._open(path)
 
     def __len__(self) -> int:

@@ -43,9 +43,16 @@ def to_json(value: Any) -> bytes:
     return (text + "\n").encode()
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object, or a UserError."""
-    return parse_json(path.read_bytes(), path)
+def read_json(path: pathlib.Path, *needed: str) -> dict[str, Any]:
+    """A JSON object that has the fields `needed`, or a UserError."""
+    fields = parse_json(path.read_bytes(), path)
+    missing = [name for name in needed if name not in fields]
+    if missing:
+        raise UserError(
+            f"{path} has no field {missing[0]!r}: expected a file as it was written; move it away and"
+            " run its command again"
+        )
+    return fields
 
 
 def read_text_lines(path: pathlib.Path, expected: str) -> list[str]:
@@ -155,6 +162,11 @@ def read_arrays(path: pathlib.Path, count: int) -> list[np.ndarray]:
     """The first `count` arrays that `write_arrays` wrote."""
     with open(path, "rb") as file:
         return [np.load(file) for _ in range(count)]
+
+
+def matching(folder: pathlib.Path, pattern: str) -> list[pathlib.Path]:
+    """Files of a folder by name, ascending, without those that a killed process had not finished."""
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith(TEMPORARY))
 
 
 @contextlib.contextmanager

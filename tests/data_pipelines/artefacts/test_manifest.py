@@ -10,9 +10,16 @@ import sys
 import numpy as np
 import pytest
 
-from data_pipelines.artefacts.manifest import FORMAT_VERSION, Manifest, Shard, shard_name
+from data_pipelines.artefacts.manifest import (
+    FORMAT_VERSION,
+    RECORDS_FOLDER,
+    Manifest,
+    Shard,
+    shard_name,
+)
 from data_pipelines.artefacts.stage import Stage
 from retro_jax.errors import UserError
+from retro_jax.storage import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +43,14 @@ def _make(directory, settings=_Settings(), parents=None):
 
 def _tree(directory):
     return {p.name: p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def test_a_record_that_a_killed_process_was_writing_is_no_shard(tmp_path):
+    stage = Stage(tmp_path, "rows", _Settings())
+    stage.write_array("a.npy", np.zeros(2))
+    (tmp_path / RECORDS_FOLDER / f"{files.TEMPORARY}1-0-b.npy.json").write_text("{")
+    assert [shard.name for shard in stage.finish().shards] == ["a.npy"]
+    assert sorted(_tree(tmp_path)) == ["a.npy", "manifest.json"]
 
 
 def test_round_trip_and_hash(tmp_path):

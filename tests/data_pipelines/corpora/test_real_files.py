@@ -353,6 +353,30 @@ def test_compressed_files_that_are_not_whole(tmp_path, suffix, caplog):
         _read(tmp_path / "y.jsonl", "jsonl")
 
 
+@pytest.mark.parametrize("suffix", ["gz", "zst", "bz2", "xz"])
+def test_files_of_several_streams_are_read_whole_or_not_at_all(tmp_path, suffix):
+    """As parallel packers write them."""
+    path, line = tmp_path / f"x.jsonl.{suffix}", b'{"text": "a"}\n' * 9
+    first = _PACK[suffix](line)
+    damaged = bytes([first[0] ^ 1]) + first[1:]
+    path.write_bytes(first * 3)
+    assert len(_read(path, "jsonl", id_field=None)[0]) == 27
+    for rest in (damaged, first[:-3], first[:3], b"plain text", *([b"\0plain"] * (suffix == "xz"))):
+        path.write_bytes(first + rest)
+        with pytest.raises(UserError, match=rf"x.jsonl.{suffix} is damaged"):
+            _read(path, "jsonl", id_field=None)
+    if suffix == "xz":  # which may have zeros between streams and at the end
+        path.write_bytes(first + bytes(4) + first + bytes(8))
+        assert len(_read(path, "jsonl", id_field=None)[0]) == 18
+
+
+@pytest.mark.parametrize("suffix", ["bz2", "xz"])
+def test_a_stream_is_unpacked_some_at_a_time(tmp_path, suffix):
+    path, text = tmp_path / f"x.jsonl.{suffix}", "a" * 3_000_000
+    path.write_bytes(_PACK[suffix](json.dumps({"text": text}).encode() + b"\n") * 2)
+    assert [d.text == text for d in _read(path, "jsonl", id_field=None)[0]] == [True] * 2
+
+
 def test_compressed_files_beside_plain_ones_are_not_forgotten(tmp_path, caplog):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"b"))

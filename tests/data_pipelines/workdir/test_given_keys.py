@@ -9,6 +9,7 @@ from pyarrow import parquet
 
 from data_pipelines import workdir
 from data_pipelines.artefacts.runner import InProcess
+from data_pipelines.artefacts.stage import Stage
 from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.corpora import SPLITS
 from data_pipelines.evaluation.export import export_chunks
@@ -83,6 +84,10 @@ def test_tables_are_those_of_the_vectors(prepared):
     shards = ChunkDatabase.open(folder / "chunks" / "train").shards
     train = Computed(vectors["train"], shards)
     write_given_keys(folder, vectors | {"train": train}, name="mine")
+    write_given_keys(folder, vectors, name="mine")  # the same again
+    other = vectors | {"test": vectors["test"] + 1}
+    with pytest.raises(UserError, match=r"keys/test/\S+ has other keys of 'given:mine': expected"):
+        write_given_keys(folder, other, name="mine")
     workdir.prepare(folder, config)
     scores = NeighbourTable.open(folder / "neighbours" / "test").scores(
         np.arange(len(vectors["test"]))
@@ -153,3 +158,21 @@ def test_an_update_takes_given_keys(prepared, tmp_path):
     shutil.rmtree(folder)
     verify(W, sample=3, seed=0, report=lines.append)
     assert any("given:mine is not here, so no chunk is embedded again" in line for line in lines)
+
+
+def test_arrays_of_two_calls_are_not_mixed(prepared, tmp_path, monkeypatch):
+    folder, _, vectors = prepared
+    shutil.copytree(folder / "chunks", tmp_path / "chunks")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Stage, "finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_given_keys(tmp_path, vectors, name="mine")
+    other = vectors | {"train": vectors["train"] + 1}
+    with pytest.raises(UserError, match=r"has other keys of 'given:mine': expected the same"):
+        write_given_keys(tmp_path, other, name="mine")
+    manifests = write_given_keys(tmp_path, vectors, name="mine")
+    assert manifests["train"].fact("keys") == len(vectors["train"])

@@ -1,5 +1,6 @@
 """Updates of a database whose corpus gives no ids: documents are known by their texts."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -9,10 +10,14 @@ import pytest
 from data_pipelines import workdir as module
 from data_pipelines.artefacts.manifest import Manifest
 from data_pipelines.artefacts.runner import InProcess
+from data_pipelines.batches.batches import BatchConfig
+from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.corpora import SPLITS, CorpusConfig, read_file
 from data_pipelines.corpora.document import content_id
 from data_pipelines.documents import documents, reading
 from data_pipelines.documents.documents import read_documents, split_of
+from data_pipelines.questions.prepared import QuestionBatches, prepare_questions
+from data_pipelines.questions.reader import Passage, Question, QuestionFile
 from data_pipelines.retriever import revisions
 from data_pipelines.workdir import compaction, update
 from data_pipelines.workdir.preparation import Preparation
@@ -210,6 +215,26 @@ def test_a_refused_append_is_in_nobodys_way(tmp_path, monkeypatch):
         changed(tmp_path, config)
     compaction.purge(Preparation(tmp_path / "W", config, InProcess(), print))
     assert not revisions.folder_of(tmp_path / "W", 3).exists(), "no text stays there"
+
+
+def test_passages_of_questions_go_with_the_documents_that_are_purged(tmp_path, caplog):
+    """Those of a file stay: they are its own text."""
+    config, _ = prepared(tmp_path, OLD)
+    work, gone = tmp_path / "W", held_texts(tmp_path)[0][0]
+    for name, passages in (("found", ()), ("given", (Passage("t", "a passage"),))):
+        question = Question("q:0", "0", gone, ("yes",), passages)
+        prepare_questions(work, name, QuestionFile("q.jsonl", "00", (question,)), 2)
+    asked = BatchConfig(sequence_length=256, batch_size=1, neighbours=2, questions="found")
+    tokenizer = Tokenizer.open(work / "tokenizer")
+    read = QuestionBatches.read(work, asked).rows(0).neighbours[0]
+    quoted = [tokenizer.decode(row[row != tokenizer.pad_id]) for row in read.reshape(-1, 128)]
+    assert any(gone[:60] in text for text in quoted) and not caplog.messages
+    changed(tmp_path, config, append=False, remove=[f"day/{content_id(gone)}"])
+    QuestionBatches.read(work, asked)
+    assert "has passages of the database" in caplog.text and "revision 1 is" in caplog.text
+    compaction.purge(Preparation(work, config, InProcess(), print))
+    assert [path.name for path in (work / "questions").iterdir()] == ["given"]
+    QuestionBatches.read(work, dataclasses.replace(asked, questions="given"))
 
 
 def test_an_id_that_ends_as_a_line_does_is_removed_by_its_name_alone(tmp_path):
