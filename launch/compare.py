@@ -20,7 +20,7 @@ from launch.evaluation.scores import compare_results
 from retro_jax.errors import UserError
 from retro_jax.evaluate.conditions import condition_name
 from retro_jax.report.evaluation_tables import comparisons
-from retro_jax.report.result_files import EVALUATION
+from retro_jax.report.result_files import EVALUATION, read_results
 from retro_jax.report.tables import as_markdown, interval
 from retro_jax.storage import files
 from retro_jax.train.bucket_workdir import brought
@@ -52,13 +52,12 @@ def main() -> None:
 
 def _read(workdir: pathlib.Path, condition: str) -> tuple[pathlib.Path, dict[str, Any]]:
     """The folder of a workdir's results, and one of them."""
-    path = workdir / EVALUATION / f"{SPLIT.value}.json"
-    if not path.is_file():
-        raise UserError(f"{path} is missing: expected the result of launch.evaluate")
-    results = files.read_json(path)
+    folder = workdir / EVALUATION
+    results = read_results(folder, SPLIT.value)
     if condition not in results:
+        path = folder / f"{SPLIT.value}.json"
         raise UserError(f"{path} has no condition {condition!r}: expected {', '.join(results)}")
-    return path.parent, results[condition]
+    return folder, results[condition]
 
 
 def _shown(result: dict[str, Any], names: list[str]) -> str:

@@ -41,8 +41,11 @@ from data_pipelines.evaluation.other_texts import check_other_texts
 from data_pipelines.evaluation.prepare_text import prepare_tables
 from data_pipelines.evaluation.sample import sampled
 from data_pipelines.evaluation.splits import open_split, places_of
+from data_pipelines.evaluation.stored_votes import memory_of, stored_votes
 from data_pipelines.evaluation.texts import TEXTS, evaluation_text
 from data_pipelines.retriever.filled_slots import warn_of_few
+from data_pipelines.retriever.revisions import open_database
+from data_pipelines.token_memory.text_votes import TextVotes
 from launch.common import app, configurables, workdirs
 from launch.common.flags import (
     AVERAGED,
@@ -223,6 +226,10 @@ def _settings() -> list[EvaluationSettings]:
         raise flags.Error("--overlap and --stride_chunks: expected one of them")
     if REVISIONS.value and len(OVERLAP.value) > 1:
         raise flags.Error("--overlap with --revisions: expected one share")
+    if REVISIONS.value and SPLIT.value == "train" and not SLICES.value:
+        raise flags.Error(
+            "--revisions of --split=train, another text at each: expected another split"
+        )
     settings = EvaluationSettings(
         window_chunks=WINDOW.value,
         stride_chunks=STRIDE.value,
@@ -286,7 +293,12 @@ def _evaluate_all(
 ) -> None:
     """Scores a split under all conditions; the first process writes and prints every form of it."""
     by_overlap = {each.overlap: _evaluate(work, each, conditions) for each in settings}
-    processes.together(lambda: _publish(work, by_overlap) if processes.is_first() else None)
+    votes = _votes_to_credit(work, conditions)
+
+    def publish() -> None:
+        _publish(work, by_overlap, votes)
+
+    processes.together(lambda: publish() if processes.is_first() else None)
 
 
 def _evaluate(
@@ -305,17 +317,27 @@ def _evaluate_revisions(
     """Scores a split against revisions of the database; publishes the last, with a table of all."""
     found = {r: _evaluate(work, settings, conditions) for r, work in works.items()}
     last = max(works)
+    votes = _votes_to_credit(works[last], conditions)
 
     def publish() -> None:
         by_revision = write_revisions(works, found)
-        _publish(works[last], {settings.overlap: found[last]}, by_revision)
+        _publish(works[last], {settings.overlap: found[last]}, votes, by_revision)
 
     processes.together(lambda: publish() if processes.is_first() else None)
+
+
+def _votes_to_credit(work: Work, conditions: Sequence[Condition]) -> TextVotes | None:
+    """The token memory's votes where --credit needs them; all processes read them together."""
+    if CREDIT.value is None or TOKENS not in {condition.name for condition in conditions}:
+        return None
+    memory = memory_of(open_database(work.data, work.revision))
+    return stored_votes(memory, work.split, work.text, work.folder)
 
 
 def _publish(
     work: Work,
     by_overlap: Mapping[Any, Mapping[str, Any]],
+    votes: TextVotes | None,
     by_revision: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes every form of the results, then prints them: those of the largest overlap, then all."""
@@ -345,9 +367,9 @@ def _publish(
     law = write_size_law(work.folder, name, scored)
     lines += [f"\n{size_law.describe(law)}"] if law else []
     if CREDIT.value is not None:
-        scored_text, share, revision = (work.split, work.text), CREDIT.value, work.revision
+        database = open_database(work.data, work.revision)
         told = write_credit(
-            work.folder, work.data, *scored_text, results, share=share, revision=revision
+            work.folder, database, work.split, work.text, results, votes, share=CREDIT.value
         )
         lines.append(f"\n{told}")
     costs = write_costs(work.folder, name, results)

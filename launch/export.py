@@ -19,9 +19,7 @@ from data_pipelines.evaluation.export import export_chunks, export_neighbours, e
 from data_pipelines.evaluation.splits import open_split
 from launch.common import app
 from launch.common.flags import AVERAGED, DATA, SPLIT, data_directory
-from retro_jax.errors import UserError
-from retro_jax.report.result_files import EVALUATION
-from retro_jax.storage import files
+from retro_jax.report.result_files import EVALUATION, read_results
 from retro_jax.train.portable import save_portable
 from retro_jax.train.trained_model import open_trained
 
@@ -44,14 +42,12 @@ def main() -> None:
         print(f"{save_portable(to, trained):,} parameters of {trained.name} to {to}")
         return
     if what == "scores":
-        path = workdir / EVALUATION / f"{split}.json"
-        if not path.is_file():
-            raise UserError(f"{path} is missing: expected the result of launch.evaluate")
-        results = files.read_json(path)
+        folder = workdir / EVALUATION
+        results = read_results(folder, split)
         most = {result["settings"]["max_documents"] for result in results.values()}
         opened = open_split(data, split, neighbours=0, max_documents=most.pop())
         mask = opened.text_mask(Tokenizer.open(data / "tokenizer").byte_lengths)
-        count = export_scores(results, path.parent, opened, to, mask)
+        count = export_scores(results, folder, opened, to, mask)
     else:
         count = (export_chunks if what == "chunks" else export_neighbours)(data, split, to)
     print(f"{count:,} rows of {what} of {split} to {to}")

@@ -15,6 +15,7 @@ from absl import flags
 
 from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.evaluation.sample import sampled
+from data_pipelines.evaluation.sampled_text import shown_settings
 from data_pipelines.evaluation.splits import Split, open_split, token_counts
 from data_pipelines.evaluation.text_view import Viewer, chunk_views, sample_chunk_from_json
 from data_pipelines.evaluation.texts import evaluation_text
@@ -24,7 +25,7 @@ from launch.common.flags import DATA, SPLIT
 from launch.runs import trained_run
 from retro_jax.errors import UserError
 from retro_jax.evaluate.conditions import swept
-from retro_jax.evaluate.scored_text import TokenGains, token_gains
+from retro_jax.evaluate.scored_text import TokenGains, read_losses, token_gains
 from retro_jax.report import charts
 from retro_jax.report.cost_view import cost_chart, cost_table
 from retro_jax.report.evaluation_tables import (
@@ -38,10 +39,12 @@ from retro_jax.report.html import render
 from retro_jax.report.published import beside_paper
 from retro_jax.report.result_files import (
     EVALUATION,
+    SAMPLE_FIELDS,
     SAMPLES,
     overlap_files,
     read_comparisons,
     read_figures,
+    read_results,
     revisions_file,
     windows_file,
 )
@@ -55,7 +58,6 @@ from retro_jax.report.views import (
     Table,
 )
 from retro_jax.storage import files
-from retro_jax.storage.files import read_array
 from retro_jax.train.curves import METRICS_FILE, read_curve
 
 WITHOUT_SETTINGS = True
@@ -70,10 +72,7 @@ def main() -> None:
     """Writes the page."""
     workdir, data = workdirs.open_to_read(DATA)
     folder = workdir / EVALUATION
-    path = folder / f"{SPLIT.value}.json"
-    if not path.is_file():
-        raise UserError(f"{path} is missing: expected the result of launch.evaluate")
-    results = files.read_json(path)
+    results = read_results(folder, SPLIT.value)
     run = trained_run.open_run(workdir / "retro")
     trained_run.check_data(run, data)
     scored = _read_gains(folder, data, results)
@@ -97,12 +96,12 @@ def main() -> None:
 
 def _summary(run: trained_run.Run, results: Mapping[str, Any]) -> str:
     """One sentence on the evaluated text."""
-    result = next(iter(results.values()))
+    result = results.get("on", next(iter(results.values())))
     scored, settings = result["all"], result["settings"]
     whole = settings["max_documents"] is None and "sample_chunks" not in settings
     part = "" if whole else "a part of "
     return (
-        f"A RETRO of {run.model.num_parameters() / 1e6:.1f}M parameters after {run.step:,} steps, on "
+        f"A RETRO of {run.model.num_parameters() / 1e6:.1f}M parameters after {result['model']['step']:,} steps, on "
         f"{part}the {settings['split']} split: {scored['documents']:,} documents, "
         f"{scored['tokens']:,} tokens, {scored['bytes']:,} bytes."
     )
@@ -226,7 +225,7 @@ def _read_gains(
         return None
     if "sample_chunks" in settings:
         split = sampled(split, settings["sample_chunks"], tokenizer)
-    on, off = (read_array(folder / results[name]["nll"]) for name in ("on", "off"))
+    on, off = (read_losses(folder, results[name]) for name in ("on", "off"))
     if on.shape != off.shape or len(on) != len(split.ids):
         raise UserError(
             f"{folder}: losses of {len(on)} and {len(off)} chunks, expected {len(split.ids)}"
@@ -237,12 +236,14 @@ def _read_gains(
 
 def _samples(folder: pathlib.Path, run: trained_run.Run) -> Iterator[SampleView]:
     """Samples of this checkpoint, in the order in which they were made."""
-    paths = sorted(folder.glob("*.json"), key=lambda path: (path.stat().st_mtime, path.name))
-    results = [files.read_json(path) for path in paths]
+    paths = sorted(
+        files.matching(folder, "*.json"), key=lambda path: (path.stat().st_mtime, path.name)
+    )
+    results = [files.read_json(path, *SAMPLE_FIELDS) for path in paths]
     matches = [result for result in results if result["model"] == run.identity()]
     pairs = [(result, sample) for result in matches for sample in result["samples"]]
     for number, (result, sample) in enumerate(pairs[-_SHOWN_SAMPLES:], 1):
-        made = ", ".join(f"{name} {value:g}" for name, value in result["sampling"].items())
+        made = shown_settings(result["sampling"])
         retrieval = (
             f"{result['neighbours']} neighbours" if result["neighbours"] else "retrieval off"
         )

@@ -57,7 +57,7 @@ from retro_jax.generate.live_database import Lookup
 from retro_jax.generate.mixture import Mixture
 from retro_jax.generate.sample import Generator, Sample, SamplingConfig, sample_text
 from retro_jax.model import Retro
-from retro_jax.report.result_files import SAMPLES
+from retro_jax.report.result_files import SAMPLE_FIELDS, SAMPLES
 from retro_jax.report.trace_page import trace_page
 from retro_jax.report.trace_value import traced_text
 from retro_jax.report.views import NeighbourSource, NeighbourView
@@ -175,7 +175,7 @@ def main() -> None:
     if app.WORKDIR.value is not None:
         path = pathlib.Path(app.WORKDIR.value) / SAMPLES / f"{digest}.json"
     if path is not None and path.is_file() and not TRACE.value:
-        result = files.read_json(path)
+        result = files.read_json(path, *SAMPLE_FIELDS)
     else:
         texts = [prompt for prompt in prompts for _ in range(NUM_SAMPLES.value)]
         made = make_samples(writer, retrieval, mixture, sampling=sampling, prompts=texts)

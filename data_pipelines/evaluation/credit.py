@@ -14,12 +14,17 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.evaluation.splits import Split
-from data_pipelines.evaluation.stored_votes import memory_of, stored_votes
-from data_pipelines.retriever.revisions import open_database
+from data_pipelines.token_memory.text_votes import TextVotes
 from retro_jax.errors import UserError
+from retro_jax.evaluate.scored_text import read_losses
 from retro_jax.storage import files
-from retro_jax.storage.files import read_array
+
+_OF_TEST = (
+    "\n(The test split chose them, so its figures without them say nothing of other texts: expected"
+    " --split=validation or train.)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,21 +111,23 @@ def credited_pairs(conditions: Collection[str]) -> list[tuple[str, str]]:
 
 def write_credit(
     folder: pathlib.Path,
-    data: pathlib.Path,
+    database: ChunkDatabase,
     split: Split,
     text: np.ndarray,
     results: Mapping[str, Any],
+    votes: TextVotes | None,
     *,
     share: float,
-    revision: int | None = None,
 ) -> str:
     """Writes W/evaluation/SPLIT-credit.csv, and SPLIT-remove.txt for launch.prepare --remove.
 
+    SPLIT-credit.json has the hashes of both, and of what they were made from.
+
     Args:
-      folder: W/evaluation. data: of the prepared data. split: that was scored, with its table.
+      folder: W/evaluation. database: that was retrieved from. split: that was scored, with its table.
       text: [n, 64] bool, its tokens that count. results: of launch.evaluate by condition.
-      share: of the documents that the list has, those of least credit. revision: of the database;
-        None for the newest.
+      votes: of the database's token memory on the split; None where "tokens" was not scored.
+      share: of the documents that the list has, those of least credit.
 
     Returns:
       A line about both.
@@ -129,13 +136,12 @@ def write_credit(
       UserError: neither "on" and "off" nor "on" and "tokens" were scored.
     """
     pairs = credited_pairs(results)
-    database = open_database(data, revision)
     count, bits = database.num_documents, [np.zeros(database.num_documents)] * 2
     for before, after in pairs:
-        nats = [read_array(folder / results[name]["nll"]) for name in (before, after)]
+        nats = [read_losses(folder, results[name]) for name in (before, after)]
         gains = np.where(text, nats[0] - nats[1], 0.0) / np.log(2)
         if after == "tokens":
-            votes = stored_votes(memory_of(database), split, text, folder)
+            assert votes is not None
             bits[1] = vote_credit(gains[text], votes.documents, count)
         else:
             k = results[after]["settings"]["neighbours"]
@@ -154,12 +160,22 @@ def write_credit(
             record = records[number]
             of_each = [f"{each[number]:.3f}" for each in (credit.neighbours, credit.votes)]
             writer.writerow([record.corpus, record.id, record.chunks, *of_each])
-    files.write_atomically(folder / f"{split.name}-credit.csv", table.getvalue().encode())
     path = folder / f"{split.name}-remove.txt"
-    files.write_atomically(path, "".join(lines).encode())
+    written = {folder / f"{split.name}-credit.csv": table.getvalue(), path: "".join(lines)}
+    for file, content in written.items():
+        files.write_atomically(file, content.encode())
+    about = {
+        "database": database.manifest.hash,
+        "chunks": split.database.manifest.hash,
+        "share": share,
+        "nll": {name: results[name]["nll"] for pair in pairs for name in pair},
+        "sha256": {file.name: files.measure(file)[1] for file in written},
+    }
+    files.write_atomically(folder / f"{split.name}-credit.json", files.to_json(about))
     without = f", without {unnamed:,} whose id is no line of text" if unnamed else ""
     helping, live = int(((credit.total > 0) & (sizes > 0)).sum()), int((sizes > 0).sum())
     return (
         f"{helping:,} of {live:,} documents of the database saved bits; {len(lines):,} of least credit,"
         f" {int(sizes[removed].sum()):,} of {int(sizes.sum()):,} chunks{without}: launch.prepare --remove=@{path}"
+        f"{_OF_TEST if split.name == 'test' else ''}"
     )

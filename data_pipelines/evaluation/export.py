@@ -21,6 +21,7 @@ from data_pipelines.corpora.arrow_rows import import_pyarrow
 from data_pipelines.evaluation.splits import Split, open_split
 from data_pipelines.retriever.given_keys import ADDED, added_chunks
 from retro_jax.errors import UserError
+from retro_jax.evaluate.scored_text import read_losses
 from retro_jax.storage import files
 
 _CHUNKS = 8192  # whose rows are in memory at once
@@ -101,7 +102,7 @@ def export_scores(
 
     def every() -> Iterator[Rows]:
         for condition, result in results.items():
-            losses = files.read_array(folder / result["nll"])
+            losses = read_losses(folder, result)
             if losses.shape != text.shape:
                 raise UserError(
                     f"{folder / result['nll']} has shape {losses.shape}: expected {text.shape}, all"

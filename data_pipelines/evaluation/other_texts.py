@@ -26,10 +26,10 @@ def check_other_texts(
         counts = [k for name, k in conditions.items() if part in name.split("+")]
         if not counts:
             continue
-        if part == "tokens" and split.is_database:
+        if split.name == "train":
+            does = "would vote" if part == "tokens" else "are the datastore"
             raise UserError(
-                "--retrieval=tokens of the training split itself, whose own documents would vote:"
-                " expected another split"
+                f"{what} of the training split itself, whose own documents {does}: expected another split"
             )
         needed = {"validation": f"{what} is tuned on the validation split"}
         if part == "knn":

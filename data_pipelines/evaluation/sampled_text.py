@@ -69,9 +69,7 @@ def read_prompts(path: Path) -> list[str]:
 
 def as_text(result: Mapping[str, Any], width: int) -> str:
     """Samples as launch.sample records them, the neighbours of each chunk beside it."""
-    settings = ", ".join(
-        _shown(*setting) for setting in result["sampling"].items() if setting[1] not in ((), [])
-    )
+    settings = shown_settings(result["sampling"])
     lines = []
     for number, sample in enumerate(result["samples"], 1):
         count = len(sample["tokens"]) - sample["prompt_length"]
@@ -83,6 +81,11 @@ def as_text(result: Mapping[str, Any], width: int) -> str:
         chunks = [sample_chunk_from_json(fields) for fields in sample["chunks"]]
         lines.append(side_by_side(chunks, width))
     return "\n".join([*lines, "─" * width])
+
+
+def shown_settings(sampling: Mapping[str, Any]) -> str:
+    """The settings of sampling that were set, in a line."""
+    return ", ".join(_shown(*setting) for setting in sampling.items() if setting[1] not in ((), []))
 
 
 def _shown(name: str, value: Any) -> str:

@@ -32,6 +32,7 @@ from retro_jax.evaluate.k_sweep import sweep_losses
 from retro_jax.evaluate.scorer import Pass, Scorer, forget
 from retro_jax.evaluate.uncertainty import share_with_interval
 from retro_jax.model import Retro
+from retro_jax.report.result_files import RESULT_FIELDS
 from retro_jax.storage import files
 from retro_jax.storage.files import read_array, write_array
 
@@ -78,10 +79,12 @@ def evaluate(
             result |= {"slots_filled": work.split.slots_filled(condition.neighbours)}
             if processes.is_first():
                 write_array(folder / f"{name}.npy", nll)
+                result["nll_sha256"] = files.measure(folder / f"{name}.npy")[1]
                 files.write_atomically(folder / f"{name}.json", files.to_json(result))
     if not processes.is_first():
         return {}
-    return {c.name: files.read_json(folder / f"{names[c.name]}.json") for c in conditions}
+    paths = {c.name: folder / f"{names[c.name]}.json" for c in conditions}
+    return {name: files.read_json(path, *RESULT_FIELDS) for name, path in paths.items()}
 
 
 def _result_name(work: Work, settings: EvaluationSettings, condition: Condition) -> str:
@@ -217,6 +220,7 @@ def _score_with_tokens(
     name = MIXED_WITH_TOKENS[condition.name]
     alone = dataclasses.replace(condition, name=name, kind=KNN if name.endswith(KNN) else name)
     evaluate(work, settings, [alone])
+    processes.meet("scored")  # the first one alone writes
     nll = read_array(work.folder / f"{_result_name(work, settings, alone)}.npy")
 
     def nll_of(split: Split, text: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ from retro_jax.evaluate.conditions import condition_order
 from retro_jax.evaluate.scored_text import (
     ScoredText,
     documents_file,
+    read_losses,
     read_scored_text,
     sum_documents,
     write_scored_text,
@@ -121,7 +122,7 @@ def sum_scores(
     source, nats = _source(split, results), {}
     for name in sorted(results, key=condition_order):
         path = folder / results[name]["nll"]
-        nll = read_array(path)
+        nll = read_losses(folder, results[name])
         if nll.shape != tokens.shape:
             raise UserError(
                 f"{path} is of other chunks: move it away and run launch.evaluate again"

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from retro_jax.errors import UserError
 from retro_jax.evaluate.bootstrap import intervals, resampled_sums
 from retro_jax.evaluate.scored_text import ScoredText
 from retro_jax.evaluate.uncertainty import SAMPLES, plain
@@ -24,9 +25,14 @@ def revision_figures(scored: Mapping[int, ScoredText]) -> list[dict[str, Any]]:
     Returns:
       Rows with "revision", "bits_per_byte" by condition, and "change" by condition: bits per byte
       minus those of the row before, none for the first. Each figure has its 95% interval.
+
+    Raises:
+      UserError: the sums are of different texts.
     """
     numbers = sorted(scored)
     first = scored[numbers[0]]
+    if len({each.source.get("chunks") for each in scored.values()}) > 1:
+        raise UserError("the revisions' results are of other texts: expected one split")
     names = first.conditions
     columns = [first.bytes, *(scored[r].nats[name] for r in numbers for name in names)]
     by_document = np.array(columns, np.float64).T

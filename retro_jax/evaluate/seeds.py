@@ -6,7 +6,8 @@ together. With few seeds such intervals are a little narrow, so the spread is st
 """
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ def seed_figures(
     Returns:
       Rows with "corpus" ("" for all), "at_most" of r(C), "chunks", "bits_per_byte" by condition and
       "differences" by pair, as in "on-off". Each figure has the mean over seeds as its "value",
-      "low" and "high" of its 95% interval, and "seeds": the value of each.
+      "low" and "high" of its 95% interval, and "seeds": the value of each; None where no chunk is.
 
     Raises:
       UserError: the sums are of different texts, or have no figures by overlap.
@@ -106,9 +107,9 @@ def ablation_figures(ablated: Sequence[ScoredText], whole: Sequence[ScoredText])
     return seed_figures(both, names, (names,))[-1]
 
 
-def spread(figure: dict[str, Any]) -> float:
-    """The standard deviation of a figure over its seeds; 0 of one."""
-    values = figure["seeds"]
+def spread(figure: Mapping[str, Any]) -> float:
+    """The standard deviation of a figure over its seeds; 0 of one, or of none."""
+    values = [value for value in figure["seeds"] if value is not None]
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
@@ -126,7 +127,8 @@ def _figures(
 
     def of(each: np.ndarray, draws: np.ndarray) -> list[dict[str, Any]]:
         found = intervals(each.mean(axis=0), draws)
-        return [plain(one) | {"seeds": column.tolist()} for one, column in zip(found, each.T)]
+        seeds = [[x if math.isfinite(x) else None for x in column] for column in each.T.tolist()]
+        return [plain(one) | {"seeds": own} for one, own in zip(found, seeds, strict=True)]
 
     return {
         "bits_per_byte": dict(zip(names, of(values, sampled), strict=True)),

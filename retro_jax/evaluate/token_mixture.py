@@ -28,6 +28,7 @@ _logger = logging.getLogger(__name__)
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 11, 16, 24, 32)
 AGREEMENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 VOTES = (1, 2, 4)
+_MIXED = "tokens"  # the condition of RETRO[ON] with the memory
 _PRIOR = 20.0  # tokens of a class that speak for the model alone, before any is seen
 _STEPS = 200
 
@@ -119,10 +120,12 @@ def tuned_weights(
       UserError: there is none of this checkpoint.
     """
     matches = []
-    for path in sorted(folder.glob("*.json")):
+    for path in files.matching(folder, "*.json"):
         result = files.read_json(path)
-        entry = result.get("tokens") if isinstance(result, dict) else None
-        if isinstance(entry, dict) and entry.get("model") == model:
+        of_all = result.get(_MIXED)  # where the file has all conditions
+        for entry in (result, of_all if isinstance(of_all, dict) else {}):
+            if (entry.get("condition"), entry.get("model")) != (_MIXED, model):
+                continue
             same = database in (None, entry["manifests"].get("token_memory"))
             as_many = neighbours in (None, entry["settings"]["neighbours"])
             matches.append(((same, as_many, path.stat().st_mtime_ns, path.name), path, entry))

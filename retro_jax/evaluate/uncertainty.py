@@ -94,7 +94,7 @@ def _add(
     figures = {
         "bits_per_byte": (rates["bytes"] / math.log(2), sampled["bytes"] / math.log(2)),
         "bits_per_token": (rates["tokens"] / math.log(2), sampled["tokens"] / math.log(2)),
-        "word_perplexity": tuple(np.exp(np.minimum(x["words"], 700)) for x in (rates, sampled)),
+        "word_perplexity": tuple(_perplexity(x["words"]) for x in (rates, sampled)),
     }
     for figure, (values, samples) in figures.items():
         for name, each in zip(names, intervals(values, samples), strict=True):
@@ -104,6 +104,11 @@ def _add(
         a, b = names.index(first), names.index(second)
         (each,) = intervals(values[[a]] - values[[b]], samples[:, [a]] - samples[:, [b]])
         by_condition[first].setdefault("differences", {})[second] = plain(each)
+
+
+def _perplexity(nats: np.ndarray) -> np.ndarray:
+    """Of nats a word; infinite where there is no word, and else at most the largest float's."""
+    return np.exp(np.where(np.isinf(nats), nats, np.minimum(nats, 700)))
 
 
 def share_with_interval(right: np.ndarray) -> dict[str, float | None]:

@@ -39,7 +39,7 @@ def cost_table(results: Mapping[str, Any]) -> Table | None:
         cost, bits = results[name]["cost"], results[name]["all"]["bits_per_byte"]
         figures = ("operations", "lookup_operations", "bytes_read", "bytes_kept", "memory_bytes")
         cells = [_cell(cost[figure]) for figure in figures]
-        rows.append([condition_name(name), f"{bits:.4f}", *cells])
+        rows.append([condition_name(name), "none" if bits is None else f"{bits:.4f}", *cells])
     return Table(header, rows, "What a token costs", CAPTION)
 
 
@@ -78,8 +78,9 @@ _LAST = ("context+tokens", "context+random")  # came last, so that sweeps keep t
 
 
 def _is_known(result: Mapping[str, Any]) -> bool:
-    """Whether a result has a cost, with its look-ups."""
-    return bool(result.get("cost")) and result["cost"]["lookup_operations"] is not None
+    """Whether a result has bits, and a cost with its look-ups."""
+    cost, bits = result.get("cost") or {}, result["all"]["bits_per_byte"]
+    return cost.get("lookup_operations") is not None and bits is not None
 
 
 def _total(cost: Mapping[str, float], figure: str) -> float:

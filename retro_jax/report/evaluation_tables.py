@@ -21,18 +21,18 @@ ABOUT = "95%, percentiles of 1,000 bootstrap resamples of the documents"
 FIGURES = {"word_perplexity": ("Perplexity by word", 2), "bits_per_byte": ("Bits per byte", 4)}
 
 
-def table_scores(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+def table_scores(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float | None]]]:
     """Results as the report and its tables take them: condition -> corpus ("" for all) -> figures."""
     return {name: {**result["corpora"], "": result["all"]} for name, result in results.items()}
 
 
 def score_table(
-    scores: Mapping[str, Mapping[str, Mapping[str, float]]],
+    scores: Mapping[str, Mapping[str, Mapping[str, float | None]]],
     figure: str,
     digits: int,
     label: str = "corpus",
 ) -> Table:
-    """A table of one figure: a row per corpus, the last is all.
+    """A table of one figure: a row per corpus, the last is all; "none" of no bytes or words.
 
     Args:
       scores: condition -> corpus ("" for all) -> figures. figure, digits: which one, and how exact.
@@ -46,12 +46,13 @@ def score_table(
     rows, best = [], []
     for corpus in [*corpora, ""]:
         values = [scores[name][corpus][figure] for name in conditions]
-        row = [corpus or "all", *(f"{value:.{digits}f}" for value in values)]
+        row = [corpus or "all", *("none" if v is None else f"{v:.{digits}f}" for v in values)]
         if pair:
             on, off = scores["on"][corpus][figure], scores["off"][corpus][figure]
-            row.append(f"{100 * (on / off - 1):+.2f}%" if off else "")
+            row.append(f"{100 * (on / off - 1):+.2f}%" if off and on is not None else "")
         rows.append(row)
-        best.append(1 + values.index(min(values)) if len(values) > 1 else None)
+        known = [value for value in values if value is not None]
+        best.append(1 + values.index(min(known)) if known and len(values) > 1 else None)
     return Table(header, rows, best=best, total=True)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from retro_jax.evaluate.conditions import SHOWN_OVERLAP, condition_name
-from retro_jax.report.tables import as_text, interval
+from retro_jax.report.tables import as_text, excludes_zero, interval
 from retro_jax.report.views import Table
 
 _PAIR = ("baseline", "on")
@@ -30,7 +30,6 @@ def gain_table(overlap: Mapping[str, Any]) -> Table:
             before, after = (figures[name]["value"] for name in _PAIR)
             if None in (before, after, *difference.values()):
                 continue  # no chunk is under the limit
-            sure = difference["high"] < 0 or difference["low"] > 0
             rows.append(
                 [
                     f"{corpus or 'all'}{label}",
@@ -38,7 +37,7 @@ def gain_table(overlap: Mapping[str, Any]) -> Table:
                     f"{after:.4f}",
                     f"{after / before - 1:+.1%}",
                     interval(difference, "+"),
-                    "sure" if sure else "may be chance",
+                    "sure" if excludes_zero(difference) else "may be chance",
                     *(f"{figures[name]['value']:.4f}" for name in more),
                 ]
             )

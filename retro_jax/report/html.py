@@ -104,7 +104,7 @@ def render(report: Report) -> str:
     return page(report.title, "\n".join(part for part in parts if part))
 
 
-def _scores_section(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+def _scores_section(scores: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> str:
     """The tables of figures."""
     if not scores:
         return ""

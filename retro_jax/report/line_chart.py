@@ -146,8 +146,12 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
 
 
 def _finite(line: Line) -> Line:
-    """The line without points that are not finite."""
-    pairs = [p for p in zip(line.x, line.y, strict=True) if all(map(math.isfinite, p))]
+    """The line without points that are None or not finite."""
+    pairs = [
+        pair
+        for pair in zip(line.x, line.y, strict=True)
+        if None not in pair and all(map(math.isfinite, pair))
+    ]
     return dataclasses.replace(line, x=[x for x, _ in pairs], y=[y for _, y in pairs])
 
 

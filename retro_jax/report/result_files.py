@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from retro_jax.errors import UserError
 from retro_jax.evaluate import overlap, size_law
 from retro_jax.evaluate.scored_text import ScoredText
 from retro_jax.evaluate.uncertainty import compared_pairs, plain
@@ -20,6 +21,8 @@ from retro_jax.report.views import Table
 from retro_jax.storage import files
 
 EVALUATION, SAMPLES = "evaluation", "samples"  # folders of a workdir
+RESULT_FIELDS = ("settings", "model", "corpora", "all", "nll")  # of every result
+SAMPLE_FIELDS = ("model", "sampling", "samples", "neighbours")  # of every file of samples
 
 
 _logger = logging.getLogger(__name__)
@@ -54,6 +57,27 @@ def revisions_file(folder: pathlib.Path, split: str) -> pathlib.Path:
     return folder / f"{split}-revisions.json"
 
 
+def read_results(folder: pathlib.Path, split: str) -> dict[str, Any]:
+    """The last results of launch.evaluate of a split, by condition.
+
+    Args:
+      folder: W/evaluation.
+
+    Raises:
+      UserError: there are none.
+    """
+    path = folder / f"{split}.json"
+    if not path.is_file():
+        raise UserError(f"{path} is missing: expected the result of launch.evaluate")
+    results = files.read_json(path)
+    whole = all(
+        isinstance(each, dict) and set(RESULT_FIELDS) <= set(each) for each in results.values()
+    )
+    if not (results and whole):
+        raise UserError(f"{path} has no results by condition: expected those of launch.evaluate")
+    return results
+
+
 def read_figures(path: pathlib.Path, results: Mapping[str, Any]) -> dict[str, Any] | None:
     """The figures of a file beside results, where they are of the same losses.
 
@@ -66,7 +90,7 @@ def read_figures(path: pathlib.Path, results: Mapping[str, Any]) -> dict[str, An
     """
     if not path.is_file():
         return None
-    figures = files.read_json(path)
+    figures = files.read_json(path, "models", "rows")
     nll = figures.get("nll")
     same = figures["models"] == {name: result["model"] for name, result in results.items()}
     if nll is not None:
@@ -83,7 +107,7 @@ def read_comparisons(folder: pathlib.Path, split: str, results: Mapping[str, Any
     """The files of launch.compare in W/evaluation of a split's results, and not of older ones."""
     comparisons = []
     for path in sorted(folder.glob(f"{split}-*-against-*.json")):
-        each = files.read_json(path)
+        each = files.read_json(path, "conditions")
         condition = each["conditions"][0]
         is_comparison = path.name.startswith(f"{split}-{condition}-against-") and "other" in each
         if is_comparison and condition in results and _is_first(each, results[condition]):

@@ -7,7 +7,7 @@ from typing import Any
 from retro_jax.evaluate.scored_text import ScoredText, documents_file, read_scored_text
 from retro_jax.evaluate.seeds import ablation_figures, seed_figures
 from retro_jax.report.evaluation_tables import markdown
-from retro_jax.report.result_files import EVALUATION, overlap_files
+from retro_jax.report.result_files import EVALUATION, overlap_files, read_results
 from retro_jax.report.seed_tables import ablation_table, seed_table
 from retro_jax.report.tables import section
 from retro_jax.storage import files
@@ -22,7 +22,7 @@ def results_text(
       workdir: with W/evaluation. homes, names, split: as for `seed_parts`.
     """
     folder = workdir / EVALUATION
-    results = files.read_json(folder / f"{split}.json")
+    results = read_results(folder, split)
     path = overlap_files(folder, split).json
     text = markdown(results, files.read_json(path) if path.is_file() else None)
     return "\n".join([text, *seed_parts(workdir, homes, names, split)])

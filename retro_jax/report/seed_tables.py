@@ -6,7 +6,7 @@ from typing import Any
 from retro_jax.evaluate.conditions import condition_name
 from retro_jax.evaluate.seeds import spread
 from retro_jax.report import published
-from retro_jax.report.tables import interval
+from retro_jax.report.tables import excludes_zero, interval
 from retro_jax.report.views import Table
 
 _PAIR = "ablated-whole"
@@ -33,10 +33,9 @@ def seed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     lines = []
     for row in rows:
         cells = [row["corpus"] or "all", f"<= {row['at_most']:.0%}", f"{row['chunks']:,}"]
-        for figure in row["bits_per_byte"].values():
-            cells.append(f"{figure['value']:.4f} ± {spread(figure):.4f}")
+        cells += [_with_spread(figure) for figure in row["bits_per_byte"].values()]
         for figure in row["differences"].values():
-            cells += [interval(figure, "+"), " ".join(f"{x:+.4f}" for x in figure["seeds"])]
+            cells += [interval(figure, "+"), _of_each(figure)]
         lines.append(cells)
     count = len(rows[0]["bits_per_byte"][names[0]]["seeds"])
     caption = (
@@ -61,9 +60,19 @@ def ablation_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
         cells = [name.replace("_", " "), f"{figure['value']:.4f}", interval(difference, "+")]
         if count > 1:
             cells[1] += f" ± {spread(figure):.4f}"
-            cells.append(" ".join(f"{x:+.4f}" for x in difference["seeds"]))
+            cells.append(_of_each(difference))
         rows.append([*cells, *_beside_the_paper(name, difference)])
     return Table(header, rows, "Ablations", _OF_SEEDS.format(count) if count > 1 else _OF_ONE)
+
+
+def _with_spread(figure: Mapping[str, Any]) -> str:
+    """The mean of a figure's seeds and their spread; "none" where no chunk is."""
+    return "none" if figure["value"] is None else f"{figure['value']:.4f} ± {spread(figure):.4f}"
+
+
+def _of_each(difference: Mapping[str, Any]) -> str:
+    """The difference of each seed."""
+    return " ".join("none" if x is None else f"{x:+.4f}" for x in difference["seeds"])
 
 
 def _beside_the_paper(name: str, difference: Mapping[str, float]) -> tuple[str, str]:
@@ -71,6 +80,6 @@ def _beside_the_paper(name: str, difference: Mapping[str, float]) -> tuple[str, 
     if name not in published.ABLATIONS:
         return "not in the paper", ""
     theirs = published.ablation_loss(name)
-    clear = difference["low"] > 0 or difference["high"] < 0
+    clear = excludes_zero(difference)
     same = "yes" if (difference["value"] > 0) == (theirs > 0) else "no"
     return f"{theirs:+.3f}", same if clear else "not clear"

@@ -18,6 +18,11 @@ def interval(figure: Mapping[str, float | None], sign: str = "", digits: int = 4
     return f"{value:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
 
 
+def excludes_zero(figure: Mapping[str, float]) -> bool:
+    """Whether a difference is clear: its interval is all on one side. That of one document has no width."""
+    return figure["low"] < figure["high"] and (figure["high"] < 0 or figure["low"] > 0)
+
+
 def as_text(table: Table, left: Collection[int] = (0,)) -> str:
     """A table as aligned text; the columns `left` to the left, the others to the right."""
     lines = [table.header, *table.rows]

@@ -185,7 +185,7 @@ class Report:
     title: str
     summary: str
     facts: Sequence[tuple[str, str]]
-    scores: Mapping[str, Mapping[str, Mapping[str, float]]]
+    scores: Mapping[str, Mapping[str, Mapping[str, float | None]]]
     curves: Sequence[Curve]
     chunks: Sequence[ChunkView]
     samples: Sequence[SampleView]

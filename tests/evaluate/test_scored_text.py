@@ -8,15 +8,18 @@ import pytest
 
 from retro_jax.errors import UserError
 from retro_jax.evaluate.overlap import ScoredChunks, overlap_curve, overlap_sums
+from retro_jax.evaluate.revisions import revision_figures
 from retro_jax.evaluate.scored_text import (
     ScoredText,
     documents_file,
+    read_losses,
     read_scored_text,
     sum_documents,
     token_gains,
     write_scored_text,
 )
 from retro_jax.evaluate.uncertainty import compare, compared_pairs, with_intervals
+from retro_jax.storage import files
 from tests.evaluate.texts import Document
 
 OWNERS = np.array([3, 3, 3, 5, 8, 8])
@@ -52,6 +55,35 @@ def scored_text(seed: int = 0, neighbours: bool = True) -> tuple[ScoredText, dic
     source["neighbours"] = "n" if neighbours else None
     more = {"tokens": TOKENS, "records": RECORDS, "source": source, "overlap": overlap}
     return sum_documents(nats, OWNERS, **more), nats
+
+
+def test_losses_are_those_that_a_result_was_made_with(tmp_path):
+    losses = np.arange(6.0).reshape(2, 3)
+    files.write_array(tmp_path / "test-on.npy", losses)
+    known = {"nll_sha256": files.measure(tmp_path / "test-on.npy")[1]}
+    for result in (RESULTS["on"], RESULTS["on"] | known):  # of an earlier version, and of this one
+        np.testing.assert_array_equal(read_losses(tmp_path, result), losses)
+    with pytest.raises(UserError, match=r"^\S*test-off.npy is missing"):
+        read_losses(tmp_path, RESULTS["off"])
+    losses[1, 2] = 0.5
+    files.write_array(tmp_path / "test-on.npy", losses)
+    with pytest.raises(UserError, match=r"test-on.npy is not what test-on.json was made with"):
+        read_losses(tmp_path, RESULTS["on"] | known)
+
+
+def test_without_words_there_is_no_perplexity():
+    scored = dataclasses.replace(scored_text()[0], words=np.zeros(3, np.int64))
+    figures = with_intervals(RESULTS, scored)["on"]["all"]["intervals"]
+    assert set(figures["word_perplexity"].values()) == {None}
+    assert figures["bits_per_byte"]["low"] > 0
+
+
+def test_revisions_of_other_texts_are_refused():
+    one = scored_text()[0]
+    assert [row["revision"] for row in revision_figures({0: one, 1: one})] == [0, 1]
+    other = dataclasses.replace(one, source={**one.source, "chunks": "d"})
+    with pytest.raises(UserError, match="are of other texts: expected one split"):
+        revision_figures({0: one, 1: other})
 
 
 def test_sums_are_those_of_each_document():

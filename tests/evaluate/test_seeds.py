@@ -9,6 +9,7 @@ from retro_jax.errors import UserError
 from retro_jax.evaluate.overlap import overlap_curve
 from retro_jax.evaluate.seeds import ablation_figures, seed_figures, spread
 from retro_jax.report.seed_tables import ablation_table, seed_table
+from retro_jax.storage import files
 from tests.evaluate.test_scored_text import scored_text
 
 
@@ -69,6 +70,26 @@ def test_conditions_that_every_seed_has_are_compared():
     assert seed_table([row]).header[-2:] == ["oracle - RETRO[ON]", "of each seed"]
 
 
+def test_a_corpus_without_a_chunk_under_a_limit_has_no_figures_there():
+    """All of its chunks are near-copies."""
+    scored = []
+    for each in (scored_text(seed)[0] for seed in range(2)):
+        inside = np.zeros_like(each.overlap.bytes, bool)
+        inside[each.corpora == "b", :-1] = True
+        sizes = np.where(inside, 0, each.overlap.bytes)
+        bits = {name: np.where(inside, 0.0, of) for name, of in each.overlap.bits.items()}
+        overlap = dataclasses.replace(each.overlap, bytes=sizes, bits=bits)
+        scored.append(dataclasses.replace(each, overlap=overlap))
+    rows = seed_figures(scored)
+    files.to_json(rows)
+    by_place = {(row["corpus"], row["at_most"]): row for row in rows}
+    assert by_place["b", 0.5]["differences"]["on-off"]["seeds"] == [None, None]
+    assert by_place["", 0.5]["bits_per_byte"]["on"]["value"] > 0
+    shown = {tuple(line[:2]): line for line in seed_table(rows).rows}
+    assert shown["b", "<= 50%"][3:] == ["none", "none", "none", "none none"]
+    assert "none" not in str(shown["a", "<= 50%"])
+
+
 def test_results_of_other_texts_and_without_overlap_are_refused():
     one, other = scored_text()[0], scored_text(neighbours=False)[0]
     with pytest.raises(UserError, match="expected a neighbour table"):
@@ -117,6 +138,7 @@ def test_an_ablation_is_beside_the_model_of_its_seed():
         # the paper's sharing is the worse one
         ("own_embeddings", (-0.1, -0.15, -0.05), ["-0.001", "yes"]),
         ("one_neighbour", (0.1, -0.05, 0.15), ["+0.036", "not clear"]),
+        ("one_neighbour", (0.1, 0.1, 0.1), ["+0.036", "not clear"]),  # of one document
         ("norm_conditioning", (0.1, 0.05, 0.15), ["not in the paper", ""]),
     ],
 )

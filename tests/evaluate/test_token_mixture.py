@@ -91,15 +91,22 @@ def test_weights_of_another_version_are_refused():
 def test_weights_are_those_of_the_database_then_of_k_then_the_newest(tmp_path, caplog):
     model = {"run": "retro", "step": 6}
 
-    def write(name: str, weight: float, database: str, k: int, time: int, of=model) -> None:
+    def write(
+        name: str, weight: float, database: str, k: int, time: int, of=model, alone=None
+    ) -> None:
         tokens = {
+            "condition": "tokens",
             "model": of,
             "manifests": {"token_memory": database},
             "settings": {"neighbours": k},
         }
         tokens["tokens"] = {"weights": [weight]}
         path = tmp_path / f"{name}.json"
-        path.write_text(json.dumps({"tokens": tokens}))
+        together = {
+            "on": {"condition": "on"},
+            "tokens": tokens,
+        }  # of all conditions, or of it alone
+        path.write_text(json.dumps(together if alone is None else tokens | {"condition": alone}))
         os.utime(path, (time, time))
 
     def found(database: str, k: int) -> float:
@@ -113,6 +120,9 @@ def test_weights_are_those_of_the_database_then_of_k_then_the_newest(tmp_path, c
     write("c", 0.3, "new", 2, time=20)
     write("d", 0.4, "new", 2, time=10)
     write("e", 0.5, "new", 2, time=60, of={"run": "baseline"})
+    write("f", 0.6, "new", 8, time=30, alone="tokens")  # which a later evaluation left out
+    write("g", 0.7, "new", 8, time=70, alone="context+tokens")
+    assert found("new", 8) == 0.6
     assert (found("new", 2), found("new", 4), found("new", 7)) == (0.3, 0.2, 0.2)
     assert tuned_weights(tmp_path, model).tolist() == [0.1]
     assert not caplog.messages

@@ -30,8 +30,8 @@ def test_two_processes_score_as_one_and_the_first_one_writes(
     evaluated: dict, workdir: pathlib.Path, prepared_workdir: pathlib.Path, tmp_path: pathlib.Path
 ):
     (tmp_path / "retro").symlink_to(workdir / "retro")
-    arguments = [f"--workdir={tmp_path}", f"--data={prepared_workdir}", "--retrieval=on"]
-    processes = _start_two(*arguments)
+    arguments = [f"--workdir={tmp_path}", f"--data={prepared_workdir}", "--retrieval=tokens"]
+    processes = _start_two(*arguments)  # RETRO[ON] is scored on the way
     printed = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], printed
     for name in (evaluated["on"]["nll"], evaluated["on"]["nll"].replace(".npy", ".json")):
@@ -42,3 +42,9 @@ def test_two_processes_score_as_one_and_the_first_one_writes(
     assert "RETRO[ON] at step 6" in printed[0][0] and "RETRO" not in printed[1][0]
     assert "window" in printed[0][1] and "window" not in printed[1][1]
     assert not list((tmp_path / "evaluation").glob(".*"))
+
+    processes = _start_two(*arguments[:2], "--retrieval=on,tokens", "--credit=0.5")
+    printed = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    assert "documents of the database saved bits" in printed[0][0]
+    assert (tmp_path / "evaluation" / "test-credit.csv").is_file()

@@ -241,6 +241,13 @@ def test_neighbours_of_a_split_are_what_the_retriever_finds(prepared_workdir: pa
             1,
             "of the training split itself: expected validation, test",
         ),
+        (
+            evaluate.main,
+            ["--split=train", "--retrieval=off", "--knn"],
+            1,
+            "--knn of the training split itself, whose own documents are the datastore: expected",
+        ),
+        (evaluate.main, ["--split=train", "--revisions=0"], 2, "another text at each: expected"),
         (evaluate.main, ["--slices=c4:x"], 2, "--slices=c4:x: expected a name, or pile: and a"),
         (evaluate.main, ["--slice_paths=c4=x"], 2, "--slice_paths=c4=x: expected NAME=PATH"),
         (evaluate.main, ["--num_neighbours=99"], 1, "expected 99 at least"),
@@ -467,7 +474,8 @@ def test_a_damaged_array_is_one_line(
     finally:
         path.write_bytes(whole)
     assert capsys.readouterr().err == (
-        f"error: {path} is damaged: move it away and run launch.evaluate again\n"
+        f"error: {path} is not what {path.stem}.json was made with: move both away and run"
+        " launch.evaluate again\n"
     )
 
 

@@ -20,6 +20,7 @@ def _row(corpus: str, at_most: float, chunks: int, low: float, high: float) -> d
 def test_a_gain_is_sure_where_its_interval_leaves_out_0():
     rows = [_row("code", 0.5, 7, -0.4, -0.1), _row("code", 1.0, 9, -0.4, -0.1)]
     rows += [_row("prose", 0.5, 3, -0.5, 0.1), _row("prose", 1.0, 3, -0.5, 0.1)]
+    rows += [_row("single", limit, 1, -0.25, -0.25) for limit in (0.5, 1.0)]  # of one document
     rows += [_row("", 0.5, 10, -0.4, -0.1), _row("", 1.0, 12, -0.4, -0.1)]
     title, header, *lines, about, caption = format_gains({"rows": rows}).split("\n")
     assert title == "What retrieval gained" and "RETRO[ON] + tokens" in header
@@ -27,6 +28,7 @@ def test_a_gain_is_sure_where_its_interval_leaves_out_0():
         "code 1.2500 1.0000 -20.0% -0.2500 [-0.4000, -0.1000] sure 0.7000 0.7100",
         "code, no long copy 1.2500 1.0000 -20.0% -0.2500 [-0.4000, -0.1000] sure 0.7000 0.7100",
         "prose 1.2500 1.0000 -20.0% -0.2500 [-0.5000, +0.1000] may be chance 0.7000 0.7100",
+        "single 1.2500 1.0000 -20.0% -0.2500 [-0.2500, -0.2500] may be chance 0.7000 0.7100",
     ]
     assert "fewer are better" in about and "at most 50%" in caption
     for row in rows:

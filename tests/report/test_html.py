@@ -139,6 +139,14 @@ def test_score_rows_name_the_best_and_the_difference():
     assert table.best == [2, 2]
 
 
+def test_a_figure_that_is_not_there_is_none():
+    scores = {"off": {"": {"bits": 1.5}}, "on": {"": {"bits": None}}}
+    table = score_table(scores, "bits", 3)
+    assert table.rows == [["all", "1.500", "none", ""]] and table.best == [1]
+    assert score_table({"on": scores["on"]} | {"k_1": scores["on"]}, "bits", 3).best == [None]
+    assert not line_chart([Line("on", [1.0, 2.0], [None, math.nan], "a")], x_label="", y_label="")
+
+
 @given(st.text(max_size=30), st.data())
 def test_spans_give_the_text_back_however_its_bytes_are_cut(text: str, data: st.DataObject):
     raw = text.encode("utf-8", "replace")

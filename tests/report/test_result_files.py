@@ -5,8 +5,14 @@ import json
 
 import pytest
 
+from retro_jax.errors import UserError
 from retro_jax.report.evaluation_tables import compared, losses_of
-from retro_jax.report.result_files import read_comparisons, read_figures, windows_file
+from retro_jax.report.result_files import (
+    read_comparisons,
+    read_figures,
+    read_results,
+    windows_file,
+)
 
 MODEL = {"run": "retro", "step": 6, "checkpoint": "c"}
 
@@ -46,6 +52,23 @@ def _by_overlap(results: dict) -> dict:
     return at_last | {
         "rows": [dict(zip(("corpus", "at_most", "bits_per_byte"), row)) for row in rows]
     }
+
+
+def test_results_without_their_fields_are_refused(tmp_path):
+    path = tmp_path / "test.json"
+    with pytest.raises(UserError, match=r"test.json is missing: expected the result of"):
+        read_results(tmp_path, "test")
+    results = {name: each | {"corpora": {}} for name, each in _results("1").items()}
+    path.write_text(json.dumps(results))
+    assert read_results(tmp_path, "test") == results
+    broken = {name: {k: v for k, v in each.items() if k != "nll"} for name, each in results.items()}
+    for text in ({}, broken, {"on": 3}):
+        path.write_text(json.dumps(text))
+        with pytest.raises(UserError, match=r"test.json has no results by condition"):
+            read_results(tmp_path, "test")
+    path.write_text("{}")
+    with pytest.raises(UserError, match=r"test.json has no field 'models'"):
+        read_figures(path, results)
 
 
 @pytest.mark.parametrize("old", [False, True])

@@ -67,8 +67,14 @@ def test_ids_that_are_no_line_are_left_out_of_the_list(tmp_path):
     results = {n: {"nll": f"{n}.npy", "settings": {"neighbours": 2}} for n in ("on", "off")}
     for name in results:
         files.write_array(tmp_path / f"{name}.npy", np.ones((2, 64), np.float32))
-    told = write_credit(tmp_path, tmp_path, split, text, results, share=1.0)
+    database = revisions.open_database(tmp_path)
+    told = write_credit(tmp_path, database, split, text, results, None, share=1.0)
     path = tmp_path / "test-remove.txt"
     assert "; 4 of least credit, 4 of 6 chunks, without 1 whose id is no line of text:" in told
     assert named_documents([f"@{path}"]) == [("made", ids[i]) for i in (0, 2, 3, 4)]
-    assert revisions.numbers_of(revisions.open_database(tmp_path), named_documents([f"@{path}"]))
+    assert revisions.numbers_of(database, named_documents([f"@{path}"]))
+    about = files.read_json(tmp_path / "test-credit.json")
+    assert about["nll"] == {"on": "on.npy", "off": "off.npy"}
+    assert about["database"] == database.manifest.hash and about["share"] == 1.0
+    assert {name: files.measure(tmp_path / name)[1] for name in about["sha256"]} == about["sha256"]
+    assert path.name in about["sha256"] and told.endswith("expected --split=validation or train.)")

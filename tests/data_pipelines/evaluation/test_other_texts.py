@@ -45,7 +45,24 @@ def test_a_datastore_of_an_emptied_database_is_refused(workdir):
     check_other_texts(workdir, tuned, {"tokens": 0})
 
 
-def test_a_table_with_fewer_neighbours_is_refused(workdir):
+@pytest.mark.parametrize(
+    ("name", "does"),
+    [
+        ("baseline+tokens", "would vote"),
+        ("knn", "are the datastore"),
+        ("on+knn", "are the datastore"),
+    ],
+)
+def test_the_database_cannot_be_scored_with_its_own_text(workdir, name, does):
     split = open_split(workdir, "train", neighbours=0)
+    check_other_texts(workdir, split, {"on": 2, "off": 0, "baseline": 0})
+    with pytest.raises(
+        UserError, match=f"of the training split itself, whose own documents {does}:"
+    ):
+        check_other_texts(workdir, split, {"off": 0, name: 0})
+
+
+def test_a_table_with_fewer_neighbours_is_refused(workdir):
+    split = open_split(workdir, "test", neighbours=0)
     with pytest.raises(UserError, match="--retrieval=tokens is tuned on the validation split, but"):
         check_other_texts(workdir, split, {"tokens": 3})
