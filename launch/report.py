@@ -25,7 +25,7 @@ from launch.common.flags import DATA, SPLIT
 from launch.runs import trained_run
 from retro_jax.errors import UserError
 from retro_jax.evaluate.conditions import swept
-from retro_jax.evaluate.scored_text import TokenGains, read_losses, token_gains
+from retro_jax.evaluate.scored_text import TokenGains, token_gains
 from retro_jax.report import charts
 from retro_jax.report.cost_view import cost_chart, cost_table
 from retro_jax.report.evaluation_tables import (
@@ -44,6 +44,7 @@ from retro_jax.report.result_files import (
     overlap_files,
     read_comparisons,
     read_figures,
+    read_losses,
     read_results,
     revisions_file,
     windows_file,

@@ -18,7 +18,7 @@ from data_pipelines.chunk_database.database import ChunkDatabase
 from data_pipelines.evaluation.splits import Split
 from data_pipelines.token_memory.text_votes import TextVotes
 from retro_jax.errors import UserError
-from retro_jax.evaluate.scored_text import read_losses
+from retro_jax.report.result_files import read_losses
 from retro_jax.storage import files
 
 _OF_TEST = (

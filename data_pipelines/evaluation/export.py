@@ -21,7 +21,7 @@ from data_pipelines.corpora.arrow_rows import import_pyarrow
 from data_pipelines.evaluation.splits import Split, open_split
 from data_pipelines.retriever.given_keys import ADDED, added_chunks
 from retro_jax.errors import UserError
-from retro_jax.evaluate.scored_text import read_losses
+from retro_jax.report.result_files import read_losses
 from retro_jax.storage import files
 
 _CHUNKS = 8192  # whose rows are in memory at once

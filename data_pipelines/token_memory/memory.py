@@ -115,8 +115,8 @@ class TokenMemory:
             folder = pathlib.Path(directory)
             if not (folder / MANIFEST_FILE).is_file():
                 raise UserError(
-                    f"{folder} is missing: expected the token memory of {source.directory};"
-                    " run launch.prepare --stages=token_memory"
+                    f"{folder} is missing: expected the token memory of {source.directory}, which"
+                    " launch.evaluate --retrieval=tokens builds"
                 )
             parents = {"database": (source.manifest, source.directory)}
             manifest = Manifest.open(folder, KIND, parents, verify)

@@ -20,10 +20,12 @@ from data_pipelines.retriever.queries import OwnDocuments, Queries, StoredChunks
 from data_pipelines.retriever.retriever import Retriever
 from data_pipelines.retriever.revisions import QUERY_KEYS, folder_of, latest
 from data_pipelines.retriever.sampling import sample_ids
+from data_pipelines.token_memory.workdir_memory import FOLDER as TOKEN_MEMORY
 from data_pipelines.workdir import leakage_report
 from data_pipelines.workdir.leakage_report import HELD_OUT
 from data_pipelines.workdir.preparation import open_keys, queries_of
 from retro_jax.errors import UserError
+from retro_jax.storage import files
 
 # Keys of chunks that were embedded in other company differ by rounding, and bfloat16 rounds again.
 _KEY_TOLERANCE = {"float32": 1e-4, "bfloat16": 2**-6}
@@ -71,6 +73,8 @@ def places(revisions: int = 0) -> dict[str, Places]:
     result[QUERY_KEYS] = Places("keys", {"chunks": "chunks/train"})
     result["index"] = Places("index", {"keys": "keys/train"})
     result["bm25"] = Places("bm25", {"database": "chunks/train"})
+    result[TOKEN_MEMORY] = Places(TOKEN_MEMORY, {"database": "chunks/train"})
+    result["materialised"] = Places("batches", {})  # of whichever revision they were made
     database = {"database": "chunks/train"}
     database |= {"keys": "keys/train", "index": "index", "bm25": "bm25"}
     for split in SPLITS:
@@ -106,6 +110,7 @@ def _places_of(revision: int) -> dict[str, Places]:
         result[place] = Places("keys", {"chunks": chunks})
     result[f"{here}index"] = Places("index", {"keys": keys})
     result[f"{here}database"] = Places("database", published)
+    result[f"{here}{TOKEN_MEMORY}"] = Places(TOKEN_MEMORY, {"database": chunks})
     result[f"{here}bm25"] = Places("bm25", {"database": f"{here}database"})
     for split in SPLITS:
         parents = {
@@ -138,6 +143,8 @@ def verify(
       UserError: nothing is there, or some check failed; it is the first one's message.
     """
     artefacts = places(latest(directory))
+    for path in files.matching(directory / "questions", "*"):
+        artefacts[f"questions/{path.name}"] = Places("questions", {"tokenizer": "tokenizer"})
     there = [name for name in artefacts if (directory / name / MANIFEST_FILE).is_file()]
     if not there:
         raise UserError(f"{directory} holds no finished stage: expected what launch.prepare makes")

@@ -17,12 +17,12 @@ from retro_jax.evaluate.conditions import condition_order
 from retro_jax.evaluate.scored_text import (
     ScoredText,
     documents_file,
-    read_losses,
     read_scored_text,
     sum_documents,
     write_scored_text,
 )
 from retro_jax.evaluate.uncertainty import compare
+from retro_jax.report.result_files import read_losses
 from retro_jax.storage import files
 from retro_jax.storage.files import read_array, write_array
 

@@ -65,24 +65,6 @@ def documents_file(folder: pathlib.Path, split: str) -> pathlib.Path:
     return folder / f"{split}-documents.npz"
 
 
-def read_losses(folder: pathlib.Path, result: Mapping[str, Any]) -> np.ndarray:
-    """The losses [n, 64] of a result in W/evaluation, in nats a token.
-
-    Raises:
-      UserError: the file is not the one that the result was made with.
-    """
-    path = folder / result["nll"]
-    if not path.is_file():
-        raise UserError(f"{path} is missing: expected the losses of launch.evaluate")
-    known = result.get("nll_sha256")  # not of earlier versions
-    if known is not None and known != files.measure(path)[1]:
-        raise UserError(
-            f"{path} is not what {path.stem}.json was made with: move both away and run"
-            " launch.evaluate again"
-        )
-    return files.read_array(path)
-
-
 def sum_documents(
     nats: Mapping[str, np.ndarray],
     documents: np.ndarray,

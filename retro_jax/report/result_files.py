@@ -9,6 +9,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from retro_jax.errors import UserError
 from retro_jax.evaluate import overlap, size_law
 from retro_jax.evaluate.scored_text import ScoredText
@@ -76,6 +78,24 @@ def read_results(folder: pathlib.Path, split: str) -> dict[str, Any]:
     if not (results and whole):
         raise UserError(f"{path} has no results by condition: expected those of launch.evaluate")
     return results
+
+
+def read_losses(folder: pathlib.Path, result: Mapping[str, Any]) -> np.ndarray:
+    """The losses [n, 64] of a result in W/evaluation, in nats a token.
+
+    Raises:
+      UserError: the file is not the one that the result was made with.
+    """
+    path = folder / result["nll"]
+    if not path.is_file():
+        raise UserError(f"{path} is missing: expected the losses of launch.evaluate")
+    known = result.get("nll_sha256")  # not of earlier versions
+    if known is not None and known != files.measure(path)[1]:
+        raise UserError(
+            f"{path} is not what {path.stem}.json was made with: move both away and run"
+            " launch.evaluate again"
+        )
+    return files.read_array(path)
 
 
 def read_figures(path: pathlib.Path, results: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -12,14 +12,12 @@ from retro_jax.evaluate.revisions import revision_figures
 from retro_jax.evaluate.scored_text import (
     ScoredText,
     documents_file,
-    read_losses,
     read_scored_text,
     sum_documents,
     token_gains,
     write_scored_text,
 )
 from retro_jax.evaluate.uncertainty import compare, compared_pairs, with_intervals
-from retro_jax.storage import files
 from tests.evaluate.texts import Document
 
 OWNERS = np.array([3, 3, 3, 5, 8, 8])
@@ -55,20 +53,6 @@ def scored_text(seed: int = 0, neighbours: bool = True) -> tuple[ScoredText, dic
     source["neighbours"] = "n" if neighbours else None
     more = {"tokens": TOKENS, "records": RECORDS, "source": source, "overlap": overlap}
     return sum_documents(nats, OWNERS, **more), nats
-
-
-def test_losses_are_those_that_a_result_was_made_with(tmp_path):
-    losses = np.arange(6.0).reshape(2, 3)
-    files.write_array(tmp_path / "test-on.npy", losses)
-    known = {"nll_sha256": files.measure(tmp_path / "test-on.npy")[1]}
-    for result in (RESULTS["on"], RESULTS["on"] | known):  # of an earlier version, and of this one
-        np.testing.assert_array_equal(read_losses(tmp_path, result), losses)
-    with pytest.raises(UserError, match=r"^\S*test-off.npy is missing"):
-        read_losses(tmp_path, RESULTS["off"])
-    losses[1, 2] = 0.5
-    files.write_array(tmp_path / "test-on.npy", losses)
-    with pytest.raises(UserError, match=r"test-on.npy is not what test-on.json was made with"):
-        read_losses(tmp_path, RESULTS["on"] | known)
 
 
 def test_without_words_there_is_no_perplexity():

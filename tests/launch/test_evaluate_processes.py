@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -30,7 +31,8 @@ def test_two_processes_score_as_one_and_the_first_one_writes(
     evaluated: dict, workdir: pathlib.Path, prepared_workdir: pathlib.Path, tmp_path: pathlib.Path
 ):
     (tmp_path / "retro").symlink_to(workdir / "retro")
-    arguments = [f"--workdir={tmp_path}", f"--data={prepared_workdir}", "--retrieval=tokens"]
+    data = shutil.copytree(prepared_workdir, tmp_path / "data")  # a token memory is built there
+    arguments = [f"--workdir={tmp_path}", f"--data={data}", "--retrieval=tokens"]
     processes = _start_two(*arguments)  # RETRO[ON] is scored on the way
     printed = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], printed
@@ -39,7 +41,7 @@ def test_two_processes_score_as_one_and_the_first_one_writes(
         assert found.read_bytes() == expected.read_bytes()
     # The second prints no result and leaves no file that is not the first's. Gloo prints lines of its
     # own, from several threads at once, so that no line can be expected to be whole.
-    assert "RETRO[ON] at step 6" in printed[0][0] and "RETRO" not in printed[1][0]
+    assert "RETRO[ON] + tokens at step 6" in printed[0][0] and "RETRO" not in printed[1][0]
     assert "window" in printed[0][1] and "window" not in printed[1][1]
     assert not list((tmp_path / "evaluation").glob(".*"))
 

@@ -3,6 +3,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 
 from retro_jax.errors import UserError
@@ -10,9 +11,11 @@ from retro_jax.report.evaluation_tables import compared, losses_of
 from retro_jax.report.result_files import (
     read_comparisons,
     read_figures,
+    read_losses,
     read_results,
     windows_file,
 )
+from retro_jax.storage import files
 
 MODEL = {"run": "retro", "step": 6, "checkpoint": "c"}
 
@@ -52,6 +55,23 @@ def _by_overlap(results: dict) -> dict:
     return at_last | {
         "rows": [dict(zip(("corpus", "at_most", "bits_per_byte"), row)) for row in rows]
     }
+
+
+def test_losses_are_those_that_a_result_was_made_with(tmp_path):
+    losses = np.arange(6.0).reshape(2, 3)
+    files.write_array(tmp_path / "test-on-1.npy", losses)
+    known = {"nll_sha256": files.measure(tmp_path / "test-on-1.npy")[1]}
+    for result in (
+        _results("1")["on"],
+        _results("1")["on"] | known,
+    ):  # of an earlier version, and of this one
+        np.testing.assert_array_equal(read_losses(tmp_path, result), losses)
+    with pytest.raises(UserError, match=r"^\S*test-off-1.npy is missing"):
+        read_losses(tmp_path, _results("1")["off"])
+    losses[1, 2] = 0.5
+    files.write_array(tmp_path / "test-on-1.npy", losses)
+    with pytest.raises(UserError, match=r"test-on-1.npy is not what test-on-1.json was made with"):
+        read_losses(tmp_path, _results("1")["on"] | known)
 
 
 def test_results_without_their_fields_are_refused(tmp_path):
