@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.chunk_database.database import ChunkDatabase
+from data_pipelines.chunk_database.database import ChunkDatabase, DocumentRecord
 from data_pipelines.evaluation.splits import Split
 from data_pipelines.token_memory.text_votes import TextVotes
 from retro_jax.errors import UserError
@@ -135,8 +135,8 @@ def write_credit(
     Raises:
       UserError: neither "on" and "off" nor "on" and "tokens" were scored.
     """
-    pairs = credited_pairs(results)
-    count, bits = database.num_documents, [np.zeros(database.num_documents)] * 2
+    pairs, count = credited_pairs(results), database.num_documents
+    bits = [np.zeros(count)] * 2
     for before, after in pairs:
         nats = [read_losses(folder, results[name]) for name in (before, after)]
         gains = np.where(text, nats[0] - nats[1], 0.0) / np.log(2)
@@ -152,25 +152,19 @@ def write_credit(
     removed = least_useful(credit.total, sizes, share)
     lines, listed = removal_list([f"{records[i].corpus}/{records[i].id}" for i in removed.tolist()])
     unnamed, removed = int((~listed).sum()), removed[listed]
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["corpus", "id", "chunks", "bits_by_neighbours", "bits_by_votes"])
-    for number in np.argsort(credit.total, kind="stable").tolist():
-        if sizes[number]:
-            record = records[number]
-            of_each = [f"{each[number]:.3f}" for each in (credit.neighbours, credit.votes)]
-            writer.writerow([record.corpus, record.id, record.chunks, *of_each])
     path = folder / f"{split.name}-remove.txt"
-    written = {folder / f"{split.name}-credit.csv": table.getvalue(), path: "".join(lines)}
+    written = {
+        folder / f"{split.name}-credit.csv": _csv(credit, records, sizes),
+        path: "".join(lines),
+    }
     for file, content in written.items():
         files.write_atomically(file, content.encode())
-    about = {
+    about: dict[str, Any] = {
         "database": database.manifest.hash,
         "chunks": split.database.manifest.hash,
-        "share": share,
-        "nll": {name: results[name]["nll"] for pair in pairs for name in pair},
-        "sha256": {file.name: files.measure(file)[1] for file in written},
     }
+    about |= {"share": share, "sha256": {file.name: files.measure(file)[1] for file in written}}
+    about["nll"] = {name: results[name]["nll"] for pair in pairs for name in pair}
     files.write_atomically(folder / f"{split.name}-credit.json", files.to_json(about))
     without = f", without {unnamed:,} whose id is no line of text" if unnamed else ""
     helping, live = int(((credit.total > 0) & (sizes > 0)).sum()), int((sizes > 0).sum())
@@ -179,3 +173,16 @@ def write_credit(
         f" {int(sizes[removed].sum()):,} of {int(sizes.sum()):,} chunks{without}: launch.prepare --remove=@{path}"
         f"{_OF_TEST if split.name == 'test' else ''}"
     )
+
+
+def _csv(credit: Credit, records: Sequence[DocumentRecord], sizes: np.ndarray) -> str:
+    """A line for each document that is there, those of least credit first."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["corpus", "id", "chunks", "bits_by_neighbours", "bits_by_votes"])
+    for number in np.argsort(credit.total, kind="stable").tolist():
+        if sizes[number]:
+            record = records[number]
+            of_each = [f"{each[number]:.3f}" for each in (credit.neighbours, credit.votes)]
+            writer.writerow([record.corpus, record.id, record.chunks, *of_each])
+    return table.getvalue()

@@ -241,12 +241,6 @@ def test_neighbours_of_a_split_are_what_the_retriever_finds(prepared_workdir: pa
             1,
             "of the training split itself: expected validation, test",
         ),
-        (
-            evaluate.main,
-            ["--split=train", "--retrieval=off", "--knn"],
-            1,
-            "--knn of the training split itself, whose own documents are the datastore: expected",
-        ),
         (evaluate.main, ["--split=train", "--revisions=0"], 2, "another text at each: expected"),
         (evaluate.main, ["--slices=c4:x"], 2, "--slices=c4:x: expected a name, or pile: and a"),
         (evaluate.main, ["--slice_paths=c4=x"], 2, "--slice_paths=c4=x: expected NAME=PATH"),
