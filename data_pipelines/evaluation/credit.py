@@ -135,18 +135,9 @@ def write_credit(
     Raises:
       UserError: neither "on" and "off" nor "on" and "tokens" were scored.
     """
-    pairs, count = credited_pairs(results), database.num_documents
-    bits = [np.zeros(count)] * 2
-    for before, after in pairs:
-        nats = [read_losses(folder, results[name]) for name in (before, after)]
-        gains = np.where(text, nats[0] - nats[1], 0.0) / np.log(2)
-        if after == "tokens":
-            assert votes is not None
-            bits[1] = vote_credit(gains[text], votes.documents, count)
-        else:
-            k = results[after]["settings"]["neighbours"]
-            bits[0] = neighbour_credit(gains.sum(axis=1), split.read_documents(k), count)
-    credit, records = Credit(*bits), list(database.records())
+    pairs = credited_pairs(results)
+    credit = _credit_of(folder, pairs, results, split, text, votes, database.num_documents)
+    records = list(database.records())
     sizes = np.array([record.chunks for record in records])
     sizes[database.removed] = 0
     removed = least_useful(credit.total, sizes, share)
@@ -186,3 +177,26 @@ def _csv(credit: Credit, records: Sequence[DocumentRecord], sizes: np.ndarray) -
             of_each = [f"{each[number]:.3f}" for each in (credit.neighbours, credit.votes)]
             writer.writerow([record.corpus, record.id, record.chunks, *of_each])
     return table.getvalue()
+
+
+def _credit_of(
+    folder: pathlib.Path,
+    pairs: Sequence[tuple[str, str]],
+    results: Mapping[str, Any],
+    split: Split,
+    text: np.ndarray,
+    votes: TextVotes | None,
+    count: int,
+) -> Credit:
+    """What each of `count` documents saved between the conditions of each pair; as `write_credit`."""
+    bits = [np.zeros(count)] * 2
+    for before, after in pairs:
+        nats = [read_losses(folder, results[name]) for name in (before, after)]
+        gains = np.where(text, nats[0] - nats[1], 0.0) / np.log(2)
+        if after == "tokens":
+            assert votes is not None
+            bits[1] = vote_credit(gains[text], votes.documents, count)
+        else:
+            k = results[after]["settings"]["neighbours"]
+            bits[0] = neighbour_credit(gains.sum(axis=1), split.read_documents(k), count)
+    return Credit(*bits)
