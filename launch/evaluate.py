@@ -12,7 +12,7 @@ condition and figure. Writes, in W/evaluation:
     SPLIT.json, SPLIT.md           the last printed results, with every sum and figure
     SPLIT-documents.npz            sums by document, for intervals and comparisons
     SPLIT-size.json                bits by the size of the database, of three --database_shares or more
-    SPLIT-credit.csv SPLIT-remove.txt  what each document of the database saved (--credit)
+    SPLIT-credit.csv .json SPLIT-remove.txt  what each document of the database saved (--credit)
     SPLIT-windows.json             figures of each --overlap, where there are several
     SPLIT-revisions.json           figures of each of --revisions, where there are any
     SPLIT-cost.svg                 bits per byte by operations and by bytes read of all conditions

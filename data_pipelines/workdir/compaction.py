@@ -13,7 +13,13 @@ import pathlib
 import shutil
 from collections.abc import Iterator
 
-from data_pipelines.artefacts.manifest import MANIFEST_FILE, PURGED_FILE, Manifest, is_purged
+from data_pipelines.artefacts.manifest import (
+    MANIFEST_FILE,
+    PURGED_FILE,
+    STAGE_FILE,
+    Manifest,
+    is_purged,
+)
 from data_pipelines.chunk_database.compacted import (
     CompactionPlan,
     compact_chunks,
@@ -195,18 +201,25 @@ def _delete_derived(directory: pathlib.Path, digest: str) -> int:
     if batches.is_dir() and not manifest.is_file():
         size += _delete(batches, ())
     for place in (directory / "questions").glob("*"):
-        manifest = place / MANIFEST_FILE
-        if manifest.is_file() and Manifest.read(place).parents.get("database", digest) != digest:
-            manifest.unlink()
-        if place.is_dir() and not manifest.is_file():
-            size += _delete(place, ())
-            place.rmdir()
+        if _has_other_passages(place, digest):
+            size += _delete(place, (MANIFEST_FILE, STAGE_FILE))  # by these a killed purge goes on
+            shutil.rmtree(place)
     for path in (directory / "evaluation").glob("*knn-*.npy"):
         of_this = digest[:12] in path.name and not path.name.startswith(files.TEMPORARY)
         if not of_this:
             size += path.stat().st_size
             path.unlink()
     return size
+
+
+def _has_other_passages(place: pathlib.Path, digest: str) -> bool:
+    """Whether questions were found, or begun to be found, in another database than one.
+
+    What is neither finished nor begun is no artefact, and its owner's.
+    """
+    if (place / MANIFEST_FILE).is_file():
+        return Manifest.read(place).parents.get("database", digest) != digest
+    return (place / STAGE_FILE).is_file()
 
 
 def _delete(folder: pathlib.Path, kept: tuple[str, ...]) -> int:

@@ -32,9 +32,9 @@ from retro_jax.evaluate.k_sweep import sweep_losses
 from retro_jax.evaluate.scorer import Pass, Scorer, forget
 from retro_jax.evaluate.uncertainty import share_with_interval
 from retro_jax.model import Retro
-from retro_jax.report.result_files import RESULT_FIELDS
+from retro_jax.report.result_files import RESULT_FIELDS, read_losses
 from retro_jax.storage import files
-from retro_jax.storage.files import read_array, write_array
+from retro_jax.storage.files import write_array
 
 _ID_DIGITS = 12
 
@@ -221,7 +221,8 @@ def _score_with_tokens(
     alone = dataclasses.replace(condition, name=name, kind=KNN if name.endswith(KNN) else name)
     evaluate(work, settings, [alone])
     processes.meet("scored")  # the first one alone writes
-    nll = read_array(work.folder / f"{_result_name(work, settings, alone)}.npy")
+    path = work.folder / f"{_result_name(work, settings, alone)}.json"
+    nll = read_losses(work.folder, files.read_json(path, *RESULT_FIELDS))
 
     def nll_of(split: Split, text: np.ndarray) -> np.ndarray:
         other = dataclasses.replace(work, split=split, text=text)

@@ -67,9 +67,8 @@ def check_can_begin(config: RetroConfig, setting: str, *, layers: int = 1) -> No
         "num_layers": (config.num_layers >= layers, f"{layers} at least"),
     }
     if config.has_retrieval:
-        alike = (
-            config.encoder_d_model == config.d_model
-        )  # a neighbour's token as the decoder embeds it
+        # A neighbour's token is compared and copied as the decoder embeds it.
+        alike = config.encoder_d_model == config.d_model
         needs["encoder_d_model"] = (alike, str(config.d_model))
         needs["encoder_num_heads"] = (config.encoder_num_heads > 1, "2 at least")
     for field, (met, needed) in needs.items():

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from data_pipelines import workdir as module
-from data_pipelines.artefacts.manifest import Manifest
+from data_pipelines.artefacts.manifest import STAGE_FILE, Manifest
 from data_pipelines.artefacts.runner import InProcess
 from data_pipelines.batches.batches import BatchConfig
 from data_pipelines.chunk_database.tokenizer import Tokenizer
@@ -232,8 +232,12 @@ def test_passages_of_questions_go_with_the_documents_that_are_purged(tmp_path, c
     changed(tmp_path, config, append=False, remove=[f"day/{content_id(gone)}"])
     QuestionBatches.read(work, asked)
     assert "has passages of the database" in caplog.text and "revision 1 is" in caplog.text
+    for name, file in (("begun", STAGE_FILE), ("mine", "notes.txt")):  # "mine" is no artefact
+        (work / "questions" / name).mkdir()
+        (work / "questions" / name / file).write_text("{}")
     compaction.purge(Preparation(work, config, InProcess(), print))
-    assert [path.name for path in (work / "questions").iterdir()] == ["given"]
+    assert sorted(path.name for path in (work / "questions").iterdir()) == ["given", "mine"]
+    assert (work / "questions" / "mine" / "notes.txt").is_file()
     QuestionBatches.read(work, dataclasses.replace(asked, questions="given"))
 
 
