@@ -61,10 +61,8 @@ def test_losses_are_those_that_a_result_was_made_with(tmp_path):
     losses = np.arange(6.0).reshape(2, 3)
     files.write_array(tmp_path / "test-on-1.npy", losses)
     known = {"nll_sha256": files.measure(tmp_path / "test-on-1.npy")[1]}
-    for result in (
-        _results("1")["on"],
-        _results("1")["on"] | known,
-    ):  # of an earlier version, and of this one
+    earlier_version = _results("1")["on"]
+    for result in (earlier_version, earlier_version | known):
         np.testing.assert_array_equal(read_losses(tmp_path, result), losses)
     with pytest.raises(UserError, match=r"^\S*test-off-1.npy is missing"):
         read_losses(tmp_path, _results("1")["off"])
