@@ -64,7 +64,8 @@ def make_shape() -> BatchShape:
 
     batch = configurables.make(BatchConfig)
     corpora = len(batch.mixture or [""])
-    return BatchShape(batch.batch_size, batch.sequence_length, batch.neighbours, corpora)
+    noise = batch.neighbours > 0 and batch.neighbour_noise > 0
+    return BatchShape(batch.batch_size, batch.sequence_length, batch.neighbours, corpora, noise)
 
 
 if __name__ == "__main__":

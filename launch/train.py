@@ -168,6 +168,7 @@ def prepare(
         configurables.override("RetroConfig.cca_layers", ())
         configurables.override("BatchConfig.neighbours", 0)
         configurables.override("TrainConfig.neighbour_dropout", 0.0)
+        configurables.override("TrainConfig.noise_target", "text")
     data = find_data(source, recorded or directory / name, disk=disk)
     settings = settings_of(data)
     data.check_model(settings.retro)

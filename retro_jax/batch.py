@@ -37,6 +37,7 @@ class RetroBatch:
       states: what a frozen decoder computes of each neighbour (model.decoder.Retrieved.encoded), kept
         from before, so that the model need not; or None.
       below: [B, N, D], the residual stream that the first layer with CCA reads, kept likewise; or None.
+      noise: [B, C] bool, the chunks whose neighbours are another chunk's, for training only; or None.
     """
 
     tokens: Array
@@ -46,10 +47,11 @@ class RetroBatch:
     neighbours: Array | None = None
     states: Packed | None = None
     below: Packed | None = None
+    noise: Array | None = None
 
     def without_neighbours(self) -> "RetroBatch":
         """The same sequences with retrieval off, and nothing kept."""
-        return dataclasses.replace(self, neighbours=None, states=None, below=None)
+        return dataclasses.replace(self, neighbours=None, states=None, below=None, noise=None)
 
 
 @dataclasses.dataclass(frozen=True)

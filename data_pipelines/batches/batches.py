@@ -146,7 +146,10 @@ class Batches:
     Attributes:
       corpora: names of the corpora, in the order that RetroBatch.corpus counts them.
       sequences: sequences an epoch of each corpus.
+      noise: whether batches have RetroBatch.noise: with neighbours, and neighbour_noise above 0.
     """
+
+    noise = False
 
     def __init__(
         self,
@@ -169,6 +172,7 @@ class Batches:
         """
         self.config = config
         self._database, self._table, self._retrieval = database, table, retrieval
+        self.noise = config.neighbours > 0 and config.neighbour_noise > 0
         if config.neighbours:
             _check_table(config.neighbours, database, table, retrieval)
         self.corpora = _corpus_names(config.mixture, database)
@@ -201,7 +205,8 @@ class Batches:
             ids[corpus == c], past_seam[corpus == c] = self._rings[c].chunk_ids(
                 tickets[corpus == c, 1]
             )
-        return self._assemble(ids, past_seam, corpus, self._queries(ids, tickets))
+        noise, queries = self._queries(ids, tickets)
+        return self._assemble(ids, past_seam, corpus, queries, noise)
 
     def document_ids(self, step: int) -> list[str]:
         """The ids of the documents that a global batch has chunks of, in their order in it.
@@ -242,21 +247,28 @@ class Batches:
         """C, chunks per sequence."""
         return self.config.sequence_length // CHUNK_LENGTH
 
-    def _queries(self, ids: np.ndarray, tickets: np.ndarray) -> np.ndarray:
-        """[B, C]: the chunks whose neighbours chunks `ids` get, others for the part with noise."""
+    def _queries(
+        self, ids: np.ndarray, tickets: np.ndarray
+    ) -> tuple[np.ndarray | None, np.ndarray]:
+        """RetroBatch.noise; and [B, C] the chunks whose neighbours chunks `ids` get, others for the noise."""
         rate = self.config.neighbour_noise
-        if not rate or self._table is None:
-            return ids
+        if not self.noise:
+            return None, ids
         queries = ids.copy()
         for row, (corpus, ticket) in enumerate(tickets.tolist()):
             key = np.array([_seed(self.config.seed, "noise"), corpus << 48 | ticket], np.uint64)
             drawn, other = np.random.Philox(key=key).random_raw((2, ids.shape[1]))
             noisy = (drawn / 2.0**64 < rate) & (ids[row] >= 0)
             queries[row, noisy] = (other % np.uint64(len(self._database))).astype(np.int64)[noisy]
-        return queries
+        return queries != ids, queries
 
     def _assemble(
-        self, ids: np.ndarray, past_seam: np.ndarray, corpus: np.ndarray, queries: np.ndarray
+        self,
+        ids: np.ndarray,
+        past_seam: np.ndarray,
+        corpus: np.ndarray,
+        queries: np.ndarray,
+        noise: np.ndarray | None,
     ) -> RetroBatch:
         """Gathers the tokens of chunk ids [B, C] and of the neighbours of `queries`."""
         # A chunk's value is itself and its continuation, so the next token is one place further on.
@@ -269,6 +281,7 @@ class Batches:
             documents=documents.astype(np.int32),
             corpus=corpus.astype(np.int32),
             neighbours=self._neighbours(queries),
+            noise=noise,
         )
 
     def _neighbours(self, ids: np.ndarray) -> np.ndarray | None:

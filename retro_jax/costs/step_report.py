@@ -105,8 +105,8 @@ def abstract_batch(plan: Plan) -> RetroBatch:
     retro, shape = plan.settings.retro, plan.shape
     sharding = batch_sharding(plan.mesh)
 
-    def array(*extents: int) -> Any:
-        return jax.ShapeDtypeStruct(extents, jnp.int32, sharding=sharding)
+    def array(*extents: int, dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct(extents, dtype, sharding=sharding)
 
     rows, length = shape.batch_size, shape.sequence_length
     chunks = length // retro.chunk_length
@@ -118,6 +118,7 @@ def abstract_batch(plan: Plan) -> RetroBatch:
         documents=array(rows, chunks),
         corpus=array(rows),
         neighbours=array(*slots) if retrieval else None,
+        noise=array(rows, chunks, dtype=jnp.bool) if shape.noise else None,
     )
 
 

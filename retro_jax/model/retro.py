@@ -123,7 +123,11 @@ class Retro(nnx.Module):
 
     def token_losses(self, batch: RetroBatch, dropout_key: jax.Array | None = None) -> jax.Array:
         """[B, N] float32 negative log-likelihoods in nats, 0 where the target is pad_id."""
-        h_BxNxD = self.hidden_states(
+        return self.losses(self.activations(batch, dropout_key), batch.targets)
+
+    def activations(self, batch: RetroBatch, dropout_key: jax.Array | None = None) -> jax.Array:
+        """`hidden_states` of a batch, [B, N, D]."""
+        return self.hidden_states(
             batch.tokens,
             batch.neighbours,
             batch.documents,
@@ -131,7 +135,12 @@ class Retro(nnx.Module):
             states=batch.states,
             below=batch.below,
         )
-        return self.losses(h_BxNxD, batch.targets)
+
+    def activations_off(self, batch: RetroBatch, dropout_key: jax.Array | None = None) -> jax.Array:
+        """`activations` of the same batch with retrieval off, which reads `below` too where it is kept."""
+        operators = WholeSequences(self.config, batch.documents, dropout_key)
+        h_BxNxD = self.below_retrieval(batch.tokens, operators, batch.below)
+        return self.norm(self.after_retrieval(h_BxNxD, None, operators))
 
     def losses(self, h_BxNxD: jax.Array, targets_BxN: jax.Array) -> jax.Array:
         """`token_losses` of final activations and targets."""
@@ -248,8 +257,7 @@ class Retro(nnx.Module):
             neighbours_BxCxKxR, ((0, 0),) * 3 + ((1, 0),), constant_values=config.form.sink_id
         )
         tokens_IxR = jnp.reshape(sunk, (-1, length), out_sharding=shardings.rows(2))
-        graph, params = nnx.split(self)
-        frozen = nnx.merge(graph, jax.tree.map(jax.lax.stop_gradient, params))
+        frozen = self.frozen()
         one = config.form.neighbour_layer
         layers = (one,) if one else config.cca_layers
         states_IxPxRxD = frozen.inputs_of(layers, tokens_IxR)
@@ -257,6 +265,11 @@ class Retro(nnx.Module):
         inner = (length, width) if one else (len(layers), length, width)
         shape = (*leading, *inner)
         return jnp.reshape(states_IxPxRxD, shape, out_sharding=shardings.rows(len(shape)))
+
+    def frozen(self) -> "Retro":
+        """The same model, through which no gradients pass."""
+        graph, params = nnx.split(self)
+        return nnx.merge(graph, jax.tree.map(jax.lax.stop_gradient, params))
 
     def inputs_of(self, layers: Sequence[int], tokens_BxN: jax.Array) -> jax.Array:
         """The streams that some layers read, without retrieval: [B, len(layers), N, D].
@@ -275,19 +288,21 @@ class Retro(nnx.Module):
         h_BxNxD, states = carry
         return states[:, :-1].at[:, -1].set(h_BxNxD)
 
-    def after_retrieval(self, carry: Any, retrieved: Retrieved, operators: Operators) -> Any:
+    def after_retrieval(self, carry: Any, retrieved: Retrieved | None, operators: Operators) -> Any:
         """From CCA of layer min(P) to the last layer; the final norm comes after it.
 
         Args:
-          carry: `before_retrieval`'s. retrieved: what CCA reads. operators: of the layers.
+          carry: `before_retrieval`'s. retrieved: what CCA reads; None with retrieval off.
+          operators: of the layers.
         """
         first = self.config.cca_layers[0]
         if self.config.form.gated_cca:
             return self._run_layers(first, self.config.num_layers, carry, retrieved, operators)
         layer, cca = take_layer(self.layers, first - 1), take_extra(self._ccas(), first)
 
-        def run(carry: Any, retrieved: Retrieved, operators: Operators) -> Any:
-            carry = operators.cross_attend(cca, carry, first, retrieved)
+        def run(carry: Any, retrieved: Retrieved | None, operators: Operators) -> Any:
+            if retrieved is not None:
+                carry = operators.cross_attend(cca, carry, first, retrieved)
             return operators.feed_forward(layer, carry, first)
 
         carry = self._rematerialised(run)(carry, retrieved, operators)

@@ -307,6 +307,7 @@ class KeptBatches:
     def __init__(self, source: BatchSource, kept: KeptStates):
         self._source, self._kept = source, kept
         self.config, self.corpora, self.sequences = source.config, source.corpora, source.sequences
+        self.noise = source.noise
 
     def rows(self, step: int, rows: Sequence[int] | None = None) -> RetroBatch:
         """As the source's."""

@@ -44,6 +44,10 @@ class BatchSource(Protocol):
     def sequences(self) -> Mapping[str, int]:
         """Sequences per epoch of each corpus."""
 
+    @property
+    def noise(self) -> bool:
+        """Whether batches have RetroBatch.noise."""
+
     def rows(self, step: int, rows: Sequence[int] | None = None) -> RetroBatch:
         """Rows of global batch number `step`, NumPy arrays; None for all."""
 
@@ -62,20 +66,22 @@ class BatchShape:
 
     Attributes:
       batch_size: B, rows of a global batch. sequence_length: N. neighbours: K; 0 for none.
-      num_corpora: G, in the mixture.
+      num_corpora: G, in the mixture. noise: whether batches have RetroBatch.noise.
     """
 
     batch_size: int = 256
     sequence_length: int = 2048
     neighbours: int = 2
     num_corpora: int = 1
+    noise: bool = False
 
     @classmethod
     def of(cls, batches: BatchSource) -> "BatchShape":
         """That of a source of batches."""
         sizes: BatchSizes = batches.config
         corpora = len(batches.corpora)
-        return cls(sizes.batch_size, sizes.sequence_length, sizes.neighbours, corpora)
+        length, k = sizes.sequence_length, sizes.neighbours
+        return cls(sizes.batch_size, length, k, corpora, batches.noise)
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:

@@ -22,6 +22,7 @@ import jax
 
 from retro_jax.batch import RetroBatch
 from retro_jax.config import require
+from retro_jax.model.noise_target import NOISE_TARGETS
 from retro_jax.train.checkpoint import Checkpoints
 from retro_jax.train.curves import Observer
 from retro_jax.train.step import StepMetrics, TrainState, TrainStep
@@ -46,6 +47,9 @@ class TrainConfig:
         "endings": its first two layers begin as a circuit that copies what follows the same last few
         tokens in the text so far (model/ending_init.py).
       neighbour_dropout: fraction of the sequences trained without their neighbours.
+      noise_target: what is learnt at tokens that read another chunk's neighbours
+        (BatchConfig.neighbour_noise): the "text", or "off", what the model predicts without neighbours
+        (model/noise_target.py).
       log_every: steps per line of metrics.jsonl.
       checkpoint_every: steps between checkpoints, a multiple of log_every, so that a resumed curve
         has the same lines; the last step always has one.
@@ -71,6 +75,7 @@ class TrainConfig:
     initial_retrieval: str = "random"
     initial_attention: str = "random"
     neighbour_dropout: float = 0.0
+    noise_target: str = "text"
     log_every: int = 10
     checkpoint_every: int = 1000
     keep: int = 3
@@ -111,6 +116,8 @@ class TrainConfig:
         require(not alone, self, "initial_attention", "'random' with initial_retrieval 'copying'")
         valid = 0 <= self.neighbour_dropout <= 1
         require(valid, self, "neighbour_dropout", "a number from 0 to 1")
+        known = self.noise_target in NOISE_TARGETS
+        require(known, self, "noise_target", f"one of {NOISE_TARGETS}")
         whole = self.checkpoint_every % self.log_every == 0
         require(whole, self, "checkpoint_every", f"a multiple of log_every = {self.log_every}")
 

@@ -91,6 +91,7 @@ def make_plan(
         num_corpora=shape.num_corpora,
         seed=training.seed,
         neighbour_dropout=training.neighbour_dropout,
+        noise_target=training.noise_target,
         accumulate=training.accumulate,
         loss_jump=training.loss_jump,
         skip_bad_batches=training.skip_bad_batches,
@@ -133,6 +134,11 @@ def _check_fit(settings: Settings, shape: BatchShape, mesh: jax.sharding.Mesh) -
         raise UserError(
             f"TrainConfig.accumulate is {training.accumulate}: expected a divisor of the batch size "
             f"{shape.batch_size}"
+        )
+    if training.noise_target == "off" and not shape.noise:
+        raise UserError(
+            "TrainConfig.noise_target is 'off': expected 'text', or BatchConfig.neighbour_noise above 0"
+            " with neighbours of a chunk database (not of questions or written batches)"
         )
     check_mesh(settings.retro, mesh, shape.batch_size // training.accumulate)
     check_attention(

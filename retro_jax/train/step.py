@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from retro_jax.batch import RetroBatch
 from retro_jax.config import require
+from retro_jax.model import Retro
 from retro_jax.model.backend import options_for_one_use, options_for_overlap
+from retro_jax.model.noise_target import NOISE_TARGETS, losses_toward_off
 from retro_jax.sharding import parameter_shardings
 from retro_jax.train.layer_norms import layer_norms
 from retro_jax.train.optimizer import Trainable
@@ -24,7 +26,7 @@ _WEIGHT_TO_JUDGE = 1 - _RECENT**20  # none is compared before 20 good ones
 
 
 class Model(Protocol):
-    """The methods that training needs of a model."""
+    """The methods that training needs of a model; of a Retro losses_toward_off needs more."""
 
     def token_losses(self, batch: RetroBatch, dropout_key: jax.Array | None = None) -> jax.Array:
         """[B, N] float32 nats, 0 where the target is padding."""
@@ -84,6 +86,7 @@ class StepConfig:
     Attributes:
       pad_id: RetroConfig.pad_id. num_corpora: G, corpora in the mixture.
       seed: of dropout. neighbour_dropout: part of the sequences trained without neighbours.
+      noise_target: of model/noise_target.py's NOISE_TARGETS; "off" needs a Retro, and batches with noise.
       accumulate: parts that a batch is computed in, one after the other; B is a multiple of it.
       loss_jump: nats by which a loss may exceed the mean of the last 100 or so; 0 for any.
       skip_bad_batches: whether a bad batch (StepMetrics.bad) leaves parameters and moments as they
@@ -96,6 +99,7 @@ class StepConfig:
     num_corpora: int
     seed: int = 0
     neighbour_dropout: float = 0.0
+    noise_target: str = "text"
     accumulate: int = 1
     loss_jump: float = 0.0
     skip_bad_batches: bool = False
@@ -106,6 +110,8 @@ class StepConfig:
         require(self.num_corpora > 0, self, "num_corpora", "a positive number")
         valid = 0 <= self.neighbour_dropout <= 1
         require(valid, self, "neighbour_dropout", "a number from 0 to 1")
+        known = self.noise_target in NOISE_TARGETS
+        require(known, self, "noise_target", f"one of {NOISE_TARGETS}")
         require(self.accumulate > 0, self, "accumulate", "a positive number of parts")
         require(self.loss_jump >= 0, self, "loss_jump", "a number of nats, or 0 for any")
         valid = 0 <= self.average_decay < 1
@@ -238,7 +244,10 @@ class _Sums:
 def _sums(model: Model, batch: RetroBatch, key: jax.Array, config: StepConfig) -> _Sums:
     """Runs the model on a batch, or on a part of one."""
     present_BxN = batch.targets != config.pad_id
-    losses_BxN = model.token_losses(batch, dropout_key=key)
+    if config.noise_target == "off":
+        losses_BxN = losses_toward_off(cast(Retro, model), batch, key)
+    else:
+        losses_BxN = model.token_losses(batch, dropout_key=key)
     losses_BxN = jnp.where(present_BxN, losses_BxN.astype(jnp.float32), 0.0)
     of_corpus_BxG = batch.corpus[:, None] == jnp.arange(config.num_corpora)
     count_B = jnp.sum(present_BxN, axis=1, dtype=jnp.int32)

@@ -54,6 +54,8 @@ class Sizes:
 class RandomBatches:
     """Batches that are a function of their number."""
 
+    noise = False
+
     def __init__(self, first: int = 0):
         self.config, self.corpora, self.sequences = Sizes(), ["a", "b"], {"a": 8, "b": 8}
         self._first = first

@@ -229,7 +229,20 @@ def test_noise_gives_a_part_of_the_chunks_another_chunks_neighbours(mixed):
     every = database.values(table.ids(np.arange(len(database)), 2))
     known = {one.tobytes() for one in every.astype(noisy.neighbours.dtype)}
     assert {one.tobytes() for one in noisy.neighbours[differs]} <= known
-    np.testing.assert_array_equal(batches.rows(2, [5, 1]).neighbours, noisy.neighbours[[5, 1]])
+    some = batches.rows(2, [5, 1])
+    np.testing.assert_array_equal(some.neighbours, noisy.neighbours[[5, 1]])
+    # The batch says which: all that differ, and those whose other chunk has the same neighbours.
+    assert batches.noise and not (differs & ~noisy.noise).any() and not noisy.noise[~present].any()
+    assert 0.2 < noisy.noise[present].mean() < 0.4
+    np.testing.assert_array_equal(some.noise, noisy.noise[[5, 1]])
+    assert plain.noise is None and not Batches(config(), database, table, database).noise
+
+
+def test_a_chunk_that_is_drawn_for_itself_has_no_noise():
+    database = FakeDatabase([("a", [1])], vocab_size=None)
+    table = FakeTable.of(database, database, np.zeros((1, 2)))
+    batch = Batches(config(neighbour_noise=1.0), database, table, database).rows(0)
+    assert not batch.noise.any()
 
 
 def test_seeds_differ_and_repeat(mixed):

@@ -1,0 +1,87 @@
+"""Fitting on neighbours that are noise: towards the base, with kept states, on a mesh."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from retro_jax.config import ExecutionConfig
+from retro_jax.errors import UserError
+from retro_jax.model import Retro
+from retro_jax.sharding import MeshConfig
+from retro_jax.train.global_batches import BatchShape
+from retro_jax.train.parameter_names import named_leaves
+from retro_jax.train.plan import Settings, make_plan
+from retro_jax.train.run import Run
+from tests.retrofit.test_fitting import config_of, loaded, settings_of
+from tests.train.test_run import Data, RandomBatches
+
+
+class NoisyBatches(RandomBatches):
+    """All neighbours are noise."""
+
+    noise = True
+
+    def rows(self, step, rows=None):
+        batch = super().rows(step, rows)
+        return dataclasses.replace(batch, noise=np.ones(batch.documents.shape, bool))
+
+
+class Noisy(Data):
+    """Training data of noise alone; that it evaluates on says nothing of it."""
+
+    batches = NoisyBatches()
+
+
+def settings(target, **others) -> Settings:
+    """20 steps from gates of 1."""
+    made = settings_of(
+        "llama", ("cca.*",), 1.0, retro=config_of("llama", (2,), shared_softmax=True)
+    )
+    training = dataclasses.replace(made.training, noise_target=target, evaluate_every=0)
+    return dataclasses.replace(made, training=training, **others)
+
+
+def trained(directory, chosen: Settings, devices=1) -> Retro:
+    """The model after 20 steps."""
+    plan = make_plan(chosen, BatchShape.of(Noisy.batches), jax.devices()[:devices])
+    run = Run(directory / "retro", plan, Noisy())
+    assert run.train() == 20
+    return run.model()
+
+
+def harm(model: Retro) -> float:
+    """Nats by which random neighbours change the loss of a held-out token, upwards or downwards."""
+    batch, losses = RandomBatches(first=1000).rows(0), jax.jit(Retro.token_losses)
+    changed = losses(model, batch) - losses(model, batch.without_neighbours())
+    return float(np.abs(changed).mean())
+
+
+def test_towards_the_base_noise_ends_as_worth_nothing(tmp_path):
+    """Towards the text neighbours end as worth more than at first; kept states do the same."""
+    before = loaded(settings("text").retro, "llama")
+    before.cca.gate[...] = np.ones_like(before.cca.gate[...])
+    to_text, to_off = (trained(tmp_path / name, settings(name)) for name in ("text", "off"))
+    kept = trained(
+        tmp_path / "kept", settings("off", execution=ExecutionConfig(kept_states="float16"))
+    )
+    assert 2 * harm(to_off) < harm(before) < harm(to_text)
+    np.testing.assert_allclose(harm(kept), harm(to_off), atol=0.05 * harm(before))
+
+
+def test_a_mesh_trains_the_same(tmp_path):
+    one, four = (
+        named_leaves(nnx.state(trained(tmp_path / str(n), settings("off", mesh=mesh), n)))
+        for n, mesh in ((1, MeshConfig()), (4, MeshConfig(data=2, fsdp=1, tensor=2)))
+    )
+    for name, leaf in one.items():
+        np.testing.assert_allclose(four[name], leaf, atol=1e-4, err_msg=name)
+
+
+def test_batches_without_noise_are_refused():
+    with pytest.raises(
+        UserError, match=r"noise_target is 'off': expected 'text', or .*neighbour_n"
+    ):
+        make_plan(settings("off"), BatchShape.of(Data.batches))
