@@ -52,6 +52,8 @@ class BatchConfig:
         model is then always used this way.
       neighbour_noise: part of the chunks that get the neighbours of another chunk, drawn at random from
         the split, so that the model learns to leave unrelated ones alone.
+      further_neighbours: part of the chunks that get neighbours K + 1 to 2K instead of the nearest K, so
+        that a model also reads what is related and no near-copy; the table needs 2K.
       seed: seed of the order of sequences.
       mixture: weight of each corpus by name, with any positive sum; corpora not named are left out.
         Weights are exact to half a percent of themselves. None takes every sequence exactly once an
@@ -66,6 +68,7 @@ class BatchConfig:
     neighbours: int = 2
     neighbour_part: str = "both"
     neighbour_noise: float = 0.0
+    further_neighbours: float = 0.0
     seed: int = 0
     mixture: Mapping[str, float] | None = None
     prefetch: int = 4
@@ -81,8 +84,8 @@ class BatchConfig:
         rule = f"one of {PARTS}, or last_N with N from 1 to {2 * CHUNK_LENGTH - 1}"
         known = self.neighbour_part in PARTS or _last(self.neighbour_part) > 0
         require(known, self, "neighbour_part", rule)
-        noise = 0 <= self.neighbour_noise <= 1
-        require(noise, self, "neighbour_noise", "a number from 0 to 1")
+        for field in ("neighbour_noise", "further_neighbours"):
+            require(0 <= getattr(self, field) <= 1, self, field, "a number from 0 to 1")
         require(0 <= self.seed < 2**32, self, "seed", "an integer from 0 to 2**32 - 1")
         require(self.prefetch >= 0, self, "prefetch", "a number of batches, or 0 for none")
         weights = [1.0] if self.mixture is None else list(self.mixture.values())
@@ -174,7 +177,7 @@ class Batches:
         self._database, self._table, self._retrieval = database, table, retrieval
         self.noise = config.neighbours > 0 and config.neighbour_noise > 0
         if config.neighbours:
-            _check_table(config.neighbours, database, table, retrieval)
+            _check_table(config, database, table, retrieval)
         self.corpora = _corpus_names(config.mixture, database)
         chunks = config.sequence_length // CHUNK_LENGTH
         self._rings = [
@@ -206,7 +209,9 @@ class Batches:
                 tickets[corpus == c, 1]
             )
         noise, queries = self._queries(ids, tickets)
-        return self._assemble(ids, past_seam, corpus, queries, noise)
+        neighbours = self._neighbours(queries, tickets)
+        batch = self._assemble(ids, past_seam, corpus)
+        return dataclasses.replace(batch, neighbours=neighbours, noise=noise)
 
     def document_ids(self, step: int) -> list[str]:
         """The ids of the documents that a global batch has chunks of, in their order in it.
@@ -254,23 +259,23 @@ class Batches:
         rate = self.config.neighbour_noise
         if not self.noise:
             return None, ids
-        queries = ids.copy()
-        for row, (corpus, ticket) in enumerate(tickets.tolist()):
-            key = np.array([_seed(self.config.seed, "noise"), corpus << 48 | ticket], np.uint64)
-            drawn, other = np.random.Philox(key=key).random_raw((2, ids.shape[1]))
-            noisy = (drawn / 2.0**64 < rate) & (ids[row] >= 0)
-            queries[row, noisy] = (other % np.uint64(len(self._database))).astype(np.int64)[noisy]
+        drawn, other = self._drawn("noise", tickets)
+        others = (other % np.uint64(len(self._database))).astype(np.int64)
+        queries = np.where((drawn / 2.0**64 < rate) & (ids >= 0), others, ids)
         return queries != ids, queries
 
-    def _assemble(
-        self,
-        ids: np.ndarray,
-        past_seam: np.ndarray,
-        corpus: np.ndarray,
-        queries: np.ndarray,
-        noise: np.ndarray | None,
-    ) -> RetroBatch:
-        """Gathers the tokens of chunk ids [B, C] and of the neighbours of `queries`."""
+    def _drawn(self, purpose: str, tickets: np.ndarray) -> np.ndarray:
+        """[2, B, C] uint64, random: a function of the seed, the purpose and the tickets [B, 2]."""
+        seed = _seed(self.config.seed, purpose)
+        keys = [
+            np.array([seed, corpus << 48 | ticket], np.uint64)
+            for corpus, ticket in tickets.tolist()
+        ]
+        drawn = [np.random.Philox(key=key).random_raw((2, self._chunks)) for key in keys]
+        return np.stack(drawn, axis=1) if drawn else np.zeros((2, 0, self._chunks), np.uint64)
+
+    def _assemble(self, ids: np.ndarray, past_seam: np.ndarray, corpus: np.ndarray) -> RetroBatch:
+        """Gathers the tokens of chunk ids [B, C]."""
         # A chunk's value is itself and its continuation, so the next token is one place further on.
         values = self._database.values(ids)
         documents = self._database.documents(ids)
@@ -280,16 +285,18 @@ class Batches:
             targets=values[..., 1 : CHUNK_LENGTH + 1].reshape(len(ids), -1),
             documents=documents.astype(np.int32),
             corpus=corpus.astype(np.int32),
-            neighbours=self._neighbours(queries),
-            noise=noise,
         )
 
-    def _neighbours(self, ids: np.ndarray) -> np.ndarray | None:
-        """Neighbour tokens [B, C, K, R] of chunk ids [B, C]."""
-        k = self.config.neighbours
+    def _neighbours(self, ids: np.ndarray, tickets: np.ndarray) -> np.ndarray | None:
+        """Neighbour tokens [B, C, K, R] of chunk ids [B, C]: the nearest, or further ones."""
+        k, rate = self.config.neighbours, self.config.further_neighbours
         if not k or self._table is None or self._retrieval is None:
             return None
-        slots = self._table.ids(np.maximum(ids, 0).ravel(), k).reshape(*ids.shape, k)
+        deep = 2 * k if rate else k
+        slots = self._table.ids(np.maximum(ids, 0).ravel(), deep).reshape(*ids.shape, deep)
+        if rate:
+            further = self._drawn("further", tickets)[0] / 2.0**64 < rate
+            slots = np.where(further[..., None], slots[..., k:], slots[..., :k])
         values = self._retrieval.values(np.where(ids[..., None] >= 0, slots, -1))
         return keep_part(values, self.config.neighbour_part, self._retrieval.pad_id)
 
@@ -408,14 +415,23 @@ def _corpus_names(mixture: Mapping[str, float] | None, database: ChunkDatabase) 
 
 
 def _check_table(
-    k: int, database: ChunkDatabase, table: NeighbourTable | None, retrieval: ChunkDatabase | None
+    config: BatchConfig,
+    database: ChunkDatabase,
+    table: NeighbourTable | None,
+    retrieval: ChunkDatabase | None,
 ) -> None:
-    """Raises unless the table belongs to these databases and has k neighbours."""
+    """Raises unless the table belongs to these databases and has enough neighbours."""
+    k = config.neighbours
     if table is None or retrieval is None:
         raise UserError(f"BatchConfig.neighbours is {k}: expected a neighbour table, or 0")
     if k > table.k:
         raise UserError(
             f"BatchConfig.neighbours is {k}: expected at most {table.k}, which {table.directory} holds"
+        )
+    if config.further_neighbours and 2 * k > table.k:
+        raise UserError(
+            f"BatchConfig.further_neighbours is {config.further_neighbours}: expected 0, or a table of"
+            f" {2 * k} neighbours, twice BatchConfig.neighbours; {table.directory} has {table.k}"
         )
     for role, parent in (("chunks", database), ("database", retrieval)):
         if table.manifest.parents.get(role) != parent.manifest.hash:

@@ -31,7 +31,7 @@ KIND = "batches"
 RETRIEVED = "neighbours/train"  # in the lineage: what a run without neighbours does not depend on
 _SUFFIX = ".array_record"
 # Settings that manifests lack where they have these values.
-_LATER = {"neighbour_noise": 0.0}
+_LATER = {"neighbour_noise": 0.0, "further_neighbours": 0.0}
 _BYTES = 256 << 20  # of a file, about
 
 
@@ -227,7 +227,9 @@ class MaterialisedBatches(Batches):
         manifest = Manifest.open(directory, KIND, verify=verify)
         order = _LATER | manifest.settings["order"]
         for name, value in files.plain(config).items():
-            fewer = name == "neighbours" and value <= order[name]  # the first of them are read
+            # The first of them are read, or none; of further ones the first would be others.
+            most = 0 if order["further_neighbours"] else order["neighbours"]
+            fewer = name == "neighbours" and value <= most
             if name in order and order[name] != value and not fewer:
                 raise UserError(
                     f"BatchConfig.{name} is {value!r}: expected {order[name]!r}, with which {directory}"

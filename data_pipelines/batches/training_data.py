@@ -95,7 +95,11 @@ class TrainingData:
                 "split only: expected 0, or --data with what launch.prepare has filled"
             )
         config = dataclasses.replace(
-            self.batches.config, mixture=None, prefetch=0, neighbour_noise=0.0
+            self.batches.config,
+            mixture=None,
+            prefetch=0,
+            neighbour_noise=0.0,
+            further_neighbours=0.0,
         )
         chunks = ChunkDatabase.open(self.directory / "chunks" / HELD_OUT)
         if not config.neighbours:

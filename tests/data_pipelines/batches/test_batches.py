@@ -245,6 +245,33 @@ def test_a_chunk_that_is_drawn_for_itself_has_no_noise():
     assert not batch.noise.any()
 
 
+def test_a_part_of_the_chunks_gets_the_neighbours_after_the_nearest(mixed):
+    """Of 2 a chunk the nearest, or the second where further ones are drawn; by rows as by the batch."""
+    database, table = mixed
+    settings = {"batch_size": 64, "neighbours": 1}
+    nearest = Batches(config(**settings), database, table, database).rows(2)
+    pairs = Batches(config(batch_size=64), database, table, database).rows(2).neighbours
+    batches = Batches(config(**settings, further_neighbours=0.3), database, table, database)
+    found = batches.rows(2)
+    np.testing.assert_array_equal(found.tokens, nearest.tokens)
+    second = (found.neighbours == pairs[:, :, 1:]).all(axis=(2, 3))
+    first = (found.neighbours == pairs[:, :, :1]).all(axis=(2, 3))
+    assert (first | second).all() and found.noise is None
+    told = (pairs[:, :, 0] != pairs[:, :, 1]).any(axis=-1)  # from one another
+    assert 0.2 < second[told].mean() < 0.4
+    np.testing.assert_array_equal(batches.rows(2, [5, 1]).neighbours, found.neighbours[[5, 1]])
+    every = Batches(config(**settings, further_neighbours=1.0), database, table, database).rows(2)
+    np.testing.assert_array_equal(every.neighbours, pairs[:, :, 1:])
+
+
+def test_further_neighbours_need_twice_as_many_in_the_table(mixed):
+    database, table = mixed
+    with pytest.raises(
+        UserError, match=r"further_neighbours is 0\.5: expected 0, or a table of 4 nei"
+    ):
+        Batches(config(further_neighbours=0.5), database, table, database)
+
+
 def test_seeds_differ_and_repeat(mixed):
     database, _ = mixed
     first, again, other = (

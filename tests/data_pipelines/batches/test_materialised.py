@@ -87,6 +87,22 @@ def test_a_part_of_the_neighbours_is_written_alone(made, tmp_path):
             MaterialisedBatches.read(place, wrong)
 
 
+def test_further_neighbours_are_read_as_written_or_not_at_all(made, tmp_path):
+    """Two of them would not begin with one of them."""
+    database, table, _ = made
+    order = dataclasses.replace(CONFIG, neighbours=1, further_neighbours=0.5)
+    prepare_batches(tmp_path / "written", order, database, table, steps=2)
+    read = MaterialisedBatches.read(tmp_path / "written", order).rows(1)
+    wanted = Batches(order, database, table, database).rows(1)
+    np.testing.assert_array_equal(read.neighbours, wanted.neighbours)
+    none = dataclasses.replace(order, neighbours=0)
+    assert MaterialisedBatches.read(tmp_path / "written", none).rows(1).neighbours is None
+    with pytest.raises(UserError, match=r"further_neighbours is 0\.0: expected 0\.5"):
+        MaterialisedBatches.read(
+            tmp_path / "written", dataclasses.replace(order, further_neighbours=0.0)
+        )
+
+
 def test_fewer_neighbours_than_were_written(made):
     database, table, folder = made
     for k in (0, 1):
