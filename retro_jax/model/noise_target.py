@@ -1,8 +1,9 @@
 """Losses of training on neighbours of which some are noise: another chunk's, drawn at random.
 
 Tokens that read noise can teach two things. Trained on the text, CCA learns of the corpus whatever the
-neighbours say, and unrelated neighbours end as more than none. Trained on what the model predicts with
-retrieval off, it learns to leave unrelated neighbours alone: what they are worth goes to 0.
+neighbours say, and unrelated neighbours end as worth more than none. Trained on what the model predicts
+with retrieval off, it learns to leave unrelated neighbours alone. Where related and unrelated neighbours
+look alike this costs reading: docs/retrofit.md has figures.
 """
 
 import jax
@@ -15,7 +16,7 @@ NOISE_TARGETS = ("text", "off")
 
 
 def losses_toward_off(
-    model: Retro, batch: RetroBatch, dropout_key: jax.Array | None = None
+    model: Retro, batch: RetroBatch, dropout_key: jax.Array | None = None, *, weight: float = 1.0
 ) -> jax.Array:
     """`Retro.token_losses`, with other gradients at the positions that read noise.
 
@@ -27,7 +28,7 @@ def losses_toward_off(
 
     Args:
       model: with retrieval. batch: with neighbours and `noise`.
-      dropout_key: of both passes.
+      dropout_key: of both passes. weight: that the gradients at these positions are multiplied by.
 
     Returns:
       [B, N] float32 nats of the text, as token_losses.
@@ -39,11 +40,12 @@ def losses_toward_off(
     frozen = model.frozen()
     off_BxNxD = frozen.activations_off(batch, dropout_key)
     g_BxNxD = jax.grad(lambda h: jnp.sum(frozen.losses(h, batch.targets)))(off_BxNxD)
-    # The difference is 0 and only its gradient counts.
+    # Both differences are 0 and only their gradients count.
     moved_BxNxD = (h_BxNxD - jax.lax.stop_gradient(h_BxNxD)).astype(jnp.float32)
-    toward_BxN = jnp.sum(moved_BxNxD * g_BxNxD.astype(jnp.float32), axis=-1)
+    away_BxN = jnp.sum(moved_BxNxD * g_BxNxD.astype(jnp.float32), axis=-1)
+    more_BxN = (weight - 1) * (losses_BxN - jax.lax.stop_gradient(losses_BxN))
     reads_BxN = _reads_noise(batch.noise, batch.documents, model.config.chunk_length)
-    return losses_BxN - jnp.where(reads_BxN, toward_BxN, 0.0)
+    return losses_BxN + jnp.where(reads_BxN, more_BxN - weight * away_BxN, 0.0)
 
 
 def _reads_noise(noise_BxC: jax.Array, documents_BxC: jax.Array, chunk_length: int) -> jax.Array:

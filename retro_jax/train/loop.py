@@ -50,6 +50,7 @@ class TrainConfig:
       noise_target: what is learnt at tokens that read another chunk's neighbours
         (BatchConfig.neighbour_noise): the "text", or "off", what the model predicts without neighbours
         (model/noise_target.py).
+      noise_weight: what the gradients at these tokens are multiplied by, with noise_target "off".
       log_every: steps per line of metrics.jsonl.
       checkpoint_every: steps between checkpoints, a multiple of log_every, so that a resumed curve
         has the same lines; the last step always has one.
@@ -76,6 +77,7 @@ class TrainConfig:
     initial_attention: str = "random"
     neighbour_dropout: float = 0.0
     noise_target: str = "text"
+    noise_weight: float = 1.0
     log_every: int = 10
     checkpoint_every: int = 1000
     keep: int = 3
@@ -118,6 +120,8 @@ class TrainConfig:
         require(valid, self, "neighbour_dropout", "a number from 0 to 1")
         known = self.noise_target in NOISE_TARGETS
         require(known, self, "noise_target", f"one of {NOISE_TARGETS}")
+        valid = self.noise_weight == 1 or (self.noise_weight > 0 and self.noise_target == "off")
+        require(valid, self, "noise_weight", "a positive number; 1 without noise_target 'off'")
         whole = self.checkpoint_every % self.log_every == 0
         require(whole, self, "checkpoint_every", f"a multiple of log_every = {self.log_every}")
 

@@ -92,6 +92,7 @@ def make_plan(
         seed=training.seed,
         neighbour_dropout=training.neighbour_dropout,
         noise_target=training.noise_target,
+        noise_weight=training.noise_weight,
         accumulate=training.accumulate,
         loss_jump=training.loss_jump,
         skip_bad_batches=training.skip_bad_batches,

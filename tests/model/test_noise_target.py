@@ -36,10 +36,12 @@ def gradients(losses, model):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(grads)], np.asarray(each)
 
 
-@pytest.mark.parametrize("execution", [ExecutionConfig(), ExecutionConfig(vocab_block=8)])
+@pytest.mark.parametrize(
+    ("execution", "weight"), [(ExecutionConfig(), 1.0), (ExecutionConfig(vocab_block=8), 5.0)]
+)
 @pytest.mark.parametrize("config", [TINY, GATED], ids=["paper", "gated"])
-def test_gradients_are_those_of_the_cross_entropy_with_what_off_predicts(config, execution):
-    """And everywhere else those of the text; the losses are the text's."""
+def test_gradients_are_those_of_the_cross_entropy_with_what_off_predicts(config, execution, weight):
+    """By the weight there, and everywhere else those of the text; the losses are the text's."""
     model, plain = make_model(config, execution), make_batch(config, documents=True, padding=True)
     batch = dataclasses.replace(plain, noise=NOISE)
 
@@ -49,9 +51,9 @@ def test_gradients_are_those_of_the_cross_entropy_with_what_off_predicts(config,
         of_text = -jnp.take_along_axis(on, batch.targets[..., None], axis=-1)[..., 0]
         of_off = -jnp.sum(off * on, axis=-1)
         present = batch.targets != config.pad_id
-        return jnp.where(present, jnp.where(READS, of_off, of_text), 0.0)
+        return jnp.where(present, jnp.where(READS, weight * of_off, of_text), 0.0)
 
-    found, losses = gradients(lambda model: losses_toward_off(model, batch), model)
+    found, losses = gradients(lambda model: losses_toward_off(model, batch, weight=weight), model)
     wanted, _ = gradients(written_out, model)
     text, text_losses = gradients(lambda model: model.token_losses(plain), model)
     np.testing.assert_array_equal(losses, text_losses)

@@ -256,6 +256,8 @@ def test_hosts_make_only_the_rows_of_their_devices():
         ("steps", -1),
         ("seed", -1),
         ("neighbour_dropout", 1.5),
+        ("noise_target", "base"),
+        ("noise_weight", 2.0),
         ("log_every", 0),
         ("checkpoint_every", 15),
         ("keep", 0),
@@ -269,5 +271,5 @@ def test_hosts_make_only_the_rows_of_their_devices():
     ],
 )
 def test_every_validation(field, value):
-    with pytest.raises(UserError, match=rf"TrainConfig\.{field} is {value}: expected"):
+    with pytest.raises(UserError, match=rf"TrainConfig\.{field} is {value!r}: expected"):
         TrainConfig(**{"steps": 10, field: value})

@@ -193,11 +193,12 @@ def test_a_loss_is_not_judged_before_there_are_others():
         ("num_corpora", 0),
         ("neighbour_dropout", 1.5),
         ("neighbour_dropout", -0.1),
+        ("noise_target", "base"),
         ("accumulate", 0),
         ("loss_jump", -1.0),
         ("average_decay", 1.0),
     ],
 )
 def test_every_validation(field, value):
-    with pytest.raises(UserError, match=rf"StepConfig\.{field} is {value}: expected"):
+    with pytest.raises(UserError, match=rf"StepConfig\.{field} is {value!r}: expected"):
         StepConfig(**{"pad_id": 0, "num_corpora": 1, field: value})
