@@ -64,8 +64,8 @@ def make_shape() -> BatchShape:
 
     batch = configurables.make(BatchConfig)
     corpora = len(batch.mixture or [""])
-    noise = batch.neighbours > 0 and batch.neighbour_noise > 0
-    return BatchShape(batch.batch_size, batch.sequence_length, batch.neighbours, corpora, noise)
+    length, k = batch.sequence_length, batch.neighbours
+    return BatchShape(batch.batch_size, length, k, corpora, batch.noise)
 
 
 if __name__ == "__main__":

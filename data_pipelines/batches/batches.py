@@ -93,6 +93,13 @@ class BatchConfig:
         require(valid, self, "mixture", "positive weights by corpus")
         alone = not self.questions or self.mixture is None
         require(alone, self, "mixture", "None where BatchConfig.questions is given")
+        alone = not self.questions or not self.further_neighbours
+        require(alone, self, "further_neighbours", "0 where BatchConfig.questions is given")
+
+    @property
+    def noise(self) -> bool:
+        """Whether batches of a chunk database have RetroBatch.noise."""
+        return self.neighbours > 0 and self.neighbour_noise > 0 and not self.questions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +156,7 @@ class Batches:
     Attributes:
       corpora: names of the corpora, in the order that RetroBatch.corpus counts them.
       sequences: sequences an epoch of each corpus.
-      noise: whether batches have RetroBatch.noise: with neighbours, and neighbour_noise above 0.
+      noise: whether batches have RetroBatch.noise; written batches have not.
     """
 
     noise = False
@@ -175,7 +182,7 @@ class Batches:
         """
         self.config = config
         self._database, self._table, self._retrieval = database, table, retrieval
-        self.noise = config.neighbours > 0 and config.neighbour_noise > 0
+        self.noise = config.noise
         if config.neighbours:
             _check_table(config, database, table, retrieval)
         self.corpora = _corpus_names(config.mixture, database)
@@ -256,12 +263,13 @@ class Batches:
         self, ids: np.ndarray, tickets: np.ndarray
     ) -> tuple[np.ndarray | None, np.ndarray]:
         """RetroBatch.noise; and [B, C] the chunks whose neighbours chunks `ids` get, others for the noise."""
-        rate = self.config.neighbour_noise
         if not self.noise:
             return None, ids
         drawn, other = self._drawn("noise", tickets)
         others = (other % np.uint64(len(self._database))).astype(np.int64)
-        queries = np.where((drawn / 2.0**64 < rate) & (ids >= 0), others, ids)
+        queries = np.where(
+            (drawn / 2.0**64 < self.config.neighbour_noise) & (ids >= 0), others, ids
+        )
         return queries != ids, queries
 
     def _drawn(self, purpose: str, tickets: np.ndarray) -> np.ndarray:

@@ -136,10 +136,11 @@ def _check_fit(settings: Settings, shape: BatchShape, mesh: jax.sharding.Mesh) -
             f"TrainConfig.accumulate is {training.accumulate}: expected a divisor of the batch size "
             f"{shape.batch_size}"
         )
-    if training.noise_target == "off" and not shape.noise:
+    if training.noise_target == "off" and not (shape.noise and settings.retro.has_retrieval):
         raise UserError(
-            "TrainConfig.noise_target is 'off': expected 'text', or BatchConfig.neighbour_noise above 0"
-            " with neighbours of a chunk database (not of questions or written batches)"
+            "TrainConfig.noise_target is 'off': expected 'text', or a model with cca_layers and"
+            " BatchConfig.neighbour_noise above 0 with neighbours of a chunk database (not of questions or"
+            " written batches)"
         )
     check_mesh(settings.retro, mesh, shape.batch_size // training.accumulate)
     check_attention(

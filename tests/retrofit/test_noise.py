@@ -59,8 +59,8 @@ def harm(model: Retro) -> float:
     return float(np.abs(changed).mean())
 
 
-def test_towards_the_base_noise_ends_as_worth_nothing(tmp_path):
-    """Towards the text neighbours end as worth more than at first; kept states do the same."""
+def test_towards_the_base_noise_ends_by_changing_less(tmp_path):
+    """Half as much as at first, and towards the text more; kept states do the same."""
     before = loaded(settings("text").retro, "llama")
     before.cca.gate[...] = np.ones_like(before.cca.gate[...])
     to_text, to_off = (trained(tmp_path / name, settings(name)) for name in ("text", "off"))
@@ -80,8 +80,14 @@ def test_a_mesh_trains_the_same(tmp_path):
         np.testing.assert_allclose(four[name], leaf, atol=1e-4, err_msg=name)
 
 
-def test_batches_without_noise_are_refused():
+@pytest.mark.parametrize("what", ["batches", "model"])
+def test_batches_without_noise_and_models_that_read_none_are_refused(what):
+    chosen, batches = settings("off"), Noisy.batches
+    if what == "batches":
+        batches = Data.batches
+    else:
+        chosen = dataclasses.replace(chosen, retro=chosen.retro.baseline())
     with pytest.raises(
         UserError, match=r"noise_target is 'off': expected 'text', or .*neighbour_n"
     ):
-        make_plan(settings("off"), BatchShape.of(Data.batches))
+        make_plan(chosen, BatchShape.of(batches))

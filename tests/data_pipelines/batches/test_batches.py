@@ -272,6 +272,16 @@ def test_further_neighbours_need_twice_as_many_in_the_table(mixed):
         Batches(config(further_neighbours=0.5), database, table, database)
 
 
+def test_questions_have_no_further_neighbours_and_say_nothing_of_noise():
+    """Their passages are given: none come after them, and none are drawn."""
+    with pytest.raises(
+        UserError, match=r"further_neighbours is 0\.5: expected 0 where .*questions"
+    ):
+        config(further_neighbours=0.5, questions="facts")
+    assert config(neighbour_noise=0.1).noise
+    assert not config(neighbour_noise=0.1, questions="facts").noise
+
+
 def test_seeds_differ_and_repeat(mixed):
     database, _ = mixed
     first, again, other = (
