@@ -13,8 +13,8 @@ alone are trained, from 0. StartConfig.trained = ('cca.*',) trains CCA's copies 
 
     python -m launch.retrofit --workdir=W --base=MODEL --export=DIRECTORY
 
-writes the additions of W/retro to the base, two files to share. Who has the base and these reads documents
-of their own with them:
+writes the additions of W/retro to the base, two files to share; of a run that trains the base itself, with
+RetroConfig.cca_layers = (), a Hugging Face folder. Who has base and adapter reads documents of their own:
 
     python -m launch.retrofit --workdir=V --base=MODEL --adapter=DIRECTORY
 
@@ -29,7 +29,7 @@ from absl import flags
 from flax import nnx
 
 from data_pipelines.batches.training_data import TrainingData
-from data_pipelines.chunk_database.base_tokenizer import check_base_tokenizer
+from data_pipelines.chunk_database.base_tokenizer import check_base_tokenizer, tokenizer_files
 from launch import train
 from launch.common import app, configurables
 from launch.common.flags import BASE
@@ -39,11 +39,18 @@ from retro_jax.errors import UserError
 from retro_jax.host_memory import keep_freed_memory
 from retro_jax.retrofit import BaseModel, open_base
 from retro_jax.retrofit.adapter import Adapter, export_adapter, open_adapter
-from retro_jax.retrofit.decoder import check_decoder, decoder_form, decoder_settings
+from retro_jax.retrofit.decoder import (
+    changed_tensors,
+    check_decoder,
+    decoder_form,
+    decoder_settings,
+)
+from retro_jax.retrofit.saving import save_hugging_face
+from retro_jax.train.parameter_names import named_leaves
 from retro_jax.train.plan import Settings
 
 EXPORT = flags.DEFINE_string(
-    "export", None, "Write gates, CCA and encoder of the trained run into this directory, and stop."
+    "export", None, "Write what W/retro adds to the base, or a trained base, into this directory."
 )
 ADAPTER = flags.DEFINE_string(
     "adapter", None, "Make W/retro of the base and this adapter, a directory; nothing is trained."
@@ -63,7 +70,7 @@ def main() -> None:
 
 
 def export(directory: pathlib.Path) -> None:
-    """Writes the adapter of W/retro into a directory.
+    """Writes the adapter of W/retro into a directory; of a run without CCA the trained model.
 
     Raises:
       UserError: there is no trained run or no base, or they do not belong together.
@@ -72,6 +79,11 @@ def export(directory: pathlib.Path) -> None:
     run = open_run(pathlib.Path(app.required(app.WORKDIR, "a workdir")) / train.RETRO_RUN)
     base = _base()
     check_decoder(run.model, base)
+    if not run.model.has_retrieval:
+        changed = changed_tensors(base, named_leaves(load_model(run)[1]))
+        save_hugging_face(base, directory, changed, tokenizer_files(base.path))
+        print(f"{directory}: {base.path} with {len(changed)} tensors of {run.directory}")
+        return
     read = dataclasses.asdict(run.batches)
     size = export_adapter(directory, base, nnx.merge(*load_model(run)), read)
     print(f"{directory}: {size / 1e6:,.1f} MB, what {run.directory} adds to {base.path}")

@@ -25,7 +25,11 @@ import sentencepiece
 
 from data_pipelines.artefacts.manifest import Manifest, Path
 from data_pipelines.artefacts.stage import Stage
-from data_pipelines.chunk_database.byte_level import read_gguf_vocabulary, read_tokenizer_json
+from data_pipelines.chunk_database.byte_level import (
+    Vocabulary,
+    read_gguf_vocabulary,
+    read_tokenizer_json,
+)
 from data_pipelines.chunk_database.encodings import (
     BYTE_LEVEL,
     FILES,
@@ -41,7 +45,7 @@ from retro_jax.errors import UserError
 from retro_jax.storage import files
 from retro_jax.storage.gguf_file import open_gguf
 
-_CONFIG = "config.json"
+_CONFIG, _TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 _TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 _MOST_UNUSED = 1024  # rows of an embedding beyond the tokens: widths are rounded up, not doubled
 _PROBE = "a  b\tc\r\n\u00a0\u2581 \0 é e\u0301 ﬁ 日本 \U0001f99e \U000e0041 \x04 0123 <s></s><|endoftext|> x"
@@ -128,6 +132,33 @@ def open_base_tokenizer(base: Path, *, vocab_size: int | None = None) -> Tokeniz
         directory = pathlib.Path(folder) / "tokenizer"
         prepare_base_tokenizer(directory, base, vocab_size=vocab_size)
         return Tokenizer.open(directory)
+
+
+def tokenizer_files(base: Path) -> dict[str, bytes]:
+    """A GGUF file's tokeniser as a Hugging Face folder has it: name -> the bytes of a file.
+
+    Special tokens are as the model has them. Another base has such files, or none: no name.
+
+    Raises:
+      UserError: a vocabulary that is not read.
+    """
+    path = pathlib.Path(base)
+    if path.suffix != ".gguf":
+        return {}
+    vocabulary, roles, adds_bos = _read_gguf(path)
+    texts = {i: text for text, i in vocabulary.special.items()}
+    stated = {f"{role}_token": texts[i] for role, i in roles.items() if i in texts}
+    template = open_gguf(path).metadata.get("tokenizer.chat_template")
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": adds_bos,
+        **stated,
+        **({} if template is None else {"chat_template": template}),
+    }
+    if adds_bos and "bos_token" in stated:
+        vocabulary.put_first(stated["bos_token"])
+    names = (FILES[BYTE_LEVEL], _TOKENIZER_CONFIG)
+    return dict(zip(names, (vocabulary.to_json(), files.to_json(settings)), strict=True))
 
 
 def check_base_tokenizer(directory: Path, base: Path, *, vocab_size: int) -> Manifest:
@@ -271,23 +302,8 @@ def _first_id(model: Any, path: pathlib.Path) -> int | None:
 
 def _of_gguf(path: pathlib.Path) -> _Source:
     """A byte-level BPE out of a GGUF file."""
-    metadata = open_gguf(path).metadata
-    vocabulary = read_gguf_vocabulary(path, metadata)
-    roles: dict[str, int | None] = {}
-    for role in ("bos", "eos", "padding"):
-        value = metadata.get(f"tokenizer.ggml.{role}_token_id")
-        fits = isinstance(value, int) and 0 <= value < len(vocabulary.token_bytes)
-        if value is not None and not fits:
-            tokens = len(vocabulary.token_bytes)
-            raise UserError(
-                f"{path}: the {role} token's id is {value}: expected one below {tokens}"
-            )
-        roles[role] = value
+    vocabulary, roles, adds_bos = _read_gguf(path)
     eos = _end_of_text(path, roles["eos"], vocabulary.special)
-    # llama.cpp puts bos before texts of Llama 3 where the file does not say.
-    adds_bos = metadata.get(
-        "tokenizer.ggml.add_bos_token", metadata.get("tokenizer.ggml.pre") == "llama-bpe"
-    )
     spelt = vocabulary.spell_missing_bytes({i for i in (*roles.values(), eos) if i is not None})
     data = vocabulary.to_json()
     return _Source(
@@ -298,12 +314,31 @@ def _of_gguf(path: pathlib.Path) -> _Source:
         vocabulary.token_bytes,
         bos=roles["bos"],
         eos=eos,
-        pad=roles["padding"],
-        adds_bos=bool(adds_bos),
+        pad=roles["pad"],
+        adds_bos=adds_bos,
         reserved=frozenset((roles["bos"], roles["eos"])),
         special=tuple(vocabulary.special),
         spelt=spelt,
     )
+
+
+def _read_gguf(path: pathlib.Path) -> tuple[Vocabulary, dict[str, int | None], bool]:
+    """A GGUF file's vocabulary, the ids of bos, eos and pad, and whether bos comes before texts."""
+    metadata = open_gguf(path).metadata
+    vocabulary = read_gguf_vocabulary(path, metadata)
+    roles: dict[str, int | None] = {}
+    for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        value = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        fits = isinstance(value, int) and 0 <= value < len(vocabulary.token_bytes)
+        if value is not None and not fits:
+            tokens = len(vocabulary.token_bytes)
+            raise UserError(f"{path}: the {key} token's id is {value}: expected one below {tokens}")
+        roles[role] = value
+    # llama.cpp puts bos before texts of Llama 3 where the file does not say.
+    adds_bos = metadata.get(
+        "tokenizer.ggml.add_bos_token", metadata.get("tokenizer.ggml.pre") == "llama-bpe"
+    )
+    return vocabulary, roles, bool(adds_bos)
 
 
 def _of_sentencepiece(path: pathlib.Path) -> _Source:
@@ -353,7 +388,7 @@ def _settings(path: pathlib.Path) -> dict[str, Any]:
     folder = path.parent
     if path.name not in FILES.values():
         return merged
-    for name in (_CONFIG, "special_tokens_map.json", "tokenizer_config.json"):
+    for name in (_CONFIG, "special_tokens_map.json", _TOKENIZER_CONFIG):
         if (folder / name).is_file():
             stated = files.read_json(folder / name)
             merged |= {key: value for key, value in stated.items() if value is not None}

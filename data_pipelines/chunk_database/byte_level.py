@@ -93,6 +93,18 @@ class Vocabulary:
         self.fields["added_tokens"] = [t for t in added if t["id"] not in used.values()]
         return used
 
+    def put_first(self, token: str) -> None:
+        """Has the package put a special token before texts, as some bases do."""
+        text = {"Sequence": {"id": "A", "type_id": 0}}
+        first = {"SpecialToken": {"id": token, "type_id": 0}}
+        known = {"id": token, "ids": [self.special[token]], "tokens": [token]}
+        self.fields["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [first, text],
+            "pair": [first, text, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {token: known},
+        }
+
     def to_json(self) -> bytes:
         """The bytes of tokenizer.json."""
         return files.to_json(self.fields)

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
@@ -21,7 +22,7 @@ from retro_jax.config import DecoderForm, ExecutionConfig, RetroConfig
 from retro_jax.errors import UserError
 from retro_jax.model import Retro
 from retro_jax.retrofit.base_model import BaseModel
-from retro_jax.retrofit.canonical import Shape, stacked_shapes
+from retro_jax.retrofit.canonical import Shape, parameter_shapes, stacked_name, stacked_shapes
 from retro_jax.retrofit.config import BaseConfig, rotary_frequencies
 from retro_jax.retrofit.placing import load_stacked
 from retro_jax.sharding import MESH_SHARDINGS, Shardings, check_mesh, parameter_shardings
@@ -178,6 +179,30 @@ def base_parameters(base: BaseModel, params: Mapping[str, Struct]) -> dict[str, 
         if array.shape != params[name].shape:
             raise ValueError(f"{name} is {params[name].shape}: expected {array.shape}")
     return joined
+
+
+def changed_tensors(base: BaseModel, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The decoder's tensors that training has changed, as saving.save_hugging_face takes them.
+
+    Args:
+      base: the model. params: name -> array, of a Retro with this decoder; others are not read.
+
+    Returns:
+      Canonical name -> array, of those that are not the base's bit for bit.
+    """
+    changed: dict[str, np.ndarray] = {}
+    for name in parameter_shapes(base.config):
+        stacked, layer = stacked_name(name)
+        target = _target(stacked, base.config)
+        value = params[target.name]
+        if layer is not None:
+            value = value[layer]
+        if target.axis is not None:
+            value = jnp.take(value, target.index, axis=target.axis - 1)
+        found = np.asarray(value)
+        if found.tobytes() != base.read(name).astype(found.dtype).tobytes():
+            changed[name] = found
+    return changed
 
 
 def fitted_parameters(

@@ -43,7 +43,12 @@ _SHARD_BYTES = 5_000_000_000
 Changed = Mapping[str, Any]
 
 
-def save_hugging_face(base: BaseModel, directory: Path, changed: Changed | None = None) -> None:
+def save_hugging_face(
+    base: BaseModel,
+    directory: Path,
+    changed: Changed | None = None,
+    others: Mapping[str, bytes] | None = None,
+) -> None:
     """Writes a folder that transformers opens; one tensor is in memory at a time.
 
     Args:
@@ -51,6 +56,7 @@ def save_hugging_face(base: BaseModel, directory: Path, changed: Changed | None 
       directory: where it goes: not there yet, or empty. It appears when it is whole.
       changed: canonical name (with the layer's number) -> array of its shape, NumPy's or JAX's.
         Rounded to the file's dtype.
+      others: name -> bytes of files beside the weights, as a GGUF file's tokeniser.
 
     Raises:
       UserError: a name or shape that the base does not have, a value too large for the file's dtype,
@@ -73,6 +79,8 @@ def save_hugging_face(base: BaseModel, directory: Path, changed: Changed | None 
             _write_again(base, folder, values)
         else:
             _write_anew(base, folder, values)
+        for name, data in (others or {}).items():
+            files.write_atomically(folder / name, data)
 
 
 def _write_again(base: BaseModel, folder: pathlib.Path, values: Changed) -> None:

@@ -17,7 +17,7 @@ from launch.runs.trained_run import load_model, open_run
 from retro_jax.errors import UserError
 from retro_jax.retrofit import open_base
 from retro_jax.retrofit.adapter import load_adapter
-from retro_jax.retrofit.decoder import load_decoder
+from retro_jax.retrofit.decoder import changed_tensors, load_decoder
 from retro_jax.storage import files
 from retro_jax.train.checkpoint import CHECKPOINTS, saved_arrays
 from retro_jax.train.parameter_names import named_leaves
@@ -260,6 +260,35 @@ def test_questions_without_passages_train_on_what_answers_read(place, tmp_path):
     np.testing.assert_array_equal(short, whole[..., 32:])
     assert (whole[..., :32] != whole[..., 96:]).any()
     shutil.rmtree(place / "W" / "questions")
+
+
+def test_a_trained_base_is_exported_and_fitted(place, tmp_path, capsys):
+    """Without CCA the base itself learns; it becomes a folder, on which a fit begins."""
+    into = [f"--workdir={tmp_path / 'U'}", f"--data={place / 'W'}"]
+    settings, base = f"--gin_file={place / 'fit.gin'}", f"--base={place / 'base'}"
+    own = {"cca_layers": (), "vocab_size": 416}
+    changes = [f"RetroConfig.{name} = {value}" for name, value in own.items()]
+    changes += ["StartConfig.trained = ('layers.attention.*',)", "ExecutionConfig.kept_states = ''"]
+    changes += [f"BatchConfig.neighbour{name} = 0" for name in ("s", "_noise")]
+    changes += ["TrainConfig.steps = 2"]
+    trained = [f"--gin_bindings={each}" for each in changes]
+    assert call(retrofit.main, settings, *into, base, *trained) == 0
+    folder = tmp_path / "adapted"
+    assert call(retrofit.main, into[0], base, f"--export={folder}") == 0
+    assert "with 18 tensors of" in capsys.readouterr().out
+    ours, theirs = open_base(place / "base"), open_base(folder)
+    params = named_leaves(load_model(open_run(tmp_path / "U" / "retro"))[1])
+    changed = changed_tensors(ours, params)
+    assert len(changed) == 18
+    for name, before in ours.stream():
+        np.testing.assert_allclose(
+            theirs.read(name), changed.get(name, before), rtol=2**-8 if name in changed else 0
+        )
+    fitted = [f"--workdir={tmp_path / 'V'}", into[1], f"--base={folder}"]
+    assert call(retrofit.main, settings, *fitted, "--gin_bindings=TrainConfig.steps = 2") == 0
+    assert open_run(tmp_path / "V" / "retro").model.has_retrieval
+    assert call(retrofit.main, into[0], base, f"--export={folder}") == 1
+    assert "adapted is there already: expected no directory" in capsys.readouterr().err
 
 
 def test_an_adapter_of_other_settings_or_base_is_refused(place, tmp_path, capsys):

@@ -77,7 +77,7 @@ def write_gguf(folder: pathlib.Path, pre: str, path: pathlib.Path, /, **changes:
     } | changes
     writer = gguf.GGUFWriter(path, "llama")
     for name, value in settings.items():
-        key = f"tokenizer.ggml.{name}"
+        key = f"tokenizer.{name}" if name == "chat_template" else f"tokenizer.ggml.{name}"
         if isinstance(value, list):
             writer.add_array(key, value)
         elif isinstance(value, str):

@@ -18,6 +18,7 @@ from data_pipelines.chunk_database import ChunkDatabase, base_tokenizer, byte_le
 from data_pipelines.chunk_database.base_tokenizer import (
     check_base_tokenizer,
     prepare_base_tokenizer,
+    tokenizer_files,
 )
 from data_pipelines.chunk_database.database import prepare_chunks
 from data_pipelines.chunk_database.tokenizer import Tokenizer
@@ -134,6 +135,26 @@ def test_gguf_has_the_ids_of_the_folder(base, pre, tmp_path):
     for name in ("bos_id", "eos_id", "pad_id", "vocab_size"):
         assert getattr(a, name) == getattr(b, name)
     assert a.manifest.fact("adds_bos") == b.manifest.fact("adds_bos") == (pre == "llama-bpe")
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+def test_gguf_becomes_the_files_of_a_folder(base, pre, tmp_path):
+    """They are the same tokeniser, here and in the package that others read them with."""
+    write_gguf(base(pre), pre, tmp_path / "m.gguf", padding_token_id=3, chat_template="{{ x }}")
+    (tmp_path / "folder").mkdir()
+    for name, data in tokenizer_files(tmp_path / "m.gguf").items():
+        (tmp_path / "folder" / name).write_bytes(data)
+    manifest = prepare_base_tokenizer(tmp_path / "a", tmp_path / "m.gguf")
+    again = prepare_base_tokenizer(tmp_path / "b", tmp_path / "folder")
+    assert again.settings == manifest.settings and again.facts == manifest.facts
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "folder" / "tokenizer.json"))
+    own = tokenizers.Tokenizer.from_file(str(base(pre) / "tokenizer.json"))
+    snippets = "".join(_SNIPPETS).replace("<tool>", "")  # GGUF does not know that it eats spaces
+    for text in (snippets, "<|im_start|>year 1234567<x3>"):
+        assert theirs.encode(text).ids == own.encode(text).ids
+    settings = json.loads((tmp_path / "folder" / "tokenizer_config.json").read_text())
+    assert settings["eos_token"] == "<|im_end|>" and settings["chat_template"]
+    assert tokenizer_files(base(pre)) == {}
 
 
 def test_digits_and_spaces(base, tmp_path_factory):
