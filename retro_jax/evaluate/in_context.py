@@ -75,12 +75,13 @@ def score_in_context(
     *,
     rows: Sequence[int] | None = None,
     on_windows: Callable[[int], object] | None = None,
+    part: slice = slice(None),
 ) -> np.ndarray:
-    """Scores every token of a text, each chunk after the neighbours of the chunk before it.
+    """Scores every token of a text, or of some of its windows, each chunk after the neighbours of the chunk before it.
 
     Args:
       token_losses: [B, M] nats, of `chunk_losses`.
-      config, rows, on_windows: as score.score_chunks's; `batch_size` rows at once.
+      config, rows, on_windows, part: as score.score_chunks's; `batch_size` rows at once.
       text: with neighbours. Those of a document's first chunk are not read, as nothing found them.
 
     Returns:
@@ -88,7 +89,7 @@ def score_in_context(
     """
     if text.neighbours is None:
         raise ValueError("expected a text with neighbours")
-    plan = text_windows(text, config)
+    plan = text_windows(text, config)[part]
     wanted = np.ones(len(text.ids), bool) if text.wanted is None else text.wanted
     ranges = [(start, [u for u in range(a, b) if wanted[u]]) for start, a, b in plan.tolist()]
     scored = [(start, u) for start, chunks in ranges for u in chunks]
@@ -96,14 +97,14 @@ def score_in_context(
     scores = np.zeros((len(text.ids), chunk), np.float32)
     finished = np.cumsum([len(chunks) for _, chunks in ranges])
     done = 0
-    for part, losses in one_behind(_losses(token_losses, text, config, scored, rows)):
+    for places, losses in one_behind(_losses(token_losses, text, config, scored, rows)):
         nats = np.asarray(losses, np.float32)
-        for row, (u, first) in enumerate(part):
+        for row, (u, first) in enumerate(places):
             alone = first == 0  # nothing predicts a row's first token
             scores[u, int(alone) :] = nats[row, : chunk - alone]
         if on_windows is not None:
             before = int(np.searchsorted(finished, done, side="right"))
-            done += len(part)
+            done += len(places)
             on_windows(int(np.searchsorted(finished, done, side="right")) - before)
     return scores
 

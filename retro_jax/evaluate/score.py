@@ -126,8 +126,9 @@ def score_chunks(
     *,
     rows: Sequence[int] | None = None,
     on_windows: Callable[[int], object] | None = None,
+    part: slice = slice(None),
 ) -> np.ndarray:
-    """Scores every token of a text.
+    """Scores every token of a text, or of some of its windows.
 
     Args:
       token_losses: [..., B, N] nats of a batch, 0 where the target is pad_id; leading axes are
@@ -137,13 +138,15 @@ def score_chunks(
       rows: of each batch that token_losses is given, where several processes build it together (it
         returns the losses of all); None for all.
       on_windows: called with the number of windows each time some are done.
+      part: which of the windows are scored.
 
     Returns:
       [..., n, M] float32, the loss in nats of each token given the tokens before it in its document; 0
-      for padding and for a document's first token, which nothing predicts. Without any chunk [0, 0].
+      for padding, for a document's first token, which nothing predicts, and for what other windows
+      score. Without any window [0, 0].
     """
     scores: np.ndarray | None = None
-    for plan, losses in one_behind(_losses(token_losses, text, config, rows)):
+    for plan, losses in one_behind(_losses(token_losses, text, config, rows, part)):
         nats = np.asarray(losses, np.float32)
         nats = nats.reshape(*nats.shape[:-2], config.batch_size, config.chunks, -1)
         if scores is None:
@@ -160,28 +163,35 @@ def score_chunks(
 
 
 def _losses(
-    token_losses: TokenLosses, text: ChunkText, config: WindowConfig, rows: Sequence[int] | None
+    token_losses: TokenLosses,
+    text: ChunkText,
+    config: WindowConfig,
+    rows: Sequence[int] | None,
+    part: slice,
 ) -> Iterator[tuple[np.ndarray, jax.Array | np.ndarray]]:
     """Batches of equal shape: rows of the plan, and the losses [batch_size, N] of their windows."""
-    for part, batch in batches(text, config, rows):
-        yield part, token_losses(batch)
+    for some, batch in batches(text, config, rows, part):
+        yield some, token_losses(batch)
 
 
 def batches(
-    text: ChunkText, config: WindowConfig, rows: Sequence[int] | None = None
+    text: ChunkText,
+    config: WindowConfig,
+    rows: Sequence[int] | None = None,
+    part: slice = slice(None),
 ) -> Iterator[tuple[np.ndarray, RetroBatch]]:
-    """The windows of a text, `batch_size` at once; they may be of any documents.
+    """The windows of a text, or a part of them, `batch_size` at once; they may be of any documents.
 
     Yields:
       Rows of the plan, as `windows` gives them, and their batch: whole, or the given rows of it.
     """
-    plan = text_windows(text, config)
+    plan = text_windows(text, config)[part]
     for first in range(0, len(plan), config.batch_size):
-        part = plan[first : first + config.batch_size]
+        some = plan[first : first + config.batch_size]
         starts = np.full(config.batch_size, len(text.ids), np.int64)
-        starts[: len(part)] = part[:, 0]
+        starts[: len(some)] = some[:, 0]
         row_starts = starts if rows is None else starts[np.asarray(rows, np.int64)]
-        yield part, window_batch(text, row_starts, config.chunks)
+        yield some, window_batch(text, row_starts, config.chunks)
 
 
 def one_behind(items: Iterator[T]) -> Iterator[T]:

@@ -1,4 +1,4 @@
-"""Scores a pass of conditions over a text, in segments that an interrupted run need not repeat."""
+"""Scores a pass of conditions over a text, in pieces that an interrupted run need not repeat."""
 
 import dataclasses
 import itertools
@@ -25,6 +25,8 @@ from retro_jax.train.global_batches import global_batch, local_rows
 
 # Chunks of a segment; not a setting, as documents at its ends have windows of their own.
 SEGMENT = 1 << 14
+# Batches of a piece: minutes of a processor's work, and little to write.
+PIECE = 16
 
 Losses = Callable[[Retro, RetroBatch], jax.Array]
 
@@ -56,7 +58,7 @@ class Pass:
     Attributes:
       model: which one. losses: of it and a batch, [..., B, N].
       windows: how the text is cut. what: for the progress bar.
-      partial: where finished segments are kept until all are done.
+      partial: where finished pieces are kept until all are done.
       scoring: what calls the losses on a text, score.score_chunks or another of its form.
     """
 
@@ -99,33 +101,22 @@ class Scorer:
         Raises:
           UserError: a loss that is not finite.
         """
-        parts = segments(text.documents)
-        paths = [one.partial / f"{i:05d}.npy" for i in range(len(parts))]
-        texts = [_part(text, p) for p in parts]
-        counts = [len(score.text_windows(t, one.windows)) for t in texts]
+        pieces = _pieces(text, _rounded(one.windows, make_mesh(one.model.mesh)))
+        paths = [one.partial / piece.name for piece in pieces]
         present = processes.as_first([path.is_file() for path in paths])
-        missing = [i for i in range(len(parts)) if not present[i]]
+        missing = [i for i in range(len(pieces)) if not present[i]]
         results: dict[int, np.ndarray] = {}
         if missing:
             with_what = self.compiled(one.model, one.losses, one.windows)
-            bar = progress_bar(sum(counts), one.what, "window")
-            bar.update(sum(counts) - sum(counts[i] for i in missing))
+            bar = progress_bar(sum(p.windows for p in pieces), one.what, "window")
+            bar.update(sum(p.windows for i, p in enumerate(pieces) if present[i]))
             with jax.set_mesh(with_what.mesh), bar:
                 for i in missing:
-                    results[i] = one.scoring(
-                        with_what.losses,
-                        texts[i],
-                        with_what.windows,
-                        rows=with_what.rows,
-                        on_windows=bar.update,
-                    )
-                    _refuse_infinite(results[i], one.model)
-                    if len(parts) > 1:
+                    results[i] = _scored(one, with_what, pieces[i], bar.update)
+                    if len(pieces) > 1:
                         write_array(paths[i], results[i])
-            if one.model.kept is not None:
-                one.model.kept.flush()
         every = [results[i] if i in results else read_array(path) for i, path in enumerate(paths)]
-        return np.concatenate(every, axis=-2)
+        return _joined(pieces, every, len(text.ids))
 
     def compiled(self, model: ScoredModel, losses: Losses, windows: score.WindowConfig) -> Compiled:
         """A model's losses as a program for all devices, and how it takes its batches."""
@@ -157,6 +148,77 @@ def _compile(
         losses=lambda *arguments: replicated(losses(*arguments)),
     )
     return Compiled(mesh, function, windows, rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """Some windows of a segment.
+
+    Attributes:
+      text: of the segment, which begins at chunk `offset` of the whole.
+      first, last: of its windows, from first to before last.
+      begin, end: the segment's chunks that have their scores.
+    """
+
+    text: ChunkText
+    offset: int
+    first: int
+    last: int
+    begin: int
+    end: int
+
+    @property
+    def windows(self) -> int:
+        """How many."""
+        return self.last - self.first
+
+    @property
+    def name(self) -> str:
+        """Of its file: which windows of which segment."""
+        return f"{self.offset:09d}-{self.first:07d}-{self.last:07d}.npy"
+
+
+def _pieces(text: ChunkText, windows: score.WindowConfig) -> list[_Piece]:
+    """A text's windows, PIECE batches at once; segments without any window have none."""
+    pieces, most = [], PIECE * windows.batch_size
+    for part in segments(text.documents):
+        segment = _part(text, part)
+        plan = score.text_windows(segment, windows)
+        for first in range(0, len(plan), most):
+            last = min(first + most, len(plan))
+            # The last position of a chunk predicts the first token of the next.
+            end = min(int(plan[last - 1, 2]) + 1, len(segment.ids))
+            pieces.append(_Piece(segment, part.start, first, last, int(plan[first, 1]), end))
+    return pieces
+
+
+def _scored(
+    one: Pass, with_what: Compiled, piece: _Piece, on_windows: Callable[[int], object]
+) -> np.ndarray:
+    """[..., end - begin, M]: a piece's losses."""
+    losses = one.scoring(
+        with_what.losses,
+        piece.text,
+        with_what.windows,
+        rows=with_what.rows,
+        on_windows=on_windows,
+        part=slice(piece.first, piece.last),
+    )
+    _refuse_infinite(losses, one.model)
+    if one.model.kept is not None:
+        one.model.kept.flush()
+    return losses[..., piece.begin : piece.end, :]
+
+
+def _joined(pieces: Sequence[_Piece], parts: Sequence[np.ndarray], count: int) -> np.ndarray:
+    """[..., count, M]: each token's loss is in one piece, and 0 in others."""
+    if not parts:
+        return np.zeros((0, 0), np.float32)
+    whole = np.zeros((*parts[0].shape[:-2], count, parts[0].shape[-1]), np.float32)
+    for piece, losses in zip(pieces, parts, strict=True):
+        begin = piece.offset + piece.begin
+        whole[..., begin : begin + losses.shape[-2], :] += losses
+    return whole
 
 
 def _part(text: ChunkText, part: slice) -> ChunkText:
