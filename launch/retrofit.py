@@ -8,8 +8,9 @@ MODEL is a Hugging Face folder or a GGUF file; W was prepared with its tokeniser
 launch.evaluate scores it. With retrieval off it is the base, bit for bit.
 
 Unless the settings say otherwise, CCA is in every layer, made of the layer's own weights
-(DecoderForm.gated_cca), one softmax reads neighbours and text (DecoderForm.shared_softmax), and the gates
-alone are trained, from 0. StartConfig.trained = ('cca.*',) trains CCA's copies too. DecoderForm.gated_cca = False is the paper's start: encoder and CCA of the seed.
+(DecoderForm.gated_cca), one softmax reads neighbours and text (DecoderForm.shared_softmax), neighbours are
+before the text (DecoderForm.neighbour_distance), and the gates alone are trained, from 0.
+StartConfig.trained = ('cca.*',) trains CCA's copies too. DecoderForm.gated_cca = False is the paper's start.
 
     python -m launch.retrofit --workdir=W --base=MODEL --export=DIRECTORY
 
@@ -57,6 +58,7 @@ ADAPTER = flags.DEFINE_string(
 )
 
 HELP_ALSO = ("launch.train",)
+_DISTANCE = 192  # where neighbours end before the last chunk of a window of 256 tokens
 
 
 def main() -> None:
@@ -123,7 +125,9 @@ def settings_of_base(data: TrainingData) -> Settings:
     )
     configurables.override("StartConfig.base", str(base.path))
     gated = configurables.bound("DecoderForm.gated_cca", True)
-    fitted = {"gated_cca": gated, "shared_softmax": gated, "sink_id": tokenizer.fact("bos_id")}
+    far = _DISTANCE if gated and base.config.positions == "rotary" else 0
+    fitted = {"gated_cca": gated, "shared_softmax": gated, "neighbour_distance": far}
+    fitted["sink_id"] = tokenizer.fact("bos_id")
     form = decoder_form(base.config, **fitted)
     decoder = decoder_settings(base.config)
     decoder |= {"cca_layers": tuple(range(1, base.config.num_layers + 1)), "form": form}

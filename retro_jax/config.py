@@ -72,6 +72,9 @@ class DecoderForm:
         and the copies are not; 0 for nothing.
       shared_softmax: gated CCA and ATTN share one softmax over neighbours and text, as if the neighbours
         were in the context. A gate multiplies its head's weights of neighbours; the sink is not read.
+      neighbour_distance: positions between a neighbour's last token and the first that reads it in gated
+        CCA. Before a text in the context there are the text's own. Heads that look at what is near read
+        the end of a neighbour at 0, and not the text.
     """
 
     norm: str = "rms"
@@ -91,6 +94,7 @@ class DecoderForm:
     sink_id: int = 0
     cca_rank: int = 0
     shared_softmax: bool = False
+    neighbour_distance: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rotary_divisors", tuple(self.rotary_divisors))
@@ -98,7 +102,7 @@ class DecoderForm:
         valid = self.feed_forward in FEED_FORWARDS
         require(valid, self, "feed_forward", f"one of {FEED_FORWARDS}")
         counts = ("num_kv_heads", "learned_positions", "rotary_dim", "neighbour_layer", "sink_id")
-        for field in (*counts, "cca_rank"):
+        for field in (*counts, "cca_rank", "neighbour_distance"):
             require(getattr(self, field) >= 0, self, field, "a number of at least 0")
         require(self.rotary_dim % 2 == 0, self, "rotary_dim", "an even number, or 0 for all")
         require(self.rotary_base > 0, self, "rotary_base", "a positive number")
@@ -227,6 +231,13 @@ class RetroConfig:
         require(without, form, "cca_rank", "0 without gated_cca")
         beside = form.gated_cca or not form.shared_softmax
         require(beside, form, "shared_softmax", "False without gated_cca")
+        apart = form.gated_cca and not form.learned_positions
+        require(
+            apart or not form.neighbour_distance,
+            form,
+            "neighbour_distance",
+            "0 without gated_cca, and with learned_positions, which neighbours' states contain",
+        )
         valid = form.sink_id < self.vocab_size
         require(valid, form, "sink_id", f"an id below vocab_size = {self.vocab_size}")
 

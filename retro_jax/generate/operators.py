@@ -314,8 +314,9 @@ class CachedBlock:
 
 def cca_queries(config: RetroConfig) -> range:
     """The positions of the M tokens that read a chunk's neighbours, whose keys are at 0 and after."""
-    gated = config.form.gated_cca
-    first = caches.encoded_length(config) if gated else config.chunk_length - 1
+    first = config.chunk_length - 1
+    if config.form.gated_cca:
+        first = caches.encoded_length(config) + config.form.neighbour_distance
     return range(first, first + config.chunk_length)
 
 

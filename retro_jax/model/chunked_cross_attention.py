@@ -16,8 +16,8 @@ Tokens 0..2 have no retrieval. Where chunk 1 belongs to another document than ch
 may not read E0, while token 3 (chunk 0's own last) still does.
 
 With DecoderForm.gated_cca the same rows attend by a copy of the layer's own self attention. It treats
-a neighbour of S = 1 + R tokens as a prefix: keys at positions 0 to R, queries from S on. Each head
-is multiplied by its gate. With DecoderForm.shared_softmax the gate is inside of the softmax, which
+a neighbour of S = 1 + R tokens as a prefix: keys at positions 0 to R, queries from S on, and
+DecoderForm.neighbour_distance beyond. Each head is multiplied by its gate. With DecoderForm.shared_softmax the gate is inside of the softmax, which
 `heads` leaves to the decoder.
 """
 
@@ -61,7 +61,7 @@ class ChunkedCrossAttention(nnx.Module):
     gate: nnx.Param
 
     def __init__(self, config: RetroConfig, *, layout: Layout, rngs: nnx.Rngs):
-        self.gated = config.form.gated_cca
+        self.gated, self.distance = config.form.gated_cca, config.form.neighbour_distance
         if self.gated:
             self.attention = decoder_attention(config, cross=True, layout=layout, rngs=rngs)
             self.gate = bias((config.num_heads,), P(TENSOR))
@@ -202,7 +202,7 @@ class ChunkedCrossAttention(nnx.Module):
         return FewKeys(
             readable=present_BxCxKxR.reshape(batch, chunks, -1),
             may_read=self._may_read(documents_BxC, chunk_length),
-            query_offset=neighbour_length if self.gated else chunk_length - 1,
+            query_offset=neighbour_length + self.distance if self.gated else chunk_length - 1,
             neighbours=neighbours,
         )
 

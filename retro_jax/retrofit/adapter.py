@@ -44,6 +44,8 @@ _ADDED = ("cca.", "encoder.")
 _GATE = "cca.gate"
 # Of a run's batches, as the reader has learnt them; an example of each.
 _READ = {"sequence_length": 64, "neighbours": 2, "neighbour_part": "both"}
+# Of the decoder's form, for adapters that were written before it could be chosen.
+_EARLIER = {"neighbour_distance": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,6 +260,8 @@ def _own_settings(base: BaseConfig, config: RetroConfig) -> dict[str, Any]:
 def _config(base: BaseModel, stored: Any, path: pathlib.Path) -> RetroConfig:
     """The configuration of an adapter and its base."""
     expected = _own_settings(base.config, decoder_config(base.config))
+    if isinstance(stored, dict) and isinstance(stored.get("form"), dict):
+        stored = stored | {"form": _EARLIER | stored["form"]}
     fields = _like(stored, expected, path, "retro")
     with naming(path):
         return decoder_config(base.config, **fields)

@@ -30,7 +30,14 @@ from retro_jax.storage import files
 from retro_jax.train.parameter_names import map_named, named_leaves
 
 # Fields of DecoderForm that no base decides.
-FITTED_FIELDS = ("gated_cca", "neighbour_layer", "sink_id", "cca_rank", "shared_softmax")
+FITTED_FIELDS = (
+    "gated_cca",
+    "neighbour_layer",
+    "sink_id",
+    "cca_rank",
+    "shared_softmax",
+    "neighbour_distance",
+)
 _ACTIVATIONS = {"gelu": "gelu_exact", "gelu_new": "gelu", "relu": "relu", "silu": "silu"}
 _LAYER = {
     "attention_norm.scale": "attention.norm.scale",

@@ -187,7 +187,9 @@ def test_fitted_models(name: str, one_layer: int, shared: bool):
     Learned positions, heads that share keys, a parallel residual, norms of heads; neighbours' states
     of one layer for all CCA layers, or of each; one softmax over neighbours and text, or two.
     """
-    model = fitted(name, neighbour_layer=one_layer, shared_softmax=shared)
+    distance = 0 if name == "gpt2" else 5
+    form = {"neighbour_layer": one_layer, "shared_softmax": shared, "neighbour_distance": distance}
+    model = fitted(name, **form)
     on = make_texts(model.config, 2, 3, retrieval=True)
     off = dataclasses.replace(on, neighbours=None)
     decoder, wanted = Decoder(model, chunks=3), uncached(model, on)[:, :-1]

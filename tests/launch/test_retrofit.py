@@ -96,6 +96,7 @@ def test_gates_are_trained_and_a_table_has_on_and_off(place, capsys):
     run = open_run(place / "W" / "retro")
     assert run.step == 20 and run.model.form.gated_cca and run.model.cca_layers == (1, 2)
     assert run.model.form.sink_id == 0 != run.model.pad_id and run.model.form.shared_softmax
+    assert run.model.form.neighbour_distance == 192
     assert np.abs(np.asarray(nnx.merge(*load_model(run)).cca.gate[...])).min() > 0
     assert (
         files.read_json(run.directory / "parents.json")["base"]

@@ -109,10 +109,11 @@ FORM_OUTPUT: dict[str, Any] = {
     "neighbour_layer": 2,
     "sink_id": 7,
     "shared_softmax": True,
+    "neighbour_distance": 3,
 }
 NEEDED = {
     name: {"gated_cca": True}
-    for name in ("neighbour_layer", "sink_id", "cca_rank", "shared_softmax")
+    for name in ("neighbour_layer", "sink_id", "cca_rank", "shared_softmax", "neighbour_distance")
 }
 
 

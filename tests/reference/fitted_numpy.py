@@ -24,6 +24,7 @@ class Fitted:
       one_layer: the layer whose input is the encoding for all; 0 for each its own.
       sink, pad: token ids. chunk_length: M.
       shared: one softmax over neighbours and text (DecoderForm.shared_softmax).
+      distance: from neighbours to what reads them (DecoderForm.neighbour_distance).
     """
 
     config: BaseConfig
@@ -34,6 +35,7 @@ class Fitted:
     pad: int
     chunk_length: int
     shared: bool = False
+    distance: int = 0
 
     def logits(self, tokens: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
         """Tokens [N] and neighbours [C, K, R] -> [N, V]."""
@@ -119,7 +121,7 @@ class Fitted:
             present.append(np.concatenate([there[:1] & (not self.shared), there]))
         x = base_numpy.norm(config, layer, "attention_norm", h)
         plain, own_key, own_value = base_numpy.heads(config, layer, x[None])
-        query = base_numpy.turned(config, plain[:, -1:], length + row)[0, 0]
+        query = base_numpy.turned(config, plain[:, -1:], length + self.distance + row)[0, 0]
         own_query, own_key = (base_numpy.turned(config, each, 0)[0] for each in (plain, own_key))
         key, value, mask = np.concatenate(keys), np.concatenate(values), np.concatenate(present)
         if not mask.any():

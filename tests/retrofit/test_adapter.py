@@ -135,6 +135,13 @@ def test_bad_tensors_are_refused(exported, tmp_path, tensors, message):
     refused(tmp_path / "a", message)
 
 
+def test_an_adapter_of_an_earlier_version_has_no_distance(exported, tmp_path):
+    shutil.copytree(exported[0] / "1", tmp_path / "a")
+    edited(tmp_path / "a", lambda s: s["retro"]["form"].pop("neighbour_distance"))
+    again = load_adapter(tmp_path / "a", open_base(FOLDER / "llama"))
+    assert again.config == exported[1].config and not again.config.form.neighbour_distance
+
+
 @pytest.mark.parametrize("file", ["adapter.json", "adapter.safetensors"])
 def test_a_missing_or_damaged_file_is_refused(exported, tmp_path, file):
     shutil.copytree(exported[0] / "1", tmp_path / "a")

@@ -92,11 +92,15 @@ def test_step_0_is_the_base_bit_for_bit(name, execution, shared):
     assert (logits(model, batch.without_neighbours()) == wanted).all()
 
 
-@pytest.mark.parametrize(("one_layer", "shared"), [(0, False), (2, False), (0, True)])
+@pytest.mark.parametrize(
+    ("one_layer", "shared", "far"), [(0, False, 5), (2, False, 0), (0, True, 9)]
+)
 @pytest.mark.parametrize("name", NAMES)
-def test_open_gates_read_what_the_reference_reads(name, one_layer, shared):
+def test_open_gates_read_what_the_reference_reads(name, one_layer, shared, far):
     base, batch = open_base(FOLDER / name), batch_of()
-    config = config_of(name, neighbour_layer=one_layer, shared_softmax=shared)
+    distance = far if base.config.positions == "rotary" else 0
+    form = {"neighbour_layer": one_layer, "shared_softmax": shared, "neighbour_distance": distance}
+    config = config_of(name, **form)
     found = []
     for execution in (ExecutionConfig(), UNROLLED):
         model = with_gates(loaded(config, name, execution))
@@ -110,6 +114,7 @@ def test_open_gates_read_what_the_reference_reads(name, one_layer, shared):
         pad=0,
         chunk_length=4,
         shared=shared,
+        distance=distance,
     )
     wanted = [reference.logits(*row) for row in zip(batch.tokens, batch.neighbours, strict=True)]
     off = logits(model, batch.without_neighbours())
