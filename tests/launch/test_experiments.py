@@ -45,7 +45,9 @@ def test_every_configuration_that_an_experiment_binds_can_be_made(name):
     if "RetroConfig" in made:
         assert made["RetroConfig"].vocab_size == tokenizer.vocab_size
         assert made["RetroConfig"].chunk_length == CHUNK_LENGTH
-        assert 0 < made["BatchConfig"].neighbours <= made["NeighboursConfig"].train
+        neighbours = made["BatchConfig"].neighbours
+        assert neighbours <= made["NeighboursConfig"].train
+        assert bool(neighbours) == made["RetroConfig"].has_retrieval
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
