@@ -17,8 +17,8 @@ may not read E0, while token 3 (chunk 0's own last) still does.
 
 With DecoderForm.gated_cca the same rows attend by a copy of the layer's own self attention. It treats
 a neighbour of S = 1 + R tokens as a prefix: keys at positions 0 to R, queries from S on, and
-DecoderForm.neighbour_distance beyond. Each head is multiplied by its gate. With DecoderForm.shared_softmax the gate is inside of the softmax, which
-`heads` leaves to the decoder.
+DecoderForm.neighbour_distance beyond. Each head is multiplied by its gate. With
+DecoderForm.shared_softmax the gate is inside of the softmax, which `heads` leaves to the decoder.
 """
 
 import dataclasses

@@ -50,6 +50,12 @@ def test_every_configuration_that_an_experiment_binds_can_be_made(name):
         assert bool(neighbours) == made["RetroConfig"].has_retrieval
 
 
+@pytest.mark.parametrize("name", [name for name in RUNS if re.match("facts.gin|.*smollm2", name)])
+def test_a_fit_states_the_distance_of_its_figures(name):
+    """launch.retrofit's default may change; figures of an experiment then remain its own."""
+    assert "\nDecoderForm.neighbour_distance =" in bound_text(FOLDER / name)
+
+
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_published_sizes_are_the_papers(size):
     configurables.load(str(FOLDER / f"retro_{size.replace('.', '_')}.gin"))

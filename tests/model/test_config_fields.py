@@ -172,6 +172,20 @@ def test_num_parameters_is_what_the_module_has(name):
     assert config.num_parameters(embeddings=False) == without
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"neighbour_distance": 1},
+        {"neighbour_distance": -1, "gated_cca": True},
+        {"neighbour_distance": 1, "gated_cca": True, "learned_positions": 40},
+    ],
+)
+def test_a_distance_that_nothing_reads_is_refused(form):
+    """Without gated CCA, below 0, or where the states themselves contain positions."""
+    with pytest.raises(UserError, match=r"neighbour_distance is -?1: expected (0|a number)"):
+        formed(**form)
+
+
 BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     "tokens of one axis": ({"tokens": (16,)}, r"tokens have shape \(16,\): expected \[B, N\]"),
     "tokens not whole chunks": ({"tokens": (2, 18)}, "multiple of chunk_length 4"),
