@@ -132,10 +132,13 @@ def options_for_overlap(platform: str) -> dict[str, Any] | None:
     """
     if platform != "gpu":
         return None
-    pipelined = [
-        f"xla_gpu_enable_pipelined_{k}" for k in ("all_gather", "all_reduce", "reduce_scatter")
-    ]
-    return dict.fromkeys(["xla_gpu_enable_latency_hiding_scheduler", *pipelined], True)
+    pipelined: dict[str, Any]
+    kinds = ("all_gather", "all_reduce", "reduce_scatter")
+    if jax.__version_info__ >= (0, 11, 1):  # the older names are still flags there, but no options
+        pipelined = {f"xla_gpu_pipeline_{k}": "COLLECTIVE_PIPELINING_MODE_ON" for k in kinds}
+    else:
+        pipelined = {f"xla_gpu_enable_pipelined_{k}": True for k in kinds}
+    return {"xla_gpu_enable_latency_hiding_scheduler": True, **pipelined}
 
 
 def options_for_one_use(platform: str) -> dict[str, Any] | None:
