@@ -18,14 +18,7 @@ from data_pipelines.chunk_database.tokenizer import Tokenizer
 from data_pipelines.questions.passages import Asked, open_questions
 from data_pipelines.retriever.revisions import open_database
 from launch.common import app, configurables, workdirs
-from launch.common.flags import (
-    AVERAGED,
-    DATA,
-    NUM_NEIGHBOURS,
-    QUESTIONS,
-    RETRIEVAL,
-    question_files,
-)
+from launch.common.flags import AVERAGED, DATA, NUM_NEIGHBOURS, QUESTIONS, RETRIEVAL, question_files
 from launch.runs import trained_run
 from retro_jax.errors import UserError
 from retro_jax.generate.answers import greedy_answers

@@ -194,8 +194,8 @@ def main() -> None:
         PROCESS_ID.value,
         peer_timeout=PEER_TIMEOUT.value,
     )
-    workdir, data = workdirs.open_to_read(DATA)
     settings = _settings()
+    workdir, data = workdirs.open_to_read(DATA)
     conditions = processes.together(lambda: _checked_conditions(workdir, data, settings))
     scorer = Scorer()
     with processes.noticing_loss():
@@ -219,8 +219,9 @@ def _settings() -> list[EvaluationSettings]:
     """The settings that the flags ask for, by ascending overlap of windows.
 
     Raises:
-      flags.Error: a value that is no share.
+      flags.Error: a value that is no share, or flags that exclude each other.
     """
+    _refuse_idle_flags()
     overlaps = _numbers(OVERLAP, 0, 1)
     if STRIDE.value is not None and OVERLAP.value:
         raise flags.Error("--overlap and --stride_chunks: expected one of them")
@@ -239,6 +240,17 @@ def _settings() -> list[EvaluationSettings]:
         sample_chunks=SAMPLE.value,
     )
     return [dataclasses.replace(settings, overlap=x) for x in overlaps] or [settings]
+
+
+def _refuse_idle_flags() -> None:
+    """Raises flags.Error for a flag that would do nothing beside the others, or without one."""
+    if SPLIT.present and SLICES.value:
+        raise flags.Error(f"--split={SPLIT.value} with --slices: expected one of them")
+    for flag in (KNN_TOKENS, KNN_NEIGHBOURS, KNN_EXACT):
+        if flag.present and not KNN.value:
+            raise flags.Error(f"--{flag.name} without --knn: expected both")
+    if SKIP_BAD.value and not SLICES.value:
+        raise flags.Error("--skip_bad_documents without --slices: expected the slices to prepare")
 
 
 def _checked_conditions(

@@ -50,14 +50,7 @@ from retro_jax.report.result_files import (
     windows_file,
 )
 from retro_jax.report.revision_view import revision_tables
-from retro_jax.report.views import (
-    ChartView,
-    ChunkView,
-    Curve,
-    Report,
-    SampleView,
-    Table,
-)
+from retro_jax.report.views import ChartView, ChunkView, Curve, Report, SampleView, Table
 from retro_jax.storage import files
 from retro_jax.train.curves import METRICS_FILE, read_curve
 

@@ -48,11 +48,7 @@ def main() -> None:
         if not stride.isdecimal():
             raise flags.Error(f"--retrieval_strides={stride}: expected divisors of 64")
     limits = Limits(
-        ROWS.value,
-        LENGTH.value,
-        QUEUE.value,
-        SECONDS.value,
-        strides=tuple(map(int, STRIDES.value)),
+        ROWS.value, LENGTH.value, QUEUE.value, SECONDS.value, strides=tuple(map(int, STRIDES.value))
     )
     database = data if DATA.value else None
     generator = Generator.open(

@@ -9,6 +9,7 @@ from launch import evaluate
 from launch.common import app
 from launch.evaluation.settings import EvaluationSettings
 from launch.evaluation.slices import wanted_slices
+from tests.launch.trained import call
 
 FLAGS = """
     averaged batch_size bert_folder coordinator_address data database_shares knn knn_exact knn_neighbours
@@ -62,6 +63,24 @@ def test_help_lists_the_flags_of_every_part():
 def test_slices_that_would_be_read_as_others_are_refused(values, paths, message):
     with pytest.raises(flags.Error, match=message):
         wanted_slices(values, paths, None, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--split=test", "--slices=own"], "--split=test with --slices: expected one of them"),
+        (["--knn_tokens=64"], "--knn_tokens without --knn: expected both"),
+        (["--knn_neighbours=4", "--noknn"], "--knn_neighbours without --knn: expected both"),
+        (["--knn_exact"], "--knn_exact without --knn: expected both"),
+        (["--skip_bad_documents"], "--skip_bad_documents without --slices: expected"),
+        (["--overlap=0.5", "--stride_chunks=2"], "--overlap and --stride_chunks: expected one of"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused_before_anything_is_opened(
+    arguments, message, tmp_path, capsys
+):
+    assert call(evaluate.main, f"--workdir={tmp_path / 'none'}", *arguments) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_subsets_of_a_slice_are_prepared_together():
