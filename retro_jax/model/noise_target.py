@@ -3,7 +3,7 @@
 Tokens that read noise can teach two things. Trained on the text, CCA learns of the corpus whatever the
 neighbours say, and unrelated neighbours end as worth more than none. Trained on what the model predicts
 with retrieval off, it learns to leave unrelated neighbours alone. Where related and unrelated neighbours
-look alike this costs reading: docs/retrofit.md has figures.
+look alike this costs reading: docs/retrofit_figures.md has figures.
 """
 
 import jax
