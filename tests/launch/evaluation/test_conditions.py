@@ -131,7 +131,7 @@ def test_activations_are_named_by_all_that_they_depend_on(
 
 
 def test_a_datastore_of_other_windows_is_another(
-    trained: list[str], workdir: pathlib.Path, tmp_path
+    trained: list[str], workdir: pathlib.Path, tmp_path, capsys
 ):
     """Before, the activations of the first evaluation were searched with those of the second."""
     shutil.copytree(workdir, tmp_path / "W", ignore=shutil.ignore_patterns("evaluation"))
@@ -142,9 +142,13 @@ def test_a_datastore_of_other_windows_is_another(
         assert call(evaluate.main, *where, *more) == 0
         found.append(json.loads((folder / "validation.json").read_text())["knn"]["all"])
         assert len(list(folder.glob("knn-keys-*.npy"))) == len(found)
+    assert "note: mixtures were tuned on this very text" in capsys.readouterr().out
     shutil.rmtree(folder)
     assert call(evaluate.main, *where, *alone) == 0
     assert json.loads((folder / "validation.json").read_text())["knn"]["all"] == found[1]
+    capsys.readouterr()
+    assert call(evaluate.main, *where[:-3]) == 0  # without a mixture
+    assert "note: mixtures" not in capsys.readouterr().out
 
 
 def test_knn_lm_of_an_updated_database_has_no_removed_document(
