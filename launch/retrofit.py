@@ -88,7 +88,7 @@ def export(directory: pathlib.Path) -> None:
         return
     read = dataclasses.asdict(run.batches)
     size = export_adapter(directory, base, nnx.merge(*load_model(run)), read)
-    print(f"{directory}: {size / 1e6:,.1f} MB, what {run.directory} adds to {base.path}")
+    print(f"{directory}: {size / 1e3:,.1f} kB, what {run.directory} adds to {base.path}")
 
 
 def read_as_the_adapter() -> None:
