@@ -1,6 +1,8 @@
 """Adapters: the same logits again, and one line for files that are not those that were exported."""
 
+import hashlib
 import json
+import pathlib
 import re
 import shutil
 
@@ -12,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from retro_jax.errors import UserError
 from retro_jax.model import Retro
 from retro_jax.retrofit import open_base
-from retro_jax.retrofit.adapter import export_adapter, load_adapter
+from retro_jax.retrofit.adapter import FORMAT_VERSION, export_adapter, load_adapter
 from retro_jax.retrofit.decoder import load_decoder
 from tests.retrofit.base_files import FOLDER
 from tests.retrofit.test_fitting import batch_of, config_of, logits, with_gates
@@ -32,6 +34,10 @@ def _exported(tmp_path_factory):
     export_adapter(folder / "1", open_base(FOLDER / "llama"), model)
     export_adapter(folder / "2", open_base(FOLDER / "llama"), fitted((2,)))
     return folder, model
+
+
+# Fitted by experiments/fit_smollm2_gates.gin; the base is not here.
+SHARED = pathlib.Path(__file__).parents[2] / "experiments" / "adapters" / "smollm2_gates"
 
 
 def refused(folder, message, base=FOLDER / "llama"):
@@ -191,3 +197,16 @@ def test_parameters_that_are_not_finite_are_not_exported(tmp_path):
     ):
         export_adapter(tmp_path / "a", open_base(FOLDER / "llama"), model)
     assert not (tmp_path / "a").exists()
+
+
+def test_the_adapter_of_this_repository_is_whole_and_has_gates_alone():
+    settings = json.loads((SHARED / "adapter.json").read_text())
+    data = (SHARED / "adapter.safetensors").read_bytes()
+    assert settings["format_version"] == FORMAT_VERSION
+    assert settings["tensors_sha256"] == hashlib.sha256(data).hexdigest()
+    assert settings["retro"]["form"]["neighbour_distance"] == 192
+    tensors = load_file(SHARED / "adapter.safetensors")
+    assert set(tensors) == {"cca.gate"}
+    layers = settings["retro"]["cca_layers"]
+    assert tensors["cca.gate"].shape == (len(layers), settings["decoder"]["num_heads"]) == (30, 9)
+    assert np.isfinite(tensors["cca.gate"]).all()
