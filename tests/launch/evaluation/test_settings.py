@@ -73,7 +73,6 @@ def test_slices_that_would_be_read_as_others_are_refused(values, paths, message)
         (["--knn_neighbours=4", "--noknn"], "--knn_neighbours without --knn: expected both"),
         (["--knn_exact"], "--knn_exact without --knn: expected both"),
         (["--skip_bad_documents"], "--skip_bad_documents without --slices: expected"),
-        (["--overlap=0.5", "--stride_chunks=2"], "--overlap and --stride_chunks: expected one of"),
     ],
 )
 def test_flags_that_would_do_nothing_are_refused_before_anything_is_opened(
