@@ -170,6 +170,7 @@ def prepare(
         configurables.override("TrainConfig.neighbour_dropout", 0.0)
         configurables.override("TrainConfig.noise_target", "text")
         configurables.override("TrainConfig.noise_weight", 1.0)
+        configurables.override("TrainConfig.noise_unlearning", 0.0)
     data = find_data(source, recorded or directory / name, disk=disk)
     settings = settings_of(data)
     data.check_model(settings.retro)

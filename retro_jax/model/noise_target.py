@@ -2,8 +2,11 @@
 
 Tokens that read noise can teach two things. Trained on the text, CCA learns of the corpus whatever the
 neighbours say, and unrelated neighbours end as worth more than none. Trained on what the model predicts
-with retrieval off, it learns to leave unrelated neighbours alone. Where related and unrelated neighbours
-look alike this costs reading: docs/retrofit_figures.md has figures.
+with retrieval off, it learns to leave unrelated neighbours alone. Near those predictions their divergence
+grows with the square of a change, and what is learnt of the corpus with the change itself: some of it
+always remains. Unlearning takes the text away there: what is learnt of the corpus with related neighbours
+is unlearnt with unrelated ones, and what related ones say remains.
+Both cost reading where related and unrelated neighbours look alike: docs/retrofit_figures.md has figures.
 """
 
 import jax
@@ -16,7 +19,12 @@ NOISE_TARGETS = ("text", "off")
 
 
 def losses_toward_off(
-    model: Retro, batch: RetroBatch, dropout_key: jax.Array | None = None, *, weight: float = 1.0
+    model: Retro,
+    batch: RetroBatch,
+    dropout_key: jax.Array | None = None,
+    *,
+    weight: float = 1.0,
+    unlearning: float = 0.0,
 ) -> jax.Array:
     """`Retro.token_losses`, with other gradients at the positions that read noise.
 
@@ -29,6 +37,7 @@ def losses_toward_off(
     Args:
       model: with retrieval. batch: with neighbours and `noise`.
       dropout_key: of both passes. weight: that the gradients at these positions are multiplied by.
+      unlearning: how much of the text's gradients is taken away there, beside these.
 
     Returns:
       [B, N] float32 nats of the text, as token_losses.
@@ -43,7 +52,8 @@ def losses_toward_off(
     # Both differences are 0 and only their gradients count.
     moved_BxNxD = (h_BxNxD - jax.lax.stop_gradient(h_BxNxD)).astype(jnp.float32)
     away_BxN = jnp.sum(moved_BxNxD * g_BxNxD.astype(jnp.float32), axis=-1)
-    more_BxN = (weight - 1) * (losses_BxN - jax.lax.stop_gradient(losses_BxN))
+    factor = weight - unlearning - 1
+    more_BxN = factor * (losses_BxN - jax.lax.stop_gradient(losses_BxN))
     reads_BxN = _reads_noise(batch.noise, batch.documents, model.config.chunk_length)
     return losses_BxN + jnp.where(reads_BxN, more_BxN - weight * away_BxN, 0.0)
 

@@ -93,6 +93,7 @@ def make_plan(
         neighbour_dropout=training.neighbour_dropout,
         noise_target=training.noise_target,
         noise_weight=training.noise_weight,
+        noise_unlearning=training.noise_unlearning,
         accumulate=training.accumulate,
         loss_jump=training.loss_jump,
         skip_bad_batches=training.skip_bad_batches,

@@ -87,7 +87,7 @@ class StepConfig:
       pad_id: RetroConfig.pad_id. num_corpora: G, corpora in the mixture.
       seed: of dropout. neighbour_dropout: part of the sequences trained without neighbours.
       noise_target: of model/noise_target.py's NOISE_TARGETS; "off" needs a Retro, and batches with noise.
-      noise_weight: of the gradients there, with "off".
+      noise_weight, noise_unlearning: of the gradients there, with "off".
       accumulate: parts that a batch is computed in, one after the other; B is a multiple of it.
       loss_jump: nats by which a loss may exceed the mean of the last 100 or so; 0 for any.
       skip_bad_batches: whether a bad batch (StepMetrics.bad) leaves parameters and moments as they
@@ -102,6 +102,7 @@ class StepConfig:
     neighbour_dropout: float = 0.0
     noise_target: str = "text"
     noise_weight: float = 1.0
+    noise_unlearning: float = 0.0
     accumulate: int = 1
     loss_jump: float = 0.0
     skip_bad_batches: bool = False
@@ -247,7 +248,8 @@ def _sums(model: Model, batch: RetroBatch, key: jax.Array, config: StepConfig) -
     """Runs the model on a batch, or on a part of one."""
     present_BxN = batch.targets != config.pad_id
     if config.noise_target == "off":
-        losses_BxN = losses_toward_off(cast(Retro, model), batch, key, weight=config.noise_weight)
+        weights = {"weight": config.noise_weight, "unlearning": config.noise_unlearning}
+        losses_BxN = losses_toward_off(cast(Retro, model), batch, key, **weights)
     else:
         losses_BxN = model.token_losses(batch, dropout_key=key)
     losses_BxN = jnp.where(present_BxN, losses_BxN.astype(jnp.float32), 0.0)

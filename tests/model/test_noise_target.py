@@ -37,11 +37,18 @@ def gradients(losses, model):
 
 
 @pytest.mark.parametrize(
-    ("execution", "weight"), [(ExecutionConfig(), 1.0), (ExecutionConfig(vocab_block=8), 5.0)]
+    ("execution", "weight", "unlearning"),
+    [
+        (ExecutionConfig(), 1.0, 0.0),
+        (ExecutionConfig(vocab_block=8), 5.0, 0.0),
+        (ExecutionConfig(), 2.0, 3.0),
+    ],
 )
 @pytest.mark.parametrize("config", [TINY, GATED], ids=["paper", "gated"])
-def test_gradients_are_those_of_the_cross_entropy_with_what_off_predicts(config, execution, weight):
-    """By the weight there, and everywhere else those of the text; the losses are the text's."""
+def test_gradients_are_those_of_the_cross_entropy_with_what_off_predicts(
+    config, execution, weight, unlearning
+):
+    """By the weight there, less what is unlearnt; everywhere else those of the text, whose losses remain."""
     model, plain = make_model(config, execution), make_batch(config, documents=True, padding=True)
     batch = dataclasses.replace(plain, noise=NOISE)
 
@@ -51,9 +58,12 @@ def test_gradients_are_those_of_the_cross_entropy_with_what_off_predicts(config,
         of_text = -jnp.take_along_axis(on, batch.targets[..., None], axis=-1)[..., 0]
         of_off = -jnp.sum(off * on, axis=-1)
         present = batch.targets != config.pad_id
-        return jnp.where(present, jnp.where(READS, weight * of_off, of_text), 0.0)
+        noise = weight * of_off - unlearning * of_text
+        return jnp.where(present, jnp.where(READS, noise, of_text), 0.0)
 
-    found, losses = gradients(lambda model: losses_toward_off(model, batch, weight=weight), model)
+    found, losses = gradients(
+        lambda model: losses_toward_off(model, batch, weight=weight, unlearning=unlearning), model
+    )
     wanted, _ = gradients(written_out, model)
     text, text_losses = gradients(lambda model: model.token_losses(plain), model)
     np.testing.assert_array_equal(losses, text_losses)

@@ -35,12 +35,14 @@ class Noisy(Data):
     batches = NoisyBatches()
 
 
-def settings(target, **others) -> Settings:
+def settings(target, unlearning=0.0, **others) -> Settings:
     """20 steps from gates of 1."""
     made = settings_of(
         "llama", ("cca.*",), 1.0, retro=config_of("llama", (2,), shared_softmax=True)
     )
-    training = dataclasses.replace(made.training, noise_target=target, evaluate_every=0)
+    training = dataclasses.replace(
+        made.training, noise_target=target, noise_unlearning=unlearning, evaluate_every=0
+    )
     return dataclasses.replace(made, training=training, **others)
 
 
@@ -52,11 +54,15 @@ def trained(directory, chosen: Settings, devices=1) -> Retro:
     return run.model()
 
 
-def harm(model: Retro) -> float:
-    """Nats by which random neighbours change the loss of a held-out token, upwards or downwards."""
+def changes(model: Retro) -> np.ndarray:
+    """Nats by which random neighbours change the losses of held-out tokens."""
     batch, losses = RandomBatches(first=1000).rows(0), jax.jit(Retro.token_losses)
-    changed = losses(model, batch) - losses(model, batch.without_neighbours())
-    return float(np.abs(changed).mean())
+    return np.asarray(losses(model, batch) - losses(model, batch.without_neighbours()))
+
+
+def harm(model: Retro) -> float:
+    """The mean of these, upwards or downwards."""
+    return float(np.abs(changes(model)).mean())
 
 
 def test_towards_the_base_noise_ends_by_changing_less(tmp_path):
@@ -69,6 +75,15 @@ def test_towards_the_base_noise_ends_by_changing_less(tmp_path):
     )
     assert 2 * harm(to_off) < harm(before) < harm(to_text)
     np.testing.assert_allclose(harm(kept), harm(to_off), atol=0.05 * harm(before))
+
+
+def test_what_is_unlearnt_no_longer_saves(tmp_path):
+    """The text at noise makes random neighbours save; taken away there, they cost."""
+    text, off, unlearnt = (
+        float(changes(trained(tmp_path / name, settings(target, weight))).mean())
+        for name, target, weight in (("t", "text", 0.0), ("o", "off", 0.0), ("u", "off", 0.5))
+    )
+    assert text < off < unlearnt
 
 
 def test_a_mesh_trains_the_same(tmp_path):

@@ -258,6 +258,8 @@ def test_hosts_make_only_the_rows_of_their_devices():
         ("neighbour_dropout", 1.5),
         ("noise_target", "base"),
         ("noise_weight", 2.0),
+        ("noise_unlearning", 3.0),
+        ("noise_unlearning", -1.0),
         ("log_every", 0),
         ("checkpoint_every", 15),
         ("keep", 0),
