@@ -56,7 +56,7 @@ from retro_jax.generate.generator import GeneratorOptions
 from retro_jax.generate.live_database import Lookup
 from retro_jax.generate.mixture import Mixture
 from retro_jax.generate.sample import Generator, Sample, SamplingConfig, sample_text
-from retro_jax.model import Retro
+from retro_jax.model import Retro, backend
 from retro_jax.report.result_files import SAMPLE_FIELDS, SAMPLES
 from retro_jax.report.trace_page import trace_page
 from retro_jax.report.trace_value import traced_text
@@ -162,7 +162,7 @@ def main() -> None:
         "sampling": sampling.record(),
         "neighbours": writer.neighbours,
         "model": writer.identity,
-        "execution": writer.execution.facts(),
+        "execution": backend.facts(writer.execution),
     }
     if writer.data is not None and writer.neighbours:
         request |= retrieval.identity(writer.data)

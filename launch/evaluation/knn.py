@@ -30,7 +30,7 @@ from retro_jax.distributed.progress import progress_bar
 from retro_jax.errors import UserError
 from retro_jax.evaluate import knn_lm, score
 from retro_jax.evaluate.scorer import Pass, Scorer, forget
-from retro_jax.model import Retro
+from retro_jax.model import Retro, backend
 from retro_jax.storage import files
 from retro_jax.storage.files import read_array, write_array
 
@@ -134,7 +134,8 @@ class KnnScoring:
         """
         run, k = self.condition.run, self.condition.neighbours
         part, windows = run.batches.neighbour_part, (self.windows.chunks, self.windows.stride)
-        facts = [run.identity(), run.execution.facts(), windows, split.hashes(bool(k)), k, part]
+        execution = backend.facts(run.execution)
+        facts = [run.identity(), execution, windows, split.hashes(bool(k)), k, part]
         digest = hashlib.sha256(files.to_json(facts) + split.ids.tobytes())
         return digest.hexdigest()[:12]
 

@@ -31,7 +31,7 @@ from retro_jax.evaluate.in_context import chunk_losses, score_in_context
 from retro_jax.evaluate.k_sweep import sweep_losses
 from retro_jax.evaluate.scorer import Pass, Scorer, forget
 from retro_jax.evaluate.uncertainty import share_with_interval
-from retro_jax.model import Retro
+from retro_jax.model import Retro, backend
 from retro_jax.report.result_files import RESULT_FIELDS, read_losses
 from retro_jax.storage import files
 from retro_jax.storage.files import write_array
@@ -110,7 +110,7 @@ def _head(work: Work, settings: EvaluationSettings, condition: Condition) -> dic
             "stride_chunks": cut.stride,
             "neighbours": condition.neighbours,
             "max_documents": settings.max_documents,
-            "execution": condition.run.execution.facts(),
+            "execution": backend.facts(condition.run.execution),
             **({"sample_chunks": settings.sample_chunks} if settings.sample_chunks else {}),
             **(_knn_settings(settings.knn) if uses_knn(condition) else {}),
             **condition_settings(condition),

@@ -29,10 +29,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from retro_jax.config import ExecutionConfig
 from retro_jax.sharding import lay_out, target_platform
 
 _TILE = 32  # columns
 _FEW_ROWS = 32
+
+
+def facts(execution: ExecutionConfig) -> dict[str, Any]:
+    """What the bits of a result depend on: the settings, and how the machine multiplies.
+
+    CPUs multiply float32 numbers as such. GPUs and TPUs round them first unless JAX's
+    `jax_default_matmul_precision` says otherwise. So the device is recorded where it is not a CPU, and the
+    precision where one is set: such results are other ones.
+    """
+    device = jax.devices()[0]
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    return (
+        execution.facts()
+        | ({"device": device.device_kind} if device.platform != "cpu" else {})
+        | ({"matmul_precision": precision} if precision else {})
+    )
 
 
 def product(

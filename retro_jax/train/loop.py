@@ -51,9 +51,8 @@ class TrainConfig:
         (BatchConfig.neighbour_noise): the "text", or "off", what the model predicts without neighbours
         (model/noise_target.py).
       noise_weight: what the gradients at these tokens are multiplied by, with noise_target "off".
-      noise_unlearning: with "off", how much of the text's gradients is taken away at these tokens. With a
-        part r of noise, (1 - r) / r takes away as much as is learnt of the corpus at the others; more
-        unlearns what an adapter has learnt before.
+      noise_unlearning: with "off", how much of the text's gradients is taken away at these tokens, so that
+        what an adapter has learnt of the corpus is unlearnt. Too much makes random neighbours costly.
       log_every: steps per line of metrics.jsonl.
       checkpoint_every: steps between checkpoints, a multiple of log_every, so that a resumed curve
         has the same lines; the last step always has one.
@@ -126,8 +125,9 @@ class TrainConfig:
         require(known, self, "noise_target", f"one of {NOISE_TARGETS}")
         valid = self.noise_weight == 1 or (self.noise_weight > 0 and self.noise_target == "off")
         require(valid, self, "noise_weight", "a positive number; 1 without noise_target 'off'")
-        free = self.noise_unlearning > 0 and self.noise_target == "off"
-        valid = self.noise_unlearning == 0 or free
+        valid = self.noise_unlearning == 0 or (
+            self.noise_unlearning > 0 and self.noise_target == "off"
+        )
         require(valid, self, "noise_unlearning", "0, or a positive number with noise_target 'off'")
         whole = self.checkpoint_every % self.log_every == 0
         require(whole, self, "checkpoint_every", f"a multiple of log_every = {self.log_every}")

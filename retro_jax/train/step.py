@@ -248,8 +248,13 @@ def _sums(model: Model, batch: RetroBatch, key: jax.Array, config: StepConfig) -
     """Runs the model on a batch, or on a part of one."""
     present_BxN = batch.targets != config.pad_id
     if config.noise_target == "off":
-        weights = {"weight": config.noise_weight, "unlearning": config.noise_unlearning}
-        losses_BxN = losses_toward_off(cast(Retro, model), batch, key, **weights)
+        losses_BxN = losses_toward_off(
+            cast(Retro, model),
+            batch,
+            key,
+            weight=config.noise_weight,
+            unlearning=config.noise_unlearning,
+        )
     else:
         losses_BxN = model.token_losses(batch, dropout_key=key)
     losses_BxN = jnp.where(present_BxN, losses_BxN.astype(jnp.float32), 0.0)

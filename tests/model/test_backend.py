@@ -1,9 +1,12 @@
 """Products with their own backward pass: values and gradients are those of the plain einsum."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
 
+from retro_jax.config import ExecutionConfig
 from retro_jax.model import backend
 from retro_jax.train import step
 from retro_jax.train.global_batches import BatchShape
@@ -19,6 +22,17 @@ CASES = [
     ((2, 3, 2, 5), (2, 5, 4), 2),
     ((2, 3, 2, 2), (2, 2, 3, 2), 2),
 ]
+
+
+def test_results_know_the_device_and_how_it_multiplies(monkeypatch):
+    """Those of a CPU keep the facts that they have had."""
+    execution = ExecutionConfig()
+    assert backend.facts(execution) == execution.facts()
+    with jax.default_matmul_precision("highest"):
+        assert backend.facts(execution) == execution.facts() | {"matmul_precision": "highest"}
+    gpu = types.SimpleNamespace(platform="gpu", device_kind="H100")
+    monkeypatch.setattr(jax, "devices", lambda: [gpu])
+    assert backend.facts(execution) == execution.facts() | {"device": "H100"}
 
 
 @pytest.mark.parametrize(("x_shape", "weight_shape", "contracted"), CASES)
