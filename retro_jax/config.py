@@ -144,6 +144,9 @@ class RetroConfig:
       activation: the feed-forward's non-linearity, "gelu" (its tanh approximation), "gelu_exact",
         "relu" or "silu".
       dropout: rate on the embedding and on every residual branch, in training only.
+      min_shared_tokens: part of a chunk's distinct tokens that a retrieved chunk must have, or the neighbour
+        is not read; its continuation does not count. 0 reads all. Training reads all neighbours, so
+        that a model can be read with another value than it was trained with.
       norm_epsilon: the norms' epsilon.
       form: how the decoder differs from the paper's (@DecoderForm()).
     """
@@ -172,6 +175,7 @@ class RetroConfig:
     dropout: float = 0.0
     norm_epsilon: float = 1e-6
     norm_conditioning: bool = False
+    min_shared_tokens: float = 0.0
     form: DecoderForm = DecoderForm()
 
     def __post_init__(self) -> None:
@@ -204,6 +208,14 @@ class RetroConfig:
         require(self.activation in ACTIVATIONS, self, "activation", f"one of {ACTIVATIONS}")
         require(0.0 <= self.dropout < 1.0, self, "dropout", "0 <= dropout < 1")
         require(self.norm_epsilon > 0, self, "norm_epsilon", "a positive number")
+        require(0 <= self.min_shared_tokens <= 1, self, "min_shared_tokens", "from 0 to 1")
+        has_chunk = self.neighbour_length > self.chunk_length
+        require(
+            has_chunk or not self.min_shared_tokens,
+            self,
+            "min_shared_tokens",
+            f"0 where neighbour_length is {self.neighbour_length}: all of it is continuation",
+        )
         shareable = not self.share_embeddings or self.encoder_d_model == self.d_model
         require(
             shareable,

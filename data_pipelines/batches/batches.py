@@ -315,7 +315,7 @@ def neighbour_length(part: str) -> int:
 
 
 def check_neighbour_length(batches: BatchConfig, retro: RetroConfig) -> None:
-    """Refuses a model that reads more or less of a neighbour than its batches have.
+    """Refuses a model that reads more or less of a neighbour than its batches have, or compares what they lack.
 
     Raises:
       UserError: names both settings.
@@ -325,6 +325,11 @@ def check_neighbour_length(batches: BatchConfig, retro: RetroConfig) -> None:
         raise UserError(
             f"RetroConfig.neighbour_length is {retro.neighbour_length}: expected {length}, as"
             f" BatchConfig.neighbour_part is {part!r}"
+        )
+    if retro.min_shared_tokens and part == "continuation":
+        raise UserError(
+            f"RetroConfig.min_shared_tokens is {retro.min_shared_tokens}: expected 0, as"
+            f" BatchConfig.neighbour_part is {part!r}, without the chunk"
         )
 
 

@@ -58,7 +58,7 @@ def _encode(model: Retro, batch: RetroBatch, h: jax.Array, operators: WholeSeque
     neighbours = batch.neighbours
     batch_size, chunks, k, length = neighbours.shape
     if batch.states is not None:
-        return Retrieved(batch.states, model.present(neighbours))
+        return Retrieved(batch.states, model.present(neighbours, batch.tokens))
     if k <= _AT_ONCE:
         return model.encode(neighbours, h, batch.tokens, operators)
     pad_id = model.config.pad_id
@@ -71,7 +71,7 @@ def _encode(model: Retro, batch: RetroBatch, h: jax.Array, operators: WholeSeque
 
     encoded = jnp.moveaxis(jax.lax.map(encode, blocks), 0, 2)
     encoded = encoded.reshape(batch_size, chunks, -1, *encoded.shape[4:])[:, :, :k]
-    return Retrieved(encoded, model.present(neighbours))
+    return Retrieved(encoded, model.present(neighbours, batch.tokens))
 
 
 def _losses(

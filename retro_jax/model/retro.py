@@ -49,6 +49,7 @@ from retro_jax.model.decoder import (
 from retro_jax.model.encoder import Encoder
 from retro_jax.model.layer_stack import Extras, stack_layers, take_extra, take_layer
 from retro_jax.model.layers import Embedding, Layout, LearnedPositions, make_norm, normal
+from retro_jax.model.shared_tokens import shared_tokens
 from retro_jax.packed import Packed
 from retro_jax.sharding import FSDP, TENSOR, Shardings
 
@@ -175,7 +176,7 @@ class Retro(nnx.Module):
         if states is None:
             retrieved = self.encode(neighbours, h_BxNxD, tokens, operators)
         else:
-            retrieved = Retrieved(states, self.present(neighbours))
+            retrieved = Retrieved(states, self.present(neighbours, tokens))
         return self.norm(self.after_retrieval(h_BxNxD, retrieved, operators))
 
     def below_retrieval(
@@ -223,7 +224,7 @@ class Retro(nnx.Module):
         """E = ENCODER(RET, H), with H as `before_retrieval` returns it; gated CCA's E reads no H."""
         if self.config.form.gated_cca:
             states = self.decoder_states(neighbours_BxCxKxR)
-            return Retrieved(states, self.present(neighbours_BxCxKxR))
+            return Retrieved(states, self.present(neighbours_BxCxKxR, tokens_BxN))
 
         def run(h_BxNxD: jax.Array) -> jax.Array:
             return self.encoder(
@@ -235,11 +236,20 @@ class Retro(nnx.Module):
             )
 
         encoded_BxCxKxRxE = self._rematerialised(run)(h_BxNxD)
-        return Retrieved(encoded_BxCxKxRxE, self.present(neighbours_BxCxKxR))
+        return Retrieved(encoded_BxCxKxRxE, self.present(neighbours_BxCxKxR, tokens_BxN))
 
-    def present(self, neighbours_BxCxKxR: jax.Array) -> jax.Array:
-        """Which encoded positions of neighbours CCA reads: bool [B, C, K, R], or [B, C, K, 1 + R]."""
-        present_BxCxKxR = neighbours_BxCxKxR != self.config.pad_id
+    def present(self, neighbours_BxCxKxR: jax.Array, tokens_BxN: jax.Array) -> jax.Array:
+        """Which encoded positions of neighbours CCA reads: bool [B, C, K, R], or [B, C, K, 1 + R].
+
+        tokens_BxN: the chunks that they were retrieved for.
+        """
+        config = self.config
+        present_BxCxKxR = neighbours_BxCxKxR != config.pad_id
+        if config.min_shared_tokens:
+            chunks_BxCxM = tokens_BxN.reshape(*neighbours_BxCxKxR.shape[:2], config.chunk_length)
+            own = config.neighbour_length - config.chunk_length  # before the continuation
+            shared_BxCxK = shared_tokens(chunks_BxCxM, neighbours_BxCxKxR[..., :own], config.pad_id)
+            present_BxCxKxR &= (shared_BxCxK >= config.min_shared_tokens)[..., None]
         if not self.config.form.gated_cca:
             return present_BxCxKxR
         # The sink of a neighbour that is all padding is not read, and none where the text has its own.

@@ -44,8 +44,9 @@ _ADDED = ("cca.", "encoder.")
 _GATE = "cca.gate"
 # Of a run's batches, as the reader has learnt them; an example of each.
 _READ = {"sequence_length": 64, "neighbours": 2, "neighbour_part": "both"}
-# Of the decoder's form, for adapters that were written before it could be chosen.
-_EARLIER = {"neighbour_distance": 0}
+# For adapters that were written before these could be chosen; the second is of the decoder's form.
+_EARLIER = {"min_shared_tokens": 0.0}
+_EARLIER_FORM = {"neighbour_distance": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Adapter:
         return found
 
     def check_config(self, config: RetroConfig) -> None:
-        """Refuses another configuration than that of the fitted model.
+        """Refuses another configuration than that of the fitted model; which neighbours it reads is free.
 
         Raises:
           UserError: names the field, its value and the adapter's.
@@ -97,7 +98,7 @@ class Adapter:
         for given, own in ((config, self.config), (config.form, self.config.form)):
             for name, expected in vars(own).items():
                 value = getattr(given, name)
-                if name != "form" and value != expected:
+                if name not in ("form", "min_shared_tokens") and value != expected:
                     raise UserError(
                         f"{type(given).__name__}.{name} is {value!r}: expected {expected!r}, that of"
                         f" {self.directory}"
@@ -261,7 +262,7 @@ def _config(base: BaseModel, stored: Any, path: pathlib.Path) -> RetroConfig:
     """The configuration of an adapter and its base."""
     expected = _own_settings(base.config, decoder_config(base.config))
     if isinstance(stored, dict) and isinstance(stored.get("form"), dict):
-        stored = stored | {"form": _EARLIER | stored["form"]}
+        stored = _EARLIER | stored | {"form": _EARLIER_FORM | stored["form"]}
     fields = _like(stored, expected, path, "retro")
     with naming(path):
         return decoder_config(base.config, **fields)

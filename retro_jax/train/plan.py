@@ -175,11 +175,12 @@ def _check_kept(settings: Settings) -> None:
 
 
 def model_maker(settings: Settings) -> Callable[[], Retro]:
-    """A function that builds the run's module with its first parameters, on a mesh."""
+    """A function that builds the run's module with its first parameters, on a mesh; it reads all neighbours."""
+    retro = dataclasses.replace(settings.retro, min_shared_tokens=0.0)
 
     def make() -> Retro:
         rngs = nnx.Rngs(settings.training.seed)
-        model = Retro(settings.retro, settings.execution, shardings=MESH_SHARDINGS, rngs=rngs)
+        model = Retro(retro, settings.execution, shardings=MESH_SHARDINGS, rngs=rngs)
         training = settings.training
         if training.initial_retrieval == "copying":
             begin_with_copying(model)

@@ -199,6 +199,23 @@ def test_fitted_models(name: str, one_layer: int, shared: bool):
     assert np.abs(wanted - base).max() > 0.01 * np.abs(base).max()
 
 
+def test_neighbours_that_share_too_little_are_left_out():
+    """The first neighbour of each chunk begins as the chunk does, the second shares nothing with it."""
+    model = fitted("llama")
+    texts = make_texts(model.config, 2, 3, retrieval=True)
+    length, pad_id = model.config.chunk_length, model.config.pad_id
+    neighbours = np.full_like(texts.neighbours, texts.tokens.max() + 1)
+    neighbours[:, :, 0, :length] = texts.tokens.reshape(2, 3, length)
+    strict = fitted("llama", least=0.5)
+    both = dataclasses.replace(texts, neighbours=neighbours)
+    first = neighbours.copy()
+    first[:, :, 1:] = pad_id
+    wanted = uncached(model, dataclasses.replace(texts, neighbours=first))[:, :-1]
+    assert np.abs(wanted - uncached(model, both)[:, :-1]).max() > 0.01 * np.abs(wanted).max()
+    found = by_chunks(Decoder(strict, chunks=3), both)
+    assert np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max()
+
+
 def test_a_fitted_model_on_a_mesh():
     """By scan, with heads of keys in two parts."""
     mesh = make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])
@@ -209,9 +226,10 @@ def test_a_fitted_model_on_a_mesh():
     assert np.abs(by_chunks(decoder, texts) - wanted).max() < 1e-5 * np.abs(wanted).max()
 
 
-def fitted(name: str, mesh: Any = None, **form: Any) -> Retro:
+def fitted(name: str, mesh: Any = None, least: float = 0.0, **form: Any) -> Retro:
     """A tiny base that reads neighbours in its second layer, with open gates."""
-    return with_gates(loaded(config_of(name, (2,), **form), name, mesh=mesh))
+    config = dataclasses.replace(config_of(name, (2,), **form), min_shared_tokens=least)
+    return with_gates(loaded(config, name, mesh=mesh))
 
 
 def by_chunks(decoder: Decoder, texts: Texts) -> np.ndarray:

@@ -45,6 +45,7 @@ OUTPUT: dict[str, Any] = {
     "pad_id": 5,
     "activation": "relu",
     "norm_epsilon": 0.5,
+    "min_shared_tokens": 0.5,
 }
 LOSS_IN_TRAINING: dict[str, Any] = {"dropout": 0.5}
 ACCEPTED_INPUT: dict[str, Any] = {"neighbour_length": 7}

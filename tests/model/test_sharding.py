@@ -50,6 +50,7 @@ CONFIG = RetroConfig(
     encoder_num_heads=4,
     encoder_head_dim=4,
     encoder_d_ff=12,
+    min_shared_tokens=0.2,  # one of a chunk's four
 )
 # All loops: over layers, over blocks of attention in spans, over blocks of the loss.
 LOOPS = ExecutionConfig(remat="full", attention="chunked", attention_block=2, loss_block=8)

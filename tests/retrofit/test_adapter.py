@@ -1,5 +1,6 @@
 """Adapters: the same logits again, and one line for files that are not those that were exported."""
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from retro_jax.errors import UserError
 from retro_jax.model import Retro
 from retro_jax.retrofit import open_base
-from retro_jax.retrofit.adapter import FORMAT_VERSION, export_adapter, load_adapter
+from retro_jax.retrofit.adapter import FORMAT_VERSION, export_adapter, load_adapter, open_adapter
 from retro_jax.retrofit.decoder import load_decoder
 from tests.retrofit.base_files import FOLDER
 from tests.retrofit.test_fitting import batch_of, config_of, logits, with_gates
@@ -141,11 +142,20 @@ def test_bad_tensors_are_refused(exported, tmp_path, tensors, message):
     refused(tmp_path / "a", message)
 
 
-def test_an_adapter_of_an_earlier_version_has_no_distance(exported, tmp_path):
+def test_an_adapter_of_an_earlier_version_lacks_what_came_later(exported, tmp_path):
     shutil.copytree(exported[0] / "1", tmp_path / "a")
     edited(tmp_path / "a", lambda s: s["retro"]["form"].pop("neighbour_distance"))
+    edited(tmp_path / "a", lambda s: s["retro"].pop("min_shared_tokens"))
     again = load_adapter(tmp_path / "a", open_base(FOLDER / "llama"))
     assert again.config == exported[1].config and not again.config.form.neighbour_distance
+
+
+def test_which_neighbours_are_read_is_not_bound_to_the_adapter(exported):
+    """Another least share may be chosen; what its tensors were made for may not."""
+    adapter = open_adapter(exported[0] / "1", open_base(FOLDER / "llama"))
+    adapter.check_config(dataclasses.replace(adapter.config, min_shared_tokens=0.4))
+    with pytest.raises(UserError, match=r"RetroConfig\.chunk_length is 2: expected 4, that of"):
+        adapter.check_config(dataclasses.replace(adapter.config, chunk_length=2))
 
 
 @pytest.mark.parametrize("file", ["adapter.json", "adapter.safetensors"])

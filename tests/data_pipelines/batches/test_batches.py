@@ -1,5 +1,6 @@
 """Batches: rows against an obvious implementation, every target once an epoch, pure in (seed, t, i)."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -7,7 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.batches.batches import BatchConfig, Batches, neighbour_length
+from data_pipelines.batches.batches import (
+    BatchConfig,
+    Batches,
+    check_neighbour_length,
+    neighbour_length,
+)
+from retro_jax.config import PRESETS
 from retro_jax.errors import UserError
 from tests.data_pipelines.fakes import FakeDatabase, FakeTable, M
 
@@ -386,3 +393,14 @@ def test_tables_that_do_not_fit_are_refused(mixed):
     for role, databases in {"chunks": (other, database), "database": (database, other)}.items():
         with pytest.raises(UserError, match=told.format(role)):
             Batches(config(), databases[0], table, databases[1])
+
+
+def test_a_chunk_that_is_not_there_is_not_compared():
+    """A model that reads by shared tokens needs the neighbours' own chunks."""
+    strict = dataclasses.replace(PRESETS["172m"], min_shared_tokens=0.4)
+    check_neighbour_length(BatchConfig(neighbour_part="chunk"), strict)
+    message = (
+        "min_shared_tokens is 0.4: expected 0, as BatchConfig.neighbour_part is 'continuation'"
+    )
+    with pytest.raises(UserError, match=message):
+        check_neighbour_length(BatchConfig(neighbour_part="continuation"), strict)
