@@ -209,12 +209,12 @@ class RetroConfig:
         require(0.0 <= self.dropout < 1.0, self, "dropout", "0 <= dropout < 1")
         require(self.norm_epsilon > 0, self, "norm_epsilon", "a positive number")
         require(0 <= self.min_shared_tokens <= 1, self, "min_shared_tokens", "from 0 to 1")
-        has_chunk = self.neighbour_length > self.chunk_length
+        whole = self.neighbour_length >= 2 * self.chunk_length
         require(
-            has_chunk or not self.min_shared_tokens,
+            whole or not self.min_shared_tokens,
             self,
             "min_shared_tokens",
-            f"0 where neighbour_length is {self.neighbour_length}: all of it is continuation",
+            f"0 where neighbour_length is {self.neighbour_length}, less than a chunk and its continuation",
         )
         shareable = not self.share_embeddings or self.encoder_d_model == self.d_model
         require(

@@ -247,8 +247,8 @@ class Retro(nnx.Module):
         present_BxCxKxR = neighbours_BxCxKxR != config.pad_id
         if config.min_shared_tokens:
             chunks_BxCxM = tokens_BxN.reshape(*neighbours_BxCxKxR.shape[:2], config.chunk_length)
-            own = config.neighbour_length - config.chunk_length  # before the continuation
-            shared_BxCxK = shared_tokens(chunks_BxCxM, neighbours_BxCxKxR[..., :own], config.pad_id)
+            retrieved_BxCxKxM = neighbours_BxCxKxR[..., : config.chunk_length]
+            shared_BxCxK = shared_tokens(chunks_BxCxM, retrieved_BxCxKxM, config.pad_id)
             present_BxCxKxR &= (shared_BxCxK >= config.min_shared_tokens)[..., None]
         if not self.config.form.gated_cca:
             return present_BxCxKxR

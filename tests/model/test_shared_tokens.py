@@ -102,9 +102,11 @@ def test_the_sweep_leaves_them_out_too(name):
 
 
 def test_without_a_chunk_there_is_nothing_to_compare():
-    message = "min_shared_tokens is 0.5: expected 0 where neighbour_length is 4"
-    with pytest.raises(UserError, match=message):
-        dataclasses.replace(TINY, neighbour_length=TINY.chunk_length, min_shared_tokens=0.5)
+    """Nor where a part of the chunk is left out: shares would be others."""
+    for length in (TINY.chunk_length, 2 * TINY.chunk_length - 1):
+        message = f"min_shared_tokens is 0.5: expected 0 where neighbour_length is {length}"
+        with pytest.raises(UserError, match=message):
+            dataclasses.replace(TINY, neighbour_length=length, min_shared_tokens=0.5)
     for value in (-0.1, 1.5, float("nan")):
         with pytest.raises(UserError, match=r"min_shared_tokens is .*: expected from 0 to 1"):
             dataclasses.replace(TINY, min_shared_tokens=value)
